@@ -1,0 +1,219 @@
+"""The command ``sgt-titan``. Imports nothing heavy before it knows that the input is good."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from sgt_titan import __version__, train
+from sgt_titan.config.help import help_text
+from sgt_titan.config.load import available, dump, load, parse_overrides, read_trunk, resolve, takes_value, validate
+from sgt_titan.errors import UserError
+
+_CONFIG_COMMANDS = ("train", "prepare")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports a usage error as every other bad input is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0, the run's, 2 for bad input, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    return train.guarded(lambda: _main(argv))
+
+
+def _main(argv: list[str]) -> int:
+    parser = _parser()
+    overrides: list[str] = []
+    if argv and argv[0] in _CONFIG_COMMANDS:
+        argv, overrides = _split(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    if rest and arguments.command != "report":
+        raise UserError(f"unrecognized arguments: {' '.join(rest)} (see sgt-titan {arguments.command} --help)")
+    if arguments.command == "train":
+        return _train(arguments, overrides)
+    if arguments.command == "prepare":
+        return _prepare(arguments, overrides)
+    if arguments.command == "export":
+        return _export(arguments)
+    if arguments.command == "report":
+        from sgt_titan.evaluation import summary
+
+        return summary.main([arguments.export, "--trunk", arguments.trunk, "--data", arguments.data, *rest]) or 0
+    return _configs()
+
+
+def _parser() -> argparse.ArgumentParser:
+    text = "Train and export Stained Glass Transforms against a frozen language model."
+    parser = _Parser(prog="sgt-titan", description=text, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sgt-titan {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    run = command("train", "Train a run: on this machine, or on this rank when started by torchrun.", help_text())
+    run.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    run.add_argument(
+        "--nproc", type=int, help="processes (default: cluster.gpus_per_node if there are that many GPUs, else 1)"
+    )
+    run.add_argument("--dry-run", action="store_true", help="check the config, print it with every value, and stop")
+
+    export = command("export", "Write a checkpoint's transform as a directory that clients load.")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory of a run")
+    export.add_argument("out", metavar="OUT", help="the directory to write")
+    export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    prepare = command("prepare", "Tokenize the data of a run into its cache, and stop.", help_text())
+    prepare.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+
+    report = command("report", "Print privacy and utility of an export, before and after training.")
+    report.add_argument("export", metavar="EXPORT", help="an exported directory")
+    report.add_argument("--trunk", metavar="PATH", required=True, help="directory of the trunk it was trained for")
+    report.add_argument("--data", metavar="SOURCE", required=True, help="as data.source of a config")
+
+    command("configs", "List the configs of train_configs/.")
+    return parser
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words that are argparse's, and the overrides among them.
+
+    Overrides may stand before or after NAME, and argparse would take the value of an option it does not
+    know for NAME.
+
+    Raises:
+        UserError: an override that is wrong in itself.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--nproc":
+            own += [word, *words[:1]]
+            words = words[1:]
+        elif word in ("--help", "--dry-run") or word.startswith("--nproc=") or not word.startswith("--"):
+            own.append(word)
+        else:
+            overrides.append(word)
+            if words and takes_value(word, words[0]):
+                overrides.append(words.pop(0))
+    if "--help" not in own and "-h" not in own:
+        parse_overrides(overrides)
+    return own, overrides
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    name, nproc = arguments.name, arguments.nproc
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc must be at least 1, got {nproc}")
+    if arguments.dry_run:
+        cluster = load(name, overrides).cluster
+        size = nproc or int(os.environ.get("WORLD_SIZE", cluster.nodes * cluster.gpus_per_node))
+        print(dump(train.prepared(name, overrides, size, weights=False)), end="")
+        return 0
+    if "RANK" in os.environ:
+        if nproc is not None:
+            raise UserError("--nproc is for starting a run; torchrun has already started this process (RANK is set)")
+        return train.run_rank(name, overrides)
+    gpus = train.visible_gpus()
+    if nproc is None:
+        wanted = load(name, overrides).cluster.gpus_per_node
+        nproc = wanted if gpus >= wanted else 1
+    if 0 < gpus < nproc:
+        raise UserError(f"--nproc {nproc}: only {gpus} GPUs are visible")
+    # Checked here too: a launched rank can only fail, and the launcher wraps that in a report of its own.
+    train.prepared(name, overrides, nproc)
+    if nproc > 1:
+        return _launch(nproc, [name, *overrides])
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=_free_port(),
+    )
+    return train.run_rank(name, overrides)
+
+
+def _launch(nproc: int, words: list[str]) -> int:
+    """torchrun on this machine; returns the exit code of the rank that failed first, as a shell counts it.
+
+    ``python -m torch.distributed.run`` exits with 1 whatever its ranks exit with, so its API is called.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = ["--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0", "-m", "sgt_titan.train", *words]
+    try:
+        torchrun.run(torchrun.parse_args(options))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:
+            print(f"sgt-titan: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _free_port() -> str:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = resolve(load(arguments.name, overrides), world_size=None)
+    validate(config, None, read_trunk(config, weights=False))
+    if not config.trunk.path:
+        raise UserError("trunk.path is not set: the tokenizer is read from there")
+    from sgt_titan.data.cache import prepare
+
+    dataset = prepare(config, config.trunk.path, progress=True)
+    print(f"{len(dataset.train)} training and {len(dataset.validation)} validation samples in {config.data.cache_dir}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not Path(arguments.checkpoint).is_dir():
+        raise UserError(f"no checkpoint directory {arguments.checkpoint}")
+    from sgt_titan.export import export_checkpoint
+
+    export_checkpoint(arguments.checkpoint, arguments.out, overwrite=arguments.overwrite)
+    print(f"exported to {arguments.out}")
+    return 0
+
+
+def _configs() -> int:
+    for name, path in available().items():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        comment = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
+        print(f"{name:<24}{comment}".rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Defaults that depend on other options, and checks across options. No torch.
+
+What needs the data (steps from epochs, ``format: auto``), the tokenizer (``template: auto``) or the device
+(``dtype: auto``) stays as it is; everything else is explicit after ``resolve``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sgt_titan.config.keys import get
+from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
+from sgt_titan.errors import UserError
+
+_PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages")
+
+# Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
+_SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+# key: (what must hold, in words; test)
+_RANGES = {
+    "cluster.nodes": ("at least 1", lambda v: v >= 1),
+    "cluster.gpus_per_node": ("at least 1", lambda v: v >= 1),
+    "run.seed": ("0 or more", lambda v: v >= 0),
+    "estimator.layers": ("at least 1", lambda v: v >= 1),
+    "estimator.mean_bound": ("0 (unbounded) or more", lambda v: v >= 0),
+    "objective.mi_group": ("0 (automatic) or at least 2", lambda v: v == 0 or v >= 2),
+    "data.prompt_tokens": ("0 or more", lambda v: v >= 0),
+    "data.min_prompt_tokens": ("0 or more", lambda v: v >= 0),
+    "data.max_samples": ("0 (all) or more", lambda v: v >= 0),
+    "data.validation_samples": ("0 or more", lambda v: v >= 0),
+    "training.steps": ("0 (from epochs) or more", lambda v: v >= 0),
+    "training.seq_len": ("at least 2", lambda v: v >= 2),
+    "training.local_batch_size": ("at least 1", lambda v: v >= 1),
+    "training.global_batch_size": ("-1 (no accumulation) or at least 1", lambda v: v == -1 or v >= 1),
+    "training.max_norm": ("above 0", lambda v: v > 0),
+    "training.max_nonfinite_steps": ("at least 1", lambda v: v >= 1),
+    "optimizer.lr": ("above 0", lambda v: v > 0),
+    "optimizer.beta1": ("in [0, 1)", lambda v: 0 <= v < 1),
+    "optimizer.beta2": ("in [0, 1)", lambda v: 0 <= v < 1),
+    "optimizer.eps": ("above 0", lambda v: v > 0),
+    "optimizer.weight_decay": ("0 or more", lambda v: v >= 0),
+    "lr_scheduler.warmup_steps": ("0 or more", lambda v: v >= 0),
+    "lr_scheduler.decay_ratio": ("in [0, 1]", lambda v: v is None or 0 <= v <= 1),
+    "lr_scheduler.min_lr_factor": ("in [0, 1]", lambda v: 0 <= v <= 1),
+    "parallelism.data_parallel_replicate_degree": ("at least 1", lambda v: v >= 1),
+    "parallelism.data_parallel_shard_degree": ("-1 (what is left) or at least 1", lambda v: v == -1 or v >= 1),
+    "parallelism.tensor_parallel_degree": ("at least 1", lambda v: v >= 1),
+    "parallelism.expert_parallel_degree": ("at least 1", lambda v: v >= 1),
+    "checkpoint.interval": ("at least 1", lambda v: v >= 1),
+    "checkpoint.keep_latest": (
+        "0 (all) or at least 2, since with 1 the only checkpoint is lost when a save is interrupted",
+        lambda v: v == 0 or v >= 2,
+    ),
+    "metrics.log_every": ("at least 1", lambda v: v >= 1),
+    "metrics.probe_every": ("0 (never) or more", lambda v: v >= 0),
+    "metrics.probe_samples": ("at least 1", lambda v: v >= 1),
+    "comm.init_timeout_seconds": ("at least 1", lambda v: v >= 1),
+    "comm.train_timeout_seconds": ("at least 1", lambda v: v >= 1),
+    **{f"objective.{term}.weight": ("0 or more", lambda v: v is None or v >= 0) for term in TERMS},
+    **{f"objective.{term}.start": ("0 or more", lambda v: v >= 0) for term in TERMS},
+    **{f"objective.{term}.ramp_steps": ("0 or more", lambda v: v >= 0) for term in TERMS},
+}
+
+
+def resolve(config: Config, *, world_size: int | None) -> Config:
+    """A copy of the config in which defaults that depend on other options are explicit.
+
+    Fills ``run.output_dir``, ``data.cache_dir``, ``data.source`` and ``trunk`` paths (environment variables,
+    ``~``, ``trunk.path: demo``), the weights of the terms (explicit ones win over the preset's, the rest are
+    0), ``objective.mi_group``, and, when the world size is known and fits, the shard degree and
+    the global batch size. Resolving a resolved config changes nothing.
+
+    Raises:
+        UserError: a path names an environment variable that is not set.
+    """
+    config = copy.deepcopy(config)
+    run, data, training = config.run, config.data, config.training
+    for key in _PATHS:
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, _expand(get(config, key), key))
+    if config.trunk.path == "demo":
+        config.trunk.path = str(Path(__file__).resolve().parents[1] / "demo" / "trunk")
+    if config.trunk.architecture:
+        config.trunk.architecture = os.path.abspath(config.trunk.architecture)
+    run.output_dir = run.output_dir or os.path.join("outputs", run.name)
+    data.cache_dir = data.cache_dir or os.path.normpath(os.path.join(run.output_dir, "..", ".cache", "data"))
+
+    preset = PRESETS.get(config.objective.preset, {})
+    for name in TERMS:
+        term: Term = getattr(config.objective, name)
+        term.weight = preset.get(name, 0.0) if term.weight is None else term.weight
+    config.objective.mi_group = config.objective.mi_group or max(2, training.local_batch_size)
+
+    if world_size is not None and not list(_degree_problems(config, world_size)):
+        degree = dp_degree(config, world_size)
+        config.parallelism.data_parallel_shard_degree = degree // config.parallelism.data_parallel_replicate_degree
+        if training.global_batch_size == -1:
+            training.global_batch_size = training.local_batch_size * degree
+    return config
+
+
+def validate(
+    config: Config, world_size: int | None, trunk_config: dict[str, Any] | None, *, device: str | None = None
+) -> None:
+    """Check a resolved config across options.
+
+    Args:
+        world_size: number of processes; None skips what depends on it.
+        trunk_config: the trunk's config.json; None skips what depends on it.
+        device: "cpu" refuses what needs a GPU; None: not known yet.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    for message in _problems(config, world_size, trunk_config, device):
+        raise UserError(message)
+
+
+def dp_degree(config: Config, world_size: int) -> int:
+    """Number of data-parallel ranks (replicas times shards), each with its own rows.
+
+    Raises:
+        UserError: the degrees do not multiply to the world size.
+    """
+    for message in _degree_problems(config, world_size):
+        raise UserError(message)
+    return world_size // config.parallelism.tensor_parallel_degree
+
+
+def read_trunk(config: Config, *, weights: bool = True) -> dict[str, Any]:
+    """The config.json of the trunk of a resolved config: that in ``trunk.path``, else ``trunk.architecture``.
+
+    Args:
+        weights: also require ``trunk.path`` with the files of the weights; False for dry runs and arithmetic.
+
+    Raises:
+        UserError: neither exists, a file is missing or no JSON object, or the two disagree on a shape.
+    """
+    path, architecture = config.trunk.path, config.trunk.architecture
+    if not path and (weights or not architecture):
+        raise UserError("trunk.path is not set: it must be the directory with the frozen model's checkpoint")
+    own = Path(path, "config.json") if path else None
+    if architecture and not Path(architecture).is_file():
+        raise UserError(f"trunk.architecture: no file {architecture}")
+    if path and not Path(path).is_dir() and (weights or not architecture):
+        raise UserError(f"trunk.path: no directory {path}")
+    if own and not own.is_file() and (weights or not architecture):
+        raise UserError(f"trunk.path: no config.json in {path}; it must be a Hugging Face checkpoint directory")
+    if weights:
+        _require_weights(Path(path))
+    found = [_read_json(Path(file)) for file in (own, architecture) if file and Path(file).is_file()]
+    if len(found) == 2:
+        for key in _SHAPE_KEYS:
+            if key in found[0] and key in found[1] and found[0][key] != found[1][key]:
+                raise UserError(
+                    f"trunk.architecture: {key} is {found[1][key]} in {architecture} but {found[0][key]} in {own}"
+                )
+    return found[0]
+
+
+def _require_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"trunk.path: no *.safetensors in {folder}")
+        return
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    missing = sorted({str(name) for name in weight_map.values() if not (folder / str(name)).is_file()})
+    if missing:
+        raise UserError(f"trunk.path: {len(missing)} files of {index.name} are missing in {folder}, first {missing[0]}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return content
+
+
+def _expand(value: str, key: str) -> str:
+    """``value`` with environment variables and a leading ``~`` expanded."""
+
+    def variable(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise UserError(f"{key}: environment variable {name} is not set (in {value!r})")
+        return os.environ[name]
+
+    expanded = os.path.expanduser(_VARIABLE.sub(variable, value))
+    if _VARIABLE.search(expanded):  # would be expanded once more on the next call
+        raise UserError(f"{key}: {value!r} expands to {expanded!r}, which still holds a $; use a path without one")
+    return expanded
+
+
+def _problems(
+    config: Config, world_size: int | None, trunk_config: dict[str, Any] | None, device: str | None
+) -> Iterator[str]:
+    yield from _range_problems(config)
+    yield from _data_problems(config, device)
+    if world_size is not None:
+        yield from _degree_problems(config, world_size)
+        yield from _batch_problems(config, dp_degree(config, world_size))
+    tp = config.parallelism.tensor_parallel_degree
+    if tp > 1 and config.parallelism.enable_sequence_parallel and config.training.seq_len % tp:
+        yield (
+            f"training.seq_len {config.training.seq_len} is not a multiple of tensor_parallel_degree {tp}, as "
+            f"enable_sequence_parallel needs; {_multiples(config.training.seq_len, tp)} would be"
+        )
+    if trunk_config is not None:
+        yield from _trunk_problems(config, trunk_config)
+
+
+def _range_problems(config: Config) -> Iterator[str]:
+    for key, (words, holds) in _RANGES.items():
+        if not holds(get(config, key)):
+            yield f"{key} must be {words}, got {get(config, key)}"
+    if config.training.steps == 0 and config.training.epochs <= 0:
+        yield f"training.epochs must be above 0 when training.steps is 0, got {config.training.epochs}"
+    e = config.estimator
+    if not 0 < e.std_min < e.std_init < e.std_max:
+        yield (
+            f"estimator: 0 < std_min < std_init < std_max must hold, got std_min {e.std_min}, std_init {e.std_init}, "
+            f"std_max {e.std_max}"
+        )
+
+
+def _data_problems(config: Config, device: str | None) -> Iterator[str]:
+    data, seq_len = config.data, config.training.seq_len
+    if not data.source:
+        yield "data.source is not set: a preset (such as demo), a hub dataset name or a local file"
+    for name in data.columns:
+        if name not in _DATA_FIELDS:
+            yield f"data.columns.{name} is no field; the fields are {', '.join(_DATA_FIELDS)}"
+    if data.prompt_tokens >= seq_len:
+        yield f"data.prompt_tokens {data.prompt_tokens} must be below training.seq_len {seq_len}"
+    if data.min_prompt_tokens > seq_len:
+        yield f"data.min_prompt_tokens {data.min_prompt_tokens} exceeds training.seq_len {seq_len}: no sample is left"
+    if config.objective.utility_positions == "response" and data.format == "text" and data.prompt_tokens == 0:
+        yield (
+            "objective.utility_positions response needs response tokens, but with data.format text and "
+            "data.prompt_tokens 0 the whole text is prompt; set data.prompt_tokens or utility_positions all"
+        )
+    if data.packing and device == "cpu":
+        yield "data.packing needs a GPU (document masks have no CPU backward); set data.packing false"
+    if config.metrics.probe_every and not data.validation_samples:
+        yield "metrics.probe_every needs held-out samples; set data.validation_samples or metrics.probe_every 0"
+
+
+def _degree_problems(config: Config, world_size: int) -> Iterator[str]:
+    p = config.parallelism
+    replicate, shard, tp = p.data_parallel_replicate_degree, p.data_parallel_shard_degree, p.tensor_parallel_degree
+    if min(replicate, tp, p.expert_parallel_degree) < 1 or (shard < 1 and shard != -1):
+        yield f"parallelism: degrees must be positive, got replicate {replicate}, shard {shard}, tensor {tp}"
+        return
+    if shard == -1:
+        if world_size % (replicate * tp):
+            yield (
+                f"parallelism: replicate {replicate} x tensor {tp} = {replicate * tp} does not divide the world size "
+                f"{world_size}"
+            )
+            return
+        shard = world_size // (replicate * tp)
+    if replicate * shard * tp != world_size:
+        yield (
+            f"parallelism: replicate {replicate} x shard {shard} x tensor {tp} = {replicate * shard * tp}, but the "
+            f"world size is {world_size}"
+        )
+    elif (shard * tp) % p.expert_parallel_degree:
+        yield (
+            f"parallelism.expert_parallel_degree {p.expert_parallel_degree} does not divide shard {shard} x tensor "
+            f"{tp} = {shard * tp}"
+        )
+
+
+def _batch_problems(config: Config, dp: int) -> Iterator[str]:
+    local, total, group = (
+        config.training.local_batch_size,
+        config.training.global_batch_size,
+        config.objective.mi_group,
+    )
+    rows = local * dp
+    ranks = f"local_batch_size {local} x {dp} data-parallel {'rank' if dp == 1 else 'ranks'} = {rows}"
+    if total != -1 and total % rows:
+        yield (f"training.global_batch_size {total} is not a multiple of {ranks}; {_multiples(total, rows)} would be")
+    term = config.objective.mi
+    if not term.weight and not (term.start and term.ramp_steps):
+        return
+    if rows < 2:
+        yield f"objective.mi pairs rows of one microbatch, which has 1 row ({ranks}); raise training.local_batch_size"
+    elif rows % group or (group % local and local % group):
+        fits = [g for g in range(2, rows + 1) if not rows % g and not (g % local and local % g)]
+        yield (f"objective.mi_group {group} does not divide a microbatch evenly ({ranks} rows); {_either(fits)} would")
+
+
+def _trunk_problems(config: Config, trunk_config: dict[str, Any]) -> Iterator[str]:
+    # Multimodal checkpoints keep the language model's numbers one level down.
+    trunk = trunk_config.get("text_config") or trunk_config
+    tp, ep = config.parallelism.tensor_parallel_degree, config.parallelism.expert_parallel_degree
+    layers, context = trunk.get("num_hidden_layers"), trunk.get("max_position_embeddings")
+    heads = trunk.get("num_attention_heads")
+    experts = trunk.get("num_experts") or trunk.get("n_routed_experts") or trunk.get("num_local_experts")
+    if context and config.training.seq_len > context:
+        yield (f"training.seq_len {config.training.seq_len} exceeds the trunk's max_position_embeddings {context}")
+    if config.estimator.init_from_trunk and layers and config.estimator.layers > layers:
+        yield (
+            f"estimator.layers {config.estimator.layers} exceeds the trunk's {layers} layers, from which "
+            f"init_from_trunk copies"
+        )
+    for name, count in (
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", trunk.get("num_key_value_heads") or heads),
+    ):
+        if count and count % tp:
+            yield f"parallelism.tensor_parallel_degree {tp} does not divide the trunk's {name} {count}"
+    if ep > 1 and not experts:
+        yield f"parallelism.expert_parallel_degree {ep}: the trunk has no experts; it must be 1"
+    elif ep > 1 and experts % ep:
+        yield f"parallelism.expert_parallel_degree {ep} does not divide the trunk's {experts} experts"
+
+
+def _multiples(value: int, unit: int) -> str:
+    """The multiples of ``unit`` on either side of ``value``."""
+    below = value // unit * unit
+    return _either([below, below + unit] if below else [unit])
+
+
+def _either(values: list[int]) -> str:
+    """The first few values as "2, 4 or 8"."""
+    shown = [str(value) for value in values[:6]]
+    return " or ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))

@@ -1,0 +1,253 @@
+"""Every option of a training run: its name, type, default and reason.
+
+Plain dataclasses, no torch: the schema loads in milliseconds, so a typo is reported before anything
+expensive starts. Section and key names follow torchtitan where torchtitan has the option
+(``training.steps``, ``parallelism.tensor_parallel_degree``); the rest are ours. YAML files hold values of
+these fields and nothing else. ``load.py`` reads them, ``sgt-titan train --help`` prints them.
+"""
+
+# ruff: noqa: E501, RUF009  (long help texts; `section` returns a field, not a shared default)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TERMS = ("mi", "abs_cos", "norm", "comp_entr", "cos_sim")
+
+# Table I of arXiv 2506.09452, by row. The paper publishes no weight; these were chosen by the sweep in
+# docs/RESULTS.md on a small trunk and are a starting point, not a recommendation for a 70B one.
+PRESETS: dict[str, dict[str, float]] = {
+    "comp_entr": {"comp_entr": 0.1},
+    "cos_sim": {"cos_sim": 1.0},
+    "abs_cos": {"abs_cos": 1.0},
+    "mi": {"mi": 0.1},
+    "mi_abs_cos": {"mi": 0.1, "abs_cos": 1.0},
+    "mi_abs_cos_norm": {"mi": 0.1, "abs_cos": 1.0, "norm": 1.0},
+}
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def section(cls: type, help: str) -> Any:
+    """A nested dataclass field with its help text."""
+    return field(default_factory=cls, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class Run:
+    name: str = opt("sgt", "Name of the run in logs and in the exported card.")
+    output_dir: str = opt("", "Checkpoints, logs and the resolved config go here. Empty: outputs/<run.name>.")
+    seed: int = opt(0, "Decides the order of samples, the noise of each sample and the initial weights. Runs with "
+                       "one seed and one config are the same run on any number of ranks.")  # fmt: skip
+    deterministic: bool = opt(False, "Bit-exact repetition on the same hardware and world size; slower on GPU.")
+
+
+@dataclass(kw_only=True)
+class Cluster:
+    nodes: int = opt(1, "Nodes the config was sized for; launch scripts and `plan` read it, training follows the "
+                        "world size it finds.")  # fmt: skip
+    gpus_per_node: int = opt(1, "Processes per node (GPUs, or CPU processes).")
+    gpu: str = opt("", "GPU the config was sized for (A100-80GB, H100-80GB, ...); for arithmetic only.")
+
+
+@dataclass(kw_only=True)
+class Trunk:
+    path: str = opt("", "Directory with the frozen model's Hugging Face checkpoint: config.json, *.safetensors, "
+                        "tokenizer. Environment variables are expanded. Read on every start.")  # fmt: skip
+    architecture: str = opt("", "A config.json to build from when `path` has no weights yet (dry run, plan, tests), "
+                                "relative to the YAML file. If both exist they must agree.")  # fmt: skip
+    dtype: Literal["auto", "bfloat16", "float32"] = opt(
+        "auto", "Storage and compute type of the frozen weights. auto: bfloat16 on GPU, float32 on CPU.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Estimator:
+    layers: int = opt(2, "Decoder layers of the trunk's family in each body. More layers see more context and cost "
+                         "6 flops per parameter and token.")  # fmt: skip
+    body: Literal["shared", "separate"] = opt(
+        "shared", "One body with two heads, or a body each for mean and std: twice the cost, no shared features.")  # fmt: skip
+    init_from_trunk: bool = opt(False, "Start the bodies from the trunk's first layers instead of random weights; "
+                                       "usually converges sooner.")  # fmt: skip
+    std_min: float = opt(1e-4, "Lower bound of sigma, in units of the embedding table's std: noise cannot vanish.")
+    std_max: float = opt(10.0, "Upper bound of sigma, same units: noise cannot explode behind RMSNorm, where its "
+                               "gradient fades.")  # fmt: skip
+    std_init: float = opt(0.1, "Sigma at the start, same units. Heads start at zero, so training starts at the "
+                               "identity plus this noise.")  # fmt: skip
+    mean_bound: float = opt(0.0, "Bound of |mu| per feature, same units, by bound * tanh(mu / bound); 0: unbounded. "
+                                 "Behind RMSNorm the gradient on a large mean vanishes and it drifts.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Term:
+    weight: float | None = opt(None, "Weight of the term; unset: the preset's, or 0.")
+    start: float = opt(0.0, "Weight at step 0 when ramp_steps > 0.")
+    ramp_steps: int = opt(0, "Steps of a linear ramp from `start` to `weight`; 0: constant.")
+
+
+@dataclass(kw_only=True)
+class Objective:
+    preset: Literal["none", "comp_entr", "cos_sim", "abs_cos", "mi", "mi_abs_cos", "mi_abs_cos_norm"] = opt(
+        "mi_abs_cos_norm", "A row of the paper's Table I: sets the weights that are not given below.")  # fmt: skip
+    utility: Literal["ce", "kl"] = opt(
+        "ce", "Eq. 3 between teacher and student logits. Same gradient; kl subtracts the teacher's entropy, so 0 is "
+              "perfect. KL is always reported.")  # fmt: skip
+    utility_positions: Literal["all", "response"] = opt(
+        "all", "Positions whose next-token distribution must survive. `response` leaves the prompt's own logits free "
+               "and so leaves more room to move embeddings away; the server's logits on the prompt then mean less.")  # fmt: skip
+    mi: Term = section(Term, "Mutual information, Alg. 1 / Prop. 5.1, per feature and position (nats).")
+    abs_cos: Term = section(Term, "Eq. 9: |cos(x, x~)|.")
+    norm: Term = section(Term, "Eq. 10: | ||x + mu|| - median ||E|| |.")
+    comp_entr: Term = section(Term, "Eq. 12, demonstrative: minus the Gaussians' own entropy.")
+    cos_sim: Term = section(Term, "Eq. 13, demonstrative: cos(x, x~).")
+    mi_pairs: Literal["all", "shift"] = opt(
+        "all", "Pairs (x, y) of the MI term within a pair group: every ordered pair, or each sample with its "
+               "successor. `all` has less variance, `shift` costs less memory.")  # fmt: skip
+    mi_group: int = opt(0, "Consecutive samples of the global batch that form one pair group. Fixed by the config, "
+                           "not by the number of ranks, so that a run restarted on fewer nodes keeps its pairs. "
+                           "0: training.local_batch_size, at least 2. A group may span data-parallel ranks.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Data:
+    source: str = opt("", "A preset (openorca, alpaca, tinystories, pupa, t0, flan_cot, demo), a hub dataset name, "
+                          "or a local JSONL/Parquet/Arrow/CSV file. Environment variables are expanded.")  # fmt: skip
+    subset: str = opt("", "Hub configuration name, when the dataset has several.")
+    split: str = opt("train", "Split of a hub dataset.")
+    format: Literal["auto", "text", "instruction", "chat"] = opt(
+        "auto", "text: one column; instruction: instruction/input/output columns (or those mapped to them); chat: a "
+                "list of {role, content}. auto: the preset's, else by the columns found.")  # fmt: skip
+    columns: dict[str, str] = field(default_factory=dict, metadata={
+        "help": "Maps a field (text, system, instruction, input, output, messages) to its column."})  # fmt: skip
+    template: Literal["auto", "chat", "plain"] = opt(
+        "auto", "chat: the tokenizer's chat template around the turns; plain: prompt and response as they are after "
+                "BOS. auto: chat where the tokenizer has a template.")  # fmt: skip
+    prompt_tokens: int = opt(0, "format text: how many leading tokens are the prompt, the rest being the response; "
+                                "0: the whole text is prompt.")  # fmt: skip
+    obfuscate: Literal["prompt", "all"] = opt(
+        "prompt", "Content tokens that are obfuscated. Generated tokens are always clean at inference, because the "
+                  "server embeds them itself; `all` is for trunks used without generation.")  # fmt: skip
+    obfuscate_template: bool = opt(False, "Also obfuscate template and special tokens of the prompt.")
+    truncation: Literal["drop", "right", "left"] = opt(
+        "right", "Samples longer than training.seq_len: dropped, or cut at the right (end of the response) or at the "
+                 "left (start of the prompt).")  # fmt: skip
+    min_prompt_tokens: int = opt(1, "Samples with fewer obfuscatable tokens are skipped (and counted).")
+    packing: bool = opt(False, "Several samples in one row with document-masked attention (GPU). Without it each row "
+                               "is one right-padded sample.")  # fmt: skip
+    max_samples: int = opt(0, "Use only this many samples; 0: all.")
+    validation_samples: int = opt(256, "Samples held out from training (chosen by hash of the row), for the probe "
+                                       "and for the before/after table.")  # fmt: skip
+    cache_dir: str = opt("", "Tokenized cache, shared by runs. Empty: <output_dir>/../.cache/data.")
+
+
+@dataclass(kw_only=True)
+class Training:
+    steps: int = opt(0, "Optimizer steps; 0: from `epochs`.")
+    epochs: float = opt(1.0, "Passes over the data when `steps` is 0.")
+    seq_len: int = opt(512, "Tokens per row.")
+    local_batch_size: int = opt(4, "Rows per data-parallel rank in one forward pass.")
+    global_batch_size: int = opt(-1, "Rows per optimizer step over all ranks and accumulation steps; -1: no "
+                                     "accumulation. Keep it when the world size changes.")  # fmt: skip
+    max_norm: float = opt(1.0, "Gradient norm above which gradients are scaled down.")
+    max_nonfinite_steps: int = opt(10, "A step with a non-finite loss or gradient is skipped on all ranks; this many "
+                                       "in a row end the run.")  # fmt: skip
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = opt(
+        "auto", "Compute type of the estimator, whose weights and optimizer stay in float32. auto: as trunk.dtype.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    lr: float = opt(1e-3, "Peak learning rate of AdamW.")
+    beta1: float = opt(0.9, "AdamW beta1.")
+    beta2: float = opt(0.95, "AdamW beta2.")
+    eps: float = opt(1e-8, "AdamW epsilon.")
+    weight_decay: float = opt(0.01, "Decay of the bodies' matrices; norms and heads are never decayed, since zero "
+                                    "heads mean no protection.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class LRScheduler:
+    warmup_steps: int = opt(50, "Linear warmup.")
+    decay_ratio: float | None = opt(None, "Share of the run spent decaying; unset: decay starts after the warmup.")
+    decay_type: Literal["linear", "sqrt", "cosine"] = opt("cosine", "Shape of the decay.")
+    min_lr_factor: float = opt(0.1, "Final learning rate as a share of the peak.")
+
+
+@dataclass(kw_only=True)
+class Parallelism:
+    data_parallel_replicate_degree: int = opt(1, "HSDP: copies of the sharded weights (often the number of islands "
+                                                 "with fast links).")  # fmt: skip
+    data_parallel_shard_degree: int = opt(-1, "FSDP2 shards; -1: what the other degrees leave.")
+    tensor_parallel_degree: int = opt(1, "Tensor parallelism, inside a node.")
+    enable_sequence_parallel: bool = opt(True, "Activations between blocks sharded over the sequence under TP.")
+    expert_parallel_degree: int = opt(1, "Expert parallelism of MoE trunks.")
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt(
+        "default", "Free gathered weights after each layer's forward (less memory) or keep them (fewer gathers).")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ActivationCheckpoint:
+    mode: Literal["none", "selective", "full"] = opt(
+        "none", "Recompute the student's activations in the backward pass: nothing, cheap operations, or whole "
+                "layers (+2N flops a token). The teacher is never recomputed.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Compile:
+    enable: bool = opt(False, "torch.compile every block.")
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    interval: int = opt(500, "Steps between checkpoints; the last step is always saved.")
+    keep_latest: int = opt(3, "Committed checkpoints to keep; 0: all. At least 2 otherwise.")
+    accept_changes: bool = opt(False, "Go on from a checkpoint although trunk, data, objective or another option that "
+                                      "decides what is learned has changed.")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Metrics:
+    log_every: int = opt(10, "Steps between log lines and TensorBoard points.")
+    tensorboard: bool = opt(True, "Write TensorBoard events to <output_dir>/tb.")
+    wandb: bool = opt(False, "Also log to Weights & Biases (WANDB_* variables).")
+    probe_every: int = opt(100, "Steps between nearest-neighbour probes on held-out samples; 0: never.")
+    probe_samples: int = opt(32, "Held-out samples in a probe.")
+    progress: bool = opt(True, "A live progress line with ETA on a terminal.")
+
+
+@dataclass(kw_only=True)
+class Comm:
+    init_timeout_seconds: int = opt(600, "Timeout of collectives until the first step is done.")
+    train_timeout_seconds: int = opt(300, "Timeout of collectives afterwards: a hung rank ends the job.")
+
+
+@dataclass(kw_only=True)
+class Export:
+    at_end: bool = opt(True, "Export to <output_dir>/export when training completes.")
+    embeddings: bool = opt(True, "Ship the embedding table in the export, so that a client needs nothing else.")
+    dtype: Literal["float32", "bfloat16"] = opt("float32", "Type of the exported weights.")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run. ``docs/CONFIG.md`` is printed from this class."""
+
+    run: Run = section(Run, "Identity of the run.")
+    cluster: Cluster = section(Cluster, "Hardware the config was sized for.")
+    trunk: Trunk = section(Trunk, "The frozen model.")
+    estimator: Estimator = section(Estimator, "The trainable Stained Glass Transform (METHOD: a short trunk).")
+    objective: Objective = section(Objective, "Utility and obfuscation losses (Eq. 3 and 11).")
+    data: Data = section(Data, "Samples, and which of their tokens are obfuscated.")
+    training: Training = section(Training, "Batch, length, duration.")
+    optimizer: Optimizer = section(Optimizer, "AdamW.")
+    lr_scheduler: LRScheduler = section(LRScheduler, "Learning rate over the run.")
+    parallelism: Parallelism = section(Parallelism, "How ranks share the work.")
+    activation_checkpoint: ActivationCheckpoint = section(ActivationCheckpoint, "Memory for compute.")
+    compile: Compile = section(Compile, "torch.compile.")
+    checkpoint: Checkpoint = section(Checkpoint, "Saving and resuming.")
+    metrics: Metrics = section(Metrics, "What is measured while training.")
+    comm: Comm = section(Comm, "Collective timeouts.")
+    export: Export = section(Export, "The result.")

@@ -1,0 +1,464 @@
+"""The tokenized data set on disk: built once, named by a fingerprint, memory-mapped by every rank.
+
+A directory ``<cache_dir>/<fingerprint>`` holds
+
+    tokens.npy    (tokens,)      uint16 or uint32   all samples, one after the other
+    roles.npy     (tokens,)      uint8              TEMPLATE, PROMPT, RESPONSE
+    offsets.npy   (samples + 1,) int64              sample i is tokens[offsets[i]:offsets[i + 1]]
+    counts.npy    (samples, 5)   int32              tokens of each kind, see tokenization.COUNTS
+    hashes.npy    (samples,)     uint64             decides which samples are held out
+    meta.json                                       counts, options, sizes and sha256 of the arrays
+
+It is built under another name and renamed when complete, so a directory that exists is whole unless someone
+damaged it, and two builders cannot disturb each other: the first to rename wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sgt_titan.config import schema
+from sgt_titan.data.sources import Rows, expand, load_rows
+from sgt_titan.data.tokenization import (
+    COUNTS,
+    DROPS,
+    Chunk,
+    Options,
+    load_tokenizer,
+    make_options,
+    tokenize_rows,
+    tokenizer_files,
+)
+from sgt_titan.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes")
+# Small data sets keep at least nine tenths for training.
+MAX_VALIDATION_SHARE = 0.1
+STALE_SECONDS = 7 * 24 * 3600
+POLL_SECONDS = 0.5
+ERROR_SECONDS = 60.0
+
+
+class DamagedCache(Exception):
+    """A cache directory that is not what its meta.json says."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Some samples of a data set, numbered 0..len-1. ``index[i]`` is sample i's number in the whole data set."""
+
+    dataset: TokenizedDataset = field(repr=False)
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def tokens(self, i: int) -> np.ndarray:
+        """Token ids of sample i, (T,), in the dtype of the file."""
+        return self.dataset.tokens[self._slice(i)]
+
+    def roles(self, i: int) -> np.ndarray:
+        """Roles of sample i, uint8 (T,)."""
+        return self.dataset.roles[self._slice(i)]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 (len,)."""
+        return self.dataset.lengths[self.index]
+
+    def counts(self, kind: str) -> np.ndarray:
+        """Tokens of one kind (see tokenization.COUNTS) in each sample, int64 (len,)."""
+        return self.dataset.counts[self.index, COUNTS.index(kind)].astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint
+
+    def _slice(self, i: int) -> slice:
+        at = self.index[i]
+        return slice(int(self.dataset.offsets[at]), int(self.dataset.offsets[at + 1]))
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """A tokenized data set. ``fingerprint`` covers its tokens and its split: equal on all ranks and across
+    restarts, or the run is not the same run."""
+
+    directory: Path
+    meta: dict[str, Any] = field(repr=False)
+    tokens: np.ndarray = field(repr=False)
+    roles: np.ndarray = field(repr=False)
+    offsets: np.ndarray = field(repr=False)
+    counts: np.ndarray = field(repr=False)
+    hashes: np.ndarray = field(repr=False)
+    validation_samples: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 (samples,)."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def train(self) -> View:
+        return View(self, self._split[0])
+
+    @cached_property
+    def validation(self) -> View:
+        return View(self, self._split[1])
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.meta['fingerprint']}:{self.validation_samples}".encode()).hexdigest()
+
+    @cached_property
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        return split(self.hashes, self.validation_samples)
+
+
+def split(hashes: np.ndarray, validation_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (int64, ascending) of the training and of the held-out samples.
+
+    Held out are the ``validation_samples`` smallest hashes, at most a tenth of all. Copies of a held-out sample
+    are in neither part, or training would see it.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    n = len(hashes)
+    count = max(0, min(validation_samples, int(n * MAX_VALIDATION_SHARE)))
+    order = np.lexsort((np.arange(n), hashes))
+    validation = np.sort(order[:count])
+    train = np.sort(order[count:])
+    if count:
+        train = train[hashes[train] > hashes[order[count - 1]]]
+    if not len(train):
+        raise UserError(
+            "data.validation_samples: every training sample is a copy of a held-out one; set data.validation_samples "
+            "to 0 or use data with more than one distinct row"
+        )
+    return train, validation
+
+
+def cache_dir(config: schema.Config) -> Path:
+    """Where the caches of a configuration live."""
+    if config.data.cache_dir:
+        return Path(expand(config.data.cache_dir, "data.cache_dir"))
+    output = config.run.output_dir or os.path.join("outputs", config.run.name)
+    return Path(os.path.normpath(expand(output, "run.output_dir"))).parent / ".cache" / "data"
+
+
+def fingerprint(rows: Rows, options: Options, tokenizer_dir: str) -> str:
+    """sha256 over the source's content, the tokenizer's files, every option that changes tokens, and the format."""
+    total = hashlib.sha256()
+    parts = {"version": FORMAT_VERSION, "source": rows.fingerprint, "options": options.as_dict()}
+    total.update(json.dumps(parts, sort_keys=True).encode())
+    for file in tokenizer_files(tokenizer_dir):
+        total.update(f"\0{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    return total.hexdigest()
+
+
+def prepare(
+    config: schema.Config, tokenizer_dir: str, *, progress: bool = True, workers: int | None = None
+) -> TokenizedDataset:
+    """Tokenize the configured data once; later calls open what the first one built.
+
+    ``data.max_samples`` takes the first usable rows of the source. A damaged cache is rebuilt.
+
+    Raises:
+        UserError: anything wrong with the source, the tokenizer or single rows; no usable rows.
+    """
+    rows = load_rows(config.data)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    options = make_options(config, rows, tokenizer)
+    name = fingerprint(rows, options, tokenizer_dir)
+    root = cache_dir(config)
+    final = root / name
+    if final.exists():
+        try:
+            return _open(final, config.data.validation_samples, verify=False)
+        except DamagedCache as error:
+            logger.warning("%s is damaged (%s); building it again", final, error)
+            _discard(final)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        _build(rows, tokenizer, tokenizer_dir, options, name, final, progress=progress, workers=workers)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror or error}") from error
+    return _open_or_fail(final, config.data.validation_samples)
+
+
+def open_cache(directory: str | Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
+    """Memory-map a finished cache. Sizes are always checked, with ``verify`` also the sha256 of every array.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    return _open_or_fail(Path(directory), validation_samples, verify=verify)
+
+
+def wait_or_prepare(
+    config: schema.Config,
+    tokenizer_dir: str,
+    rank: int,
+    *,
+    progress: bool = True,
+    session: str | None = None,
+    timeout_seconds: float = 4 * 3600,
+) -> TokenizedDataset:
+    """Rank 0 builds or finds the cache; the others wait for its word and open the same directory.
+
+    Only the file system is used, so that it works before any process group exists and however long it takes;
+    the other ranks neither hash the source nor ask the hub. Rank 0's answer, a directory or an error, is a
+    file named by ``session``, which all ranks of one start share and no other start has; by default made of
+    what torchrun and Slurm put in the environment. With no such thing every rank prepares for itself, which
+    is correct but does the work more than once.
+
+    Raises:
+        UserError: as ``prepare`` on every rank; no word from rank 0 within ``timeout_seconds``.
+    """
+    session = _session() if session is None else session
+    if not session:
+        return prepare(config, tokenizer_dir, progress=progress and rank == 0)
+    asked = json.dumps([session, str(tokenizer_dir), config.training.seq_len, vars(config.data)], sort_keys=True)
+    answer = cache_dir(config) / "sessions" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
+    if rank == 0:
+        try:
+            dataset = prepare(config, tokenizer_dir, progress=progress)
+        except UserError as error:
+            _publish(answer, {"error": str(error)})
+            raise
+        _publish(answer, {"directory": dataset.directory.name})
+        return dataset
+    arrived, deadline = time.time(), time.monotonic() + timeout_seconds
+    while True:
+        try:
+            said = json.loads(answer.read_text())
+            # An error that was there long before this rank was is an earlier start's, on the same port.
+            if "directory" in said or answer.stat().st_mtime > arrived - ERROR_SECONDS:
+                break
+        except (OSError, ValueError):
+            pass  # not there yet
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"data.cache_dir: rank {rank} waited {timeout_seconds:g} s for rank 0 to prepare the data in "
+                f"{answer.parent.parent}; is that folder shared by all nodes? `sgt-titan prepare` builds it beforehand"
+            )
+        time.sleep(POLL_SECONDS)
+    if "error" in said:
+        raise UserError(said["error"])
+    return _open_or_fail(cache_dir(config) / said["directory"], config.data.validation_samples)
+
+
+def _session() -> str:
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT",
+             "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    return json.dumps(found, sort_keys=True) if {"MASTER_PORT", "SLURM_JOB_ID"} & set(found) else ""
+
+
+def _publish(path: Path, content: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
+
+
+def _open_or_fail(directory: Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
+    try:
+        return _open(directory, validation_samples, verify=verify)
+    except DamagedCache as error:
+        raise UserError(f"{directory}: damaged cache ({error}); delete it, it will be built again") from error
+
+
+def _open(directory: Path, validation_samples: int, *, verify: bool) -> TokenizedDataset:
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        expected = meta["arrays"]
+        arrays = {}
+        for name in ARRAYS:
+            path = directory / f"{name}.npy"
+            if path.stat().st_size != expected[name]["bytes"]:
+                raise DamagedCache(f"{path.name} has {path.stat().st_size} bytes, not {expected[name]['bytes']}")
+            if verify:
+                with open(path, "rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() != expected[name]["sha256"]:
+                        raise DamagedCache(f"{path.name} has changed: its sha256 is not the one in meta.json")
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCache(f"{type(error).__name__}: {error}") from error
+    if meta.get("version") != FORMAT_VERSION:
+        raise DamagedCache(f"format {meta.get('version')}, not {FORMAT_VERSION}")
+    samples, total = len(arrays["offsets"]) - 1, len(arrays["tokens"])
+    shapes_agree = (
+        len(arrays["roles"]) == total
+        and arrays["counts"].shape == (samples, len(COUNTS))
+        and len(arrays["hashes"]) == samples
+        and int(arrays["offsets"][-1]) == total
+    )
+    if not shapes_agree:
+        raise DamagedCache("its arrays do not belong together")
+    return TokenizedDataset(directory=directory, meta=meta, validation_samples=validation_samples, **arrays)
+
+
+def _build(
+    rows: Rows,
+    tokenizer: Any,
+    tokenizer_dir: str,
+    options: Options,
+    name: str,
+    final: Path,
+    *,
+    progress: bool,
+    workers: int | None,
+) -> None:
+    temporary = final.parent / f".building-{name[:12]}-{uuid.uuid4().hex[:12]}"
+    temporary.mkdir()
+    try:
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        chunks = tokenize_rows(rows, tokenizer, tokenizer_dir, options, workers=workers)
+        meta = _write(temporary, chunks, rows, options, name, np.uint16 if largest < 2**16 else np.uint32, progress)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+            # Another builder was first; its arrays are the same.
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    directory: Path, chunks: Iterator[Chunk], rows: Rows, options: Options, name: str, token_type: type, progress: bool
+) -> dict[str, Any]:
+    """Append chunks to the arrays; returns the content of meta.json."""
+    from tqdm import tqdm
+
+    read, used, total, truncated = 0, 0, 0, 0
+    dropped = dict.fromkeys(DROPS, 0)
+    sums = np.zeros(len(COUNTS), dtype=np.int64)
+    bar = tqdm(total=len(rows), unit=" rows", desc="tokenizing", disable=not progress, mininterval=1.0)
+    with (
+        bar,
+        _appender(directory / "tokens.npy", token_type) as tokens,
+        _appender(directory / "roles.npy", np.uint8) as roles,
+        _appender(directory / "offsets.npy", np.int64) as offsets,
+        _appender(directory / "counts.npy", np.int32, len(COUNTS)) as counts,
+        _appender(directory / "hashes.npy", np.uint64) as hashes,
+    ):
+        offsets(np.zeros(1, dtype=np.int64))
+        for chunk in chunks:
+            take = len(chunk.lengths)
+            if options.max_samples:
+                take = min(take, options.max_samples - used)
+            stop = int(chunk.lengths[:take].sum())
+            tokens(chunk.tokens[:stop])
+            roles(chunk.roles[:stop])
+            offsets(total + np.cumsum(chunk.lengths[:take]))
+            counts(chunk.counts[:take])
+            hashes(chunk.hashes[:take])
+            sums += chunk.counts[:take].sum(0, dtype=np.int64)
+            read, used, total, truncated = read + chunk.read, used + take, total + stop, truncated + chunk.truncated
+            for reason, count in chunk.dropped.items():
+                dropped[reason] += count
+            bar.update(chunk.read)
+            if options.max_samples and used >= options.max_samples:
+                break
+    if not used:
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        raise UserError(
+            f"{rows.name}: no usable rows: {read} read, dropped {why} (too_long: more than training.seq_len "
+            f"{options.seq_len} tokens; short_prompt: fewer prompt tokens than data.min_prompt_tokens "
+            f"{options.min_prompt_tokens})"
+        )
+    return {
+        "version": FORMAT_VERSION,
+        "fingerprint": name,
+        "source": os.path.basename(rows.name),
+        "options": options.as_dict(),
+        "rows_read": read,
+        "samples": used,
+        "dropped": dropped,
+        "truncated": truncated,
+        "tokens": total,
+        **{f"{kind}_tokens": int(n) for kind, n in zip(COUNTS, sums, strict=True)},
+        "arrays": {a: _describe(directory / f"{a}.npy") for a in ARRAYS},
+    }
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+@contextmanager
+def _appender(path: Path, dtype: type, width: int = 0) -> Iterator[Any]:
+    """A function that appends arrays to a .npy file along the first axis."""
+    rows = 0
+    dtype = np.dtype(dtype).newbyteorder("<")
+
+    def append(array: np.ndarray) -> None:
+        nonlocal rows
+        rows += len(array)
+        stream.write(np.ascontiguousarray(array, dtype=dtype).tobytes())
+
+    with open(path, "wb") as stream:
+        length = _header(stream, dtype, rows, width)
+        yield append
+        stream.seek(0)
+        # numpy pads headers so that the first axis may grow without moving the data.
+        assert _header(stream, dtype, rows, width) == length
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _header(stream: IO[bytes], dtype: np.dtype, rows: int, width: int) -> int:
+    shape = (rows, width) if width else (rows,)
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, description)
+    return stream.tell()
+
+
+def _discard(directory: Path) -> None:
+    """Take a directory out of the way at once, then delete it: nobody may see it half deleted."""
+    aside = directory.with_name(f".damaged-{uuid.uuid4().hex[:12]}")
+    try:
+        os.rename(directory, aside)
+    except FileNotFoundError:
+        return  # another process was faster
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Delete what builders that were killed left behind a week ago or earlier."""
+    old = time.time() - STALE_SECONDS
+    for path in [*root.glob(".building-*"), *root.glob(".damaged-*"), *root.glob("sessions/*")]:
+        try:
+            if path.stat().st_mtime < old:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError:
+            continue  # not ours, or gone

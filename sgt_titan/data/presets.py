@@ -1,0 +1,59 @@
+"""Known data sets: a row of a table each. Adding one is adding a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A source with its columns. ``path`` is a hub name, or a local file if it starts with ``${``."""
+
+    path: str
+    format: str
+    columns: dict[str, str] = field(default_factory=dict)
+    strip_suffix: str = ""  # removed from the end of every response
+
+
+PRESETS: dict[str, Preset] = {
+    "openorca": Preset("Open-Orca/OpenOrca", "instruction",
+                       {"system": "system_prompt", "instruction": "question", "output": "response"}),
+    "alpaca": Preset("${SGT_TITAN_ASSETS}/alpaca/alpaca_8k.jsonl", "instruction",
+                     {"instruction": "instruction", "input": "input", "output": "output"}),
+    "tinystories": Preset("${SGT_TITAN_ASSETS}/text/tinystories.jsonl", "text", {"text": "text"}),
+    "pupa": Preset("${SGT_TITAN_ASSETS}/pupa/PUPA_New.csv", "instruction",
+                   {"instruction": "user_query", "output": "target_response"}),
+    "t0": Preset("${SGT_TITAN_ASSETS}/instruct/t0_15k.jsonl", "instruction",
+                 {"instruction": "prompt", "output": "completion"}, strip_suffix="<|endoftext|>"),
+    "flan_cot": Preset("${SGT_TITAN_ASSETS}/instruct/flan_cot_10k.jsonl", "instruction",
+                       {"instruction": "question", "output": "answer"}),
+    "demo": Preset("demo", "chat", {"messages": "messages"}),
+}  # fmt: skip
+
+# Rows of the generated corpus when data.max_samples does not say.
+DEMO_ROWS = 20_000
+
+# The fields of each format; those after the bar may be missing or empty.
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text": (("text",), ()),
+    "instruction": (("instruction", "output"), ("system", "input")),
+    "chat": (("messages",), ()),
+}
+
+# Column names that are understood without being told, by field, in order of preference.
+USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
+    "text": ("text", "content", "story"),
+    "system": ("system", "system_prompt"),
+    "instruction": ("instruction", "prompt", "question", "query"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "completion", "answer"),
+    "messages": ("messages", "conversations"),
+}
+
+SUFFIXES: dict[str, str] = {  # file suffix -> builder of the datasets library
+    ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".jsonl.zst": "json",
+    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".csv.gz": "csv",
+}  # fmt: skip
+
+# ShareGPT names of roles and keys.
+ROLES: dict[str, str] = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}

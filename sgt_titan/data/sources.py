@@ -1,0 +1,351 @@
+"""Rows of a data set, wherever it is, as chat turns.
+
+``load_rows`` finds the rows (a preset, a hub name, local files) without reading them into memory;
+``turns`` makes a row into messages. Text is one user turn: a document is all prompt until ``prompt_tokens``
+says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sgt_titan.config import schema
+from sgt_titan.data.presets import DEMO_ROWS, FIELDS, PRESETS, ROLES, SUFFIXES, USUAL_COLUMNS
+from sgt_titan.errors import UserError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A sized, indexable source. ``fingerprint`` changes when its content does."""
+
+    data: Any  # datasets.Dataset or GeneratedRows: __len__, __getitem__ -> dict
+    name: str
+    format: str
+    columns: dict[str, str]
+    fingerprint: str
+    strip_suffix: str = ""
+    files: tuple[tuple[int, str], ...] = field(default=())  # (first row, file name), ascending
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.data[i]
+
+    def where(self, i: int) -> str:
+        """The row as a person finds it: its file and its number in the file, from 1 as editors count lines."""
+        at = max((f for f in self.files if f[0] <= i), default=(0, self.name))
+        return f"{at[1]}: row {i - at[0] + 1}"
+
+    def messages(self, i: int) -> Messages:
+        """Row i as turns.
+
+        Raises:
+            UserError: the row lacks a field.
+        """
+        messages = turns(self.data[i], i, self.format, self.columns, where=self.where(i))
+        if self.strip_suffix and messages and messages[-1]["role"] == "assistant":
+            messages[-1]["content"] = messages[-1]["content"].removesuffix(self.strip_suffix)
+        return messages
+
+
+@dataclass(frozen=True)
+class GeneratedRows:
+    """The demo corpus: row i is made when asked for."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        from sgt_titan.demo.corpus import conversations
+
+        return next(iter(conversations(1, start=i)))
+
+
+def expand(path: str, key: str) -> str:
+    """``path`` with environment variables and ``~`` expanded.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    for name in re.findall(r"\$(?:\{(\w+)\}|(\w+))", path):
+        variable = name[0] or name[1]
+        if variable not in os.environ:
+            raise UserError(f"{key}: environment variable {variable} in {path!r} is not set")
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def load_rows(data: schema.Data) -> Rows:
+    """Open the source named in the configuration. Rows stay on disk.
+
+    Raises:
+        UserError: unknown preset, missing file, unreadable content, no rows, no usable columns.
+    """
+    if not data.source:
+        raise UserError(f"data.source: is empty; name a preset ({', '.join(PRESETS)}), a hub data set or a file")
+    preset = PRESETS.get(data.source)
+    if data.source == "demo":
+        found, name, fingerprint, files = _open_demo(data)
+    else:
+        path = expand(preset.path if preset else data.source, "data.source")
+        if preset and not preset.path.startswith("${"):
+            found, name, fingerprint, files = _open_hub(data, path)
+        elif os.path.exists(path):
+            found, name, fingerprint, files = _open_local(path)
+        elif not preset and _is_hub_name(path):
+            found, name, fingerprint, files = _open_hub(data, path)
+        else:
+            raise UserError(_missing(data.source, path, is_preset=preset is not None))
+    if len(found) == 0:
+        raise UserError(f"{name}: no usable rows: the source is empty")
+    present = list(found[0]) if isinstance(found, GeneratedRows) else list(found.column_names)
+    fmt, columns = _fields(data, preset and preset.format, dict(preset.columns) if preset else {}, present, name)
+    return Rows(found, name, fmt, columns, fingerprint, preset.strip_suffix if preset else "", files)
+
+
+def turns(row: dict[str, Any], i: int, fmt: str, columns: dict[str, str], *, where: str = "") -> Messages:
+    """One row as ``[{"role", "content"}, ...]``.
+
+    ``columns`` maps fields to columns of the row. instruction: the system turn is left out when empty, the
+    input follows the instruction after a blank line.
+
+    Raises:
+        UserError: a required field is missing or not text; names ``where`` (default: the row's number, from 1).
+    """
+    where = where or f"row {i + 1}"
+    if fmt == "text":
+        return [{"role": "user", "content": _text(row, "text", columns, where)}]
+    if fmt == "chat":
+        return _chat(row, columns, where)
+    if fmt != "instruction":
+        raise UserError(f"data.format: must be text, instruction or chat, got {fmt!r}")
+    system = _text(row, "system", columns, where, optional=True)
+    instruction = _text(row, "instruction", columns, where)
+    extra = _text(row, "input", columns, where, optional=True)
+    output = _text(row, "output", columns, where)
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    messages.append({"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction})
+    messages.append({"role": "assistant", "content": output})
+    return messages
+
+
+def _text(row: dict[str, Any], name: str, columns: dict[str, str], where: str, *, optional: bool = False) -> str:
+    column = columns.get(name)
+    value = row.get(column) if column else None
+    if value is None:
+        if optional:
+            return ""
+        raise UserError(f"{where}: has no {column or name!r} (field {name!r})")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # answers that are numbers
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} (field {name!r}) must be text, is {type(value).__name__}")
+    return value
+
+
+def _chat(row: dict[str, Any], columns: dict[str, str], where: str) -> Messages:
+    column = columns.get("messages", "messages")
+    value = row.get(column)
+    if value is None:
+        raise UserError(f"{where}: has no {column!r} (field 'messages')")
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{where}: {column!r} must be a list of {{role, content}}, is {type(value).__name__}")
+    messages = []
+    for t, turn in enumerate(value):
+        turn = turn if isinstance(turn, dict) else {}
+        role = turn.get("role") or turn.get("from")
+        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        if not isinstance(role, str) or not isinstance(content, str):
+            missing = "content" if isinstance(role, str) else "role"
+            raise UserError(f"{where}: turn {t} of {column!r} has no {missing!r}")
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def _fields(
+    data: schema.Data, preset_format: str | None, preset_columns: dict[str, str], present: list[str], name: str
+) -> tuple[str, dict[str, str]]:
+    """The format and the column of each of its fields."""
+    given = {**preset_columns, **data.columns}
+    for key, column in data.columns.items():
+        if key not in USUAL_COLUMNS:
+            near = difflib.get_close_matches(key, USUAL_COLUMNS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; fields are {', '.join(USUAL_COLUMNS)}"
+            raise UserError(f"data.columns: unknown field {key!r}{hint}")
+        if column not in present:
+            raise UserError(
+                f"data.columns.{key}: {name} has no column {column!r}; its columns are {', '.join(present)}"
+            )
+    columns = {}
+    for key, usual in USUAL_COLUMNS.items():
+        column = given.get(key) or next((c for c in usual if c in present), None)
+        if column in present:
+            columns[key] = column
+    complete = [f for f in ("chat", "instruction", "text") if all(k in columns for k in FIELDS[f][0])]
+    if data.format != "auto":
+        fmt = data.format
+    elif preset_format:
+        fmt = preset_format
+    elif complete:
+        fmt = complete[0]
+    else:
+        raise UserError(
+            f"data.format: cannot tell the format of {name} from its columns ({', '.join(present)}); set data.format "
+            "and data.columns"
+        )
+    required, optional = FIELDS[fmt]
+    for key in required:
+        if key not in columns:
+            raise UserError(
+                f"{name}: row 1: has no {given.get(key, key)!r} (field {key!r} of format {fmt}); its columns are "
+                f"{', '.join(present)}; set data.columns.{key}"
+            )
+    return fmt, {k: columns[k] for k in (*required, *optional) if k in columns}
+
+
+def _is_hub_name(path: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None and not _kind(path)
+
+
+def _missing(source: str, path: str, *, is_preset: bool) -> str:
+    if is_preset:
+        return f"data.source: preset {source!r} needs {path}, which does not exist; check SGT_TITAN_ASSETS"
+    return f"data.source: {path} does not exist"
+
+
+def _open_demo(data: schema.Data) -> tuple[Any, str, str, tuple]:
+    from sgt_titan.demo import corpus
+
+    count = data.max_samples or DEMO_ROWS
+    code = hashlib.sha256(Path(corpus.__file__).read_bytes()).hexdigest()
+    return GeneratedRows(count), "demo", f"demo:{count}:{code}", ()
+
+
+def _open_hub(data: schema.Data, name: str) -> tuple[Any, str, str, tuple]:
+    datasets = _datasets()
+    try:
+        with _quiet(datasets):
+            found = datasets.load_dataset(name, data.subset or None, split=data.split)
+    except Exception as error:
+        near = difflib.get_close_matches(data.source, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"data.source: {data.source!r} is no preset ({', '.join(PRESETS)}) and no existing file, and the hub did "
+            f"not deliver {name!r} (split {data.split!r}): {hint}{_reason(error)}"
+            if data.source not in PRESETS
+            else f"data.source: the hub did not deliver {name!r} (split {data.split!r}): {_reason(error)}"
+        ) from error
+    return found, name, f"hub:{name}:{data.subset}:{data.split}:{found._fingerprint}:{len(found)}", ()
+
+
+def _open_local(path: str) -> tuple[Any, str, str, tuple]:
+    datasets = _datasets()
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, "state.json")):
+        try:
+            found = datasets.load_from_disk(path)
+        except Exception as error:
+            raise UserError(f"{path}: cannot be read as a saved data set: {_reason(error)}") from error
+        if not hasattr(found, "column_names") or isinstance(found, dict):
+            raise UserError(f"{path}: holds several splits; name one of its folders")
+        return found, path, f"disk:{_hash_files(_listing(path))}", ()
+    files = _data_files(path)
+    parts, starts, row = [], [], 0
+    for file in files:
+        part = _read_file(datasets, file)
+        starts.append((row, str(file)))
+        parts.append(part)
+        row += len(part)
+    parts = [p for p in parts if len(p)] or parts[:1]
+    try:
+        found = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except Exception as error:
+        raise UserError(f"{path}: its files have different columns: {_reason(error)}") from error
+    return found, path, f"files:{_hash_files(files)}", tuple(starts)
+
+
+def _data_files(path: str) -> list[Path]:
+    if os.path.isfile(path):
+        if not _kind(path):
+            raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+        return [Path(path)]
+    # Left by the datasets library and the hub beside the data.
+    about = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
+    files = [f for f in _listing(path) if _kind(f.name) and f.name not in about]
+    kinds = sorted({_kind(f.name) for f in files})
+    if not files:
+        raise UserError(f"{path}: no data files in this folder; known are {', '.join(SUFFIXES)}")
+    if len(kinds) > 1:
+        raise UserError(f"{path}: mixes {' and '.join(kinds)} files; name one file or a folder with one kind")
+    return files
+
+
+def _listing(path: str) -> list[Path]:
+    root = Path(path)
+    return sorted(f for f in root.rglob("*") if f.is_file() and not any(p.startswith(".") for p in
+                                                                        f.relative_to(root).parts))  # fmt: skip
+
+
+def _kind(name: str) -> str:
+    return next((SUFFIXES[s] for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+
+
+def _read_file(datasets: Any, file: Path) -> Any:
+    kind = _kind(file.name)
+    if file.stat().st_size == 0:
+        return datasets.Dataset.from_dict({})
+    # Text that reads "NA" or "null" is text.
+    options = {"keep_default_na": False} if kind == "csv" else {}
+    try:
+        with _quiet(datasets):
+            return datasets.load_dataset(kind, data_files=str(file), split="train", **options)
+    except Exception as error:
+        raise UserError(f"{file}: cannot be read as {kind}: {_reason(error)}") from error
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    """sha256 over names (not folders: a moved data set is the same one) and bytes."""
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            total.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
+    return total.hexdigest()
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("data: the datasets library is missing; pip install 'sgt-titan[train]'") from error
+    return datasets
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without the library's own progress bars: ours is one line."""
+    was_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, one short line: the outer ones only say that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:160]}" if line else type(error).__name__

@@ -1,0 +1,278 @@
+"""Rows to token ids and roles: templates, truncation, and what makes a sample unusable."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sgt_titan.config import schema
+from sgt_titan.data.sources import Rows, expand
+from sgt_titan.errors import UserError
+from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
+
+# Every file of a tokenizer that can change a token.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+# Columns of a sample's role counts. A target is a token that some position predicts: any but the first.
+COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets")
+
+DROPS = ("too_long", "short_prompt")
+PARALLEL_ROWS = 50_000
+CHUNK_ROWS = 1_000
+MAX_WORKERS = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything but the rows and the tokenizer that decides the tokens."""
+
+    format: str
+    columns: tuple[tuple[str, str], ...]
+    template: str
+    prompt_tokens: int
+    truncation: str
+    seq_len: int
+    min_prompt_tokens: int
+    max_samples: int
+    strip_suffix: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive rows, tokenized: flat uint32 tokens and uint8 roles, per-sample lengths (int64),
+    role counts (int32, see COUNTS) and hashes (uint64); rows read and dropped by reason."""
+
+    tokens: np.ndarray
+    roles: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    hashes: np.ndarray
+    read: int
+    dropped: dict[str, int]
+    truncated: int
+
+
+def load_tokenizer(directory: str) -> Any:
+    """The fast tokenizer of a checkpoint directory, without touching the network or running its code.
+
+    Raises:
+        UserError: not a directory, no tokenizer in it, or a slow one.
+    """
+    path = expand(str(directory), "trunk.path")
+    if not os.path.isdir(path):
+        raise UserError(f"trunk.path: {path} is not a directory; it must hold tokenizer.json and config.json")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{path}: no readable tokenizer (tokenizer.json, tokenizer_config.json): {reason}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{path}: has only a slow tokenizer; convert it to a fast one (tokenizer.json)")
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Refuse a tokenizer that can produce a token the embedding table has no row for.
+
+    Raises:
+        UserError: a token id is ``vocab_size`` or more.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"tokenizer: token {token!r} has id {largest}, but the trunk's vocab_size is {vocab_size}; the tokenizer "
+            "belongs to another model"
+        )
+
+
+def choose_template(data_template: str, fmt: str, tokenizer: Any) -> str:
+    """``chat`` or ``plain`` for a ``data.template`` of auto, chat or plain.
+
+    Raises:
+        UserError: chat asked for without turns or without a chat template.
+    """
+    if data_template == "auto":
+        return "chat" if fmt != "text" and tokenizer.chat_template else "plain"
+    if data_template == "chat" and fmt == "text":
+        raise UserError("data.template: chat needs turns and format text has none; use auto or plain")
+    if data_template == "chat" and not tokenizer.chat_template:
+        raise UserError("data.template: chat, but the trunk's tokenizer has no chat template; use auto or plain")
+    return data_template
+
+
+def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
+    """The options of a configuration, with nothing left to decide.
+
+    Raises:
+        UserError: a template that does not fit, or a seq_len below 2 (no token would predict another).
+    """
+    data, seq_len = config.data, config.training.seq_len
+    if seq_len < 2:
+        raise UserError(f"training.seq_len: must be at least 2, got {seq_len}")
+    if data.prompt_tokens and rows.format != "text":
+        raise UserError(f"data.prompt_tokens: is for format text; {rows.name} has format {rows.format}; use 0")
+    return Options(
+        format=rows.format,
+        columns=tuple(sorted(rows.columns.items())),
+        template=choose_template(data.template, rows.format, tokenizer),
+        prompt_tokens=data.prompt_tokens,
+        truncation=data.truncation,
+        seq_len=seq_len,
+        min_prompt_tokens=data.min_prompt_tokens,
+        max_samples=data.max_samples,
+        strip_suffix=rows.strip_suffix,
+    )
+
+
+def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """At most ``seq_len`` tokens, or None if the sample is to be dropped.
+
+    ``right`` cuts the end. ``left`` takes out the first prompt tokens, as many as needed: the template around
+    them stays whole, and so does the response; None if the prompt is not long enough for that.
+    """
+    excess = len(ids_T) - seq_len
+    if excess <= 0:
+        return ids_T, roles_T
+    if how == "right":
+        return ids_T[:seq_len], roles_T[:seq_len]
+    prompt = np.flatnonzero(roles_T == PROMPT)
+    if how == "drop" or len(prompt) < excess:
+        return None
+    keep = np.ones(len(ids_T), dtype=bool)
+    keep[prompt[:excess]] = False
+    return ids_T[keep], roles_T[keep]
+
+
+def label_text(roles_T: np.ndarray, prompt_tokens: int) -> np.ndarray:
+    """Roles of a document: its first ``prompt_tokens`` content tokens stay PROMPT, the rest become RESPONSE."""
+    if prompt_tokens:
+        content = np.flatnonzero(roles_T == PROMPT)
+        roles_T = roles_T.copy()
+        roles_T[content[prompt_tokens:]] = RESPONSE
+    return roles_T
+
+
+def role_counts(roles_T: np.ndarray) -> tuple[int, ...]:
+    """How many tokens of each kind in COUNTS a sample has."""
+    template = roles_T == TEMPLATE
+    response = roles_T == RESPONSE
+    return (
+        int(template.sum()),
+        int(template[: response_start(roles_T)].sum()),
+        int((roles_T == PROMPT).sum()),
+        int(response.sum()),
+        int(response[1:].sum()),
+    )
+
+
+def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
+    """Tokenize rows start..stop-1.
+
+    The hash of a sample is that of its ids before truncation, so that the held-out samples of a data set are
+    the same at every seq_len.
+
+    Raises:
+        UserError: a row that cannot be used at all (missing field, refused by the template); names the row.
+    """
+    ids_parts, role_parts, counts, hashes = [], [], [], []
+    dropped = dict.fromkeys(DROPS, 0)
+    truncated = 0
+    for i in range(start, stop):
+        messages = rows.messages(i)
+        try:
+            encoded = encode_turns(tokenizer, messages, template=options.template)
+        except UserError as error:
+            raise UserError(f"{rows.where(i)}: {error}") from error
+        ids = np.array(encoded.ids, dtype=np.uint32)
+        cut = truncate(ids, np.array(encoded.roles, dtype=np.uint8), options.seq_len, options.truncation)
+        if cut is None:
+            dropped["too_long"] += 1
+            continue
+        roles = label_text(cut[1], options.prompt_tokens)
+        count = role_counts(roles)
+        # A sample needs two tokens, one to predict from and one to predict.
+        if count[COUNTS.index("prompt")] < options.min_prompt_tokens or len(roles) < 2:
+            dropped["short_prompt"] += 1
+            continue
+        truncated += len(cut[0]) < len(ids)
+        ids_parts.append(cut[0])
+        role_parts.append(roles)
+        counts.append(count)
+        hashes.append(int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest(), "little"))
+    return Chunk(
+        tokens=np.concatenate(ids_parts) if ids_parts else np.zeros(0, np.uint32),
+        roles=np.concatenate(role_parts) if role_parts else np.zeros(0, np.uint8),
+        lengths=np.array([len(p) for p in ids_parts], dtype=np.int64),
+        counts=np.array(counts, dtype=np.int32).reshape(-1, len(COUNTS)),
+        hashes=np.array(hashes, dtype=np.uint64),
+        read=stop - start,
+        dropped=dropped,
+        truncated=truncated,
+    )
+
+
+def tokenize_rows(
+    rows: Rows, tokenizer: Any, tokenizer_dir: str, options: Options, *, workers: int | None = None
+) -> Iterator[Chunk]:
+    """All rows as chunks, in order, holding a few chunks in memory at a time.
+
+    ``workers`` processes; None: one per available core when there are more than PARALLEL_ROWS rows.
+    """
+    ranges = [(a, min(a + CHUNK_ROWS, len(rows))) for a in range(0, len(rows), CHUNK_ROWS)]
+    if workers is None:
+        expected = min(len(rows), options.max_samples or len(rows))
+        workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS) if expected > PARALLEL_ROWS else 1
+    if workers <= 1 or len(ranges) <= 1:
+        for start, stop in ranges:
+            yield tokenize_chunk(rows, tokenizer, options, start, stop)
+        return
+    # Spawned, not forked: the parent may hold threads of torch and of the tokenizer. A pool feeds no faster than
+    # results are taken, by submitting a window of chunks.
+    import multiprocessing
+    from collections import deque
+
+    window: deque = deque()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, _start_worker, (rows, str(tokenizer_dir), options)) as pool:
+        pending = iter(ranges)
+        for bounds in pending:
+            window.append(pool.apply_async(_work, bounds))
+            if len(window) >= 2 * workers:
+                yield window.popleft().get()
+        while window:
+            yield window.popleft().get()
+
+
+def tokenizer_files(directory: str) -> list[Path]:
+    """The files of a tokenizer that can change a token, sorted by name."""
+    root = Path(expand(str(directory), "trunk.path"))
+    return [root / name for name in sorted(TOKENIZER_FILES) if (root / name).is_file()]
+
+
+_worker: tuple[Rows, Any, Options] | None = None
+
+
+def _start_worker(rows: Rows, tokenizer_dir: str, options: Options) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    _worker = (rows, load_tokenizer(tokenizer_dir), options)
+
+
+def _work(start: int, stop: int) -> Chunk:
+    assert _worker is not None
+    return tokenize_chunk(*_worker, start, stop)

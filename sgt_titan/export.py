@@ -1,0 +1,112 @@
+"""A training checkpoint as something a client can load: config.json, safetensors, tokenizer, card.
+
+Needs the checkpoint and the trunk's directory (for the tokenizer and, if shipped, the embedding table); neither
+torchtitan nor a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from sgt_titan import checkpoint
+from sgt_titan.config.load import load
+from sgt_titan.config.schema import TERMS, Config
+from sgt_titan.errors import UserError
+from sgt_titan.transform.configuration import SGTConfig, estimator_config
+from sgt_titan.transform.export import check_target, write_export
+from sgt_titan.transform.trunk_files import TrunkFiles
+
+SGT = "sgt."
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A step directory, or the newest committed one of a run's output directory.
+
+    Raises:
+        UserError: no committed checkpoint there, or a damaged one.
+    """
+    path = Path(path)
+    found = path if checkpoint.step_of(path) is not None else checkpoint.latest_committed(path)
+    if found is None or not checkpoint.is_committed(found):
+        raise UserError(f"{path}: no committed checkpoint; give an output directory or one of its checkpoints/step-*")
+    if damage := checkpoint.problems(found):
+        raise UserError(f"{damage[0]}; export another step of {found.parent}")
+    return found
+
+
+def export_checkpoint(
+    path: str | Path, out_dir: str | Path, *, overwrite: bool = False, trunk_path: str | None = None
+) -> Path:
+    """Write ``out_dir`` from a checkpoint and return it.
+
+    Args:
+        path: output directory of a run, or one of its checkpoints.
+        out_dir: missing, empty, or with ``overwrite`` an earlier export.
+        trunk_path: where the trunk lies now, if not where it was trained.
+
+    Raises:
+        UserError: no or a damaged checkpoint, another trunk than the one trained on, ``out_dir`` in use, no room.
+    """
+    path = resolve_checkpoint(path)
+    check_target(out_dir, overwrite=overwrite)
+    state, config = checkpoint.read_state(path), load(str(path / checkpoint.CONFIG))
+    files = TrunkFiles(trunk_path or config.trunk.path)
+    trained_on, found = state["fingerprints"]["trunk"], files.fingerprint()
+    if found != trained_on:
+        raise UserError(
+            f"{files.path}: is not the trunk of {path}: fingerprint {found[:12]}, trained on {trained_on[:12]}"
+        )
+    tensors = checkpoint.read_tensors(path, SGT)
+    if config.export.embeddings:
+        tensors["embed_tokens.weight"] = files.embedding_table()
+    return write_export(
+        out_dir,
+        sgt_config(config, state),
+        tensors,
+        tokenizer_dir=files.path,
+        summary=summary(config, state),
+        dtype=config.export.dtype,
+        overwrite=overwrite,
+    )
+
+
+def sgt_config(config: Config, state: dict) -> SGTConfig:
+    """Configuration of the exported model."""
+    hf = dict(state["hf_config"])
+    options = config.estimator
+    return SGTConfig(
+        trunk_config=estimator_config(AutoConfig.for_model(hf.pop("model_type"), **hf), options.layers),
+        body=options.body,
+        std_min=options.std_min,
+        std_max=options.std_max,
+        std_init=options.std_init,
+        mean_bound=options.mean_bound,
+        scale=state["statistics"]["scale"],
+        median_norm=state["statistics"]["median_norm"],
+        hidden_size=state["hf_config"]["hidden_size"],
+        vocab_size=state["hf_config"]["vocab_size"],
+        embeddings=config.export.embeddings,
+        obfuscate=config.data.obfuscate,
+        obfuscate_template=config.data.obfuscate_template,
+        template=config.data.template,
+        fingerprints=dict(state["fingerprints"]),
+        training=summary(config, state),
+    )
+
+
+def summary(config: Config, state: dict) -> dict:
+    """What the card says of the training."""
+    measured, probe = state.get("metrics", {}), state.get("probe", {})
+    return {
+        "name": config.run.name,
+        "trunk": Path(config.trunk.path).name,
+        "steps": state["step"],
+        "tokens": state["train_state"].get("ntokens_seen"),
+        "objective": {name: getattr(config.objective, name).weight for name in TERMS},
+        "losses": {name: measured[name] for name in ("utility", *TERMS) if name in measured},
+        "kl": probe.get("held-out kl", measured.get("kl")),
+        "agreement": probe.get("held-out agreement", measured.get("agreement")),
+        "nn_fr": probe.get("NN-FR"),
+    }

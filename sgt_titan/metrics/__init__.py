@@ -1,0 +1,1 @@
+"""What is measured on obfuscated embeddings: pure functions of local tensors."""

@@ -1,0 +1,216 @@
+"""Saving and resuming from inside the trainer: SGT, optimizer, schedules, cursor, step, RNG; never a trunk weight.
+
+Tensors go through torch's distributed checkpoint in its safetensors form, every rank writing its shards, so any world
+size can read what another wrote. The directory's layout and marker are those of ``sgt_titan/checkpoint.py``.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpointer.base import BaseCheckpointManager
+from torchtitan.tools.logging import logger
+
+from sgt_titan import checkpoint as disk
+from sgt_titan.errors import UserError
+from sgt_titan.export import SGT
+
+from .load_trunk import named_weights
+from .trunks import Family, export_name
+
+OPTIMIZER = "optimizer."
+RNG = "rng"
+
+
+class SGTCheckpointManager(BaseCheckpointManager):
+    """torchtitan's checkpoint contract over our directories."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseCheckpointManager.Config):
+        identity: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+        """Goes into state.json: fingerprints and versions of the run."""
+        family: Annotated[Family | None, tyro.conf.Suppress] = None
+        """Names of the tensors."""
+        config_yaml: Annotated[str, tyro.conf.Suppress] = ""
+        """The resolved config."""
+
+    def __init__(self, config, *, dataloader, model_parts, optimizers, lr_schedulers, states, base_folder, **kwargs):
+        self.enable = config.enable
+        self.save_future = None
+        self.config = config
+        self.dataloader = dataloader
+        self.estimator = model_parts[0].estimator
+        self.optimizers, self.lr_schedulers = optimizers, lr_schedulers
+        self.trainer = states["train_state"]
+        self.output_dir = Path(base_folder)
+
+    # -- what a checkpoint holds -----------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Live tensors by name; loading writes into them in place."""
+        family = self.config.family
+        named = named_weights(self.estimator).items()
+        weights = {SGT + export_name(family, name): tensor.detach() for name, tensor in named}
+        moments = {OPTIMIZER + k: v for k, v in self.optimizers.state_dict().items() if isinstance(v, torch.Tensor)}
+        return {**weights, **moments, RNG: torch.get_rng_state()}
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "train_state": self.trainer.state_dict(),
+            "data": self.dataloader.state_dict(),
+            "lr_scheduler": self.lr_schedulers.state_dict(),
+            "world_size": dist.get_world_size(),
+            "metrics": self.trainer.metrics_processor.latest,
+            "probe": self.trainer.metrics_processor.latest_probe,
+            **(self.config.identity or {}),
+        }
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        due = last_step or curr_step % self.config.interval == 0
+        if not due or self.config.load_only:
+            return False
+        path = disk.step_dir(self.output_dir, curr_step)
+        if disk.is_committed(path):
+            return False
+        try:
+            self._write(path, curr_step)
+        except Exception as error:
+            if not _is_disk_full(error):
+                raise
+            if dist.get_rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            kept = disk.latest_committed(self.output_dir)
+            raise UserError(
+                f"{path}: no space left to save step {curr_step}; kept {kept.name if kept else 'no checkpoint'}; "
+                "free space or set checkpoint.keep_latest lower, then start the same command again"
+            ) from None
+        if dist.get_rank() == 0:
+            logger.info(f"Saved step {curr_step} to {path}")
+            disk.prune(self.output_dir, self.config.keep_latest_k)
+        dist.barrier()
+        return True
+
+    def _write(self, path: Path, step: int) -> None:
+        tensors = self.tensors()
+        local_bytes = sum(_local(t).numel() * _local(t).element_size() for t in tensors.values())
+
+        def prepare() -> None:
+            shutil.rmtree(path, ignore_errors=True)  # left by an attempt that never committed it
+            path.mkdir(parents=True)
+            (path / disk.CONFIG).write_text(self.config.config_yaml)
+            (path / disk.STATE).write_text(json.dumps(self.state(step), indent=1, default=str))
+
+        total = torch.tensor(local_bytes, dtype=torch.int64, device=self.trainer.device)
+        dist.all_reduce(total)
+        on_rank_zero(lambda: _require_space(self.output_dir, int(total)))
+        on_rank_zero(prepare)
+        writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+        written = sorted(path.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
+        described: list[dict] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(described, disk.describe_files(written))
+        files = {name: entry for part in described for name, entry in part.items()}
+
+        def commit() -> None:
+            present = {file.name for file in path.glob("*.safetensors")}
+            assert present == set(files), f"ranks described {sorted(files)}, the directory holds {sorted(present)}"
+            disk.commit(path, files | disk.describe_files([path / disk.CONFIG, path / disk.STATE]))
+
+        on_rank_zero(commit)
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def _load(self, step: int = -1) -> bool:
+        for path in disk.list_steps(self.output_dir):
+            if step not in (-1, disk.step_of(path)):
+                continue
+            if not disk.is_committed(path):
+                logger.warning(f"{path}: no commit marker, so the save was interrupted; ignored")
+                continue
+            found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(found, disk.problems(path, part=dist.get_rank(), parts=dist.get_world_size()))
+            if damage := sorted({line for part in found for line in part}):
+                logger.warning(f"Damaged checkpoint, using the one before it: {'; '.join(damage)}")
+                continue
+            self._read(path)
+            logger.info(f"Resumed from {path}")
+            return True
+        if step != -1:
+            raise UserError(f"{self.output_dir}: no intact checkpoint of step {step}")
+        return False
+
+    def _read(self, path: Path) -> None:
+        tensors = self.tensors()
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        optimizer = self.optimizers.state_dict()
+        optimizer |= {k.removeprefix(OPTIMIZER): v for k, v in tensors.items() if k.startswith(OPTIMIZER)}
+        self.optimizers.load_state_dict(optimizer)
+        torch.set_rng_state(tensors[RNG])
+        state = disk.read_state(path)
+        self.trainer.load_state_dict(state["train_state"])
+        self.dataloader.load_state_dict(state["data"])
+        self.lr_schedulers.load_state_dict(state["lr_scheduler"])
+        for scheduler in self.lr_schedulers:
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+                group["lr"] = lr
+
+    # -- synchronous, so nothing to wait for -----------------------------------------------------------------------
+
+    def _wait_for_saving(self) -> None: ...
+
+    def _maybe_wait_for_staging(self) -> None: ...
+
+    def _close(self) -> None: ...
+
+
+def on_rank_zero(action) -> None:
+    """Run ``action`` on rank 0; every rank waits for it and every rank raises what it raised."""
+    outcome: list[BaseException | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free", str(folder))
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """ENOSPC anywhere in what a distributed save raised: wrapped, chained, or as text from the safetensors writer."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        for failure in getattr(error, "failures", {}).values():
+            inner = failure[0] if isinstance(failure, tuple) else failure
+            if _is_disk_full(inner):
+                return True
+        error = error.__cause__ or error.__context__
+    return False

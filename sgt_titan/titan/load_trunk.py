@@ -1,0 +1,76 @@
+"""Frozen weights, straight from safetensors into each rank's shards, without a collective."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtitan.components.checkpointer.utils import canonical_fqn
+
+from sgt_titan.transform.trunk_files import TrunkFiles
+
+from .trunks import Family, hf_name
+
+
+def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """The part of ``tensor`` that this rank holds, and its place in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(slice(0, n) for n in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor._local_tensor
+    assert tuple(local.shape) == tuple(shape), (local.shape, shape)
+    return local, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def named_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under torchtitan's names, whatever wraps their modules."""
+    state = module.state_dict(keep_vars=True)
+    return {canonical_fqn(name).replace(".block.", "."): tensor for name, tensor in state.items()}
+
+
+def hf_shapes(trunk: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the checkpoint must hold, with its shape."""
+    shapes = {}
+    for name, tensor in named_weights(trunk).items():
+        target = hf_name(family, name)
+        if "{}" in target:
+            shapes |= {target.format(e): tuple(tensor.shape[1:]) for e in range(tensor.shape[0])}
+        else:
+            shapes[target] = tuple(tensor.shape)
+    return shapes
+
+
+def check_trunk(trunk: nn.Module, family: Family, files: TrunkFiles) -> None:
+    """Names and shapes agree, before anything is read.
+
+    Raises:
+        UserError: naming the first tensor that is missing or of the wrong shape.
+    """
+    expected = hf_shapes(trunk, family)
+    if getattr(trunk, "enable_weight_tying", False):
+        expected.pop("lm_head.weight", None)
+    files.check(expected)
+
+
+@torch.no_grad()
+def load_trunk(trunk: nn.Module, family: Family, files: TrunkFiles) -> None:
+    """Fill ``trunk`` (materialised, sharded or not) from ``files``.
+
+    Raises:
+        UserError: see ``check_trunk``.
+    """
+    check_trunk(trunk, family, files)
+    tied = getattr(trunk, "enable_weight_tying", False)
+    for name, tensor in named_weights(trunk).items():
+        target = hf_name(family, name)
+        if tied and target == "lm_head.weight":
+            continue  # the same parameter as the embedding table
+        local, region = local_region(tensor)
+        if local.numel() == 0:
+            continue
+        if "{}" in target:
+            for row, expert in enumerate(range(region[0].start, region[0].stop)):
+                local[row].copy_(files.read(target.format(expert), region[1:]))
+        else:
+            local.copy_(files.read(target, region))

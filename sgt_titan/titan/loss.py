@@ -1,0 +1,220 @@
+"""The objectives on shards: Eq. 3 and 11 from the tensors of one rank, normalised over the global batch.
+
+Each term is a sum over this rank's tokens divided by the count of the whole optimizer step, which every rank knows from
+the dataset without communication. Summed over microbatches and ranks the terms are those of the global batch, however it
+was split. The utility is computed by the tensor-parallel ranks together and is the same on each; the obfuscation
+terms are this rank's slice of the sequence.
+
+Shape suffixes: B rows, T this rank's tokens, D width, V this rank's vocabulary, G rows of a pair group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torchtitan.components.loss import BaseLoss
+from torchtitan.config import CompileConfig
+
+from sgt_titan.config.schema import TERMS, Objective
+from sgt_titan.objectives.geometry import absolute_cosine, component_entropy, cosine, norm_deviation
+from sgt_titan.objectives.mutual_information import common_positions, group_loss, group_offset, shifts
+from sgt_titan.objectives.schedule import weight_at
+from sgt_titan.objectives.utility import soft_cross_entropy
+
+from .model import Streams
+
+# What is logged: name -> how ranks of a tensor-parallel group combine. Order is the order in the log.
+REPORTED = ("loss", "utility", "kl", "agreement", *TERMS, "std", "mean_norm")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Denominators of one optimizer step over all ranks."""
+
+    utility_tokens: int
+    obfuscated_tokens: int
+    rows: int
+
+
+@dataclass
+class PairGroups:
+    """Where the partners of the mutual-information term are: ``size`` consecutive rows of the global microbatch.
+
+    Attributes:
+        size: rows of a group.
+        process_group: the data-parallel ranks that share a group, or None where a rank holds whole groups.
+        first: place of this rank's first row in its group (0 where a rank holds whole groups).
+    """
+
+    size: int
+    process_group: dist.ProcessGroup | None = None
+    first: int = 0
+
+    def gather(self, tensor: torch.Tensor, *, differentiable: bool) -> torch.Tensor:
+        """Rows of the whole group: (B, ...) -> (G, ...)."""
+        if self.process_group is None:
+            return tensor
+        if differentiable:
+            return all_gather_tensor_autograd(tensor.contiguous(), 0, self.process_group)
+        parts = [torch.empty_like(tensor) for _ in range(self.process_group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=self.process_group)
+        return torch.cat(parts)
+
+
+def make_pair_groups(size: int, local_batch_size: int, batch_mesh) -> PairGroups:
+    """Pair groups for a rank that holds ``local_batch_size`` rows; collective where groups span ranks."""
+    if local_batch_size % size == 0:
+        return PairGroups(size)
+    span = size // local_batch_size
+    ranks = batch_mesh.mesh.flatten().tolist()
+    mine = dist.get_rank()
+    # Every rank of the world must take part in the creation of every group, those of other tensor-parallel slices too.
+    everyone: list[list[int]] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ranks)
+    result = None
+    for members in dict.fromkeys(map(tuple, everyone)):
+        for start in range(0, len(members), span):
+            chunk = list(members[start : start + span])
+            group = dist.new_group(chunk)
+            if mine in chunk:
+                result = PairGroups(size, group, first=chunk.index(mine) * local_batch_size)
+    return result
+
+
+class SGTLoss(BaseLoss):
+    """Adapter between torchtitan's trainer and the objectives."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):
+        objective: Annotated[Objective, tyro.conf.Suppress]
+
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
+        self.objective = config.objective
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Weight of each obfuscation term at ``step``."""
+        terms = {name: getattr(self.objective, name) for name in TERMS}
+        return {name: weight_at(step, term.weight, term.start, term.ramp_steps) for name, term in terms.items()}
+
+    def __call__(
+        self,
+        pred: Streams,
+        labels: torch.Tensor,
+        global_valid_tokens: torch.Tensor | None = None,
+        *,
+        step: int,
+        obfuscate_BT: torch.Tensor,
+        utility_BT: torch.Tensor,
+        counts: Counts,
+        median_norm: float,
+        scale: float,
+        pairs: PairGroups,
+        part: slice,
+        tp_group: dist.ProcessGroup | None,
+        vocab_start: int,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss to call backward on, and the reported terms (detached).
+
+        Args:
+            pred: output of ``SGTModel``.
+            step: optimizer step, from 1, for the weight schedules.
+            obfuscate_BT, utility_BT: bool over the whole row.
+            counts: denominators of the optimizer step.
+            median_norm, scale: of the embedding table.
+            pairs: partners of the MI term.
+            part: this rank's slice of the row.
+            tp_group, vocab_start: this rank's slice of the vocabulary.
+
+        Returns:
+            The loss, whose gradient summed over all ranks is that of the global batch; and a dict of ``REPORTED`` terms
+            that are to be summed over all ranks of the world.
+        """
+        objective, weights = self.objective, self.weights(step)
+        chosen = utility_BT
+        soft = soft_cross_entropy(
+            pred.student_logits_BTV[chosen],
+            pred.teacher_logits_BTV[chosen],
+            group=tp_group,
+            vocab_start=vocab_start,
+        )
+        n_utility = max(counts.utility_tokens, 1)
+        cross_entropy = soft.cross_entropy_N.sum() / n_utility
+        entropy = soft.teacher_entropy_N.sum() / n_utility
+        utility = cross_entropy - entropy if objective.utility == "kl" else cross_entropy
+
+        mask_BT = obfuscate_BT[:, part]
+        n_tokens = max(counts.obfuscated_tokens, 1)
+
+        def per_token(values_BT: torch.Tensor) -> torch.Tensor:
+            return (values_BT * mask_BT).sum() / n_tokens
+
+        mi_offset = torch.zeros((), device=cross_entropy.device)
+
+        def mutual_information() -> torch.Tensor:
+            nonlocal mi_offset
+            loss, mi_offset = self._mi(pred, obfuscate_BT, mask_BT, part, pairs)
+            mi_offset = mi_offset / counts.rows
+            return loss / counts.rows
+
+        computed = {
+            "mi": mutual_information,
+            "abs_cos": lambda: per_token(absolute_cosine(pred.x_BTD, pred.x_tilde_BTD)),
+            "norm": lambda: per_token(norm_deviation(pred.x_BTD, pred.mean_BTD, median_norm)),
+            "comp_entr": lambda: per_token(component_entropy(pred.log_std_BTD)),
+            "cos_sim": lambda: per_token(cosine(pred.x_BTD, pred.x_tilde_BTD)),
+        }
+        values, obfuscation = {}, torch.zeros((), device=cross_entropy.device)
+        for name, compute in computed.items():
+            with torch.set_grad_enabled(weights[name] != 0 and torch.is_grad_enabled()):
+                values[name] = compute()
+            if weights[name] != 0:
+                obfuscation = obfuscation + weights[name] * values[name]
+
+        with torch.no_grad():
+            replicas = 1 if tp_group is None else tp_group.size()
+            slices = replicas if part.stop - part.start == obfuscate_BT.shape[1] else 1  # TP without SP: no slices
+            reported = {
+                "loss": utility / replicas + obfuscation / slices,
+                "utility": utility / replicas,
+                "kl": (cross_entropy - entropy) / replicas,
+                "agreement": soft.agree_N.sum() / n_utility / replicas,
+                **{name: value / slices for name, value in values.items()},
+                "std": per_token(pred.log_std_BTD.exp().mean(-1)) / scale / slices,
+                "mean_norm": per_token(pred.mean_BTD.norm(dim=-1)) / median_norm / slices,
+            }
+            # Eq. 8 drops a constant; what is shown is Algorithm 1's estimate in nats per feature.
+            reported["mi"] = (values["mi"] - mi_offset) / slices
+        return utility + obfuscation, reported
+
+    def _mi(self, pred: Streams, obfuscate_BT, mask_BT, part: slice, pairs: PairGroups):
+        """Sums over this rank's rows and positions: Eq. 8, and its excess over Algorithm 1."""
+        size, steps = pairs.size, shifts(self.objective.mi_pairs, pairs.size)
+        gradient = torch.is_grad_enabled()
+        whole_BT = pairs.gather(obfuscate_BT.to(torch.uint8), differentiable=False).bool()
+        y_center = pairs.gather(pred.x_BTD + pred.mean_BTD, differentiable=gradient)
+        y_log_std = pairs.gather(pred.log_std_BTD, differentiable=gradient)
+        loss, offset = torch.zeros((), device=y_center.device), torch.zeros((), device=y_center.device)
+        for start in range(0, y_center.shape[0], size):  # the groups that this rank holds whole, or the one it is part of
+            group = slice(start, start + size)
+            rows = group if pairs.process_group is None else slice(None)
+            masks = mask_BT[rows], whole_BT[group][:, part]
+            positions = common_positions(obfuscate_BT[rows], whole_BT[group], first=pairs.first, shifts=steps)
+            loss = loss + group_loss(
+                pred.x_tilde_BTD[rows],
+                pred.log_std_BTD[rows],
+                masks[0],
+                y_center[group],
+                y_log_std[group],
+                masks[1],
+                first=pairs.first,
+                shifts=steps,
+                positions=positions,
+            ).sum()
+            offset = offset + group_offset(*masks, first=pairs.first, shifts=steps, positions=positions).sum()
+        return loss, offset

@@ -1,0 +1,42 @@
+"""A training run from a resolved config to an export."""
+
+from __future__ import annotations
+
+from . import cpu_support  # isort: skip - first: torchtitan binds the device when it is imported
+
+import logging
+import os
+
+import torch.distributed as dist
+from torchtitan.tools.logging import init_logger, logger
+
+from sgt_titan.config.schema import Config
+
+from .config import to_trainer_config
+from .startup import check_output_dir
+
+
+def run(config: Config) -> int:
+    """Train, or go on training, or say that there is nothing left to do. Called on every rank.
+
+    Raises:
+        UserError: bad input, found before the first collective.
+    """
+    cpu_support.install()
+    init_logger()
+    if int(os.environ.get("RANK", "0")) != 0:
+        logger.setLevel(logging.WARNING)
+    trainer_config = to_trainer_config(config)
+    config = trainer_config.prepared.config
+    done = check_output_dir(trainer_config.prepared)
+    if done >= config.training.steps:
+        logger.info(f"{config.run.output_dir}: already trained to step {done} of {config.training.steps}; nothing to do")
+        return 0
+    trainer = trainer_config.build()
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0

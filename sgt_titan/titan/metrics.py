@@ -1,0 +1,139 @@
+"""What a run shows: every term of the loss, throughput and utilisation by SGT's own arithmetic, a progress line."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.tools.logging import logger
+
+from .loss import REPORTED
+
+# Name in TensorBoard for each reported term.
+TAGS = {
+    "loss": "loss/total",
+    "utility": "loss/utility",
+    "kl": "utility/kl_nats",
+    "agreement": "utility/top1_agreement",
+    "mi": "loss/mi_nats_per_feature",
+    "abs_cos": "loss/abs_cos",
+    "norm": "loss/norm",
+    "comp_entr": "loss/comp_entr",
+    "cos_sim": "loss/cos_sim",
+    "std": "noise/std_over_table_std",
+    "mean_norm": "noise/mean_norm_over_median_norm",
+}
+
+
+class SGTMetricsProcessor(MetricsProcessor):
+    """torchtitan's metrics with the terms of the step instead of one loss."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        total_steps: int = 0
+        progress: bool = True
+
+    def __init__(self, config: Config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.num_hardware_flops_per_token = -1
+        self.sums: torch.Tensor | None = None
+        self.started = time.perf_counter()
+        self.first_step: int | None = None
+        self.latest_probe: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.live = config.progress and dist.get_rank() == 0 and sys.stderr.isatty()
+
+    def start_step(self, step: int) -> None:
+        self.sums = None
+        if self.first_step is None:
+            self.first_step, self.started = step, time.perf_counter()
+            self.time_last_log = self.started
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        """Terms of one microbatch on this rank."""
+        stacked = torch.stack([terms[name].detach().float() for name in REPORTED])
+        self.sums = stacked if self.sums is None else self.sums + stacked
+
+    def reduced(self, sums: torch.Tensor) -> dict[str, float]:
+        """Terms of the whole step: the sum over all ranks. Collective."""
+        sums = sums.clone()
+        dist.all_reduce(sums)
+        return dict(zip(REPORTED, sums.tolist(), strict=True))
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        now = time.perf_counter()
+        elapsed = now - self.time_last_log
+        terms = self.reduced(self.sums)
+        self.latest = {"step": step, **terms, "grad_norm": grad_norm}
+        per_rank = self.ntokens_since_last_log / (elapsed * self.parallel_dims.non_data_parallel_size)
+        ranks = dist.get_world_size()
+        memory = self.device_memory_monitor.get_peak_stats()
+        metrics = {
+            **{TAGS[name]: value for name, value in terms.items()},
+            "optimizer/grad_norm": grad_norm,
+            "optimizer/skipped_steps": float(self.optimizers.skipped),
+            "throughput/tokens_per_second": per_rank * ranks,
+            "throughput/tokens_per_second_per_rank": per_rank,
+            "throughput/data_loading_percent": 100 * sum(self.data_loading_times) / elapsed,
+            "memory/max_reserved_gib": memory.max_reserved_gib,
+            **(extra_metrics or {}),
+        }
+        busy = ""
+        if math.isfinite(self.gpu_peak_flops):
+            metrics["throughput/mfu_percent"] = 100 * per_rank * self.num_flops_per_token / self.gpu_peak_flops
+            metrics["throughput/hfu_percent"] = 100 * per_rank * self.num_hardware_flops_per_token / self.gpu_peak_flops
+            busy = "  mfu {throughput/mfu_percent:.1f}%  hfu {throughput/hfu_percent:.1f}%".format(**metrics)
+            busy += f"  memory {memory.max_reserved_gib:.1f}GiB"
+        self.logger.log(metrics, step)
+        probe = "".join(f"  {name} {value:.1%}" for name, value in self.latest_probe.items() if name == "NN-FR")
+        self._clear_line()
+        logger.info(
+            f"step {step}/{self.config.total_steps}  loss {terms['loss']:.4f}  kl {terms['kl']:.4f}  "
+            f"agree {terms['agreement']:.1%}  mi {terms['mi']:.3f}  |cos| {terms['abs_cos']:.3f}  "
+            f"std {terms['std']:.2f}{probe}  grad {grad_norm:.3f}  {per_rank * ranks:,.0f} tok/s{busy}  "
+            f"eta {self.eta(step)}"
+        )
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = now
+        self.device_memory_monitor.reset_peak_stats()
+
+    def log_probe(self, step: int, values: dict[str, float]) -> None:
+        """Held-out measurements."""
+        self.latest_probe = values
+        self.logger.log({f"probe/{name}": value for name, value in values.items()}, step)
+        self._clear_line()
+        logger.info(f"probe at step {step}:  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.ntokens_since_last_log = 0  # the probe's time is not training time
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+
+    def eta(self, step: int) -> str:
+        done = step - (self.first_step or 1) + 1
+        seconds = (time.perf_counter() - self.started) / done * (self.config.total_steps - step)
+        return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+    def show_progress(self, step: int) -> None:
+        """The line that a person watching a terminal sees move."""
+        if self.live:
+            share = step / max(self.config.total_steps, 1)
+            bar = "#" * int(30 * share)
+            sys.stderr.write(f"\r[{bar:<30}] step {step}/{self.config.total_steps}  eta {self.eta(step)}  ")
+            sys.stderr.flush()
+
+    def _clear_line(self) -> None:
+        if self.live:
+            sys.stderr.write("\r\x1b[K")

@@ -1,0 +1,129 @@
+"""Tensor parallelism, recomputation, compilation and FSDP2, for the trunk and the estimator.
+
+torchtitan's modules carry their own sharding declarations; this file adds the heads' and decides what FSDP
+gathers together. Frozen parameters get no gradient, hence no reduce-scatter and no optimizer state.
+"""
+
+from __future__ import annotations
+
+import spmd_types as spmd
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+from torch.distributed.tensor import Shard
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.fsdp import disable_fsdp_gradient_division, get_fsdp_reshard_after_forward_policy
+from torchtitan.models.common.decoder_sharding import (
+    dense_activation_placement,
+    dense_param_placement,
+    dense_sequence_parallel_placement,
+)
+from torchtitan.protocols.sharding import ShardingConfig
+
+
+def head_sharding(enable_sp: bool) -> ShardingConfig:
+    """Heads: replicated weights on sequence shards. They are D x D; splitting them would cost a collective each."""
+    activation = dense_sequence_parallel_placement() if enable_sp else dense_activation_placement(tp=spmd.I)
+    kind = spmd.R if enable_sp else spmd.I
+    return ShardingConfig(
+        state_shardings={name: dense_param_placement(tp=kind) for name in ("weight", "bias")},
+        in_src_shardings={"input": activation},
+        out_src_shardings=activation,
+    )
+
+
+def parallelize_sgt(
+    model,
+    *,
+    parallel_dims: ParallelDims,
+    training,
+    parallelism,
+    compile_config,
+    ac_config,
+    dump_folder: str,
+):
+    """torchtitan's ``parallelize_fn`` for ``SGTModel``. Order matters: TP, recomputation, compile, FSDP."""
+    if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
+        model.parallelize(parallel_dims)
+    if parallel_dims.tp_enabled:
+        model.tp_mesh = parallel_dims.get_mesh("tp")
+
+    trunk, bodies = model.trunk, model.estimator.bodies
+    if ac_config is not None:
+        policy = ac_config.build(dump_folder=dump_folder)
+        for index, dual in trunk.layers.items():
+            dual.block = policy._wrap_block(dual.block, base_fqn=f"trunk.layers.{index}.block")
+        for body in bodies:
+            policy.apply(body)
+    if compile_config.enable and "model" in compile_config.components:
+        blocks = [dual.block for dual in trunk.layers.values()]
+        blocks += [layer for body in bodies for layer in body.layers.values()]
+        for block in blocks:
+            block.compile(backend=compile_config.backend, fullgraph=True)
+
+    apply_fsdp(model, parallel_dims, training, parallelism)
+    return model
+
+
+def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> None:
+    """One FSDP unit per decoder layer; embeddings, final norm and lm_head, and the heads, as units of their own."""
+    replicated = parallel_dims.dp_replicate_enabled
+    mesh = parallel_dims.get_mesh(["dp_replicate", "fsdp"] if replicated else ["fsdp"])
+    reshard = get_fsdp_reshard_after_forward_policy(parallelism.fsdp_reshard_after_forward, pp_enabled=False)
+    keep = parallelism.fsdp_reshard_after_forward == "always"
+
+    def shard(module, *, dtype: torch.dtype, reshard_after_forward: bool, **kwargs) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
+
+    trunk, dtype = model.trunk, model.config.trunk_dtype
+    ends = [trunk.norm, trunk.lm_head]
+    if trunk.enable_weight_tying:
+        shard([trunk.tok_embeddings, *ends], dtype=dtype, reshard_after_forward=keep)
+    else:
+        shard(trunk.tok_embeddings, dtype=dtype, reshard_after_forward=reshard)
+        shard(ends, dtype=dtype, reshard_after_forward=keep)
+    for dual in trunk.layers.values():
+        shard(dual, dtype=dtype, reshard_after_forward=reshard, **expert_placement(dual, parallel_dims, mesh))
+
+    estimator, dtype = model.estimator, TORCH_DTYPE_MAP[training.mixed_precision_param]
+    for body in estimator.bodies:
+        for layer in body.layers.values():
+            shard(layer, dtype=dtype, reshard_after_forward=reshard)
+    heads = [*(body.norm for body in estimator.bodies), estimator.mean_head, estimator.log_std_head]
+    shard(heads, dtype=dtype, reshard_after_forward=keep)
+    shard(model, dtype=dtype, reshard_after_forward=keep)
+
+    # torchtitan's loss is already a sum over the global batch divided by its count.
+    disable_fsdp_gradient_division(model)
+    if mesh.device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+
+
+def expert_placement(dual, parallel_dims: ParallelDims, mesh) -> dict:
+    """How FSDP shards a mixture of experts: over the hidden dimension once there are more shards than experts."""
+    block = getattr(dual.block, "_checkpoint_wrapped_module", dual.block)
+    if not getattr(block, "moe_enabled", False):
+        return {}
+    experts = block.moe.routed_experts.inner_experts
+    expert_params = set(experts.parameters())
+    if parallel_dims.ep_enabled:
+        names = ["dp_replicate", "efsdp"] if parallel_dims.dp_replicate_enabled else ["efsdp"]
+        expert_mesh = parallel_dims.get_mesh(names)
+        dim = 1 if expert_mesh["efsdp"].size() * parallel_dims.ep > experts.num_experts else 0
+        expert_info, dense_info = _get_mesh_info(expert_mesh, None), _get_mesh_info(mesh, None)
+
+        def placement(param):
+            is_expert = param in expert_params
+            return ShardPlacementResult(
+                placement=Shard(dim if is_expert else 0), mesh_info=expert_info if is_expert else dense_info
+            )
+
+        return {"shard_placement_fn": placement}
+    if mesh[mesh.mesh_dim_names[-1]].size() > experts.num_experts:
+        return {"shard_placement_fn": lambda param: Shard(1) if param in expert_params else None}
+    return {}

@@ -1,0 +1,230 @@
+"""What a run needs to know before any process group exists: trunk, tokenizer, data, steps; and whose directory it is.
+
+Everything here is a function of files, so every rank does it alone and finds the same. What is expensive is done by rank
+0 and read by the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchtitan
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+import sgt_titan
+from sgt_titan import checkpoint
+from sgt_titan.config.load import difference, dump, load
+from sgt_titan.config.resolve import read_trunk
+from sgt_titan.config.schema import Config
+from sgt_titan.data.batch import BatchSource
+from sgt_titan.data.cache import wait_or_prepare
+from sgt_titan.data.tokenization import check_vocabulary
+from sgt_titan.errors import UserError
+from sgt_titan.transform.gaussian import TableStatistics, table_statistics
+from sgt_titan.transform.trunk_files import TrunkFiles
+
+from .flops import hardware_flops_per_token
+from .trunks import Family, family_of
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+
+# Sections and keys in which a resumed run may differ from the one that wrote its checkpoint: where and on what it
+# runs, how long, and what is shown of it. Everything else decides what is learned.
+MAY_DIFFER = (
+    "run.name",
+    "run.output_dir",
+    "run.deterministic",
+    "cluster.",
+    "trunk.path",  # its fingerprint is compared instead
+    "trunk.architecture",
+    "data.cache_dir",
+    "data.source",  # likewise
+    "training.steps",
+    "training.epochs",
+    "training.local_batch_size",
+    "training.max_nonfinite_steps",
+    "parallelism.",
+    "activation_checkpoint.",
+    "compile.",
+    "checkpoint.",
+    "metrics.",
+    "comm.",
+    "export.",
+)
+
+
+@dataclass
+class Prepared:
+    """Everything known before the first collective."""
+
+    config: Config
+    hf: PretrainedConfig
+    family: Family
+    files: TrunkFiles
+    statistics: TableStatistics
+    train_source: BatchSource
+    probe_source: BatchSource
+    fingerprints: dict[str, str]
+
+    def hardware_flops(self, model) -> int:
+        return hardware_flops_per_token(model, full_recompute=self.config.activation_checkpoint.mode == "full")
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of the run beside its config."""
+        versions = {module.__name__: module.__version__ for module in (sgt_titan, torch, torchtitan, transformers)}
+        return {
+            "fingerprints": self.fingerprints,
+            "statistics": asdict(self.statistics),
+            "hf_config": self.hf.to_dict(),
+            "versions": versions,
+        }
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def prepare(config: Config) -> Prepared:
+    """Read, check and tokenize whatever the run needs.
+
+    Args:
+        config: resolved and validated.
+
+    Raises:
+        UserError: anything wrong with the trunk, the tokenizer, the data, or the output directory.
+    """
+    config = copy.deepcopy(config)
+    read_trunk(config)
+    files = TrunkFiles(config.trunk.path)
+    hf = load_hf_config(files.path)
+    family = family_of(hf)
+    tokenizer = load_tokenizer(files.path)
+    check_vocabulary(tokenizer, hf.vocab_size)
+
+    fingerprint = files.fingerprint()
+    statistics = TableStatistics(
+        **once(
+            Path(config.data.cache_dir) / f"trunk-{fingerprint[:16]}.json",
+            lambda: asdict(table_statistics(files.embedding_table())),
+        )
+    )
+    dataset = wait_or_prepare(config, config.trunk.path, rank())
+    if config.data.template == "auto":
+        config.data.template = "chat" if tokenizer.chat_template else "plain"
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    source = partial(
+        BatchSource,
+        seq_len=config.training.seq_len,
+        seed=config.run.seed,
+        packing=config.data.packing,
+        obfuscate=config.data.obfuscate,
+        obfuscate_template=config.data.obfuscate_template,
+        utility_positions=config.objective.utility_positions,
+        pad_id=pad,
+    )
+    train_source = source(dataset.train, global_batch_size=config.training.global_batch_size)
+    held_out = dataset.validation if len(dataset.validation) else dataset.train
+    probe_source = source(held_out, global_batch_size=config.metrics.probe_samples)
+    if config.training.steps == 0:
+        config.training.steps = train_source.steps(config.training.epochs)
+    return Prepared(
+        config=config,
+        hf=hf,
+        family=family,
+        files=files,
+        statistics=statistics,
+        train_source=train_source,
+        probe_source=probe_source,
+        fingerprints={"trunk": fingerprint, "data": dataset.fingerprint},
+    )
+
+
+def load_hf_config(path: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}/config.json: transformers cannot read it ({str(error).splitlines()[0]})") from None
+
+
+def load_tokenizer(path: Path):
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.0) -> dict[str, Any]:
+    """The JSON in ``file``, which rank 0 builds if it is not there."""
+    deadline = time.monotonic() + timeout
+    while not file.is_file():
+        if rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_durably(file, json.dumps(build()))
+        elif time.monotonic() > deadline:
+            raise UserError(f"{file}: rank 0 did not write it within {timeout:.0f} s; is data.cache_dir shared storage?")
+        else:
+            time.sleep(0.2)
+    return json.loads(file.read_text())
+
+
+# -- the output directory ---------------------------------------------------------------------------------------------
+
+
+def check_output_dir(prepared: Prepared) -> int:
+    """Step of the newest committed checkpoint of this run, 0 if there is none.
+
+    Raises:
+        UserError: the directory holds something else, or a run that differs in what is learned.
+    """
+    config = prepared.config
+    folder = Path(config.run.output_dir)
+    run_file = folder / RUN_FILE
+    if not run_file.is_file():
+        foreign = [p.name for p in folder.iterdir() if p.name not in _HARMLESS] if folder.is_dir() else []
+        if foreign:
+            raise UserError(
+                f"run.output_dir: {folder} holds {sorted(foreign)[0]!r} and is not a run of ours; choose another directory"
+            )
+        return 0
+    recorded = json.loads(run_file.read_text())
+    found = [
+        f"{name} fingerprint {recorded['fingerprints'].get(name, '?')[:12]} -> {value[:12]}"
+        for name, value in prepared.fingerprints.items()
+        if recorded["fingerprints"].get(name) != value
+    ]
+    old = load(str(folder / CONFIG_FILE), [])
+    found += [line for line in difference(old, config) if not line.startswith(MAY_DIFFER)]
+    if found and not config.checkpoint.accept_changes:
+        raise UserError(
+            f"run.output_dir: {folder} belongs to a run that differs: {'; '.join(found)}. Choose another directory, or "
+            "continue it on purpose with --checkpoint.accept_changes true"
+        )
+    latest = checkpoint.latest_committed(folder)
+    return checkpoint.step_of(latest) if latest else 0
+
+
+# What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.
+_HARMLESS = {"logs", ".cache", "tb", "comm_traces", CONFIG_FILE, checkpoint.FOLDER}
+
+
+def claim_output_dir(prepared: Prepared) -> None:
+    """Record whose directory this is, and with which config (rank 0)."""
+    folder = Path(prepared.config.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_durably(folder / CONFIG_FILE, dump(prepared.config))
+    checkpoint.write_durably(folder / RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))

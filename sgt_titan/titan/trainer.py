@@ -1,0 +1,170 @@
+"""torchtitan's trainer with hooks: what one microbatch does, where the trunk comes from, what is probed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from torchtitan.models.common.attention import FlexAttention
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from sgt_titan.checkpoint import latest_committed
+from sgt_titan.data.batch import BatchSource
+from sgt_titan.export import export_checkpoint
+from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
+
+from .dataloader import microbatch_inputs
+from .load_trunk import load_trunk
+from .loss import REPORTED, make_pair_groups
+from .noise import draw
+from .startup import Prepared, claim_output_dir
+
+
+class SGTTrainer(Trainer):
+    """Trains the estimator of an ``SGTModel``; the loop, the meshes and the schedules are torchtitan's."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        prepared: Annotated[Prepared | None, tyro.conf.Suppress] = field(default=None, repr=False)
+
+        def to_dict(self) -> dict[str, Any]:
+            return asdict(self.prepared.config)
+
+    def __init__(self, config: Config):
+        from .config import follow_flags
+
+        config = follow_flags(config)
+        super().__init__(config)
+        prepared, model = config.prepared, self.model_parts[0]
+        self.prepared, self.run = prepared, prepared.config
+        load_trunk(model.trunk, prepared.family, prepared.files)
+        if self.run.estimator.init_from_trunk:
+            for body in model.estimator.bodies:
+                load_body(body, prepared)
+        dims = self.parallel_dims
+        self.tp_group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
+        tp_rank = dims.get_mesh("tp").get_local_rank() if dims.tp_enabled else 0
+        self.vocab_start = tp_rank * -(-prepared.hf.vocab_size // dims.tp)
+        batch_mesh = dims.get_optional_mesh("batch")
+        self.dp_rank, self.dp_size = (batch_mesh.get_local_rank(), batch_mesh.size()) if batch_mesh else (0, 1)
+        self.pairs = make_pair_groups(self.run.objective.mi_group, self.run.training.local_batch_size, batch_mesh)
+        self.metrics_processor.num_hardware_flops_per_token = prepared.hardware_flops(model)
+        self.uses_flex = any(isinstance(module, FlexAttention) for module in model.trunk.modules())
+
+    def train(self) -> None:
+        if dist.get_rank() == 0:
+            claim_output_dir(self.prepared)
+        super().train()
+        if self.run.export.at_end and self.step >= self.config.training.steps and dist.get_rank() == 0:
+            out_dir = Path(self.run.run.output_dir) / "export"
+            export_checkpoint(latest_committed(self.run.run.output_dir), out_dir, overwrite=True)
+            logger.info(f"Exported to {out_dir}")
+
+    # -- one microbatch ----------------------------------------------------------------------------------------------
+
+    def evaluate_streams(self, tokens_BT: torch.Tensor, batch: dict[str, Any], *, step: int, pairs):
+        """Forward pass and loss of a microbatch: (streams, loss, reported terms)."""
+        model = self.model_parts[0]
+        part = model.sequence_slice(tokens_BT.shape[1])
+        noise_BTD = draw(
+            batch["documents"],
+            seed=self.run.run.seed,
+            length=tokens_BT.shape[1],
+            width=self.prepared.hf.hidden_size,
+            part=part,
+            device=self.device,
+        )
+        masks = model.trunk.get_attention_masks(batch["positions"]) if self.uses_flex else None
+        streams = model(
+            tokens_BT,
+            positions_BT=batch["positions"],
+            attention_masks=masks,
+            obfuscate_BT=batch["obfuscate_BT"],
+            noise_BTD=noise_BTD,
+        )
+        loss, terms = self.loss_fn(
+            streams,
+            None,
+            step=step,
+            obfuscate_BT=batch["obfuscate_BT"],
+            utility_BT=batch["utility_BT"],
+            counts=batch["counts"],
+            median_norm=self.prepared.statistics.median_norm,
+            scale=self.prepared.statistics.scale,
+            pairs=pairs,
+            part=part,
+            tp_group=self.tp_group,
+            vocab_start=self.vocab_start,
+        )
+        return streams, loss, terms
+
+    def _forward_backward_body(self, inputs, labels, global_valid_tokens, extra_kwargs):
+        with self.train_context():
+            _, loss, terms = self.evaluate_streams(inputs, extra_kwargs, step=self.step, pairs=self.pairs)
+            loss.backward()
+        self.metrics_processor.add(terms)
+        self.optimizers.observe(loss)
+        # torchtitan raises on a non-finite loss, but only on steps it logs; the optimizer guards every step.
+        return torch.nan_to_num(loss.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+
+    # -- around a step -----------------------------------------------------------------------------------------------
+
+    def train_step(self, data_iterator) -> None:
+        self.metrics_processor.start_step(self.step)
+        super().train_step(data_iterator)
+        self.metrics_processor.show_progress(self.step)
+        every = self.run.metrics.probe_every
+        if every and (self.step % every == 0 or self.step in (1, self.config.training.steps)):
+            self.metrics_processor.log_probe(self.step, self.probe())
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, float]:
+        """Held-out utility and what a nearest-neighbour attacker reads, the same on every rank. Collective."""
+        total, rows = self.run.metrics.probe_samples, self.run.training.local_batch_size
+        source: BatchSource = self.prepared.probe_source
+        table_VD = self.prepared.files.embedding_table().to(self.device)
+        ranks, sums = [], torch.zeros(len(REPORTED), device=self.device)
+        model = self.model_parts[0]
+        model.eval()
+        for start in range(0, total, rows * self.dp_size):
+            first = start + self.dp_rank * rows
+            batch = microbatch_inputs(source, 0, [min(i, total - 1) for i in range(first, first + rows)])
+            batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            surplus_B1 = torch.arange(first, first + rows, device=self.device)[:, None] >= total
+            for name in ("obfuscate_BT", "utility_BT"):
+                batch[name] = batch[name] & ~surplus_B1
+            streams, _, terms = self.evaluate_streams(batch["input"], batch, step=self.step, pairs=self.pairs)
+            sums += torch.stack([terms[name].float() for name in REPORTED])
+            part = model.sequence_slice(batch["input"].shape[1])
+            mask_BT = batch["obfuscate_BT"][:, part]
+            if mask_BT.any() and (model.enable_sp or self.tp_group is None or self.tp_group.rank() == 0):
+                found = token_ranks(streams.x_tilde_BTD[mask_BT], table_VD, batch["input"][:, part][mask_BT])
+                ranks.append(found.rank_N)
+        model.train()
+        terms = self.metrics_processor.reduced(sums)
+        rank_N = torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64, device=self.device)
+        vocab = table_VD.shape[0]
+        shares = {
+            "NN-FR": nn_failure_rate,
+            "TTR-10": lambda rank: ttr(rank, 10),
+            "SymTTR-100": lambda rank: sym_ttr(rank, 100, vocab),
+        }
+        counts = [share(rank_N) * rank_N.numel() if rank_N.numel() else 0.0 for share in shares.values()]
+        summed = torch.tensor([*counts, rank_N.numel()], dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        *counts, tokens = summed.tolist()
+        return {
+            **{name: count / max(tokens, 1) for name, count in zip(shares, counts, strict=True)},
+            **{f"held-out {name}": terms[name] for name in ("kl", "agreement", "mi", "abs_cos")},
+        }
+
+
+def load_body(body, prepared: Prepared) -> None:
+    """The trunk's first layers as the body's initial weights."""
+    load_trunk(body, prepared.family, prepared.files)
+    logger.info(f"Estimator body starts from the trunk's first {len(body.layers)} layers")

@@ -1,0 +1,323 @@
+"""Trunk families, a row each: how a Hugging Face checkpoint becomes a torchtitan decoder.
+
+A row holds a function from the Hugging Face config to a torchtitan ``Decoder.Config`` and the names of its
+tensors. Weights keep their Hugging Face layout byte for byte: attention uses the rotate-half RoPE (MLA the
+interleaved one) that Hugging Face checkpoints are stored for, so that loading, exporting and fingerprinting a
+trunk are renames and nothing else. The rotary frequencies come from transformers, which makes every
+``rope_scaling`` it knows work here and equal to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+from torchtitan.models.common.decoder import Decoder, TransformerBlock
+from torchtitan.models.deepseek_v3 import build_mla_moe_layers
+from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
+from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
+from torchtitan.protocols.module import Module
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from sgt_titan.errors import UserError
+
+Attention = Literal["sdpa", "flex"]
+
+# Initial weights only ever matter for an estimator's layers: trunk weights are read from the checkpoint.
+LINEAR_INIT = {"weight": partial(nn.init.normal_, std=0.02), "bias": nn.init.zeros_}
+NORM_INIT = {"weight": nn.init.ones_}
+EXPERTS_INIT = {name: LINEAR_INIT["weight"] for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
+
+
+# -- rotary embeddings -------------------------------------------------------------------------------------------------
+
+
+def rotary_frequencies(hf: PretrainedConfig, dim: int) -> tuple[tuple[float, ...], float]:
+    """Inverse frequencies (dim / 2 of them) and the factor on cos and sin, as transformers computes them."""
+    rope = hf.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        inv_freq, factor = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim), 1.0
+    elif kind in ("dynamic", "longrope"):
+        raise UserError(f"trunk: rope_type {kind!r} depends on the sequence length and is not supported; use a "
+                        "checkpoint with rope_type default, linear, llama3 or yarn")  # fmt: skip
+    else:
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
+    return tuple(inv_freq.tolist()), float(factor)
+
+
+def _angles(inv_freq: tuple[float, ...], length: int) -> torch.Tensor:
+    return torch.outer(torch.arange(length).float(), torch.tensor(inv_freq))
+
+
+class HalfRoPE(CosSinRoPE):
+    """Rotate-half RoPE with given frequencies: the layout of Hugging Face Llama and Qwen checkpoints."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CosSinRoPE.Config):
+        inv_freq: tuple[float, ...]
+        factor: float = 1.0
+
+    def _precompute_cache(self) -> torch.Tensor:
+        angles = _angles(self.config.inv_freq, self.config.max_seq_len).repeat(1, 2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1) * self.config.factor
+
+
+class InterleavedRoPE(ComplexRoPE):
+    """Interleaved RoPE with given frequencies: the layout of Hugging Face DeepSeek-V3 checkpoints."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ComplexRoPE.Config):
+        inv_freq: tuple[float, ...]
+        factor: float = 1.0
+
+    def _precompute_cache(self) -> torch.Tensor:
+        angles = _angles(self.config.inv_freq, self.config.max_seq_len)
+        return torch.polar(torch.full_like(angles, self.config.factor), angles)
+
+
+# -- decoders ----------------------------------------------------------------------------------------------------------
+
+
+def _inner_attention(kind: Attention) -> Module.Config:
+    return ScaledDotProductAttention.Config() if kind == "sdpa" else FlexAttention.Config()
+
+
+def _norm(hf: PretrainedConfig, width: int) -> RMSNorm.Config:
+    return RMSNorm.Config(normalized_shape=width, eps=hf.rms_norm_eps, param_init=NORM_INIT)
+
+
+def _decoder(hf: PretrainedConfig, model: type[Decoder], layers: list[TransformerBlock.Config]) -> Decoder.Config:
+    width, vocab = hf.hidden_size, hf.vocab_size
+    return model.Config(
+        dim=width,
+        vocab_size=vocab,
+        enable_weight_tying=bool(hf.tie_word_embeddings),
+        tok_embeddings=Embedding.Config(num_embeddings=vocab, embedding_dim=width, param_init=LINEAR_INIT),
+        norm=_norm(hf, width),
+        lm_head=Linear.Config(in_features=width, out_features=vocab, param_init=LINEAR_INIT),
+        layers=layers,
+    )
+
+
+def _refuse(hf: PretrainedConfig, **unsupported) -> None:
+    for key, value in unsupported.items():
+        if getattr(hf, key, None) == value:
+            raise UserError(f"trunk: config.json has {key} = {value!r}, which the {hf.model_type} row cannot express")
+
+
+def gqa_decoder(
+    hf: PretrainedConfig,
+    attention: Attention,
+    *,
+    model: type[Decoder],
+    block: type[TransformerBlock],
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+) -> Decoder.Config:
+    """Llama, Qwen2 and Qwen3 (dense): grouped-query attention and a gated MLP."""
+    _refuse(hf, attention_bias=True, mlp_bias=True, use_sliding_window=True)
+    if hf.hidden_act != "silu":
+        raise UserError(f"trunk: config.json has hidden_act {hf.hidden_act!r}; only 'silu' is supported")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    inv_freq, factor = rotary_frequencies(hf, head_dim)
+
+    def layer() -> TransformerBlock.Config:
+        gqa = make_gqa_config(
+            dim=hf.hidden_size,
+            n_heads=hf.num_attention_heads,
+            n_kv_heads=hf.num_key_value_heads,
+            head_dim=head_dim,
+            wqkv_param_init=LINEAR_INIT,
+            wo_param_init=LINEAR_INIT,
+            inner_attention=_inner_attention(attention),
+            rope=HalfRoPE.Config(
+                dim=head_dim, max_seq_len=hf.max_position_embeddings, inv_freq=inv_freq, factor=factor
+            ),
+            qk_norm=_norm(hf, head_dim) if qk_norm else None,
+        )
+        gqa.qkv_linear.wq.bias = gqa.qkv_linear.wkv.bias = qkv_bias
+        return block.Config(
+            attention=gqa,
+            attention_norm=_norm(hf, hf.hidden_size),
+            ffn_norm=_norm(hf, hf.hidden_size),
+            feed_forward=make_ffn_config(
+                dim=hf.hidden_size,
+                hidden_dim=hf.intermediate_size,
+                w1_param_init=LINEAR_INIT,
+                w2w3_param_init=LINEAR_INIT,
+            ),
+        )
+
+    return _decoder(hf, model, [layer() for _ in range(hf.num_hidden_layers)])
+
+
+def mla_moe_decoder(hf: PretrainedConfig, attention: Attention) -> Decoder.Config:
+    """DeepSeek-V3: multi-head latent attention; dense layers, then mixtures of experts."""
+    _refuse(hf, attention_bias=True, rope_interleave=False)
+    inv_freq, factor = rotary_frequencies(hf, hf.qk_rope_head_dim)
+    # transformers multiplies the softmax scale by (0.1 * mscale_all_dim * ln(factor) + 1)^2 where rope is scaled;
+    # torchtitan does so with `mscale` where `scaling` is "yarn" and `rope_factor` > 1.
+    rope = hf.rope_parameters
+    mscale = rope.get("mscale_all_dim", 0.0) if rope.get("rope_type", "default") != "default" else 0.0
+    layers = build_mla_moe_layers(
+        n_layers=hf.num_hidden_layers,
+        n_dense_layers=hf.first_k_dense_replace,
+        dim=hf.hidden_size,
+        n_heads=hf.num_attention_heads,
+        q_lora_rank=hf.q_lora_rank or 0,
+        kv_lora_rank=hf.kv_lora_rank,
+        qk_nope_head_dim=hf.qk_nope_head_dim,
+        qk_rope_head_dim=hf.qk_rope_head_dim,
+        v_head_dim=hf.v_head_dim,
+        mscale=mscale or 1.0,
+        dense_hidden_dim=hf.intermediate_size,
+        moe_hidden_dim=hf.moe_intermediate_size,
+        num_experts=hf.n_routed_experts,
+        num_shared_experts=hf.n_shared_experts,
+        router_top_k=hf.num_experts_per_tok,
+        router_score_func="sigmoid",
+        router_num_expert_groups=hf.n_group if hf.n_group > 1 else None,
+        router_num_limited_groups=hf.topk_group if hf.n_group > 1 else None,
+        router_route_scale=hf.routed_scaling_factor,
+        router_route_norm=hf.norm_topk_prob,
+        attn_backend="flex",
+        moe_comm_backend="standard",
+        non_blocking_capacity_factor=None,
+        linear_init=LINEAR_INIT,
+        norm_init=NORM_INIT,
+        depth_init=lambda layer: LINEAR_INIT,
+        depth_experts_init=lambda layer: EXPERTS_INIT,
+        rope=InterleavedRoPE.Config(
+            dim=hf.qk_rope_head_dim,
+            max_seq_len=hf.max_position_embeddings,
+            scaling="yarn" if mscale else "none",
+            rope_factor=rope.get("factor", 1.0) if mscale else 1.0,
+            inv_freq=inv_freq,
+            factor=factor,
+        ),
+    )
+    for layer in layers:
+        layer.attention.inner_attention = _inner_attention(attention)
+        layer.attention_norm = _norm(hf, hf.hidden_size)
+        layer.ffn_norm = _norm(hf, hf.hidden_size)
+        # transformers builds MLA's inner norms with its default eps, not with the config's.
+        layer.attention.q_norm.eps = layer.attention.kv_norm.eps = 1e-6
+    return _decoder(hf, DeepSeekV3Model, layers)
+
+
+# -- tensor names: torchtitan -> Hugging Face; {} stands for the layer, a second {} for the expert ----------------------
+
+OUTER = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+}
+GQA = {
+    **{
+        f"layers.{{}}.attention.qkv_linear.w{p}.{kind}": f"model.layers.{{}}.self_attn.{p}_proj.{kind}"
+        for p in "qkv"
+        for kind in ("weight", "bias")
+    },
+    "layers.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+}
+MLA_MOE = {
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wq_a.weight": "model.layers.{}.self_attn.q_a_proj.weight",
+    "layers.{}.attention.wq_b.weight": "model.layers.{}.self_attn.q_b_proj.weight",
+    "layers.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_a_layernorm.weight",
+    "layers.{}.attention.wkv_a.weight": "model.layers.{}.self_attn.kv_a_proj_with_mqa.weight",
+    "layers.{}.attention.wkv_b.weight": "model.layers.{}.self_attn.kv_b_proj.weight",
+    "layers.{}.attention.kv_norm.weight": "model.layers.{}.self_attn.kv_a_layernorm.weight",
+    "layers.{}.moe.router.gate.weight": "model.layers.{}.mlp.gate.weight",
+    "layers.{}.moe.expert_bias_E": "model.layers.{}.mlp.gate.e_score_correction_bias",
+    "layers.{}.moe.shared_experts.w1.weight": "model.layers.{}.mlp.shared_experts.gate_proj.weight",
+    "layers.{}.moe.shared_experts.w2.weight": "model.layers.{}.mlp.shared_experts.down_proj.weight",
+    "layers.{}.moe.shared_experts.w3.weight": "model.layers.{}.mlp.shared_experts.up_proj.weight",
+    "layers.{}.moe.routed_experts.inner_experts.w1_EFD": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers.{}.moe.routed_experts.inner_experts.w2_EDF": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+    "layers.{}.moe.routed_experts.inner_experts.w3_EFD": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: ``decoder(hf_config, attention) -> Decoder.Config`` and tensor names (torchtitan -> Hugging Face)."""
+
+    decoder: Callable[[PretrainedConfig, Attention], Decoder.Config]
+    names: Mapping[str, str]
+
+
+def _gqa(**kwargs) -> Family:
+    return Family(partial(gqa_decoder, **kwargs), OUTER | GQA)
+
+
+# Keyed by the `model_type` of config.json. DeepSeek-R1-Distill-Llama is a llama, -Distill-Qwen a qwen2.
+FAMILIES: dict[str, Family] = {
+    "llama": _gqa(model=Llama3Model, block=Llama3TransformerBlock),
+    "qwen2": _gqa(model=Qwen3Model, block=Qwen3TransformerBlock, qkv_bias=True),
+    "qwen3": _gqa(model=Qwen3Model, block=Qwen3TransformerBlock, qk_norm=True),
+    "deepseek_v3": Family(mla_moe_decoder, OUTER | MLA_MOE),
+}
+
+
+def family_of(hf: PretrainedConfig) -> Family:
+    """The row for a checkpoint.
+
+    Raises:
+        UserError: no row has this ``model_type``.
+    """
+    if hf.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"trunk: config.json has model_type {hf.model_type!r}; supported are {known}")
+    return FAMILIES[hf.model_type]
+
+
+def hf_name(family: Family, name: str) -> str:
+    """Hugging Face name of torchtitan tensor ``name``; an expert index is left as ``{}``."""
+    head, _, rest = name.partition(".")
+    if head != "layers":
+        return family.names[name]
+    layer, _, tail = rest.partition(".")
+    return family.names[f"layers.{{}}.{tail}"].replace("{}", layer, 1)
+
+
+def export_name(family: Family, name: str) -> str:
+    """Name in checkpoints and exports of the estimator's tensor ``name``: bodies carry Hugging Face's layer names."""
+    if not name.startswith("bodies."):
+        return name
+    _, body, tail = name.split(".", 2)
+    return f"bodies.{body}.{hf_name(family, tail).removeprefix('model.')}"
+
+
+def build(hf: PretrainedConfig, attention: Attention) -> Decoder.Config:
+    """torchtitan's config of a trunk."""
+    return family_of(hf).decoder(hf, attention)
+
+
+def build_body(hf: PretrainedConfig, layers: int, attention: Attention) -> Decoder.Config:
+    """torchtitan's config of an estimator's body: ``layers`` decoder layers of the family, without experts."""
+    hf = copy.deepcopy(hf)
+    hf.num_hidden_layers = layers
+    if hasattr(hf, "layer_types") and hf.layer_types:
+        hf.layer_types = hf.layer_types[:1] * layers
+    if hasattr(hf, "first_k_dense_replace"):
+        hf.first_k_dense_replace = layers  # MLA with a dense MLP: a short estimator has no use for 256 experts
+    return build(hf, attention)

@@ -1,0 +1,98 @@
+"""One process of a training run: ``torchrun ... -m sgt_titan.train NAME [--section.key value ...]``.
+
+Everything that can be wrong with the configuration is found before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sgt_titan.config.load import load, read_trunk, resolve, validate
+from sgt_titan.config.schema import Config
+from sgt_titan.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run NAME with overrides on this rank; returns the exit code (0, 2 for bad input, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def action() -> int:
+        if not argv or argv[0].startswith("-"):
+            raise UserError("usage: torchrun ... -m sgt_titan.train NAME [--section.key value ...]")
+        return run_rank(argv[0], argv[1:])
+
+    return guarded(action)
+
+
+def prepared(name: str, overrides: list[str], world_size: int, *, weights: bool = True) -> Config:
+    """The resolved and checked config of a run on ``world_size`` processes.
+
+    Args:
+        weights: False for a dry run: the trunk's weights need not be there, and no device is assumed.
+
+    Raises:
+        UserError: anything wrong with the config, the overrides or the trunk's directory.
+    """
+    config = resolve(load(name, overrides), world_size=world_size)
+    validate(config, world_size, None)  # cheap mistakes first: they do not need the trunk's directory
+    device = "cpu" if weights and visible_gpus() == 0 else None
+    validate(config, world_size, read_trunk(config, weights=weights), device=device)
+    return config
+
+
+def visible_gpus() -> int:
+    """Number of CUDA devices this process may use, from the driver's files and CUDA_VISIBLE_DEVICES."""
+    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return count
+    entries = [entry.strip() for entry in listed.split(",")]
+    # CUDA stops at the first invalid entry; "" and -1 are the usual ways to hide every device.
+    valid = next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries))
+    return min(count, valid)
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run an entry point: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    Ranks other than 0 keep quiet, since most mistakes are everyone's, and leave the line in torchrun's
+    failure report instead, where a mistake of one node alone can be read.
+    """
+    try:
+        return action()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sgt-titan: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        elif "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_rank(name: str, overrides: list[str]) -> int:
+    """Train on this process as one rank of the run; returns its exit code.
+
+    Raises:
+        UserError: the environment is not torchrun's, or anything wrong with the config or the trunk.
+    """
+    config = prepared(name, overrides, _world_size())
+    from sgt_titan.titan.main import run
+
+    return run(config)
+
+
+def _world_size() -> int:
+    size = os.environ.get("WORLD_SIZE", "")
+    if not size.isdigit() or "RANK" not in os.environ:
+        raise UserError("RANK and WORLD_SIZE are not set: start with `sgt-titan train NAME` or through torchrun")
+    return int(size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Configuration of an exported transform: what ``config.json`` of an export holds."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import field
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from sgt_titan.errors import UserError
+from sgt_titan.transform.gaussian import Bounds
+
+FORMAT_VERSION = 1
+FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")
+
+# Facts about the trunk's checkpoint that the estimator does not share: where it lay, how it was quantised, which
+# remote code it wanted, which type it was stored in.
+_NOT_INHERITED = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+class SGTConfig(PretrainedConfig):
+    """Everything needed to rebuild a ``StainedGlassTransform`` and to feed it as it was trained.
+
+    trunk_config: the body's Hugging Face config as a dict, from :func:`estimator_config`.
+    body: "shared" (one body, two heads) or "separate" (body 0 feeds the mean, body 1 the std).
+    std_min, std_max, std_init, mean_bound: units of ``scale``; see :class:`sgt_titan.transform.gaussian.Bounds`.
+    scale, median_norm: per-feature std and median row norm of the trunk's embedding table, embedding units.
+    hidden_size, vocab_size: D and V of the trunk's embedding table.
+    embeddings: whether the table is shipped in the export.
+    obfuscate, obfuscate_template, template: which prompt tokens were obfuscated in training, and in which template.
+    fingerprints: sha256 of trunk, tokenizer, embeddings, data, as far as known.
+    training: summary of the run.
+    """
+
+    model_type = "stained_glass_transform"
+
+    trunk_config: dict[str, Any] = field(default_factory=dict)
+    body: str = "shared"
+    std_min: float = 1e-4
+    std_max: float = 10.0
+    std_init: float = 0.1
+    mean_bound: float = 0.0
+    scale: float = 1.0
+    median_norm: float = 1.0
+    hidden_size: int = 0
+    vocab_size: int = 0
+    embeddings: bool = True
+    obfuscate: str = "prompt"
+    obfuscate_template: bool = False
+    template: str = "chat"
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds as the Gaussian functions take them. Raises UserError when they are not a range."""
+        return Bounds(self.std_min, self.std_max, self.std_init, self.mean_bound, self.scale)
+
+
+def check_config(config: SGTConfig) -> None:
+    """Raise UserError unless a model can be built from ``config``: one line, naming the key of config.json."""
+    if not isinstance(config.format_version, int) or config.format_version > FORMAT_VERSION:
+        raise UserError(
+            f"config.json: format_version is {config.format_version}, this sgt_titan reads up to {FORMAT_VERSION}; "
+            "update sgt_titan"
+        )
+    trunk = config.trunk_config
+    if not isinstance(trunk, dict) or trunk.get("model_type") not in FAMILIES:
+        found = trunk.get("model_type") if isinstance(trunk, dict) else type(trunk).__name__
+        raise UserError(f"config.json: trunk_config.model_type is {found!r}, must be one of {', '.join(FAMILIES)}")
+    for key, allowed in (("body", ("shared", "separate")), ("obfuscate", ("prompt", "all"))):
+        if getattr(config, key) not in allowed:
+            raise UserError(f"config.json: {key} is {getattr(config, key)!r}, must be one of {', '.join(allowed)}")
+    for key in ("hidden_size", "vocab_size"):
+        if getattr(config, key) != trunk.get(key):
+            raise UserError(f"config.json: {key} is {getattr(config, key)}, but trunk_config.{key} is {trunk.get(key)}")
+    _ = config.bounds
+
+
+def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config of a ``layers``-layer decoder of the trunk's family, as a dict for ``SGTConfig.trunk_config``.
+
+    ``trunk_config``: the trunk's Hugging Face config, or the content of its config.json. Rotary settings, norms and
+    attention geometry are the trunk's own; MoE families (deepseek_v3) get dense FFNs in every layer, because a short
+    body has no use for experts; prediction heads, quantisation and storage type are left out. Raises UserError for a
+    family that is not supported or a number of layers that the trunk does not have.
+    """
+    raw = copy.deepcopy(trunk_config)
+    if isinstance(raw, dict):
+        family = raw.pop("model_type", None)
+    else:
+        family = raw.model_type
+    if family not in FAMILIES:
+        raise UserError(f"trunk config.json: model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+    if isinstance(raw, dict):
+        for key in _NOT_INHERITED:
+            raw.pop(key, None)
+        raw = AutoConfig.for_model(family, **raw)
+    if not 1 <= layers <= raw.num_hidden_layers:
+        raise UserError(f"estimator.layers: {layers}, must be between 1 and the trunk's {raw.num_hidden_layers} layers")
+    config = {key: value for key, value in raw.to_diff_dict().items() if key not in _NOT_INHERITED}
+    config |= {"model_type": family, "num_hidden_layers": layers, "tie_word_embeddings": False}
+    if config.get("layer_types") is not None:
+        config["layer_types"] = config["layer_types"][:layers]
+    if family == "deepseek_v3":
+        config["first_k_dense_replace"] = layers
+        config["num_nextn_predict_layers"] = 0
+        config.pop("num_mtp_layers", None)
+    return config
+
+
+def decoder_config(trunk_config: dict[str, Any]) -> PretrainedConfig:
+    """The Hugging Face config object of a body, from the dict made by :func:`estimator_config`."""
+    fields = copy.deepcopy(trunk_config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)

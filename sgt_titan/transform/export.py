@@ -1,0 +1,353 @@
+"""Write and read the directory that a client is handed: config.json, safetensors, tokenizer, model card.
+
+This is where training and client meet: the training side calls :func:`write_export` with the tensors it gathered,
+everything else reads the result. A directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgt_titan import __version__
+from sgt_titan.errors import UserError
+from sgt_titan.transform.configuration import SGTConfig
+from sgt_titan.transform.modeling import (
+    StainedGlassTransform,
+    check_finite,
+    check_shapes,
+    expected_shapes,
+    fingerprint_tensor,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARD_SIZE = "5GB"
+
+# What a client needs in order to make the ids that the trunk was trained on, whichever kind the tokenizer is.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+# The embedding table is a part of the trunk, and most licences ask that their text travels with the parts.
+_LICENCE_PATTERN = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+_WEIGHTS_PATTERN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+def load_export(path: str | os.PathLike, **kwargs: Any) -> StainedGlassTransform:
+    """The transform in an export directory, in evaluation mode; its configuration is ``.config``.
+
+    ``kwargs`` go to ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``). Raises UserError, one
+    line, for a directory that is not an export or whose files are damaged.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such directory; give the directory of an export")
+    return StainedGlassTransform.from_pretrained(path, **kwargs)
+
+
+def write_export(
+    out_dir: str | os.PathLike,
+    config: SGTConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    tokenizer_dir: str | os.PathLike,
+    summary: Mapping[str, Any],
+    dtype: str | torch.dtype = "float32",
+    overwrite: bool = False,
+) -> Path:
+    """Write an export to ``out_dir`` and return its path. ``config`` and ``state_dict`` are not changed.
+
+    ``state_dict``: full tensors under the names and in the shapes of ``StainedGlassTransform`` (see modeling.py),
+    any float dtype, with ``embed_tokens.weight`` exactly if ``config.embeddings``. ``tokenizer_dir``: the trunk's
+    directory, for tokenizer, chat template and licence files. ``dtype``: of the stored weights, float32 or bfloat16.
+    ``summary``: for the card and ``config.training``; all keys optional: ``name``, ``trunk``, ``license``, ``steps``,
+    ``tokens``, ``objective`` (weights by term), ``losses`` (final values by term), ``kl`` (nats per token),
+    ``agreement`` and ``nn_fr`` (fractions of 1), ``nn_fr_positions``; others are listed as they are.
+
+    Raises UserError, before anything is written, for tensors that do not fit the configuration or are not finite, an
+    ``out_dir`` in use (``overwrite`` replaces an earlier export and nothing else), a missing tokenizer, or a disk
+    without room.
+    """
+    out_dir, tokenizer_dir = Path(os.path.abspath(out_dir)), Path(tokenizer_dir)
+    dtype = _dtype(dtype)
+    check_shapes({name: tuple(t.shape) for name, t in state_dict.items()}, expected_shapes(config), "export")
+    for name, tensor in state_dict.items():
+        check_finite(name, tensor, "export")
+    extra_files = _files_to_copy(tokenizer_dir)
+    check_target(out_dir, overwrite=overwrite)
+    parent = out_dir.parent
+    _check_disk(parent, state_dict, dtype, extra_files)
+
+    config = copy.deepcopy(config)
+    config.training = config.training or dict(summary)
+    weights = {name: _storable(tensor, dtype) for name, tensor in state_dict.items()}
+    if config.embeddings:
+        fingerprint = fingerprint_tensor(weights["embed_tokens.weight"])
+        config.fingerprints = {**config.fingerprints, "embeddings": fingerprint}
+
+    parent.mkdir(parents=True, exist_ok=True)
+    work_dir = parent / f".{out_dir.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        work_dir.mkdir()
+        with torch.device("meta"):
+            skeleton = StainedGlassTransform(config).to(dtype)
+        # save_original_format would rename tensors to an older layout; our names are the contract.
+        skeleton.save_pretrained(work_dir, state_dict=weights, max_shard_size=SHARD_SIZE, save_original_format=False)
+        for source in extra_files:
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, work_dir / source.name)
+        (work_dir / "README.md").write_text(model_card(config, summary, _licence(tokenizer_dir)), encoding="utf-8")
+        _move_into_place(work_dir, out_dir)
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return out_dir
+
+
+def check_target(out_dir: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Raise UserError unless ``write_export`` may write here; cheap, so a run can ask before it starts training.
+
+    A missing or empty directory is fine. With ``overwrite`` so is an earlier export that holds nothing but the files
+    an export consists of: replacing deletes the directory, and a note or a report in it would go with it.
+    """
+    out_dir = Path(out_dir)
+    if not os.path.lexists(out_dir):
+        return
+    if not out_dir.is_dir() or out_dir.is_symlink():
+        raise UserError(f"{out_dir}: exists and is not a directory; choose another output directory")
+    entries = sorted(entry.name for entry in out_dir.iterdir())
+    if not entries:
+        return
+    if not _is_export(out_dir):
+        raise UserError(f"{out_dir}: not empty and not an earlier export; choose another output directory")
+    if not overwrite:
+        raise UserError(f"{out_dir}: an export is already there; choose another output directory or allow overwriting")
+    foreign = [name for name in entries if not _is_export_file(name)]
+    if foreign:
+        raise UserError(f"{out_dir}: {foreign[0]} is not part of an export and would be lost; move it away first")
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"] == SGTConfig.model_type
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_export_file(name: str) -> bool:
+    return (
+        name in ("config.json", "README.md", *_TOKENIZER_FILES)
+        or _WEIGHTS_PATTERN.fullmatch(name) is not None
+        or _LICENCE_PATTERN.fullmatch(name) is not None
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"export.dtype: {dtype!r}, must be one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _storable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    tensor = tensor.detach().to("cpu", dtype).contiguous()
+    # A view of a larger buffer (a flattened optimizer bucket, say) must not drag the buffer along.
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _files_to_copy(tokenizer_dir: Path) -> list[Path]:
+    if not any((tokenizer_dir / name).is_file() for name in _VOCABULARIES):
+        raise UserError(f"{tokenizer_dir}: no tokenizer there ({', '.join(_VOCABULARIES)}); give the trunk's directory")
+    tokenizer = [tokenizer_dir / name for name in _TOKENIZER_FILES if (tokenizer_dir / name).exists()]
+    licences = [path for path in tokenizer_dir.iterdir() if path.is_file() and _LICENCE_PATTERN.fullmatch(path.name)]
+    return tokenizer + sorted(licences)
+
+
+def _check_disk(parent: Path, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype, files: list[Path]) -> None:
+    needed = sum(tensor.numel() for tensor in state_dict.values()) * dtype.itemsize
+    needed += sum(path.stat().st_size for path in files if path.is_file()) + (1 << 20)
+    existing = next(path for path in (parent, *parent.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{parent}: {free / 1e9:.3f} GB free, the export needs {needed / 1e9:.3f} GB; "
+            "free some space or choose another output directory"
+        )
+
+
+def _move_into_place(work_dir: Path, out_dir: Path) -> None:
+    """Rename ``work_dir`` to ``out_dir``; what was there goes aside first, and back if the rename fails."""
+    if not out_dir.exists():
+        os.rename(work_dir, out_dir)
+        return
+    aside = work_dir.with_suffix(".old")
+    os.rename(out_dir, aside)
+    try:
+        os.rename(work_dir, out_dir)
+    except OSError:
+        os.rename(aside, out_dir)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _licence(tokenizer_dir: Path) -> str | None:
+    """The ``license`` (or, for licences of their own, ``license_name``) that the trunk's model card states."""
+    try:
+        text = (tokenizer_dir / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    stated = dict(re.findall(r"^(license(?:_name)?):[ \t]*(\S+)[ \t]*$", header[1], re.MULTILINE)) if header else {}
+    value = stated.get("license_name") or stated.get("license")
+    return value.strip("\"'") if value else None
+
+
+def model_card(config: SGTConfig, summary: Mapping[str, Any], licence: str | None = None) -> str:
+    """README.md of an export, from its configuration and the ``summary`` described at :func:`write_export`."""
+    trunk = _show(summary.get("trunk") or config.trunk_config["model_type"])
+    licence = summary.get("license") or licence
+    paragraphs = {
+        "name": _show(summary.get("name") or "sgt"),
+        "trunk": trunk,
+        "what": _wrap(
+            "Turns token embeddings into obfuscated ones on the client: `x~ = x + mu(x) + sigma(x) * eps`, with fresh "
+            f"noise every time (arXiv 2506.09452). The server runs the unchanged {trunk} on `x~` and is not sent the "
+            f"token ids of the obfuscated positions. {_estimator_line(config)} Written by sgt_titan {__version__}."
+        ),
+        "inputs": "input_ids" if config.embeddings else "inputs_embeds",
+        "positions": _wrap(
+            "`mask` is true at the positions to obfuscate; trained on: "
+            f"{'prompt' if config.obfuscate == 'prompt' else 'all'} tokens, "
+            f"{'including' if config.obfuscate_template else 'without'} template and special tokens (template: "
+            f"{config.template}). Positions outside the mask leave the client unchanged. Never pass a fixed seed "
+            "outside tests."
+        ),
+        "rows": "\n".join(f"| {label} | {value} |" for label, value in _summary_rows(config, summary)),
+        "prints": "\n".join(
+            f"| {_show(key)} | `{_show(value)}` |" for key, value in sorted(config.fingerprints.items())
+        )
+        or "| none recorded | |",
+        "licence": _wrap(_licence_note(trunk, licence and _show(licence), config.embeddings)),
+    }
+    return _CARD.format_map(paragraphs)
+
+
+_CARD = """---
+library_name: transformers
+tags: [stained-glass-transform]
+---
+
+# {name}: a Stained Glass Transform for {trunk}
+
+{what}
+
+## Use
+
+```python
+from sgt_titan.transform import load_export
+transform = load_export("path/to/this/directory")
+embeddings = transform.transform({inputs}, mask)
+```
+
+{positions}
+
+## What it protects, and what it does not
+
+- Meant to make it harder to read a prompt off the embeddings that are sent. It is a learned, statistical protection:
+  no cryptography, and no differential-privacy guarantee.
+- **Nearest-neighbour numbers are not a security statement.** An attacker who has this transform (it is not a secret)
+  can train a model to invert it, and such attacks can recover far more than nearest neighbours do. Measure with them.
+- Generated tokens are always in the clear: the server produces them. So are the length of the prompt, the template
+  tokens that are not obfuscated, and anything the answer repeats.
+- Sending the same prompt many times lets the server average the noise away.
+- It only fits the trunk and tokenizer below.
+
+## Training
+
+| | |
+|---|---|
+{rows}
+
+## Trunk
+
+| fingerprint | sha256 |
+|---|---|
+{prints}
+
+## Licence
+
+{licence}
+"""
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, width=116, break_long_words=False, break_on_hyphens=False)
+
+
+def _estimator_line(config: SGTConfig) -> str:
+    layers, family = config.trunk_config["num_hidden_layers"], config.trunk_config["model_type"]
+    bodies = "one body for mean and std" if config.body == "shared" else "one body each for mean and std"
+    table = "shipped" if config.embeddings else "not shipped, bring the trunk's own"
+    return (
+        f"The estimator: {layers} decoder layers ({family}, width {config.hidden_size}), {bodies}; the embedding table "
+        f"is {table}."
+    )
+
+
+def _licence_note(trunk: str, licence: str | None, embeddings: bool) -> str:
+    part = "contains the embedding table of" if embeddings else "was trained against"
+    state = f"whose licence is stated as `{licence}`" if licence else "whose licence could not be determined here"
+    return (
+        f"This directory {part} {trunk}, {state}, and may be a derivative of it. The trunk's licence applies to it and "
+        "to its redistribution; licence files found beside the trunk are copied here."
+    )
+
+
+def _summary_rows(config: SGTConfig, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the training table: the known ones always, "not measured" where absent, then whatever else is given."""
+    positions = summary.get("nn_fr_positions")
+    labels = {
+        "steps": "Steps",
+        "tokens": "Tokens",
+        "objective": "Objective weights",
+        "losses": "Final losses",
+        "kl": "KL to the clean trunk, nats per token",
+        "agreement": "Top-1 agreement with the clean trunk",
+        "nn_fr": "Nearest-neighbour failure rate (probe)" + (f", {positions} positions" if positions else ""),
+    }
+    rows = [(label, _show(summary.get(key), percent=key in ("agreement", "nn_fr"))) for key, label in labels.items()]
+    bounds = f"{config.std_min:g} to {config.std_max:g}, from {config.std_init:g} (scale {config.scale:.4g})"
+    rows.append(("Range of sigma / scale", bounds))
+    known = {*labels, "name", "trunk", "license", "nn_fr_positions"}
+    return rows + [(str(key), _show(value)) for key, value in summary.items() if key not in known]
+
+
+def _show(value: Any, *, percent: bool = False) -> str:
+    if value is None or (isinstance(value, Mapping) and not value):
+        return "not measured"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        # One line, and no cell border: a value must not be able to break the table.
+        return " ".join(str(value).split()).replace("|", "\\|")
+    if percent:
+        return f"{100 * value:.1f}%"
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    return f"{value:.4g}"

@@ -1,0 +1,367 @@
+"""The transform a client runs: token ids or embeddings in, mean and log std or obfuscated embeddings out.
+
+Plain transformers: bodies are its own decoder models, loading and saving its own too, made strict. The names in
+the state dict are a contract with the training side, which writes them from its shards:
+
+    embed_tokens.weight (V, D)                 the trunk's table, when shipped
+    bodies.{0|1}.layers.{i}.<HF layer names>   Hugging Face layouts
+    bodies.{0|1}.norm.weight (D,)
+    mean_head.{weight,bias}, log_std_head.{weight,bias}   (D, D) and (D,)
+
+Shapes: B batch, T sequence, D model width, V vocabulary, S past + T.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from sgt_titan.errors import UserError
+from sgt_titan.transform.configuration import SGTConfig, check_config, decoder_config
+from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, obfuscate, secure_noise
+
+Caches = tuple[DynamicCache, ...]
+
+# Arguments of from_pretrained that would load something other than the files that were checked.
+_REFUSED_ARGUMENTS = ("state_dict", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
+
+
+@dataclass
+class SGTOutput(ModelOutput):
+    """Parameters of the Gaussian at every position, float32, in embedding units; caches, one per body."""
+
+    mean_BTD: torch.Tensor | None = None
+    log_std_BTD: torch.Tensor | None = None
+    past_key_values: Caches | None = None
+
+
+class StainedGlassTransform(PreTrainedModel):
+    """mu(x) and log sigma(x) of Eq. 1, from short decoders of the trunk's family and two linear heads."""
+
+    config_class = SGTConfig
+    config: SGTConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: SGTConfig):
+        super().__init__(config)
+        check_config(config)
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width) if config.embeddings else None
+        self.bodies = nn.ModuleList(_decoder(config) for _ in range(1 if config.body == "shared" else 2))
+        self.mean_head = nn.Linear(width, width)
+        self.log_std_head = nn.Linear(width, width)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only the heads reach this as Linear: transformers sends what is inside a body to the body's own rule.
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.zeros_(module.weight)
+
+    def new_caches(self) -> Caches:
+        """Empty caches to stream with: pass them to every call, which extends them in place."""
+        return tuple(DynamicCache(config=body.config) for body in self.bodies)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Caches | None = None,
+        use_cache: bool | None = None,
+    ) -> SGTOutput:
+        """Mean and log std ``(B, T, D)`` in float32 for ids ``(B, T)`` int64 or embeddings ``(B, T, D)``.
+
+        ``attention_mask`` ``(B, S)``: 1 for real tokens, over past and present; padding may be left or right.
+        ``past_key_values``: caches of an earlier call or of :meth:`new_caches`, extended in place; causal, so pieces
+        give what one pass gives. Without them, ``use_cache=True`` returns new ones; caching is off by default.
+        Raises ValueError unless exactly one input is given, UserError for ids when no table was shipped.
+        """
+        x_BTD = self._embed(input_ids, inputs_embeds).to(self.mean_head.weight.dtype)
+        if past_key_values is None and use_cache:
+            past_key_values = self.new_caches()
+        if past_key_values is not None and len(past_key_values) != len(self.bodies):
+            raise ValueError(f"past_key_values has {len(past_key_values)} caches, the transform {len(self.bodies)}")
+        if position_ids is None and attention_mask is not None:
+            # Positions count real tokens, so that left padding does not shift them.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x_BTD.shape[1] :]
+        hidden = [
+            body(
+                inputs_embeds=x_BTD,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=None if past_key_values is None else past_key_values[index],
+                use_cache=past_key_values is not None,
+            ).last_hidden_state
+            for index, body in enumerate(self.bodies)
+        ]
+        bounds = self.config.bounds
+        return SGTOutput(
+            mean_BTD=bounded_mean(self.mean_head(hidden[0]), bounds),
+            log_std_BTD=bounded_log_std(self.log_std_head(hidden[-1]), bounds),
+            past_key_values=past_key_values,
+        )
+
+    @torch.no_grad()
+    def transform(
+        self,
+        inputs: torch.Tensor,
+        mask_BT: torch.Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Caches | None = None,
+    ) -> torch.Tensor:
+        """Obfuscated embeddings ``(B, T, D)``, in the dtype of the embeddings (Eq. 1).
+
+        ``inputs``: token ids ``(B, T)`` (integer) or embeddings ``(B, T, D)`` (float). ``mask_BT`` (bool): true where
+        to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
+        system's generator and is never the same twice; ``generator`` or ``seed`` replace it, for tests and
+        measurements. Raises UserError for ids outside the vocabulary, or when no table was shipped; ValueError for
+        shapes that do not match.
+        """
+        is_ids = not inputs.is_floating_point()
+        if is_ids and inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.config.vocab_size:
+            raise UserError(
+                f"input_ids: contains an id outside 0..{self.config.vocab_size - 1}; "
+                "use the tokenizer of the trunk this transform was trained for"
+            )
+        x_BTD = self._embed(inputs, None) if is_ids else inputs
+        if mask_BT.shape != x_BTD.shape[:-1]:
+            raise ValueError(f"mask_BT has shape {tuple(mask_BT.shape)}, expected {tuple(x_BTD.shape[:-1])}")
+        mask_BT = mask_BT.to(x_BTD.device, torch.bool)
+        if attention_mask is not None:
+            mask_BT = mask_BT & attention_mask[:, -x_BTD.shape[1] :].to(x_BTD.device, torch.bool)
+        out = self(
+            inputs_embeds=x_BTD,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+        eps_BTD = _noise(out.mean_BTD, generator, seed)
+        return obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if self.embed_tokens is None:
+            raise UserError(
+                "input_ids: this export ships no embedding table (embeddings: false in config.json); "
+                "pass inputs_embeds from the trunk's own table"
+            )
+        return self.embed_tokens(input_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> StainedGlassTransform:
+        """As ``PreTrainedModel.from_pretrained``, but a file that is not exactly the module is refused.
+
+        Where transformers warns and carries on with random numbers, this raises UserError: missing, unexpected or
+        misshapen tensors, NaN or infinite values, an embedding table whose sha256 is not the one in config.json.
+        Only safetensors are read, from a local directory or a hub repository.
+        """
+        for key in _REFUSED_ARGUMENTS:
+            if kwargs.pop(key, None):
+                raise UserError(f"from_pretrained: {key} is not supported for a Stained Glass Transform; leave it out")
+        directory = _local_directory(pretrained_model_name_or_path, kwargs)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, SGTConfig):
+            config = read_config(directory)
+        check_checkpoint(directory, config)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        model, info = super().from_pretrained(str(directory), *args, config=config, output_loading_info=True, **kwargs)
+        # check_checkpoint has seen all of this; what transformers itself did has the last word.
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if info.get(problem):
+                raise UserError(f"{directory}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}")
+        return (model, info) if wants_info else model
+
+
+def _decoder(config: SGTConfig) -> PreTrainedModel:
+    """One body: the family's decoder without a table of its own, in torch's current default dtype and device."""
+    # A one-row vocabulary, because the decoder insists on allocating (and initialising) a table that is dropped below:
+    # 4 GB for a 70B trunk.
+    small = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    body_config = decoder_config(config.trunk_config | small)
+    body = AutoModel.from_config(
+        body_config, dtype=torch.get_default_dtype(), attn_implementation=config._attn_implementation
+    )
+    body.embed_tokens = None
+    return body
+
+
+def _noise(like: torch.Tensor, generator: torch.Generator | None, seed: int | None) -> torch.Tensor:
+    if generator is not None and seed is not None:
+        raise ValueError("give a generator or a seed, not both")
+    if generator is None and seed is None:
+        return secure_noise(like.shape, device=like.device)
+    if seed is not None:
+        warnings.warn(
+            "an explicit seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it "
+            "across prompts ties them together; leave it out except in tests",
+            stacklevel=4,
+        )
+        generator = torch.Generator(device=like.device).manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+
+def fingerprint_tensor(tensor: torch.Tensor) -> str:
+    """sha256 (hex) over dtype, shape and little-endian bytes of a tensor of any dtype and device."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    array = flat.view(torch.uint8).numpy()
+    if sys.byteorder == "big":
+        array = array.reshape(-1, tensor.element_size())[:, ::-1].copy()
+    name = str(tensor.dtype).removeprefix("torch.")
+    digest = hashlib.sha256(f"{name} {list(tensor.shape)}\n".encode())
+    digest.update(memoryview(array).cast("B") if array.size else b"")
+    return digest.hexdigest()
+
+
+def expected_shapes(config: SGTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint of this configuration; allocates nothing."""
+    with torch.device("meta"):
+        model = StainedGlassTransform(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: str) -> None:
+    """Raise UserError, prefixed by ``where``, unless both have the same names with the same shapes."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise UserError(f"{where}: {len(missing)} tensors missing, first {missing[0]}; the checkpoint is incomplete")
+    if extra:
+        raise UserError(f"{where}: {len(extra)} unexpected tensors, first {extra[0]}; config.json does not describe it")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{where}: {name} has shape {found[name]}, config.json asks for {shape}")
+
+
+def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+    """Raise UserError, prefixed by ``where``, if the tensor is not floating point or has NaN or infinite values."""
+    if not tensor.is_floating_point():
+        raise UserError(f"{where}: {name} is {tensor.dtype}, expected a floating-point type")
+    # Chunks of rows: isfinite of a whole embedding table would cost as much memory as the table.
+    if not all(bool(torch.isfinite(chunk).all()) for chunk in tensor.reshape(-1).split(1 << 24)):
+        raise UserError(
+            f"{where}: {name} contains NaN or infinite values; the training run diverged or the file is bad"
+        )
+
+
+def check_checkpoint(directory: Path, config: SGTConfig) -> None:
+    """Raise UserError unless the safetensors in ``directory`` are exactly what ``config`` describes.
+
+    Compares names and shapes first, from the headers alone; then reads each tensor once for NaN and infinity, and
+    the embedding table for its fingerprint, on the stored bytes, so that a later cast to another dtype is allowed.
+    """
+    check_config(config)
+    files = _weight_files(directory)
+    try:
+        with ExitStack() as stack:
+            handles = {file: stack.enter_context(safe_open(file, framework="pt", device="cpu")) for file in files}
+            shapes: dict[str, tuple[int, ...]] = {}
+            for file, handle in handles.items():
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    if name in shapes:
+                        raise UserError(f"{file}: {name} is also in another shard")
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+            check_shapes(shapes, expected_shapes(config), str(directory))
+            for file, handle in handles.items():
+                for name in handle.keys():  # noqa: SIM118
+                    tensor = handle.get_tensor(name)
+                    check_finite(name, tensor, str(file))
+                    if name == "embed_tokens.weight":
+                        _check_embeddings(tensor, config, file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{directory}: cannot read the weights: {error}; copy the export again") from error
+
+
+def _check_embeddings(table_VD: torch.Tensor, config: SGTConfig, file: Path) -> None:
+    wanted = config.fingerprints.get("embeddings")
+    if wanted is not None and fingerprint_tensor(table_VD) != wanted:
+        raise UserError(
+            f"{file}: embed_tokens.weight is not the table named in config.json (fingerprints.embeddings); "
+            "the transform would meet embeddings it was not trained on"
+        )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files transformers would read, in its order of preference: one file, else the shards of the index."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json; not an export")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not a safetensors index; copy the export again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: {name!r} is not a safetensors file of this directory")
+        if not (directory / name).is_file():
+            raise UserError(f"{directory}: shard {name} is missing; copy the export again")
+    return [directory / name for name in names]
+
+
+def read_config(directory: Path) -> SGTConfig:
+    """The configuration in ``directory/config.json``. Raises UserError if it is not that of an export."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no config.json; give the directory of an export")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON; copy the export again") from error
+    found = fields.get("model_type") if isinstance(fields, dict) else None
+    if found != SGTConfig.model_type:
+        raise UserError(f"{path}: model_type is {found!r}, an export has {SGTConfig.model_type!r}")
+    return SGTConfig.from_dict(fields)
+
+
+def _local_directory(name: str | os.PathLike, kwargs: dict[str, Any]) -> Path:
+    """The directory itself, or the local copy of a hub repository; takes the arguments that chose it from kwargs."""
+    keys = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+    hub = {key: value for key in keys if (value := kwargs.pop(key, None)) is not None}
+    directory = Path(name)
+    if not directory.is_dir():
+        if len(directory.parts) > 2 or directory.is_absolute() or str(name).startswith((".", "~")):
+            raise UserError(f"{name}: no such directory; give the directory of an export")
+        directory = _download(str(name), hub)
+    return directory / (kwargs.pop("subfolder", None) or "")
+
+
+def _download(repo_id: str, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"], **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{repo_id}: no such directory, and not on the hub: {reason}") from error
