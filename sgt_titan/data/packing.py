@@ -62,27 +62,27 @@ def _best_fit_decreasing(descending: np.ndarray, seq_len: int) -> np.ndarray:
     for start, stop in zip(starts, np.r_[starts[1:], len(descending)], strict=True):
         length, at = int(descending[start]), int(start)
         while at < stop:
+            # The least room that is enough; a row that was just filled has even less, so it stays the best fit for
+            # as long as it fits: a row takes all the samples of this length it can before the next one is touched.
             fit = int(np.argmax(open_[length:])) + length
+            count, per_row = int(stop - at), (fit if open_[fit] else seq_len) // length
+            needed = -(-count // per_row)
             if open_[fit]:
                 ids = free[fit].pop()
-                open_[fit] = bool(free[fit])
-                taken, rest = ids[: stop - at], ids[stop - at :]
+                ids, rest = ids[:needed], ids[needed:]
                 if len(rest):
                     free[fit].append(rest)
-                    open_[fit] = True
-                row_of[at : at + len(taken)] = taken
-                _put(free, open_, fit - length, taken)
-                at += len(taken)
-                continue
-            # No open row fits: new rows, each filled with as many of this length as it takes, as best fit would.
-            count, per_row = int(stop - at), seq_len // length
-            new = np.arange(rows, rows + -(-count // per_row))
-            row_of[at:stop] = np.repeat(new, per_row)[:count]
-            full, left = divmod(count, per_row)
-            _put(free, open_, seq_len - per_row * length, new[:full])
-            _put(free, open_, seq_len - left * length, new[full:])
-            rows += len(new)
-            at = int(stop)
+                open_[fit] = bool(free[fit])
+            else:
+                fit = seq_len
+                ids = np.arange(rows, rows + needed)
+                rows += needed
+            placed = np.repeat(ids, per_row)[:count]
+            row_of[at : at + len(placed)] = placed
+            full = len(placed) // per_row
+            _put(free, open_, fit - per_row * length, ids[:full])
+            _put(free, open_, fit - (len(placed) - full * per_row) * length, ids[full:])
+            at += len(placed)
     return row_of
 
 

@@ -665,7 +665,7 @@ def values(rng: Random) -> dict[str, str]:
         "medication": pick(rng, medications),
         "clinic": clinic,
         "advice": advice,
-        "order": f"{pick(rng, LETTERS)}{pick(rng, LETTERS)}-{digits(rng, 5)}",
+        "order": f"{pick(rng, LETTERS)}{pick(rng, LETTERS)}-{digits(rng, 6)}",
         "amount": f"${10 + int(rng.random() * 990)}.{digits(rng, 2)}",
         "item": pick(rng, ITEMS),
         "company": pick(rng, COMPANIES),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sgt_titan.demo.corpus import conversations
@@ -54,12 +54,16 @@ Row = dict[str, Any]
 def train_tokenizer(rows: Iterator[Row], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer over the rows' contents, with ``SPECIALS`` and the chat template.
 
-    Every digit is a token of its own, so a number's last four digits are its last four tokens: copying them is then
-    attention, not spelling. No token is added around a text: the template writes ``<s>`` itself.
+    Digits are cut into pairs from the left of a group, so a card's last four digits are its last two tokens. A pair
+    rarely occurs twice in a prompt, unlike a digit, so the token before tells which number is being copied. No token
+    is added around a text: the template writes ``<s>`` itself.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -161,6 +165,62 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@torch.no_grad()
+def start_with_copying(model: LlamaForCausalLM) -> None:
+    """Sets a few attention heads so that the untrained trunk already repeats what followed a token before.
+
+    Copying from the prompt needs two heads in a row: one whose output is the previous token, and one that looks for
+    the current token there and passes on the token it finds ("induction", arXiv 2209.11895). From random weights
+    their discovery is a plateau of thousands of steps, longer than this trunk's whole training. So they are the
+    start instead, and training keeps, sharpens or undoes them like any weight:
+
+    * feature 0 of every embedding is one constant, and layer 0's first head makes of it a query and a key whose RoPE
+      phases agree at distance 1; its value is a sketch of the token, written to a subspace of its own;
+    * in the next three layers the first query head of each KV head compares that sketch with the current token's, on
+      the slow RoPE planes only, and its value and output put the found token's embedding back.
+    """
+    config, head = model.config, model.config.head_dim
+    width, half, group = config.hidden_size, head // 2, config.num_attention_heads // config.num_key_value_heads
+    scale = 0.05
+    theta = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+
+    def sketch(rows: int) -> torch.Tensor:
+        """Orthonormal rows ``(rows, D)`` that do not see feature 0."""
+        random = torch.randn(width - 1, rows)
+        return F.pad(torch.linalg.qr(random)[0].T, (1, 0))
+
+    embedding = model.model.embed_tokens.weight
+    embedding.normal_(std=scale)
+    embedding[:, 0] = 4 * scale
+    # Token sketches are read with the first rows and written with the second: the two must not overlap.
+    both = sketch(2 * head)
+    read, write = both[:head], both[head:]
+
+    # The normalised constant is close to 4; q . k / sqrt(head) then peaks at distance 1, about 6 above its neighbours.
+    first, fast, strength = model.model.layers[0].self_attn, half * 3 // 8, math.sqrt(50) / 4
+    first.q_proj.weight[:head] = 0
+    first.k_proj.weight[:head] = 0
+    first.q_proj.weight[:fast, 0] = strength
+    first.k_proj.weight[:fast, 0] = strength * theta[:fast].cos()
+    first.k_proj.weight[half : half + fast, 0] = strength * theta[:fast].sin()
+    first.v_proj.weight[:head] = read
+    first.o_proj.weight[:, :head] = 2 * scale * write.T
+
+    slow = torch.cat([torch.arange(half * 9 // 16, half), torch.arange(half + half * 9 // 16, head)])
+    for layer in model.model.layers[1:4]:
+        attention = layer.self_attn
+        for kv in range(config.num_key_value_heads):
+            q, k = kv * group * head, kv * head
+            chosen = torch.randperm(head)[: len(slow)]
+            attention.q_proj.weight[q : q + head] = 0
+            attention.k_proj.weight[k : k + head] = 0
+            attention.q_proj.weight[q + slow] = 3.0 * read[chosen]
+            attention.k_proj.weight[k + slow] = 3.0 * write[chosen]
+            value = sketch(head)
+            attention.v_proj.weight[k : k + head] = value
+            attention.o_proj.weight[:, q : q + head] = 3 * scale * value.T
+
+
 def train(
     tokenizer: PreTrainedTokenizerFast,
     config: LlamaConfig,
@@ -179,6 +239,7 @@ def train(
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
+    start_with_copying(model)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(

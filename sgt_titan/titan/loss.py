@@ -97,7 +97,7 @@ class SGTLoss(BaseLoss):
         self.objective = config.objective
 
     def weights(self, step: int) -> dict[str, float]:
-        """Weight of each obfuscation term at ``step``."""
+        """Weight of each obfuscation term after ``step`` optimizer steps."""
         terms = {name: getattr(self.objective, name) for name in TERMS}
         return {name: weight_at(step, term.weight, term.start, term.ramp_steps) for name, term in terms.items()}
 
@@ -135,7 +135,7 @@ class SGTLoss(BaseLoss):
             The loss, whose gradient summed over all ranks is that of the global batch; and a dict of ``REPORTED`` terms
             that are to be summed over all ranks of the world.
         """
-        objective, weights = self.objective, self.weights(step)
+        objective, weights = self.objective, self.weights(step - 1)
         chosen = utility_BT
         soft = soft_cross_entropy(
             pred.student_logits_BTV[chosen],

@@ -122,7 +122,6 @@ class SGTModel(BaseModel):
                     in_features=width,
                     out_features=width,
                     bias=True,
-                    param_init={"weight": nn.init.zeros_, "bias": nn.init.zeros_},
                     sharding_config=head_sharding(self.enable_sp),
                 )
 
@@ -155,10 +154,10 @@ class SGTModel(BaseModel):
         return self
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """Random weights for the estimator; buffers only for the trunk, whose weights are read from its checkpoint."""
+        """Buffers only: the trunk's weights come from its checkpoint, the estimator's from ``initialize``."""
         if self.config.trunk.enable_weight_tying:
             self.trunk.tok_embeddings.weight = self.trunk.lm_head.weight
-        for module in self.trunk.modules():
+        for module in self.modules():
             if isinstance(module, Module):
                 module._param_init = {name: _leave for name, _ in module.named_parameters(recurse=False)}
         super().init_states(buffer_device=buffer_device)
@@ -223,4 +222,4 @@ def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def _leave(parameter: torch.Tensor) -> None:
-    """An initialiser for weights that are read from a checkpoint right after."""
+    """An initialiser for weights that are filled right after."""

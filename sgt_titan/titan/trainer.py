@@ -19,6 +19,7 @@ from sgt_titan.export import export_checkpoint
 from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
 
 from .dataloader import microbatch_inputs
+from .initialize import initialize_estimator, initialize_from_trunk
 from .load_trunk import load_trunk
 from .loss import REPORTED, make_pair_groups
 from .noise import draw
@@ -43,9 +44,9 @@ class SGTTrainer(Trainer):
         prepared, model = config.prepared, self.model_parts[0]
         self.prepared, self.run = prepared, prepared.config
         load_trunk(model.trunk, prepared.family, prepared.files)
+        initialize_estimator(model.estimator, self.run.run.seed)
         if self.run.estimator.init_from_trunk:
-            for body in model.estimator.bodies:
-                load_body(body, prepared)
+            initialize_from_trunk(model.estimator, prepared.family, prepared.files)
         dims = self.parallel_dims
         self.tp_group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
         tp_rank = dims.get_mesh("tp").get_local_rank() if dims.tp_enabled else 0
@@ -143,8 +144,9 @@ class SGTTrainer(Trainer):
             part = model.sequence_slice(batch["input"].shape[1])
             mask_BT = batch["obfuscate_BT"][:, part]
             if mask_BT.any() and (model.enable_sp or self.tp_group is None or self.tp_group.rank() == 0):
-                found = token_ranks(streams.x_tilde_BTD[mask_BT], table_VD, batch["input"][:, part][mask_BT])
-                ranks.append(found.rank_N)
+                x_tilde_ND, tokens_N = streams.x_tilde_BTD[mask_BT], batch["input"][:, part][mask_BT]
+                finite_N = x_tilde_ND.isfinite().all(-1)  # a probe must not end a run that may still recover
+                ranks.append(token_ranks(x_tilde_ND[finite_N], table_VD, tokens_N[finite_N]).rank_N)
         model.train()
         terms = self.metrics_processor.reduced(sums)
         rank_N = torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -163,8 +165,3 @@ class SGTTrainer(Trainer):
             **{f"held-out {name}": terms[name] for name in ("kl", "agreement", "mi", "abs_cos")},
         }
 
-
-def load_body(body, prepared: Prepared) -> None:
-    """The trunk's first layers as the body's initial weights."""
-    load_trunk(body, prepared.family, prepared.files)
-    logger.info(f"Estimator body starts from the trunk's first {len(body.layers)} layers")

@@ -97,7 +97,7 @@ def write_export(
 
     config = copy.deepcopy(config)
     config.training = config.training or dict(summary)
-    weights = {name: _storable(tensor, dtype) for name, tensor in state_dict.items()}
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
     if config.embeddings:
         fingerprint = fingerprint_tensor(weights["embed_tokens.weight"])
         config.fingerprints = {**config.fingerprints, "embeddings": fingerprint}
@@ -163,12 +163,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise UserError(f"export.dtype: {dtype!r}, must be one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _storable(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    tensor = tensor.detach().to("cpu", dtype).contiguous()
-    # A view of a larger buffer (a flattened optimizer bucket, say) must not drag the buffer along.
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _files_to_copy(tokenizer_dir: Path) -> list[Path]:

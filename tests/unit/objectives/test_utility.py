@@ -83,6 +83,7 @@ def test_nan_comes_out_as_nan_and_agrees_with_nothing():
     student[1, 3] = teacher[1, 3] = torch.nan
     result = soft_cross_entropy(student, teacher)
     assert result.cross_entropy_N.isnan().tolist() == [row == 1 for row in range(7)]
+    assert not result.agree_N[1]
     assert torch.isnan(soft_cross_entropy(student, logits()[1]).cross_entropy_N[1])
     assert torch.isnan(soft_cross_entropy(logits()[0], teacher).cross_entropy_N[1])
 

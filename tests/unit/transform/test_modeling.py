@@ -213,6 +213,28 @@ def test_padding_does_not_change_real_tokens(side, attention):
     assert (x_tilde[:, real] != clean[:, real]).all()
 
 
+def test_streaming_with_left_padding():
+    model, ids = make_transform(), token_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    whole, caches = model(ids, attention_mask=mask), model.new_caches()
+    generator = torch.Generator()
+    pieces, clean = [], model.embed_tokens(ids)
+    for start, end in ((0, 5), (5, 6), (6, 11)):
+        everything = torch.ones(2, end - start, dtype=torch.bool)
+        x_tilde = model.transform(
+            ids[:, start:end],
+            everything,
+            generator=generator.manual_seed(start),
+            attention_mask=mask[:, :end],
+            past_key_values=caches,
+        )
+        eps = torch.randn(2, end - start, WIDTH, generator=generator.manual_seed(start))
+        pieces.append(x_tilde - whole.log_std_BTD[:, start:end].exp() * eps - clean[:, start:end])
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, dim=1)[real], whole.mean_BTD[real], rtol=1e-4, atol=1e-5)
+
+
 def test_transform_masks_and_matches_equation_1():
     model, ids = make_transform(), token_ids()
     mask = torch.zeros_like(ids, dtype=torch.bool)

@@ -31,7 +31,9 @@ TRIMMING = (  # Llama 2: the system turn is folded into the first user turn, eve
     "{% set text = (system + m.content) if loop.index0 == 0 else m.content %}"
     "<s>[INST] {{ text.strip() }} [/INST]{% else %} {{ m.content.strip() }} </s>{% endif %}{% endfor %}"
 )
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 TEXT = "user assistant system the cat sat on the mat, 12 dollars. hello world\n\n  two  spaces été Straße 猫 🙂 user\n"
 
@@ -51,7 +53,10 @@ def byte_level(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     core.post_processor = processors.ByteLevel(trim_offsets=True)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator([TEXT] * 3, trainer)
     return wrap(core, template)
@@ -106,7 +111,12 @@ def test_trimmed_and_folded_turns():
 
 def test_inference_is_a_prefix_of_training():
     tokenizer = byte_level()
-    prompt = [turn("system", "be user"), turn("user", "the cat, 12 dollars"), turn("assistant", "hello"), turn("user", "?")]
+    prompt = [
+        turn("system", "be user"),
+        turn("user", "the cat, 12 dollars"),
+        turn("assistant", "hello"),
+        turn("user", "?"),
+    ]
     training = encode_turns(tokenizer, [*prompt, turn("assistant", "hello world")], template="chat")
     inference = encode_turns(tokenizer, prompt, template="chat", add_generation_prompt=True)
     n = len(inference.ids)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sgt_titan.data.sources import load_rows
+from sgt_titan.data.tokenization import (
+    COUNTS,
+    check_vocabulary,
+    choose_template,
+    label_text,
+    load_tokenizer,
+    make_options,
+    role_counts,
+    tokenize_rows,
+    truncate,
+)
+from sgt_titan.errors import UserError
+from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE
+
+T, P, R = TEMPLATE, PROMPT, RESPONSE
+ROLES = np.array([T, T, P, P, P, T, P, P, T, R, R, T])
+IDS = np.arange(len(ROLES))
+
+
+@pytest.mark.parametrize(
+    ("how", "seq_len", "expected"),
+    [
+        ("right", 12, range(12)),
+        ("right", 5, range(5)),
+        ("left", 12, range(12)),
+        ("left", 8, [0, 1, 5, 7, 8, 9, 10, 11]),  # template and response stay whole
+        ("left", 7, [0, 1, 5, 8, 9, 10, 11]),
+        ("left", 6, None),
+        ("drop", 12, range(12)),
+        ("drop", 11, None),
+    ],
+)
+def test_truncate(how, seq_len, expected):
+    cut = truncate(IDS, ROLES, seq_len, how)
+    if expected is None:
+        assert cut is None
+    else:
+        assert cut[0].tolist() == list(expected)
+        assert cut[1].tolist() == ROLES[list(expected)].tolist()
+
+
+def test_label_text():
+    roles = np.array([T, P, P, P, P])
+    assert label_text(roles, 0).tolist() == [T, P, P, P, P]
+    assert label_text(roles, 3).tolist() == [T, P, P, P, R]
+    assert label_text(roles, 9).tolist() == [T, P, P, P, P]
+
+
+def test_role_counts_by_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        roles = rng.integers(0, 3, size=rng.integers(1, 12))
+        got = dict(zip(COUNTS, role_counts(roles), strict=True))
+        first = next((i for i, r in enumerate(roles) if r == R), len(roles))
+        assert got == {
+            "template": sum(r == T for r in roles),
+            "prompt_template": sum(r == T for r in roles[:first]),
+            "prompt": sum(r == P for r in roles),
+            "response": sum(r == R for r in roles),
+            "response_targets": sum(roles[t + 1] == R for t in range(len(roles) - 1)),
+        }
+
+
+def all_chunks(config, directory, workers=1):
+    rows, tokenizer = load_rows(config.data), load_tokenizer(directory)
+    return list(tokenize_rows(rows, tokenizer, directory, make_options(config, rows, tokenizer), workers=workers))
+
+
+def test_documents_start_with_bos(write, make_config, tokenizer_dir):
+    texts = ["the cat", "on the mat sat the dog"]
+    config = make_config(write([{"text": t} for t in texts]), prompt_tokens=2)
+    (chunk,) = all_chunks(config, tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    at = 0
+    for text, length in zip(texts, chunk.lengths, strict=True):
+        ids, roles = chunk.tokens[at : at + length], chunk.roles[at : at + length]
+        assert ids.tolist() == [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        assert roles.tolist() == [T, P, P, *[R] * (length - 3)][:length]
+        at += length
+    assert at == len(chunk.tokens)
+
+
+def test_drops_are_counted(write, make_config, tokenizer_dir):
+    rows = [{"text": ""}, {"text": "the"}, {"text": "the cat sat on the mat"}, {"text": "the cat sat on"}]
+    config = make_config(write(rows), seq_len=5, truncation="drop", min_prompt_tokens=2)
+    (chunk,) = all_chunks(config, tokenizer_dir)
+    assert (chunk.read, len(chunk.lengths)) == (4, 1)
+    assert chunk.dropped == {"too_long": 1, "short_prompt": 2}
+    config = make_config(write(rows), seq_len=5, truncation="right", min_prompt_tokens=2)
+    (chunk,) = all_chunks(config, tokenizer_dir)
+    assert chunk.truncated == 1 and chunk.lengths.tolist() == [5, 5]
+
+
+def test_hash_is_that_of_the_whole_row(write, make_config, tokenizer_dir):
+    source = write([{"text": "the cat sat on the mat"}, {"text": "the cat sat on the dog"}])
+    short = all_chunks(make_config(source, seq_len=4), tokenizer_dir)[0]
+    whole = all_chunks(make_config(source, seq_len=40), tokenizer_dir)[0]
+    assert short.hashes.tolist() == whole.hashes.tolist()
+    assert len(set(short.hashes.tolist())) == 2
+
+
+def test_workers_change_nothing(write, make_config, tokenizer_dir):
+    config = make_config(write([{"text": f"the cat {i} sat on {i * i} mats"} for i in range(2500)]))
+    one, two = (all_chunks(config, tokenizer_dir, workers) for workers in (1, 2))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        for name in ("tokens", "roles", "lengths", "counts", "hashes"):
+            assert np.array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_error_in_a_worker_names_the_row(write, make_config, tokenizer_dir):
+    path = write([{"text": "a"}] * 1500 + [{"text": None}])
+    with pytest.raises(UserError) as error:
+        all_chunks(make_config(path), tokenizer_dir, workers=2)
+    assert str(error.value) == f"{path}: row 1501: has no 'text' (field 'text')"
+
+
+def test_template_refusal_names_the_row(write, make_config, tmp_path):
+    from conftest import CHATML, write_tokenizer
+
+    directory = write_tokenizer(tmp_path / "t", template=CHATML.replace("m.content", "m.content[::-1]"))
+    path = write([{"instruction": "ab", "output": "c"}])
+    with pytest.raises(UserError) as error:
+        all_chunks(make_config(path), directory)
+    assert str(error.value).startswith(f"{path}: row 1: chat template: changes the content of turn 0")
+
+
+def test_choose_template(tokenizer_dir, plain_tokenizer_dir):
+    chat, plain = load_tokenizer(tokenizer_dir), load_tokenizer(plain_tokenizer_dir)
+    assert choose_template("auto", "chat", chat) == "chat"
+    assert choose_template("auto", "chat", plain) == "plain"
+    assert choose_template("auto", "text", chat) == "plain"
+    assert choose_template("plain", "chat", chat) == "plain"
+    with pytest.raises(UserError, match="no chat template"):
+        choose_template("chat", "chat", plain)
+    with pytest.raises(UserError, match="format text has none"):
+        choose_template("chat", "text", chat)
+
+
+def test_check_vocabulary(tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    check_vocabulary(tokenizer, len(tokenizer))
+    with pytest.raises(UserError, match=rf"has id {len(tokenizer) - 1}, .*vocab_size is {len(tokenizer) - 1}"):
+        check_vocabulary(tokenizer, len(tokenizer) - 1)
+
+
+def test_options_are_checked(write, make_config, tokenizer_dir):
+    instruction = write([{"instruction": "a", "output": "b"}])
+    with pytest.raises(UserError, match=r"data\.prompt_tokens: is for format text"):
+        all_chunks(make_config(instruction, prompt_tokens=3), tokenizer_dir)
+    with pytest.raises(UserError, match=r"training\.seq_len: must be at least 2"):
+        all_chunks(make_config(instruction, seq_len=1), tokenizer_dir)
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="is not a directory"):
+        load_tokenizer(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no readable tokenizer") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
