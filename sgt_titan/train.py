@@ -95,4 +95,8 @@ def _world_size() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: tearing down the interpreter under gloo's threads now and then aborts a rank that had finished.
+    os._exit(code)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.data.presets import DEMO_ROWS, FIELDS, PRESETS, ROLES, SUFFIXES, USUAL_COLUMNS
@@ -28,7 +32,7 @@ Messages = list[dict[str, str]]
 class Rows:
     """A sized, indexable source. ``fingerprint`` changes when its content does."""
 
-    data: Any  # datasets.Dataset or GeneratedRows: __len__, __getitem__ -> dict
+    data: Any  # datasets.Dataset, JsonLines or GeneratedRows: __len__, __getitem__ -> dict
     name: str
     format: str
     columns: dict[str, str]
@@ -59,6 +63,59 @@ class Rows:
         return messages
 
 
+class JsonLines:
+    """Rows of JSON-lines files, read one at a time by byte offset.
+
+    Not through the datasets library, which guesses types for whole columns and fails on rows without a key.
+    Only offsets are held in memory, 8 bytes a row; blank lines are no rows.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self.offsets = [_line_offsets(file) for file in self.files]
+        self.starts = np.cumsum([0, *(len(o) for o in self.offsets)])
+        self._streams: dict[int, IO[bytes]] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        f = int(np.searchsorted(self.starts, i, side="right")) - 1
+        if f not in self._streams:
+            self._streams[f] = open(self.files[f], "rb")  # noqa: SIM115 (kept open; closed with the object)
+        row_in_file = i - int(self.starts[f])
+        self._streams[f].seek(int(self.offsets[f][row_in_file]))
+        try:
+            row = json.loads(self._streams[f].readline())
+        except ValueError as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+            raise UserError(f"{self.files[f]}: row {row_in_file + 1}: cannot be read as JSON ({why})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{self.files[f]}: row {row_in_file + 1}: must be a JSON object, is {type(row).__name__}")
+        return row
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_streams": {}}  # workers open their own
+
+    @property
+    def column_names(self) -> list[str]:
+        """Keys of the first rows, in order of appearance: rows may leave keys out."""
+        return list(dict.fromkeys(key for i in range(min(len(self), 100)) for key in self[i]))
+
+
+def _line_offsets(file: Path) -> np.ndarray:
+    """Byte offset of every line that is not blank."""
+    offsets, at = array("q"), 0
+    with open(file, "rb") as stream:
+        for line in stream:
+            if line.strip():
+                offsets.append(at)
+            at += len(line)
+    return np.frombuffer(offsets, dtype=np.int64) if offsets else np.zeros(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class GeneratedRows:
     """The demo corpus: row i is made when asked for."""
@@ -71,6 +128,8 @@ class GeneratedRows:
     def __getitem__(self, i: int) -> dict[str, Any]:
         from sgt_titan.demo.corpus import conversations
 
+        if not 0 <= i < self.count:
+            raise IndexError(i)
         return next(iter(conversations(1, start=i)))
 
 
@@ -251,8 +310,8 @@ def _open_hub(data: schema.Data, name: str) -> tuple[Any, str, str, tuple]:
 
 
 def _open_local(path: str) -> tuple[Any, str, str, tuple]:
-    datasets = _datasets()
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "state.json")):
+        datasets = _datasets()
         try:
             found = datasets.load_from_disk(path)
         except Exception as error:
@@ -261,6 +320,11 @@ def _open_local(path: str) -> tuple[Any, str, str, tuple]:
             raise UserError(f"{path}: holds several splits; name one of its folders")
         return found, path, f"disk:{_hash_files(_listing(path))}", ()
     files = _data_files(path)
+    if all(_is_json_lines(file) for file in files):
+        lines = JsonLines(files)
+        starts = [(int(s), str(f)) for s, f in zip(lines.starts[:-1], files, strict=True)]
+        return lines, path, f"files:{_hash_files(files)}", tuple(starts)
+    datasets = _datasets()
     parts, starts, row = [], [], 0
     for file in files:
         part = _read_file(datasets, file)
@@ -299,6 +363,14 @@ def _listing(path: str) -> list[Path]:
 
 def _kind(name: str) -> str:
     return next((SUFFIXES[s] for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+
+
+def _is_json_lines(file: Path) -> bool:
+    """Uncompressed JSON, not one big array."""
+    if not file.name.lower().endswith((".json", ".jsonl")):
+        return False
+    with open(file, "rb") as stream:
+        return not stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _read_file(datasets: Any, file: Path) -> Any:

@@ -135,6 +135,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def _load(self, step: int = -1) -> bool:
+        damaged = []
         for path in disk.list_steps(self.output_dir):
             if step not in (-1, disk.step_of(path)):
                 continue
@@ -144,11 +145,17 @@ class SGTCheckpointManager(BaseCheckpointManager):
             found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(found, disk.problems(path, part=dist.get_rank(), parts=dist.get_world_size()))
             if damage := sorted({line for part in found for line in part}):
-                logger.warning(f"Damaged checkpoint, using the one before it: {'; '.join(damage)}")
+                logger.warning(f"Damaged checkpoint, looking for the one before it: {'; '.join(damage)}")
+                damaged.append(path)
                 continue
             self._read(path)
             logger.info(f"Resumed from {path}")
             return True
+        if damaged:
+            raise UserError(
+                f"{self.output_dir}: every committed checkpoint is damaged, the newest being {damaged[0].name}; restore one, "
+                f"or delete {self.output_dir / disk.FOLDER} to start from step 0"
+            )
         if step != -1:
             raise UserError(f"{self.output_dir}: no intact checkpoint of step {step}")
         return False

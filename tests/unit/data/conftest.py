@@ -33,7 +33,9 @@ def write_tokenizer(directory, *, template: str | None = CHATML, vocab_size: int
     core.save(str(directory / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
              "additional_special_tokens": special[2:]}  # fmt: skip
-    (directory / "tokenizer_config.json").write_text(json.dumps(about | ({"chat_template": template} if template else {})))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(about | ({"chat_template": template} if template else {}))
+    )
     return str(directory)
 
 
@@ -45,6 +47,12 @@ def tokenizer_dir(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def plain_tokenizer_dir(tmp_path_factory) -> str:
     return write_tokenizer(tmp_path_factory.mktemp("plain"), template=None)
+
+
+@pytest.fixture
+def make_tokenizer(tmp_path):
+    """Write a tokenizer with another template or vocabulary; returns its directory."""
+    return lambda name, **options: write_tokenizer(tmp_path / name, **options)
 
 
 @pytest.fixture(scope="session", autouse=True)

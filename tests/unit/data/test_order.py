@@ -45,23 +45,24 @@ def test_keys_differ():
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 12])
 def test_every_place_is_equally_likely(n):
-    keys = 3000
+    keys = 800
     table = np.zeros((n, n))
     for key in range(keys):
         table[np.arange(n), permute(np.arange(n), n, hash64("uniform", key))] += 1
     expected = keys / n
-    chi2 = ((table - expected) ** 2 / expected).sum()
+    # Rows and columns of the table sum to a constant, hence the factor.
+    chi2 = (n - 1) / n * ((table - expected) ** 2 / expected).sum()
     freedom = (n - 1) ** 2
     assert chi2 < freedom + 5 * np.sqrt(2 * freedom)
 
 
 def test_all_orders_of_four_occur():
     counts: dict[tuple, int] = {}
-    for key in range(4800):
+    for key in range(2400):
         order = tuple(permute(np.arange(4), 4, hash64("orders", key)))
         counts[order] = counts.get(order, 0) + 1
     assert len(counts) == 24
-    chi2 = sum((c - 200) ** 2 / 200 for c in counts.values())
+    chi2 = sum((c - 100) ** 2 / 100 for c in counts.values())
     assert chi2 < 23 + 5 * np.sqrt(46)
 
 

