@@ -13,7 +13,8 @@ import hashlib
 
 import numpy as np
 
-ROUNDS = 6
+# Halves of a few bits mix slowly: with 6 rounds orders of 5 samples are visibly uneven over 30,000 keys.
+ROUNDS, ROUNDS_SMALL, SMALL_HALF_BITS = 6, 24, 6
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -35,7 +36,7 @@ def _feistel(x_N: np.ndarray, half_bits: int, key: int) -> np.ndarray:
     """A keyed bijection of ``range(4**half_bits)``: a balanced Feistel network."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left_N, right_N = x_N >> shift, x_N & mask
-    for r in range(1, ROUNDS + 1):
+    for r in range(1, 1 + (ROUNDS_SMALL if half_bits < SMALL_HALF_BITS else ROUNDS)):
         round_key = np.uint64((key + r * _GOLDEN) & _MASK64)
         # The high bits of the mix: the low ones of a small input are its weakest.
         f_N = _mix(_mix(right_N + round_key) ^ round_key) >> np.uint64(64 - half_bits)

@@ -21,7 +21,7 @@ from sgt_titan.config.load import dump
 from sgt_titan.config.schema import Config
 from sgt_titan.transform.gaussian import Bounds
 
-from . import startup
+from . import cpu_support, startup
 from .checkpoint import SGTCheckpointManager
 from .dataloader import SGTDataLoader
 from .loss import SGTLoss
@@ -150,10 +150,10 @@ def to_trainer_config(config: Config) -> SGTTrainer.Config:
     """A resolved config, with its trunk and data at hand, as torchtitan's.
 
     Raises:
-        UserError: see ``startup.prepare`` and ``startup.check_output_dir``.
+        UserError: see ``startup.prepare``.
     """
+    cpu_support.install()
     prepared = startup.prepare(config)
-    startup.check_output_dir(prepared)
     model = model_config(prepared.config, prepared.hf, prepared.statistics.scale)
     return trainer_config(prepared.config, model, prepared)
 

@@ -1,4 +1,4 @@
-"""Lets torchtitan 0.3.0 run on CPU and gloo. Import before any other torchtitan module.
+"""Lets torchtitan 0.3.0 run on CPU and gloo.
 
 torchtitan binds ``device_type`` and ``device_module`` at import and falls back to "cuda" where no accelerator
 is found; ``torch.cpu`` lacks part of the device API it calls; and setting process-group timeouts uses a call
@@ -9,6 +9,7 @@ page to the torchtitan it was written against.
 from __future__ import annotations
 
 import os
+import sys
 import types
 from collections import defaultdict
 from datetime import timedelta
@@ -58,20 +59,23 @@ def set_pg_timeouts(timeout: timedelta, parallel_dims) -> None:
 
 
 def install() -> None:
-    """Point torchtitan at the CPU where there is no GPU. Idempotent."""
+    """Point torchtitan at the CPU where there is no GPU. Idempotent; to be called before a trainer is built."""
     if torch.cuda.is_available():
         return
+    import torchtitan.distributed.utils as dist_utils
     import torchtitan.tools.utils as tools
 
     if isinstance(tools.device_module, CPUDeviceModule):
         return
-    tools.device_type, tools.device_module = "cpu", CPUDeviceModule("sgt_titan_cpu")
+    found, device_module = tools.device_module, CPUDeviceModule("sgt_titan_cpu")
+    # Modules imported so far have bound the names; those to come read them from torchtitan.tools.utils.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torchtitan"):
+            if vars(module).get("device_module") is found:
+                module.device_module = device_module
+            if vars(module).get("device_type") == "cuda":
+                module.device_type = "cpu"
     # "Peak flops undefined for: CPU, fallback to A100" would turn MFU on a CPU into fiction; metrics.py omits it.
     tools.get_peak_flops = lambda device_name: float("inf")
-
-    import torchtitan.distributed.utils as dist_utils
-
     dist_utils.set_pg_timeouts = set_pg_timeouts
 
-
-install()

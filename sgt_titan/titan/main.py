@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from . import cpu_support  # isort: skip - first: torchtitan binds the device when it is imported
-
 import logging
 import os
 
@@ -22,7 +20,6 @@ def run(config: Config) -> int:
     Raises:
         UserError: bad input, found before the first collective.
     """
-    cpu_support.install()
     init_logger()
     if int(os.environ.get("RANK", "0")) != 0:
         logger.setLevel(logging.WARNING)

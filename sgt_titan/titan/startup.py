@@ -219,7 +219,7 @@ def check_output_dir(prepared: Prepared) -> int:
 
 
 # What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.
-_HARMLESS = {"logs", ".cache", "tb", "comm_traces", CONFIG_FILE, checkpoint.FOLDER}
+_HARMLESS = {"logs", ".cache", "tb", "comm_traces", "structured_logs", CONFIG_FILE, checkpoint.FOLDER}
 
 
 def claim_output_dir(prepared: Prepared) -> None:

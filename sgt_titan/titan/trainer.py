@@ -23,7 +23,7 @@ from .initialize import initialize_estimator, initialize_from_trunk
 from .load_trunk import load_trunk
 from .loss import REPORTED, make_pair_groups
 from .noise import draw
-from .startup import Prepared, claim_output_dir
+from .startup import Prepared, check_output_dir, claim_output_dir
 
 
 class SGTTrainer(Trainer):
@@ -40,6 +40,7 @@ class SGTTrainer(Trainer):
         from .config import follow_flags
 
         config = follow_flags(config)
+        check_output_dir(config.prepared)
         super().__init__(config)
         prepared, model = config.prepared, self.model_parts[0]
         self.prepared, self.run = prepared, prepared.config

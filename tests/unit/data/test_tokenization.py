@@ -105,20 +105,21 @@ def test_hash_is_that_of_the_whole_row(write, make_config, tokenizer_dir):
     assert len(set(short.hashes.tolist())) == 2
 
 
-def test_workers_change_nothing(write, make_config, tokenizer_dir):
-    config = make_config(write([{"text": f"the cat {i} sat on {i * i} mats"} for i in range(2500)]))
-    one, two = (all_chunks(config, tokenizer_dir, workers) for workers in (1, 2))
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two, strict=True):
+def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokenizer_dir):
+    rows = [{"text": f"the cat {i} sat on {i * i} mats"} for i in range(2100)]
+    expected = all_chunks(make_config(write(rows[:2000], "good.jsonl")), tokenizer_dir)
+    path = write([*rows, {"text": None}], "bad.jsonl")
+    config = make_config(path)
+    opened, tokenizer = load_rows(config.data), load_tokenizer(tokenizer_dir)
+    options = make_options(config, opened, tokenizer)
+    found = tokenize_rows(opened, tokenizer, tokenizer_dir, options, workers=2)
+    for a in expected:
+        b = next(found)
         for name in ("tokens", "roles", "lengths", "counts", "hashes"):
             assert np.array_equal(getattr(a, name), getattr(b, name))
-
-
-def test_error_in_a_worker_names_the_row(write, make_config, tokenizer_dir):
-    path = write([{"text": "a"}] * 1500 + [{"text": None}])
     with pytest.raises(UserError) as error:
-        all_chunks(make_config(path), tokenizer_dir, workers=2)
-    assert str(error.value) == f"{path}: row 1501: has no 'text' (field 'text')"
+        next(found)
+    assert str(error.value) == f"{path}: row 2101: has no 'text' (field 'text')"
 
 
 def test_template_refusal_names_the_row(write, make_config, make_tokenizer):
