@@ -103,7 +103,7 @@ def summary(config: Config, state: dict) -> dict:
         "name": config.run.name,
         "trunk": Path(config.trunk.path).name,
         "steps": state["step"],
-        "tokens": state["train_state"].get("ntokens_seen"),
+        "tokens": state["step"] * config.training.global_batch_size * config.training.seq_len,
         "objective": {name: getattr(config.objective, name).weight for name in TERMS},
         "losses": {name: measured[name] for name in ("utility", *TERMS) if name in measured},
         "kl": probe.get("held-out kl", measured.get("kl")),

@@ -169,6 +169,8 @@ def rows_file(tmp_path_factory) -> Path:
 def make_run(trunk_dir, rows_file, tmp_path_factory):
     """``make_run(overrides..., trunk=name)``: the resolved config of a small run in a directory of its own."""
 
+    cache = tmp_path_factory.mktemp("cache")
+
     def make(*overrides: str, trunk: str = "llama", world_size: int = 1):
         from sgt_titan.train import prepared
 
@@ -176,7 +178,7 @@ def make_run(trunk_dir, rows_file, tmp_path_factory):
         options = {
             "trunk": {"path": str(trunk_dir(trunk))},
             "run": {"name": "small", "output_dir": str(folder / "out")},
-            "data": {"source": str(rows_file), "cache_dir": str(folder / "cache"), "template": "plain"},
+            "data": {"source": str(rows_file), "cache_dir": str(cache), "template": "plain"},
             "training": {"steps": 3, "seq_len": 64, "local_batch_size": 2, "global_batch_size": 4},
             "estimator": {"layers": 1},
             "lr_scheduler": {"warmup_steps": 1},

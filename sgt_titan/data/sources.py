@@ -163,6 +163,10 @@ def load_rows(data: schema.Data) -> Rows:
             found, name, fingerprint, files = _open_hub(data, path)
         elif os.path.exists(path):
             found, name, fingerprint, files = _open_local(path)
+        elif not preset and "/" not in path and (near := difflib.get_close_matches(path, PRESETS, n=1, cutoff=0.7)):
+            raise UserError(
+                f"data.source: unknown preset {path!r}; did you mean {near[0]}? (a hub data set is owner/name)"
+            )
         elif not preset and _is_hub_name(path):
             found, name, fingerprint, files = _open_hub(data, path)
         else:
@@ -298,11 +302,9 @@ def _open_hub(data: schema.Data, name: str) -> tuple[Any, str, str, tuple]:
         with _quiet(datasets):
             found = datasets.load_dataset(name, data.subset or None, split=data.split)
     except Exception as error:
-        near = difflib.get_close_matches(data.source, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"data.source: {data.source!r} is no preset ({', '.join(PRESETS)}) and no existing file, and the hub did "
-            f"not deliver {name!r} (split {data.split!r}): {hint}{_reason(error)}"
+            f"not deliver {name!r} (split {data.split!r}): {_reason(error)}"
             if data.source not in PRESETS
             else f"data.source: the hub did not deliver {name!r} (split {data.split!r}): {_reason(error)}"
         ) from error

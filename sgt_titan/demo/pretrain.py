@@ -391,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="directory to write the trunk to")
     what.add_argument("--evaluate", type=Path, metavar="DIR", help="print a trunk's held-out numbers as JSON")
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--prompt-weight", type=float, default=0.3, help="weight of a prompt token's loss")

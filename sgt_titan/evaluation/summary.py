@@ -102,9 +102,10 @@ class Condition:
     """A column of the table. Utility is over ``Summary.response_tokens``, the rest over ``obfuscated_tokens``.
 
     perplexity: of the response's true tokens. kept: 1 with the clean prompt, 0 without a prompt, on the scale of the
-    log-perplexity; NaN where the prompt tells the trunk nothing. cross_entropy, kl: nats per token from the trunk on the
-    clean prompt. agreement: share of tokens with the same most probable token. nn_fr to rank_entropy: ``metrics.ranks``,
-    rates 0..1. mi: Algorithm 1, nats per feature, an upper bound; infinite without noise. None: nothing is sent.
+    log-perplexity; NaN where the prompt tells the trunk nothing. cross_entropy, kl: nats per token from the trunk on
+    the clean prompt. agreement: share of tokens with the same most probable token. nn_fr to rank_entropy:
+    ``metrics.ranks``, rates 0..1. mi: Algorithm 1, nats per feature, an upper bound; infinite without noise. None:
+    nothing is sent.
     """
 
     perplexity: float
@@ -468,7 +469,7 @@ def joined(parts: Iterator[Utility] | list[Utility]) -> Utility:
 
 
 def mutual_information_sum(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[float, int]:
-    """Algorithm 1, nats per feature, summed over the ordered pairs of rows that have a common position; their number."""
+    """Algorithm 1, nats per feature, summed over the pairs of rows with a common position; their number."""
     rows, total, pairs = mask_BT.shape[0], 0.0, 0
     for shift in shifts("all", rows) if rows > 1 else ():
         positions = common_positions(mask_BT, mask_BT, first=0, shifts=[shift])
@@ -583,8 +584,9 @@ def table(summary: Summary) -> str:
     lines = [
         f"{summary.export}, on {summary.trunk}",
         f"{summary.samples:,} {'held-out ' if summary.held_out else ''}rows of {summary.data}; V = {summary.vocab:,}, "
-        f"D = {summary.width:,}; mean std {summary.mean_std:.2f} x the table's, mean |mu| {summary.mean_norm:.2f} x its "
-        "median norm",
+        f"D = {summary.width:,}",
+        f"mean std {summary.mean_std:.2f} x the table's per-feature std, mean |mu| {summary.mean_norm:.2f} x its median "
+        "norm",
         "",
         f"{'':<44}" + "".join(f"{title:>16}" for title in COLUMNS.values()),
     ]

@@ -10,6 +10,7 @@ Shape suffixes: B rows, T this rank's tokens, D width, V this rank's vocabulary,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -25,11 +26,12 @@ from sgt_titan.objectives.geometry import absolute_cosine, component_entropy, co
 from sgt_titan.objectives.mutual_information import common_positions, group_loss, group_offset, shifts
 from sgt_titan.objectives.schedule import weight_at
 from sgt_titan.objectives.utility import soft_cross_entropy
+from sgt_titan.transform.gaussian import Bounds
 
 from .model import Streams
 
 # What is logged: name -> how ranks of a tensor-parallel group combine. Order is the order in the log.
-REPORTED = ("loss", "utility", "kl", "agreement", *TERMS, "std", "mean_norm")
+REPORTED = ("loss", "utility", "kl", "agreement", *TERMS, "std", "std_spread", "std_saturated", "mean_norm")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class SGTLoss(BaseLoss):
         utility_BT: torch.Tensor,
         counts: Counts,
         median_norm: float,
-        scale: float,
+        bounds: Bounds,
         pairs: PairGroups,
         part: slice,
         tp_group: dist.ProcessGroup | None,
@@ -126,7 +128,8 @@ class SGTLoss(BaseLoss):
             step: optimizer step, from 1, for the weight schedules.
             obfuscate_BT, utility_BT: bool over the whole row.
             counts: denominators of the optimizer step.
-            median_norm, scale: of the embedding table.
+            median_norm: of the embedding table.
+            bounds: of the transform.
             pairs: partners of the MI term.
             part: this rank's slice of the row.
             tp_group, vocab_start: this rank's slice of the vocabulary.
@@ -185,7 +188,9 @@ class SGTLoss(BaseLoss):
                 "kl": (cross_entropy - entropy) / replicas,
                 "agreement": soft.agree_N.sum() / n_utility / replicas,
                 **{name: value / slices for name, value in values.items()},
-                "std": per_token(pred.log_std_BTD.exp().mean(-1)) / scale / slices,
+                "std": per_token(pred.log_std_BTD.exp().mean(-1)) / bounds.scale / slices,
+                "std_spread": per_token(pred.log_std_BTD.std(-1)) / slices,
+                "std_saturated": per_token(_saturated(pred.log_std_BTD, bounds)) / slices,
                 "mean_norm": per_token(pred.mean_BTD.norm(dim=-1)) / median_norm / slices,
             }
             # Eq. 8 drops a constant; what is shown is Algorithm 1's estimate in nats per feature.
@@ -218,3 +223,10 @@ class SGTLoss(BaseLoss):
             ).sum()
             offset = offset + group_offset(*masks, first=pairs.first, shifts=steps, positions=positions).sum()
         return loss, offset
+
+
+def _saturated(log_std_BTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+    """Share of features within 1% of either end of sigma's range, (B, T): there the gradient has gone."""
+    low, high = math.log(bounds.std_min * bounds.scale), math.log(bounds.std_max * bounds.scale)
+    margin = 0.01 * (high - low)
+    return ((log_std_BTD < low + margin) | (log_std_BTD > high - margin)).float().mean(-1)

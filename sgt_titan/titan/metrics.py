@@ -27,6 +27,8 @@ TAGS = {
     "comp_entr": "loss/comp_entr",
     "cos_sim": "loss/cos_sim",
     "std": "noise/std_over_table_std",
+    "std_spread": "noise/std_of_log_std_over_features",
+    "std_saturated": "noise/share_at_a_bound",
     "mean_norm": "noise/mean_norm_over_median_norm",
 }
 

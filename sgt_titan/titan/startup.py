@@ -34,7 +34,8 @@ from sgt_titan.transform.gaussian import TableStatistics, table_statistics
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 from .flops import hardware_flops_per_token
-from .trunks import Family, family_of
+from .load_trunk import check_trunk
+from .trunks import Family, build, build_body, family_of
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -113,6 +114,7 @@ def prepare(config: Config) -> Prepared:
     files = TrunkFiles(config.trunk.path)
     hf = load_hf_config(files.path)
     family = family_of(hf)
+    check_weights(config, hf, family, files)
     tokenizer = load_tokenizer(files.path)
     check_vocabulary(tokenizer, hf.vocab_size)
 
@@ -152,6 +154,20 @@ def prepare(config: Config) -> Prepared:
         probe_source=probe_source,
         fingerprints={"trunk": fingerprint, "data": dataset.fingerprint},
     )
+
+
+def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: TrunkFiles) -> None:
+    """Every tensor that the trunk, and a body that starts from it, will read is in ``files`` with its shape.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    with torch.device("meta"):
+        check_trunk(build(hf, "sdpa").build(), family, files)
+        if config.estimator.init_from_trunk:
+            body = build_body(hf, config.estimator.layers, "sdpa").build()
+            del body.tok_embeddings, body.lm_head
+            check_trunk(body, family, files)
 
 
 def load_hf_config(path: Path) -> PretrainedConfig:

@@ -97,7 +97,7 @@ class SGTTrainer(Trainer):
             utility_BT=batch["utility_BT"],
             counts=batch["counts"],
             median_norm=self.prepared.statistics.median_norm,
-            scale=self.prepared.statistics.scale,
+            bounds=model.bounds,
             pairs=pairs,
             part=part,
             tp_group=self.tp_group,

@@ -234,16 +234,16 @@ def _match(rendered: str, pieces: list[str], messages: Sequence[dict[str, str]])
 
 def _owners(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """For each token the index of the span it overlaps, or -1. A token on two spans belongs to the first."""
-    owners, s = [], 0
-    last_end = 0
+    owners, at, last_end = [], 0, 0
+    filled = [(i, start, end) for i, (start, end) in enumerate(spans) if start < end]
     for t, (start, end) in enumerate(offsets):
         if start == end:
             # Byte-level tokenizers trim spaces off their offsets, so a token of spaces looks empty: it covers
             # the gap between its neighbours.
             start = min(start, last_end)
             end = max(end, offsets[t + 1][0] if t + 1 < len(offsets) else end)
-        last_end = max(last_end, end if offsets[t][0] != offsets[t][1] else offsets[t][1])
-        while s < len(spans) and spans[s][1] <= start:
-            s += 1
-        owners.append(s if s < len(spans) and spans[s][0] < end and start < spans[s][1] else -1)
+        last_end = max(last_end, offsets[t][1])
+        while at < len(filled) and filled[at][2] <= start:
+            at += 1
+        owners.append(filled[at][0] if at < len(filled) and filled[at][1] < end else -1)
     return owners

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import launch
 import pytest
+from safetensors.torch import load_file, save_file
 
 import sgt_titan
 
@@ -17,7 +19,7 @@ import sgt_titan
 # no number of ranks divides. Every term has a weight, one of them with a ramp: each of their gradients counts.
 CONFIG = {
     "run": {"name": "small"},
-    "estimator": {"layers": 1},
+    "estimator": {"layers": 1, "std_init": 0.5},
     "objective": {
         "mi_group": 2,
         "mi": {"weight": 0.1, "start": 0.02, "ramp_steps": 6},
@@ -27,7 +29,7 @@ CONFIG = {
         "cos_sim": {"weight": 0.2},
     },
     "data": {"validation_samples": 16},
-    "training": {"steps": 10, "seq_len": 64, "local_batch_size": 8, "global_batch_size": 8},
+    "training": {"steps": 10, "seq_len": 96, "local_batch_size": 8, "global_batch_size": 8},
     "optimizer": {"lr": 1e-3},
     "lr_scheduler": {"warmup_steps": 3},
     "metrics": {"log_every": 1, "probe_every": 10, "probe_samples": 5},
@@ -35,6 +37,9 @@ CONFIG = {
     "comm": {"init_timeout_seconds": 60, "train_timeout_seconds": 60},
     "export": {"at_end": False},
 }
+
+
+LAYERS = 3
 
 
 @dataclass
@@ -81,9 +86,14 @@ class Launcher:
 
 @pytest.fixture(scope="session")
 def demo_trunk(tmp_path_factory) -> Path:
-    """A copy of the trunk that ships with the package."""
-    target = tmp_path_factory.mktemp("trunk") / "trunk"
-    shutil.copytree(Path(sgt_titan.__file__).parent / "demo" / "trunk", target)
+    """The first layers of the trunk that ships with the package."""
+    source, target = Path(sgt_titan.__file__).parent / "demo" / "trunk", tmp_path_factory.mktemp("trunk") / "trunk"
+    shutil.copytree(source, target)
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not (m := re.search(r"layers\.(\d+)", name)) or int(m[1]) < LAYERS}
+    save_file(kept, target / "model.safetensors", {"format": "pt"})
     return target
 
 

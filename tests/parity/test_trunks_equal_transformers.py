@@ -5,12 +5,15 @@ Shape suffixes: B rows, T tokens, V vocabulary, E experts, K experts of a token,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import sgt_titan.demo
 from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
 from sgt_titan.titan.load_trunk import hf_shapes, load_trunk, named_weights
 from sgt_titan.titan.trunks import build, family_of, hf_name
@@ -226,9 +229,8 @@ def test_asset_model(assets):
 
 
 def test_demo_trunk():
-    from sgt_titan.config.resolve import DEMO_TRUNK
-
-    trunk, model = load_titan(DEMO_TRUNK), load_hf(DEMO_TRUNK)
+    path = Path(sgt_titan.demo.__file__).parent / "trunk"
+    trunk, model = load_titan(path), load_hf(path)
     difference = largest_difference(trunk, model, tokens(trunk.tok_embeddings.weight.shape[0]))
     print(f"demo: max |difference| of logits {difference:.2e}")
     assert difference < 1e-4

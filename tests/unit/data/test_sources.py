@@ -162,7 +162,8 @@ def test_fingerprint_follows_content_not_place(write, tmp_path):
         (lambda d: touch(d, "x.parquet", "not parquet"), "x.parquet: cannot be read as parquet"),
         (lambda d: folder(d), "empty: no data files in this folder"),
         (lambda d: mixed(d), "mixes csv and json files"),
-        (lambda d: "alpca", "did you mean alpaca?"),
+        (lambda d: "alpca", "data.source: unknown preset 'alpca'; did you mean alpaca? (a hub data set is owner/name)"),
+        (lambda d: "nobody/nothing", "data.source: 'nobody/nothing' is no preset (openorca, "),
     ],
 )  # fmt: skip
 def test_bad_sources(tmp_path, make, words):

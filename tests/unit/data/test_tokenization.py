@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -105,7 +109,11 @@ def test_hash_is_that_of_the_whole_row(write, make_config, tokenizer_dir):
     assert len(set(short.hashes.tolist())) == 2
 
 
-def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokenizer_dir):
+@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.distributed)])
+def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokenizer_dir, monkeypatch, kind):
+    if kind == "threads":  # the same pool without the seconds a process takes to import
+        context = SimpleNamespace(Pool=ThreadPool)
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     rows = [{"text": f"the cat {i} sat on {i * i} mats"} for i in range(2100)]
     expected = all_chunks(make_config(write(rows[:2000], "good.jsonl")), tokenizer_dir)
     path = write([*rows, {"text": None}], "bad.jsonl")

@@ -55,7 +55,7 @@ def test_shipped_trunk_is_the_documented_architecture(shipped):
 def test_shipped_trunk_has_learned_the_corpus(shipped):
     result = pretrain.perplexities(*shipped, rows=50, train_rows=1000)
     assert result["trunk"]["all"] < result["unigram"]["all"] / 10
-    assert result["trunk"]["answers"] < result["unigram"]["answers"] / 10
+    assert result["trunk"]["answers"] < 1.2  # 1.09 on 600 rows
     assert result["trunk"]["all"] < result["bigram"]["all"] < result["unigram"]["all"]
 
 
@@ -190,7 +190,7 @@ def test_greedy_answers_copy_from_the_prompt(shipped):
     rates = pretrain.copy_rates(*shipped, rows=24, seed=5)
     copied, due = (sum(rates[kind][i] for kind in ("name", "card", "order") if kind in rates) for i in (0, 1))
     assert due >= 24
-    assert copied / due > 0.8
+    assert copied / due > 0.95
 
 
 def test_bad_input_is_a_user_error(tmp_path, capsys):

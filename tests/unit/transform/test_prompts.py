@@ -228,3 +228,10 @@ def test_obfuscation_mask(obfuscate, template, expected):
 def test_mask_without_response_covers_the_generation_prompt():
     mask = obfuscation_mask(np.array([TEMPLATE, PROMPT, TEMPLATE]), obfuscate="prompt", obfuscate_template=True)
     assert mask.all()
+
+
+def test_empty_content_owns_no_token():
+    tokenizer = character_level("{% for m in messages %}  {{ m.content }}  {% endfor %}")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" +|."), "isolated")
+    encoded = encode_turns(tokenizer, [turn("user", ""), turn("user", "a")], template="chat")
+    assert encoded.roles == [TEMPLATE, PROMPT, TEMPLATE]

@@ -1,0 +1,116 @@
+"""One process through the real path: trainer, checkpoint, export. What a client loads is what was trained.
+
+Shape suffixes: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
+from sgt_titan.export import export_checkpoint
+from sgt_titan.titan.config import to_trainer_config
+from sgt_titan.titan.dataloader import microbatch_inputs
+from sgt_titan.titan.load_trunk import named_weights
+from sgt_titan.titan.startup import claim_output_dir
+from sgt_titan.transform import load_export
+
+TOLERANCE = 1e-5
+BODIES = [
+    ("llama", "shared"),
+    ("llama-llama3-rope", "separate"),
+    ("qwen2", "shared"),
+    ("qwen2", "separate"),
+    ("qwen3-tied", "shared"),
+    ("qwen3", "separate"),
+    ("deepseek", "shared"),
+    ("deepseek-yarn", "separate"),
+]
+
+
+@torch.no_grad()
+def randomise(estimator) -> None:
+    """Weights as after a long training: heads and biases away from zero, norms from one, mean and std far apart."""
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in named_weights(estimator).items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        local = tensor.to_local()
+        if name.endswith("norm.weight"):
+            local.copy_(1 + 0.3 * noise)
+        elif tensor.dim() == 1:
+            local.copy_(0.2 * noise)
+        else:
+            local.copy_(noise / tensor.shape[-1] ** 0.5)
+
+
+def streams(trainer):
+    """Both streams of the first rows of the run, and their batch."""
+    batch = microbatch_inputs(trainer.prepared.train_source, 0, [0, 1])
+    with torch.no_grad():
+        result, _, _ = trainer.evaluate_streams(batch["input"], batch, step=1, pairs=trainer.pairs)
+    return result, batch
+
+
+@pytest.mark.parametrize(("trunk", "body"), BODIES)
+def test_export(trunk, body, make_run, one_process, tmp_path):
+    bound = "--estimator.mean_bound=3" if body == "separate" else "--estimator.mean_bound=0"
+    config = make_run(f"--estimator.body={body}", bound, "--estimator.layers=2", trunk=trunk)
+    trainer = to_trainer_config(config).build()
+    randomise(trainer.model_parts[0].estimator)
+    trained, batch = streams(trainer)
+    claim_output_dir(trainer.prepared)
+    assert trainer.checkpointer.save(3, last_step=True)
+    trainer.close()
+
+    transform = load_export(export_checkpoint(config.run.output_dir, tmp_path / "export"))
+    assert len(transform.bodies) == (2 if body == "separate" else 1)
+    differences = {"mean": 0.0, "std": 0.0}
+    for row, documents in enumerate(batch["documents"]):
+        length = documents[0].length
+        with torch.no_grad():
+            out = transform(input_ids=batch["input"][row : row + 1, :length])
+        mean_TD, std_TD = trained.mean_BTD[row, :length], trained.log_std_BTD[row, :length].exp()
+        assert mean_TD.std() > 0.1 and std_TD.std() > 0.1, "nothing to compare"
+        differences["mean"] = max(differences["mean"], (out.mean_BTD[0] - mean_TD).abs().max().item())
+        differences["std"] = max(differences["std"], (out.log_std_BTD[0].exp() - std_TD).abs().max().item())
+    print(f"{trunk}, {body}: max |difference| {differences}")
+    assert max(differences.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("trunk", ["llama-tied", "qwen2", "deepseek-dense-yarn"])
+def test_teacher_is_the_trunk_and_the_identity_changes_nothing(trunk, make_run, one_process):
+    """Zero heads and a std at the bottom of its range: both streams give the bare trunk's logits."""
+    tiny = ("--estimator.std_init=1e-8", "--estimator.std_min=1e-9")
+    config = make_run(*tiny, trunk=trunk)
+    trainer = to_trainer_config(config).build()
+    model = AutoModelForCausalLM.from_pretrained(config.trunk.path, dtype=torch.float32).eval()
+    both, batch = streams(trainer)
+    trainer.close()
+    assert batch["obfuscate_BT"].any(-1).all()
+    assert (both.x_tilde_BTD - both.x_BTD).abs().max() < 1e-6
+    for row, documents in enumerate(batch["documents"]):
+        length = documents[0].length
+        with torch.no_grad():
+            bare_TV = model(batch["input"][row : row + 1, :length]).logits[0]
+        assert bare_TV.std() > 0.5
+        assert (both.teacher_logits_BTV[row, :length] - bare_TV).abs().max() < 2e-5
+        assert (both.student_logits_BTV[row, :length] - bare_TV).abs().max() < 2e-5
+
+
+def test_student_is_the_trunk_on_obfuscated_embeddings(make_run, one_process):
+    """x~ as transformers' ``inputs_embeds`` gives the student's logits: what a server will compute."""
+    trainer = to_trainer_config(make_run("--estimator.std_init=1.0", trunk="qwen3")).build()
+    randomise(trainer.model_parts[0].estimator)
+    path = trainer.prepared.files.path
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    both, batch = streams(trainer)
+    trainer.close()
+    length = min(documents[0].length for documents in batch["documents"])
+    with torch.no_grad():
+        served_BTV = model(inputs_embeds=both.x_tilde_BTD[:, :length]).logits
+    assert (both.student_logits_BTV[:, :length] - both.teacher_logits_BTV[:, :length]).abs().max() > 0.1
+    assert (both.student_logits_BTV[:, :length] - served_BTV).abs().max() < 2e-5
+    clean_BT = ~batch["obfuscate_BT"]
+    assert torch.equal(both.x_tilde_BTD[clean_BT], both.x_BTD[clean_BT])
