@@ -29,7 +29,7 @@ FOLDER = "checkpoints"
 MARKER = "COMMITTED"
 STATE = "state.json"
 CONFIG = "config.yaml"
-_STEP = re.compile(r"^step-(\d{8})$")
+_STEP = re.compile(r"step-(\d{8})")
 
 
 def step_dir(output_dir: str | Path, step: int) -> Path:
@@ -37,7 +37,7 @@ def step_dir(output_dir: str | Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int | None:
-    match = _STEP.match(path.name)
+    match = _STEP.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
 

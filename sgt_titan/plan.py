@@ -1,8 +1,11 @@
-"""Memory, work and traffic of a run, by arithmetic: ``python -m sgt_titan.plan NAME [--rows N] [--section.key value ...]``.
+"""Memory, work and traffic of a run, by arithmetic.
 
-Counted from the run's config and the trunk's config.json alone; no torch, no GPU, no weights. Shards and flops are exact
-(``tests/unit/test_train_configs.py`` holds them to the modules torchtitan builds); what a step needs beside them is an
-estimate, whose terms are the fields of ``Memory``. Bytes are bytes, GB is 1e9 of them.
+    python -m sgt_titan.plan NAME [--rows N] [--section.key value ...]    one config
+    python -m sgt_titan.plan                                              the tables of docs/MEMORY.md
+
+Counted from the run's config and the trunk's config.json alone; no torch, no GPU, no weights. Shards and flops are
+exact (``tests/unit/test_train_configs.py`` holds them to the modules torchtitan builds); what a step needs beside them
+is an estimate, whose terms are the fields of ``Memory``. GB is 1e9 bytes.
 
 Letters: B rows of a rank, T tokens of a row, D width, V vocabulary, E experts, tp / fsdp / ep degrees.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil, prod
 from typing import Any
 
@@ -29,6 +32,18 @@ GPUS = {
     "A100-80GB": (312e12, 80e9, 25e9),
     "H100-80GB": (989e12, 80e9, 50e9),
 }
+NO_GPU = (float("nan"), float("inf"), float("nan"))  # sized for CPUs: nothing is promised
+# The shipped configs with a row in docs/MEMORY.md, small to large.
+SHIPPED = (
+    "llama3_1b",
+    "qwen3_32b_64x8",
+    "deepseek_r1_qwen_32b_64x8",
+    "llama3_70b_1x8",
+    "llama3_70b_32x8",
+    "llama3_70b_64x8",
+    "deepseek_r1_70b_64x8",
+    "deepseek_v3_64x8",
+)
 HFU = 0.4  # assumed for durations; what a well-tuned run of this size reaches
 RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmentation: an allowance
 
@@ -36,7 +51,7 @@ RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmen
 LAYERS_IN_FLIGHT = 3  # FSDP2: the layer at work, its gather buffer, and the next one's
 TRANSFORM_COPIES = 16  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
-LOGIT_BYTES = 4 * BF16 + 3 * FP32  # teacher and student, their rows of utility positions, soft cross-entropy's own
+# Logits: teacher and student, their rows of utility positions; and three of soft cross-entropy's own, in float32.
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Degrees:
 class Memory:
     """Bytes on the fullest GPU. The first four stay for the whole run; ``peak`` says which of the others coincide."""
 
-    trunk: int  # bf16 shard
+    trunk: int  # shard of the frozen weights, bf16 on a GPU
     estimator: int  # float32 shard of the weights
     optimizer: int  # float32 shards of the gradients and of Adam's two moments
     buffers: int  # rotary caches, one a layer
@@ -99,7 +114,6 @@ class Memory:
 class Plan:
     """What ``plan`` counts; parameters and flops are of the whole model."""
 
-    name: str
     degrees: Degrees
     gpu: str
     trunk_parameters: int
@@ -107,15 +121,12 @@ class Plan:
     model_flops_per_token: int  # what MFU counts
     hardware_flops_per_token: int  # what HFU counts: with recomputation
     memory: Memory
+    trunk_bytes: int  # of the whole frozen model, as loaded
     layer_gathered: int  # bytes of the largest layer after its gather
     gathered_per_microbatch: int  # bytes a rank receives from its shard group, forward and backward
     microbatches: int  # in an optimizer step
     rows_per_step: int
     tokens_per_step: int
-
-    @property
-    def trunk_bytes(self) -> int:
-        return BF16 * self.trunk_parameters
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -124,7 +135,7 @@ class Plan:
 
     @property
     def capacity(self) -> float:
-        return GPUS[self.gpu][1]
+        return GPUS.get(self.gpu, NO_GPU)[1]
 
     @property
     def fits(self) -> bool:
@@ -133,12 +144,16 @@ class Plan:
     @property
     def seconds_per_step(self) -> float:
         """At ``HFU``, if the gathers hide behind the work."""
-        return self.tokens_per_step * self.hardware_flops_per_token / (self.degrees.world * GPUS[self.gpu][0] * HFU)
+        return (
+            self.tokens_per_step
+            * self.hardware_flops_per_token
+            / (self.degrees.world * GPUS.get(self.gpu, NO_GPU)[0] * HFU)
+        )
 
     @property
     def gather_seconds_per_step(self) -> float:
         """Of the network alone, if no shard group stays within a node."""
-        return self.microbatches * self.gathered_per_microbatch / GPUS[self.gpu][2]
+        return self.microbatches * self.gathered_per_microbatch / GPUS.get(self.gpu, NO_GPU)[2]
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -278,8 +293,10 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
     Raises:
         UserError: ``cluster.gpu`` is not one whose figures are known.
     """
-    if config.cluster.gpu not in GPUS:
+    if config.cluster.gpu and config.cluster.gpu not in GPUS:
         raise UserError(f"cluster.gpu {config.cluster.gpu!r} is not known; known are {', '.join(GPUS)}")
+    if not config.cluster.gpu and config.trunk.dtype == "auto":
+        config = replace(config, trunk=replace(config.trunk, dtype="float32"))
     p, training = config.parallelism, config.training
     degrees = Degrees(
         world=config.cluster.nodes * config.cluster.gpus_per_node,
@@ -297,11 +314,11 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
     work = sum(_work(w, trunk) for w in weights) + sum(_work(w, trunk) for w in estimator)
     recompute = 2 * work if config.activation_checkpoint.mode == "full" else 0
 
-    layer_bytes = [BF16 * _sum(gathered_elements, layer, degrees) for layer in layers]
-    received = sum(layer_bytes) + BF16 * _sum(gathered_elements, [*ends, *embeddings], degrees)
-    own = BF16 * _sum(shard_elements, weights, degrees)
+    size = _item_size(config)
+    layer_bytes = [size * _sum(gathered_elements, layer, degrees) for layer in layers]
+    received = sum(layer_bytes) + size * _sum(gathered_elements, [*ends, *embeddings], degrees)
+    own = size * _sum(shard_elements, weights, degrees)
     return Plan(
-        name=config.run.name,
         degrees=degrees,
         gpu=config.cluster.gpu,
         trunk_parameters=sum(w.numel for w in weights),
@@ -309,12 +326,18 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
         model_flops_per_token=6 * work,
         hardware_flops_per_token=6 * work + recompute,
         memory=_memory(config, trunk, degrees, max(layer_bytes)),
+        trunk_bytes=size * sum(w.numel for w in weights),
         layer_gathered=max(layer_bytes),
         gathered_per_microbatch=2 * (received - own),
         microbatches=training.global_batch_size // (training.local_batch_size * degrees.dp),
         rows_per_step=training.global_batch_size,
         tokens_per_step=training.global_batch_size * training.seq_len,
     )
+
+
+def _item_size(config: Config) -> int:
+    """Bytes of a number in the trunk and in its activations."""
+    return FP32 if config.trunk.dtype == "float32" else BF16
 
 
 def _work(weight: Weight, trunk: dict[str, Any]) -> int:
@@ -325,34 +348,35 @@ def _work(weight: Weight, trunk: dict[str, Any]) -> int:
 
 
 def _memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gathered: int) -> Memory:
-    training, width, tp = config.training, trunk["hidden_size"], degrees.tp
+    training, width, tp, size = config.training, trunk["hidden_size"], degrees.tp, _item_size(config)
     tokens = training.local_batch_size * training.seq_len
     own_tokens = tokens // tp if degrees.sp else tokens
     estimator = estimator_weights(config, trunk)
     estimator_layers = config.estimator.layers * (2 if config.estimator.body == "separate" else 1)
     everything = [*embedding_weights(trunk), *end_weights(trunk), *(w for layer in trunk_layers(trunk) for w in layer)]
 
-    layer = max(_layer_activations(trunk, degrees, tokens, own_tokens, experts) for experts in _kinds(trunk))
+    layer = size * max(_layer_activations(trunk, degrees, tokens, own_tokens, experts) for experts in _kinds(trunk))
     layers = trunk["num_hidden_layers"] + estimator_layers
     recomputed = config.activation_checkpoint.mode == "full"
     # Selective recomputation saves between a third and all of a layer, by operation: counted as all of it.
-    saved = layers * (BF16 * own_tokens * width if recomputed else layer)
+    saved = layers * (size * own_tokens * width if recomputed else layer)
     group = max(config.objective.mi_group, training.local_batch_size)
     pairs = PAIR_COPIES * group * own_tokens // training.local_batch_size
-    in_flight = LAYERS_IN_FLIGHT if degrees.fsdp > 1 or degrees.efsdp > 1 and degrees.ep > 1 else 1
+    in_flight = LAYERS_IN_FLIGHT if degrees.fsdp > 1 or degrees.ep > 1 else 1
     kept = [*end_weights(trunk), *head_weights(trunk)]
-    rope = 2 * (trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk))
+    # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
+    rope = trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk)
     elements = _sum(shard_elements, estimator, degrees)
     return Memory(
-        trunk=BF16 * _sum(shard_elements, everything, degrees),
+        trunk=size * _sum(shard_elements, everything, degrees),
         estimator=FP32 * elements,
         optimizer=3 * FP32 * elements,
-        buffers=layers * training.seq_len * rope * (FP32 // 2 if "kv_lora_rank" not in trunk else FP32 // 2),
-        gathered=in_flight * layer_gathered + BF16 * _sum(gathered_elements, kept, degrees),
+        buffers=FP32 * layers * training.seq_len * rope,
+        gathered=in_flight * layer_gathered + size * _sum(gathered_elements, kept, degrees),
         saved=saved,
         layer=layer if recomputed else 0,
         transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows
-        logits=LOGIT_BYTES * tokens * ceil(trunk["vocab_size"] / tp),
+        logits=(4 * size + 3 * FP32) * tokens * ceil(trunk["vocab_size"] / tp),
     )
 
 
@@ -363,7 +387,7 @@ def _kinds(trunk: dict[str, Any]) -> set[bool]:
 
 
 def _layer_activations(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens: int, experts: bool) -> int:
-    """Bytes a layer's forward leaves for its backward, bf16. Frozen matrices keep no input: no weight gradient wants it.
+    """Numbers a layer's forward leaves for its backward. Frozen matrices keep no input: no weight gradient wants it.
 
     Norms keep their input and output and the residual stream is added to twice (4 D a token of this rank); attention
     keeps q, k, v and its output, a gated MLP four tensors of its hidden width, all split over tensor parallelism; and
@@ -378,7 +402,7 @@ def _layer_activations(trunk: dict[str, Any], degrees: Degrees, tokens: int, own
         attention = (2 * heads + 2 * trunk["num_key_value_heads"]) * head_dim(trunk) // tp
     per_token = attention + (2 * width if degrees.sp else 0)
     if not experts:
-        return BF16 * (4 * width * own_tokens + tokens * (per_token + 4 * trunk["intermediate_size"] // tp))
+        return 4 * width * own_tokens + tokens * (per_token + 4 * trunk["intermediate_size"] // tp)
     # With expert parallelism each tensor-parallel rank routes its own tokens, evenly spread: input and output in
     # float32 once, three hidden tensors and two copies for the exchange.
     top, hidden = trunk["num_experts_per_tok"], trunk["moe_intermediate_size"]
@@ -386,7 +410,7 @@ def _layer_activations(trunk: dict[str, Any], degrees: Degrees, tokens: int, own
     split = 1 if degrees.ep > 1 else tp
     shared = 4 * hidden * trunk["n_shared_experts"] // tp
     routed = routed_tokens * (6 * width + 4 * hidden // split)
-    return BF16 * (4 * width * own_tokens + tokens * (per_token + shared) + routed)
+    return 4 * width * own_tokens + tokens * (per_token + shared) + routed
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------
@@ -403,6 +427,7 @@ def table(result: Plan, rows: int | None = None) -> str:
         rows: packed rows (or samples, without packing) of an epoch, when they are known.
     """
     d, m = result.degrees, result.memory
+    verdict = "fits" if result.fits else "does not fit"
     notes = {
         "trunk": "frozen, bf16, sharded",
         "estimator": "float32",
@@ -412,7 +437,7 @@ def table(result: Plan, rows: int | None = None) -> str:
         "saved": "activations kept for the backward pass",
         "layer": "one layer recomputed",
         "transform": "x, mu, log sigma, x~, noise, pairs; float32",
-        "logits": f"teacher, student, loss: {LOGIT_BYTES} bytes a token and word, words split over TP",
+        "logits": "teacher, student, their utility positions, soft cross-entropy; words split over TP",
         "reserved": "allowance",
     }
     lines = [
@@ -421,7 +446,7 @@ def table(result: Plan, rows: int | None = None) -> str:
         "| per GPU | | |",
         "|---|---:|---|",
         *(f"| {f.name} | {gigabytes(getattr(m, f.name))} | {notes[f.name]} |" for f in fields(m)),
-        f"| peak | {gigabytes(m.peak)} | of {gigabytes(result.capacity)}: {'fits' if result.fits else 'does not fit'} |",
+        f"| peak | {gigabytes(m.peak)} | of {gigabytes(result.capacity)}: {verdict} |",
         "",
         "| run | |",
         "|---|---:|",
@@ -431,7 +456,8 @@ def table(result: Plan, rows: int | None = None) -> str:
         f"{result.checkpoint_bytes / result.trunk_bytes:.1%} of the trunk |",
         f"| work | {result.model_flops_per_token / 1e9:,.0f} Gflop a token, "
         f"{result.hardware_flops_per_token / 1e9:,.0f} with recomputation |",
-        f"| step | {result.rows_per_step} rows, {result.tokens_per_step:,} tokens, {result.microbatches} microbatches |",
+        f"| step | {result.rows_per_step} rows, {result.tokens_per_step:,} tokens, "
+        f"{result.microbatches} microbatches |",
         f"| time of a step | {result.seconds_per_step:.1f} s at {HFU:.0%} HFU |",
         f"| gathers of a step | {gigabytes(result.microbatches * result.gathered_per_microbatch)} a GPU, "
         f"{result.gather_seconds_per_step:.1f} s of network, overlapped |",
@@ -440,6 +466,35 @@ def table(result: Plan, rows: int | None = None) -> str:
         steps = rows / result.rows_per_step
         lines.append(f"| epoch | {steps:,.0f} steps, {steps * result.seconds_per_step / 3600:,.1f} h |")
     return "\n".join(lines)
+
+
+def summary(names: Iterable[str]) -> str:
+    """The two tables of docs/MEMORY.md."""
+    plans = {name: from_name(name) for name in names}
+    memory = [
+        "| config | GPUs | replicas x shards x TP (EP) | trunk | estimator | Adam, gradient | gathered | saved "
+        "| transform | layer or logits | peak of 80 GB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    work = [
+        "| config | trunk, 1e9 | trunk, GB | estimator, 1e9 | checkpoint, GB | checkpoint / trunk | Gflop a token "
+        "| with recomputation | s a step | gathers, s a step |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, p in plans.items():
+        d, m = p.degrees, p.memory
+        numbers = (m.trunk, m.estimator, m.optimizer, m.gathered, m.saved, m.transform, max(m.layer, m.logits))
+        cells = " | ".join(f"{n / GB:.2f}" for n in numbers)
+        mesh = f"{d.replicas} x {d.fsdp} x {d.tp}" + (f" ({d.ep})" if d.ep > 1 else "")
+        verdict = f"{m.peak / GB:.0f}, {'fits' if p.fits else 'does not fit'}"
+        memory.append(f"| {name} | {d.world} | {mesh} | {cells} | {verdict} |")
+        work.append(
+            f"| {name} | {p.trunk_parameters / 1e9:.3f} | {p.trunk_bytes / GB:,.1f} "
+            f"| {p.estimator_parameters / 1e9:.3f} | {p.checkpoint_bytes / GB:.2f} "
+            f"| {p.checkpoint_bytes / p.trunk_bytes:.1%} | {p.model_flops_per_token / 1e9:,.0f} "
+            f"| {p.hardware_flops_per_token / 1e9:,.0f} | {p.seconds_per_step:.1f} | {p.gather_seconds_per_step:.1f} |"
+        )
+    return "\n".join([*memory, "", *work])
 
 
 def from_name(name: str, overrides: list[str] | None = None) -> Plan:
@@ -467,8 +522,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("--rows needs the number of rows of an epoch")
             rows = int(words[at + 1])
             del words[at : at + 2]
-        if not words or words[0].startswith("-"):
-            raise UserError("usage: python -m sgt_titan.plan NAME [--rows N] [--section.key value ...]")
+        if not words:
+            print(summary(SHIPPED))
+            return 0
+        if words[0].startswith("-"):
+            raise UserError("usage: python -m sgt_titan.plan [NAME [--rows N] [--section.key value ...]]")
         print(table(from_name(words[0], words[1:]), rows))
         return 0
 

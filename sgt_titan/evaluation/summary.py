@@ -585,8 +585,8 @@ def table(summary: Summary) -> str:
         f"{summary.export}, on {summary.trunk}",
         f"{summary.samples:,} {'held-out ' if summary.held_out else ''}rows of {summary.data}; V = {summary.vocab:,}, "
         f"D = {summary.width:,}",
-        f"mean std {summary.mean_std:.2f} x the table's per-feature std, mean |mu| {summary.mean_norm:.2f} x its median "
-        "norm",
+        f"mean std {summary.mean_std:.2f} x the table's per-feature std, mean |mu| {summary.mean_norm:.2f} x its "
+        "median norm",
         "",
         f"{'':<44}" + "".join(f"{title:>16}" for title in COLUMNS.values()),
     ]

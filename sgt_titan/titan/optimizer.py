@@ -58,6 +58,8 @@ class GuardedOptimizers(OptimizersContainer):
             self.skipped_in_a_row = 0
             super().step(closure)
             return
+        # torchtitan's optimizer state leaves out moments that do not exist yet where gradients are left over.
+        self.zero_grad()
         self.skipped += 1
         self.skipped_in_a_row += 1
         logger.warning(f"Non-finite loss or gradient: step skipped on all ranks ({self.skipped_in_a_row} in a row)")

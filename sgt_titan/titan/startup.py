@@ -162,12 +162,12 @@ def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: T
     Raises:
         UserError: naming the first that is not.
     """
-    with torch.device("meta"):
-        check_trunk(build(hf, "sdpa").build(), family, files)
-        if config.estimator.init_from_trunk:
-            body = build_body(hf, config.estimator.layers, "sdpa").build()
-            del body.tok_embeddings, body.lm_head
-            check_trunk(body, family, files)
+    decoders = [build(hf, "sdpa")]
+    if config.estimator.init_from_trunk:
+        decoders.append(build_body(hf, config.estimator.layers, "sdpa"))
+    for decoder in decoders:
+        with torch.device("meta"):
+            check_trunk(decoder.build(), family, files)
 
 
 def load_hf_config(path: Path) -> PretrainedConfig:

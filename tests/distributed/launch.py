@@ -144,6 +144,7 @@ def _rank(env: Mapping[str, str], words: Sequence[str], folder: Path, logs: Path
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    (logs / f"{env['RANK']}.cpu").write_text(str(os.times()[:2]))
     os._exit(code)  # as `python -m sgt_titan.train` ends
 
 

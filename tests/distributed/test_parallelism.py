@@ -44,7 +44,7 @@ LAYOUTS = {
 OTHER = (
     *("--estimator.body", "separate", "--estimator.init_from_trunk", "true", "--estimator.layers", "2"),
     *("--estimator.mean_bound", "3", "--objective.mi_pairs", "shift", "--objective.mi_group", "4"),
-    *("--objective.utility", "kl", "--objective.utility_positions", "response"),
+    *("--objective.utility", "kl", "--objective.utility_positions", "response", "--optimizer.lr", "3e-4"),
 )
 OTHER_LAYOUTS = {
     "fsdp2 2 x tp 2": (4, (*OTHER, *TP2, ROWS, "2")),

@@ -58,4 +58,3 @@ def demo_config(tmp_path_factory):
     config.data.template = "chat"
     config.training.seq_len = 192
     return config
-

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which `setup` makes. To use an environment of your own: make demo PYTHON=path/to/python
+
+VENV ?= .venv
+PYTHON ?= $(VENV)/bin/python
+
+# The Python that makes .venv: the first that is new enough.
+BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# Where the CPU build of torch comes from. For the CUDA build: make setup TORCH_INDEX=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Nothing to set up for an interpreter that was given.
+READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
+
+.PHONY: help setup demo test test-all lint clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(READY) ## make .venv with the versions in constraints.txt
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed; make setup BASE_PYTHON=path/to/python"; exit 2; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --no-deps -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PYTHON) -m pip install -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+demo: $(READY) ## train an SGT on the shipped trunk, export it, print before and after (FRESH=1: start over)
+	$(PYTHON) -m sgt_titan.demo.run $(if $(FRESH),--fresh)
+
+test: $(READY) ## unit, parity and distributed tests on the CPU
+	$(PYTHON) -m pytest -n 2 -m "not slurm and not gpu"
+
+test-all: $(READY) ## also the tests that need a GPU or a Slurm cluster
+	$(PYTHON) -m pytest
+
+lint: $(READY) ## ruff: errors, imports, format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean: ## delete .venv (outputs/ stays)
+	rm -rf $(VENV)

@@ -1,0 +1,102 @@
+"""The demo: train, export and measure through the commands that anybody would type, and say where things lie.
+
+``python -m sgt_titan.demo.run [--fresh] [--out DIR]``; ``make demo`` installs what it needs first. Each step is a
+process of its own, so nothing here depends on the training or the evaluation code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sgt_titan.errors import UserError
+
+OUT = Path("outputs") / "demo"
+RUN_FILE = "run.json"  # what training leaves in a directory of its own
+
+Execute = Callable[[Sequence[str]], int]
+
+
+def execute(words: Sequence[str]) -> int:
+    """Run ``sgt-titan`` with ``words`` under this interpreter, showing the command; returns its exit code."""
+    print(f"\n$ sgt-titan {shlex.join(words)}", flush=True)
+    return subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False).returncode
+
+
+def discard(out: Path) -> None:
+    """Delete an earlier demo run.
+
+    Raises:
+        UserError: ``out`` is something else.
+    """
+    if not out.exists():
+        return
+    if not (out / RUN_FILE).is_file():
+        raise UserError(f"{out}: is not a run of ours (it has no {RUN_FILE}), so it is not deleted; move it away first")
+    shutil.rmtree(out)
+
+
+def run(out: Path, *, fresh: bool = False, overrides: Sequence[str] = (), execute: Execute = execute) -> int:
+    """Train the demo in ``out`` (or go on, or find it finished), export it, report; returns the first bad exit code.
+
+    Args:
+        fresh: delete an earlier run in ``out`` and start over.
+        overrides: further words for ``sgt-titan train demo``.
+
+    Raises:
+        UserError: ``fresh``, and ``out`` is not a run of ours.
+    """
+    if fresh:
+        discard(out)
+    export, began = out / "export", time.monotonic()
+    if code := execute(["train", "demo", "--run.output_dir", str(out), *overrides]):
+        return code
+    trained = time.monotonic()
+    # An interrupted run may have finished training without having exported.
+    if not (export / "config.json").is_file() and (code := execute(["export", str(out), str(export)])):
+        return code
+    report = ["report", str(export), "--trunk", "demo", "--data", "demo", "--json", str(out / "report.json")]
+    if code := execute(report):
+        return code
+    print(closing(out, trained - began, time.monotonic() - trained))
+    return 0
+
+
+def closing(out: Path, training: float, reporting: float) -> str:
+    """Where everything lies; ``training`` and ``reporting`` are seconds."""
+    python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith(os.pardir) else python
+    return f"""
+Took {training:.0f} s for training and {reporting:.0f} s for the report. Left behind:
+  {out}/export         the transform, for a client (README.md there)
+  {out}/report.json    the numbers above
+  {out}/checkpoints    to go on from
+  {out}/tb             TensorBoard logs; look at them with
+      {python} -m tensorboard.main --logdir {out}/tb
+Start over with `make demo FRESH=1`; the options are in train_configs/demo.yaml."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns an exit code: 0, that of the step that failed, 2 for bad input, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m sgt_titan.demo.run", description="Train, export and measure.")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"directory of the run (default {OUT})")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier demo run and start over")
+    arguments, overrides = parser.parse_known_args(argv)
+    try:
+        return run(arguments.out, fresh=arguments.fresh, overrides=overrides)
+    except UserError as error:
+        print(f"sgt-titan: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
