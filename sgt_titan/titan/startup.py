@@ -126,8 +126,7 @@ def prepare(config: Config) -> Prepared:
         )
     )
     dataset = wait_or_prepare(config, config.trunk.path, rank())
-    if config.data.template == "auto":
-        config.data.template = "chat" if tokenizer.chat_template else "plain"
+    config.data.template = dataset.meta["options"]["template"]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     source = partial(
         BatchSource,

@@ -15,6 +15,7 @@ from torchtitan.trainer import Trainer
 
 from sgt_titan.checkpoint import latest_committed
 from sgt_titan.data.batch import BatchSource
+from sgt_titan.errors import UserError
 from sgt_titan.export import export_checkpoint
 from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
 
@@ -43,6 +44,7 @@ class SGTTrainer(Trainer):
         check_output_dir(config.prepared)
         super().__init__(config)
         prepared, model = config.prepared, self.model_parts[0]
+        same_on_all_ranks(prepared.fingerprints)
         self.prepared, self.run = prepared, prepared.config
         load_trunk(model.trunk, prepared.family, prepared.files)
         initialize_estimator(model.estimator, self.run.run.seed)
@@ -166,3 +168,19 @@ class SGTTrainer(Trainer):
             **{f"held-out {name}": terms[name] for name in ("kl", "agreement", "mi", "abs_cos")},
         }
 
+
+def same_on_all_ranks(fingerprints: dict[str, str]) -> None:
+    """Ranks that read different files would train on a mixture that no seed describes.
+
+    Raises:
+        UserError: naming the first rank that differs from rank 0.
+    """
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, fingerprints)
+    for rank, found in enumerate(everyone):
+        for name, value in found.items():
+            if value != everyone[0][name]:
+                raise UserError(
+                    f"rank {rank} found another {name} than rank 0 (fingerprint {value[:12]}, not "
+                    f"{everyone[0][name][:12]}); trunk.path and data.cache_dir must be the same files on every node"
+                )
