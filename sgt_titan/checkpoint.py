@@ -94,7 +94,7 @@ def read_marker(path: Path) -> dict[str, dict[str, int]]:
     return json.loads((path / MARKER).read_text())["files"]
 
 
-def problems(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+def problems(path: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:
     """What is wrong with a committed directory: sizes of all files, checksums of every ``parts``-th from ``part``."""
     try:
         files = read_marker(path)
@@ -107,7 +107,7 @@ def problems(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
             found.append(f"{file}: missing")
         elif (size := file.stat().st_size) != expected["bytes"]:
             found.append(f"{file}: {size} bytes, committed with {expected['bytes']}")
-        elif index % parts == part and crc32(file) != expected["crc32"]:
+        elif checksums and index % parts == part and crc32(file) != expected["crc32"]:
             found.append(f"{file}: checksum differs from the one it was committed with")
     return found
 

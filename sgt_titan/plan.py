@@ -98,7 +98,7 @@ class Memory:
     buffers: int  # rotary caches, one a layer
     gathered: int  # whole layers in flight, lm_head and the heads, after FSDP's gathers
     saved: int  # what the backward pass finds again: layer inputs under full recomputation, else everything
-    layer: int  # one layer recomputed
+    layer: int  # one layer's backward, with what is recomputed for it
     transform: int  # x, mu, log sigma, x~, noise and pairs
     logits: int  # teacher and student, and the loss's temporaries
     reserved: int = RESERVED
@@ -355,15 +355,15 @@ def _memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gathe
     estimator_layers = config.estimator.layers * (2 if config.estimator.body == "separate" else 1)
     everything = [*embedding_weights(trunk), *end_weights(trunk), *(w for layer in trunk_layers(trunk) for w in layer)]
 
-    layer = size * max(_layer_activations(trunk, degrees, tokens, own_tokens, experts) for experts in _kinds(trunk))
+    kept = size * max(_layer_kept(trunk, degrees, tokens, own_tokens, experts) for experts in _kinds(trunk))
     layers = trunk["num_hidden_layers"] + estimator_layers
     recomputed = config.activation_checkpoint.mode == "full"
     # Selective recomputation saves between a third and all of a layer, by operation: counted as all of it.
-    saved = layers * (size * own_tokens * width if recomputed else layer)
+    saved = layers * (size * own_tokens * width if recomputed else kept)
     group = max(config.objective.mi_group, training.local_batch_size)
     pairs = PAIR_COPIES * group * own_tokens // training.local_batch_size
     in_flight = LAYERS_IN_FLIGHT if degrees.fsdp > 1 or degrees.ep > 1 else 1
-    kept = [*end_weights(trunk), *head_weights(trunk)]
+    stay_gathered = [*end_weights(trunk), *head_weights(trunk)]
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
     rope = trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk)
     elements = _sum(shard_elements, estimator, degrees)
@@ -372,9 +372,9 @@ def _memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gathe
         estimator=FP32 * elements,
         optimizer=3 * FP32 * elements,
         buffers=FP32 * layers * training.seq_len * rope,
-        gathered=in_flight * layer_gathered + size * _sum(gathered_elements, kept, degrees),
+        gathered=in_flight * layer_gathered + size * _sum(gathered_elements, stay_gathered, degrees),
         saved=saved,
-        layer=layer if recomputed else 0,
+        layer=size * _layer_passing(trunk, degrees, tokens) + (kept if recomputed else 0),
         transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows
         logits=(4 * size + 3 * FP32) * tokens * ceil(trunk["vocab_size"] / tp),
     )
@@ -386,31 +386,34 @@ def _kinds(trunk: dict[str, Any]) -> set[bool]:
     return {index >= dense for index in (0, trunk["num_hidden_layers"] - 1)}
 
 
-def _layer_activations(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens: int, experts: bool) -> int:
+def _layer_kept(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens: int, experts: bool) -> int:
     """Numbers a layer's forward leaves for its backward. Frozen matrices keep no input: no weight gradient wants it.
 
-    Norms keep their input and output and the residual stream is added to twice (4 D a token of this rank); attention
-    keeps q, k, v and its output, a gated MLP four tensors of its hidden width, all split over tensor parallelism; and
-    sequence parallelism gathers the input of either half (2 D a token, whole).
+    Norms and residuals keep 4.5 D a token of this rank; attention keeps q, k, v and its output, a gated MLP three
+    tensors of its hidden width, all split over tensor parallelism. Measured on dense layers; experts are counted by
+    analogy: three hidden tensors of every routed copy, and six D for its exchange and weighting.
     """
-    width, tp = trunk["hidden_size"], degrees.tp
-    heads = trunk["num_attention_heads"]
+    width, tp, heads = trunk["hidden_size"], degrees.tp, trunk["num_attention_heads"]
     if "kv_lora_rank" in trunk:
         key = trunk["qk_nope_head_dim"] + trunk["qk_rope_head_dim"]
         attention = heads * (2 * key + 2 * trunk["v_head_dim"]) // tp + 2 * (trunk["q_lora_rank"] or 0)
     else:
         attention = (2 * heads + 2 * trunk["num_key_value_heads"]) * head_dim(trunk) // tp
-    per_token = attention + (2 * width if degrees.sp else 0)
+    ends = 9 * width * own_tokens // 2
     if not experts:
-        return 4 * width * own_tokens + tokens * (per_token + 4 * trunk["intermediate_size"] // tp)
-    # With expert parallelism each tensor-parallel rank routes its own tokens, evenly spread: input and output in
-    # float32 once, three hidden tensors and two copies for the exchange.
+        return ends + tokens * (attention + 3 * trunk["intermediate_size"] // tp)
     top, hidden = trunk["num_experts_per_tok"], trunk["moe_intermediate_size"]
+    # With expert parallelism each tensor-parallel rank routes its own tokens; spread evenly, it receives as many.
     routed_tokens = top * (own_tokens if degrees.ep > 1 else tokens)
-    split = 1 if degrees.ep > 1 else tp
-    shared = 4 * hidden * trunk["n_shared_experts"] // tp
-    routed = routed_tokens * (6 * width + 4 * hidden // split)
-    return 4 * width * own_tokens + tokens * (per_token + shared) + routed
+    routed = routed_tokens * (6 * width + 3 * hidden // (1 if degrees.ep > 1 else tp))
+    return ends + routed + tokens * (attention + 3 * hidden * trunk["n_shared_experts"] // tp)
+
+
+def _layer_passing(trunk: dict[str, Any], degrees: Degrees, tokens: int) -> int:
+    """Numbers alive only while a layer is worked on: the input that sequence parallelism gathers and its gradient, and
+    gradients of two tensors of the MLP's hidden width.
+    """
+    return tokens * (2 * trunk["hidden_size"] + 2 * trunk["intermediate_size"] // degrees.tp)
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------
@@ -435,7 +438,7 @@ def table(result: Plan, rows: int | None = None) -> str:
         "buffers": "rotary caches",
         "gathered": f"layers in flight ({gigabytes(result.layer_gathered)} each), lm_head, heads",
         "saved": "activations kept for the backward pass",
-        "layer": "one layer recomputed",
+        "layer": "one layer's backward, with what is recomputed for it",
         "transform": "x, mu, log sigma, x~, noise, pairs; float32",
         "logits": "teacher, student, their utility positions, soft cross-entropy; words split over TP",
         "reserved": "allowance",

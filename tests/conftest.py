@@ -67,8 +67,7 @@ TRUNKS: dict[str, tuple[str, dict]] = {
     "deepseek-dense-yarn": (
         "deepseek_v3",
         # Other than DeepSeek's own: with equal mscales the factor on cos and sin is 1 and cannot be wrong.
-        _MOE
-        | {"q_lora_rank": 16, "first_k_dense_replace": 3, "rope_parameters": _YARN | {"mscale_all_dim": 0.7}},
+        _MOE | {"q_lora_rank": 16, "first_k_dense_replace": 3, "rope_parameters": _YARN | {"mscale_all_dim": 0.7}},
     ),
     "deepseek": ("deepseek_v3", _MOE | {"q_lora_rank": 16, "n_group": 1, "topk_group": 1}),
     "deepseek-groups": ("deepseek_v3", _MOE | {"q_lora_rank": 16, "n_group": 4, "topk_group": 2}),
@@ -100,7 +99,7 @@ def trunk_config(name: str):
 
 
 def write_trunk(path: Path, name: str, *, max_shard_size: str = "5GB") -> Path:
-    """A random checkpoint with a tokenizer; norms, biases and the router's bias are not what they are initialised to."""
+    """A random checkpoint with a tokenizer; no norm, bias or router bias is what it is initialised to."""
     import torch
     from transformers import AutoModelForCausalLM
 

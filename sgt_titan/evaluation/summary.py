@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from sgt_titan.config.load import load, parse_overrides, read_trunk, resolve
 from sgt_titan.config.schema import Config
@@ -104,10 +104,10 @@ class Condition:
     """A column of the table. Utility is over ``Summary.response_tokens``, the rest over ``obfuscated_tokens``.
 
     perplexity: of the response's true tokens. kept: 1 with the clean prompt, 0 with no prompt, on the scale of the
-    log-perplexity, below 0 where worse than none; NaN where the prompt tells the trunk nothing. cross_entropy, kl: nats per token from the trunk on
-    the clean prompt. agreement: share of tokens with the same most probable token. nn_fr to rank_entropy:
-    ``metrics.ranks``, rates 0..1. mi: Algorithm 1, nats per feature, an upper bound; infinite without noise. None:
-    nothing is sent.
+    log-perplexity; below 0 where worse than none, NaN where the prompt tells the trunk nothing. cross_entropy, kl: nats
+    per token from the trunk on the clean prompt. agreement: share of tokens with the same most probable token. nn_fr to
+    rank_entropy: ``metrics.ranks``, rates 0..1. mi: Algorithm 1, nats per feature, an upper bound; infinite without
+    noise. None: nothing is sent.
     """
 
     perplexity: float
@@ -626,8 +626,10 @@ def table(summary: Summary) -> str:
         values = (getattr(summary.conditions[name], field) for name in COLUMNS)
         lines.append(f"  {label:<42}" + "".join(f"{'-' if v is None else show(v):>16}" for v in values))
     removed = ", ".join(f"{number(value)} {name}" for name, value in summary.without_prompt.items())
-    lines += ["", f"Perplexity with the prompt's tokens removed: {removed}. No prompt is the lowest, where kept is 0%."]
-    lines += [f"Note: {note}." for note in summary.notes] + [""]
+    remarks = [f"Perplexity with the prompt's tokens removed: {removed}. The column takes the lowest, as 0% kept."]
+    for remark in (*remarks, *(f"Note: {note}." for note in summary.notes)):
+        lines += ["", *textwrap.wrap(remark, LINE)]
+    lines.append("")
     for shown in summary.examples:
         texts = {
             "prompt": shown.prompt,
@@ -683,6 +685,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=1, help="prompts to show in clear (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     arguments, overrides = parser.parse_known_args(argv)
+    disable_progress_bar()  # of loading weights: a moment, and in the way of a table
     config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
     summary = summarise(
         arguments.export,
@@ -699,9 +702,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"--json: cannot write {arguments.json}: {error.strerror}") from error
     return 0
-
-
-if __name__ == "__main__":
-    from sgt_titan.train import guarded
-
-    sys.exit(guarded(main))

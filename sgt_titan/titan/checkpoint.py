@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.base import BaseCheckpointManager
 from torchtitan.tools.logging import logger
@@ -54,6 +54,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.optimizers, self.lr_schedulers = optimizers, lr_schedulers
         self.trainer = states["train_state"]
         self.output_dir = Path(base_folder)
+        self.damaged: set[Path] = set()  # found while loading; their steps are saved anew
 
     # -- what a checkpoint holds -----------------------------------------------------------------------------------
 
@@ -84,11 +85,11 @@ class SGTCheckpointManager(BaseCheckpointManager):
         if not due or self.config.load_only:
             return False
         path = disk.step_dir(self.output_dir, curr_step)
-        if disk.is_committed(path):
+        if disk.is_committed(path) and path not in self.damaged:
             return False
         try:
             self._write(path, curr_step)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter, a distributed save's, is a BaseException
             if not _is_disk_full(error):
                 raise
             if dist.get_rank() == 0:
@@ -147,6 +148,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
             if damage := sorted({line for part in found for line in part}):
                 logger.warning(f"Damaged checkpoint, looking for the one before it: {'; '.join(damage)}")
                 damaged.append(path)
+                self.damaged.add(path)
                 continue
             self._read(path)
             logger.info(f"Resumed from {path}")

@@ -79,7 +79,9 @@ class SGTMetricsProcessor(MetricsProcessor):
         now = time.perf_counter()
         elapsed = now - self.time_last_log
         terms = self.reduced(self.sums)
-        self.latest = {"step": step, **terms, "grad_norm": grad_norm}
+        latest = {"step": step, **terms, "grad_norm": grad_norm}
+        if all(map(math.isfinite, latest.values())):  # these go into checkpoints, where no NaN belongs
+            self.latest = latest
         per_rank = self.ntokens_since_last_log / (elapsed * self.parallel_dims.non_data_parallel_size)
         ranks = dist.get_world_size()
         memory = self.device_memory_monitor.get_peak_stats()
@@ -98,7 +100,6 @@ class SGTMetricsProcessor(MetricsProcessor):
             metrics["throughput/mfu_percent"] = 100 * per_rank * self.num_flops_per_token / self.gpu_peak_flops
             metrics["throughput/hfu_percent"] = 100 * per_rank * self.num_hardware_flops_per_token / self.gpu_peak_flops
             busy = "  mfu {throughput/mfu_percent:.1f}%  hfu {throughput/hfu_percent:.1f}%".format(**metrics)
-            busy += f"  memory {memory.max_reserved_gib:.1f}GiB"
         self.logger.log(metrics, step)
         probe = "".join(f"  {name} {value:.1%}" for name, value in self.latest_probe.items() if name == "NN-FR")
         self._clear_line()
@@ -106,6 +107,7 @@ class SGTMetricsProcessor(MetricsProcessor):
             f"step {step}/{self.config.total_steps}  loss {terms['loss']:.4f}  kl {terms['kl']:.4f}  "
             f"agree {terms['agreement']:.1%}  mi {terms['mi']:.3f}  |cos| {terms['abs_cos']:.3f}  "
             f"std {terms['std']:.2f}{probe}  grad {grad_norm:.3f}  {per_rank * ranks:,.0f} tok/s{busy}  "
+            f"{memory.max_reserved_gib:.1f} GiB  "
             f"eta {self.eta(step)}"
         )
         self.ntokens_since_last_log = 0

@@ -201,7 +201,9 @@ def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.
 
 
 def check_output_dir(prepared: Prepared) -> int:
-    """Step of the newest committed checkpoint of this run, 0 if there is none.
+    """Step of the newest checkpoint of this run whose files are all there with their sizes, 0 if there is none.
+
+    Checksums are the loading ranks' business: they share that work, and here every rank is on its own.
 
     Raises:
         UserError: the directory holds something else, or a run that differs in what is learned.
@@ -229,8 +231,9 @@ def check_output_dir(prepared: Prepared) -> int:
             f"run.output_dir: {folder} belongs to a run that differs: {'; '.join(found)}. Choose another directory, or "
             "continue it on purpose with --checkpoint.accept_changes true"
         )
-    latest = checkpoint.latest_committed(folder)
-    return checkpoint.step_of(latest) if latest else 0
+    paths = (path for path in checkpoint.list_steps(folder) if checkpoint.is_committed(path))
+    whole = next((path for path in paths if not checkpoint.problems(path, checksums=False)), None)
+    return checkpoint.step_of(whole) if whole else 0
 
 
 # What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.

@@ -75,7 +75,7 @@ class TrunkFiles:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{index}: not a safetensors index; download it again") from None
             if missing := [name for name in names if not (self.path / name).is_file()]:
                 raise UserError(

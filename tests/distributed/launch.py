@@ -144,7 +144,6 @@ def _rank(env: Mapping[str, str], words: Sequence[str], folder: Path, logs: Path
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    (logs / f"{env['RANK']}.cpu").write_text(str(os.times()[:2]))
     os._exit(code)  # as `python -m sgt_titan.train` ends
 
 
@@ -274,27 +273,38 @@ class Poison:
 
 @dataclass
 class FillDisk:
-    """After the space check of the save of ``step``, fill the file system but for ``left`` bytes."""
+    """During the save of ``step``, fill the file system but for ``left`` bytes, after or before its space check."""
 
     step: int
     left: int
+    before_check: bool = False
 
     def __call__(self, rank: int, folder: Path) -> None:
         if rank != 0:
             return
         from sgt_titan.titan import checkpoint as saving
+        from sgt_titan.titan.trainer import SGTTrainer
 
-        original = saving._require_space
+        check, train_step = saving._require_space, SGTTrainer.train_step
+        steps = []
+
+        def remember(trainer, data_iterator):
+            train_step(trainer, data_iterator)
+            steps.append(trainer.step)
 
         def require_space(output_dir: Path, needed: int) -> None:
-            original(output_dir, needed)
-            if not (Path(output_dir) / "checkpoints" / f"step-{self.step - 1:08d}").exists():
-                return
-            free = shutil.disk_usage(output_dir).free
-            with (Path(output_dir).parent / "filler").open("wb") as stream:
-                stream.write(bytes(free - self.left))
+            if self.before_check:
+                self.fill(folder, steps[-1])
+            check(output_dir, needed)
+            if not self.before_check:
+                self.fill(folder, steps[-1])
 
-        saving._require_space = require_space
+        saving._require_space, SGTTrainer.train_step = require_space, remember
+
+    def fill(self, folder: Path, step: int) -> None:
+        if step == self.step:
+            with (folder / "filler").open("wb") as stream:
+                stream.write(bytes(shutil.disk_usage(folder).free - self.left))
 
 
 def no_nap(rank: int, folder: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import launch
 import pytest
+
+import launch
 
 pytestmark = pytest.mark.distributed
 
@@ -29,16 +30,14 @@ NO_SP = ("--parallelism.enable_sequence_parallel", "false")
 HSDP = ("--parallelism.data_parallel_replicate_degree", "2")
 ROWS = "--training.local_batch_size"
 
-# Name: ranks and overrides. Rows of a rank other than 8 divided by the data-parallel ranks mean accumulation; with one
-# row a rank, the two rows of a pair are on different ranks.
+# Name: ranks and overrides. Fewer than 4 rows divided by the data-parallel ranks mean accumulation; with one row a
+# rank, the two rows of a pair are on different ranks.
 LAYOUTS = {
     "accumulation": (1, (ROWS, "2")),
-    "fsdp2 x2": (2, (ROWS, "4")),
+    "fsdp2 x2": (2, (ROWS, "2")),
     "fsdp2 x2, pairs across ranks": (2, (ROWS, "1")),
     "tp x2": (2, TP2),
-    "tp x2 without sequence parallel": (2, (*TP2, *NO_SP, ROWS, "4")),
-    "fsdp2 2 x tp 2, pairs across ranks": (4, (*TP2, ROWS, "1")),
-    "hsdp 2x2": (4, (*HSDP, ROWS, "2")),
+    "tp x2 without sequence parallel": (2, (*TP2, *NO_SP, ROWS, "2")),
     "hsdp 2x2, pairs across ranks": (4, (*HSDP, ROWS, "1")),
 }
 OTHER = (
@@ -46,13 +45,6 @@ OTHER = (
     *("--estimator.mean_bound", "3", "--objective.mi_pairs", "shift", "--objective.mi_group", "4"),
     *("--objective.utility", "kl", "--objective.utility_positions", "response", "--optimizer.lr", "3e-4"),
 )
-OTHER_LAYOUTS = {
-    "fsdp2 2 x tp 2": (4, (*OTHER, *TP2, ROWS, "2")),
-    "fsdp2 2 x tp 2, full recomputation": (
-        4,
-        (*OTHER, *TP2, ROWS, "2", "--activation_checkpoint.mode", "full", "--parallelism.fsdp_reshard_after_forward", "always"),
-    ),
-}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +54,10 @@ def reference(small):
 
 
 @pytest.fixture(scope="module")
-def other_reference(small):
-    """Another model and objective on one process."""
-    return small.finish(1, *OTHER)
+def four_ranks(small):
+    """FSDP2 2 x TP 2, a row a rank, with a checkpoint every third step."""
+    options = (*TP2, ROWS, "1", "--checkpoint.interval", "3")
+    return small.finish(4, *options, hooks=(launch.record_samples,))
 
 
 def test_the_reference_trains(reference):
@@ -84,19 +77,52 @@ def test_every_term_is_that_of_one_process(layout, reference, small):
     assert_same_terms(run.scalars, reference.scalars)
 
 
-@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
-def test_every_term_of_another_estimator_and_objective(layout, other_reference, small):
-    ranks, overrides = OTHER_LAYOUTS[layout]
-    assert_same_terms(small.finish(ranks, *overrides).scalars, other_reference.scalars)
+def test_fsdp2_times_tp_with_pairs_across_ranks(reference, four_ranks):
+    assert launch.samples(four_ranks.folder) == launch.samples(reference.folder)
+    assert_same_terms(four_ranks.scalars, reference.scalars)
+
+
+def test_fewer_ranks_after_every_restart(reference, four_ranks, small):
+    """4 ranks until step 3, 2 until step 6, then 1: the samples and losses of the run that was never interrupted."""
+    assert {path.name for path in (four_ranks.output_dir / "checkpoints").iterdir()} == {
+        f"step-{step:08d}" for step in (3, 6, 9, 10)
+    }
+    two, one = small.new_folder(), small.new_folder()
+    launch.copy_until(four_ranks.output_dir, 3, two / "out")
+    on_two = small.finish(2, ROWS, "2", "--checkpoint.interval", "3", folder=two, hooks=(launch.record_samples,))
+    launch.copy_until(on_two.output_dir, 6, one / "out")
+    on_one = small.finish(1, ROWS, "2", folder=one, hooks=(launch.record_samples,))
+
+    expected = launch.samples(reference.folder)
+    assert launch.samples(two) == {step: expected[step] for step in range(4, 11)}
+    assert launch.samples(one) == {step: expected[step] for step in range(7, 11)}
+    assert "Resumed from" in on_one.outcome.output[0]
+    assert_same_terms(on_two.scalars, four_ranks.scalars, range(4, 11))
+    assert_same_terms(on_one.scalars, four_ranks.scalars, range(7, 11))
+
+
+def test_another_estimator_and_objective_with_recomputation(small):
+    """Separate bodies from the trunk's layers, bounded mean, one shift, KL on the response; FSDP2 2 x TP 2."""
+    expected = small.finish(1, *OTHER)
+    layout = (
+        *TP2,
+        ROWS,
+        "2",
+        "--activation_checkpoint.mode",
+        "full",
+        "--parallelism.fsdp_reshard_after_forward",
+        "always",
+    )
+    assert_same_terms(small.finish(4, *OTHER, *layout).scalars, expected.scalars)
 
 
 def assert_same_terms(found, expected, steps=range(1, 11)) -> None:
-    """Each term within 1e-4 relative; the agreement within one token of the step's 400 or so."""
+    """Each term within 1e-4 relative; the agreement within one of the few hundred tokens of a step."""
     differences = {}
     for step in steps:
         for tag in TERMS:
             differences[step, tag] = relative(found[step][tag], expected[step][tag])
-        assert abs(found[step][AGREEMENT] - expected[step][AGREEMENT]) < 1 / 200, step
+        assert abs(found[step][AGREEMENT] - expected[step][AGREEMENT]) < 1 / 100, step
     worst = max(differences, key=differences.get)
     print(f"largest relative difference {differences[worst]:.1e} (step, term {worst})")
     assert differences[worst] <= TOLERANCE, {key: value for key, value in differences.items() if value > TOLERANCE}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
 from sgt_titan.export import export_checkpoint
 from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.dataloader import microbatch_inputs

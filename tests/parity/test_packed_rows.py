@@ -11,7 +11,6 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoConfig
 
-from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
 from sgt_titan.titan.load_trunk import load_trunk
 from sgt_titan.titan.trunks import build, family_of
 from sgt_titan.transform.trunk_files import TrunkFiles

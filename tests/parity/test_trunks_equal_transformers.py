@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sgt_titan.demo
-from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
 from sgt_titan.titan.load_trunk import hf_shapes, load_trunk, named_weights
 from sgt_titan.titan.trunks import build, family_of, hf_name
 from sgt_titan.transform.trunk_files import TrunkFiles
@@ -99,7 +98,7 @@ def experts_in_float32(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.
 
 
 def experts_in_bfloat16(self, x_ND, chosen_NK, weights_NK):
-    """transformers' experts with torchtitan's rounding: products in bfloat16, results weighted and summed in float32."""
+    """transformers' experts with torchtitan's rounding: products in bfloat16, sums in float32."""
     result_ND = torch.zeros_like(x_ND)
     x_ND = x_ND.bfloat16()
     for expert in range(self.num_experts):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
 from sgt_titan.titan.config import model_config
 from sgt_titan.titan.flops import hardware_flops_per_token, matmul_parameters, model_flops_per_token
 

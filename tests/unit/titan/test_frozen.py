@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
 from sgt_titan import checkpoint
 from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.load_trunk import named_weights

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sgt_titan.titan import cpu_support  # noqa: F401  (before torchtitan)
 from sgt_titan.config.schema import TERMS
 from sgt_titan.titan import metrics
 from sgt_titan.titan.loss import REPORTED

@@ -137,7 +137,11 @@ def test_fp8_blocks_by_hand(tmp_path):
             expected[i, part] = stored[i, part].float() * scale[i // 128, block]
     whole = files.read("w")
     assert whole.dtype == torch.float32 and torch.equal(whole, expected)
-    for region in ((slice(100, 290), slice(120, 140)), (slice(128, 256), slice(0, 200)), (slice(299, 300), slice(5, 6))):
+    for region in (
+        (slice(100, 290), slice(120, 140)),
+        (slice(128, 256), slice(0, 200)),
+        (slice(299, 300), slice(5, 6)),
+    ):
         assert torch.equal(files.read("w", region), expected[region])
 
 
@@ -145,7 +149,6 @@ def test_fp8_experts_load_into_the_trunk(trunk_dir, tmp_path):
     """An fp8 copy of a DeepSeek checkpoint: every projection quantised, and loaded as its dequantised values."""
     from transformers import AutoConfig
 
-    from sgt_titan.titan import cpu_support  # noqa: F401
     from sgt_titan.titan.load_trunk import load_trunk, named_weights
     from sgt_titan.titan.trunks import build, family_of, hf_name
 

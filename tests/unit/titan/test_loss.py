@@ -1,0 +1,252 @@
+"""The loss adapter: which terms with which weights, over which tokens, and sums that do not depend on the split.
+
+Shape suffixes: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sgt_titan.config.load import load
+from sgt_titan.config.resolve import resolve
+from sgt_titan.config.schema import PRESETS, TERMS, Objective, Term
+from sgt_titan.titan.loss import REPORTED, Counts, PairGroups, SGTLoss
+from sgt_titan.titan.model import Streams
+from sgt_titan.transform.gaussian import Bounds
+
+B, T, D, V = 4, 10, 6, 9
+MEDIAN, SCALE = 0.7, 0.2
+BOUNDS = Bounds(std_min=2.0, std_max=8.0, std_init=4.0, mean_bound=0.0, scale=SCALE)  # sigma from 0.4 to 1.6
+
+
+def objective(*overrides: str) -> Objective:
+    """Of a resolved config, as training gets it."""
+    config = load("demo", list(overrides))
+    return resolve(config, world_size=1).objective
+
+
+def only(**weights: float) -> Objective:
+    terms = {name: Term(weight=weights.get(name, 0.0)) for name in TERMS}
+    return Objective(preset="none", **terms)
+
+
+@pytest.fixture
+def data():
+    """Float64 streams with a graph, and ragged masks."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = normal(B, T, D)
+    mean, log_std, student = normal(B, T, D), normal(B, T, D) * 0.3, normal(B, T, V) * 2
+    noise, teacher = normal(B, T, D), normal(B, T, V) * 2
+    leaves = [tensor.requires_grad_() for tensor in (mean, log_std, student)]
+    streams = Streams(x, mean, log_std, x + mean + log_std.exp() * noise, teacher, student)
+    lengths = torch.tensor([10, 7, 8, 5])
+    valid = torch.arange(T) < lengths[:, None]
+    obfuscated = valid & (torch.arange(T) >= 1) & (torch.arange(T) < lengths[:, None] - 2)
+    utility = valid & (torch.arange(T) < lengths[:, None] - 1)
+    return streams, obfuscated, utility, leaves
+
+
+def run(options, data, rows=slice(None), *, step=1, group=2, counts=None, utility=None):
+    streams, obfuscated, utility_BT, _ = data
+    utility_BT = utility_BT if utility is None else utility
+    counts = counts or Counts(int(utility_BT.sum()), int(obfuscated.sum()), B)
+    return SGTLoss(SGTLoss.Config(objective=options))(
+        Streams(*(tensor[rows] for tensor in streams)),
+        None,
+        step=step,
+        obfuscate_BT=obfuscated[rows],
+        utility_BT=utility_BT[rows],
+        counts=counts,
+        median_norm=MEDIAN,
+        bounds=BOUNDS,
+        pairs=PairGroups(group),
+        part=slice(0, T),
+        tp_group=None,
+        vocab_start=0,
+    )
+
+
+def brute_force(data, group=2) -> dict[str, float]:
+    """Every term by loops over rows, positions and pairs."""
+    streams, obfuscated, utility, _ = data
+    x, mean, log_std, x_tilde, teacher, student = (t.detach() for t in streams)
+    total = dict.fromkeys(("utility", "entropy", *TERMS), 0.0)
+    for b in range(B):
+        for t in range(T):
+            if utility[b, t]:
+                p = teacher[b, t].softmax(-1)
+                total["utility"] -= (p * student[b, t].log_softmax(-1)).sum().item()
+                total["entropy"] -= (p * p.log()).sum().item()
+            if obfuscated[b, t]:
+                cos = F.cosine_similarity(x[b, t], x_tilde[b, t], dim=0).item()
+                total["abs_cos"] += abs(cos)
+                total["cos_sim"] += cos
+                total["norm"] += abs((x[b, t] + mean[b, t]).norm().item() - MEDIAN)
+                total["comp_entr"] -= log_std[b, t].mean().item()
+    for name in ("utility", "entropy"):
+        total[name] /= int(utility.sum())
+    for name in ("abs_cos", "cos_sim", "norm", "comp_entr"):
+        total[name] /= int(obfuscated.sum())
+    for b in range(B):
+        start = b // group * group
+        partners = [y for y in range(start, start + group) if y != b]
+        for y in partners:
+            common = obfuscated[b] & obfuscated[y]
+            z = (x_tilde[b] - x[y] - mean[y]) / log_std[y].exp()
+            value = (0.5 * z**2 + log_std[y] - log_std[b])[common].mean().item()
+            total["mi"] += value / len(partners) / B
+    return total
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_every_term_by_brute_force(data, group):
+    weights = {"mi": 0.3, "abs_cos": 0.5, "norm": 0.7, "comp_entr": 1.1, "cos_sim": 1.3}
+    loss, reported = run(only(**weights), data, group=group)
+    expected = brute_force(data, group)
+    total = expected["utility"] + sum(weight * expected[name] for name, weight in weights.items())
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    assert reported["loss"].item() == pytest.approx(total, rel=1e-6)
+    assert tuple(reported) == REPORTED
+    for name in ("utility", "abs_cos", "cos_sim", "norm", "comp_entr"):
+        assert reported[name].item() == pytest.approx(expected[name], rel=1e-6), name
+    # reported in nats by Algorithm 1, which is half a nat below Eq. 8
+    assert reported["mi"].item() == pytest.approx(expected["mi"] - 0.5, rel=1e-6)
+    assert reported["kl"].item() == pytest.approx(expected["utility"] - expected["entropy"], rel=1e-6)
+    streams, obfuscated, utility, _ = data
+    agree = (streams.student_logits_BTV.argmax(-1) == streams.teacher_logits_BTV.argmax(-1))[utility].double().mean()
+    assert reported["agreement"].item() == pytest.approx(agree.item(), rel=1e-6)
+    assert reported["std"].item() == pytest.approx(
+        streams.log_std_BTD.exp()[obfuscated].mean().item() / SCALE, rel=1e-6
+    )
+    spread = streams.log_std_BTD[obfuscated].std(-1).mean().item()
+    assert reported["std_spread"].item() == pytest.approx(spread, rel=1e-6)
+    # within 1% (of the range, in logarithms) of 0.4 or 1.6, or past them
+    margin = 4.0**0.01
+    sigma = streams.log_std_BTD.exp()[obfuscated]
+    saturated = ((sigma < 0.4 * margin) | (sigma > 1.6 / margin)).double().mean().item()
+    assert 0.01 < saturated < 0.5
+    assert reported["std_saturated"].item() == pytest.approx(saturated, rel=1e-5)
+    norm = streams.mean_BTD.norm(dim=-1)[obfuscated].mean().item() / MEDIAN
+    assert reported["mean_norm"].item() == pytest.approx(norm, rel=1e-6)
+    assert not any(value.requires_grad for value in reported.values())
+
+
+def test_microbatches_add_up_to_the_batch(data):
+    """Losses, reported terms and gradients; groups of two rows stay in one microbatch."""
+    options = objective("--objective.preset=mi_abs_cos_norm")
+    leaves = data[3]
+    counts = Counts(int(data[2].sum()), int(data[1].sum()), B)
+    whole, reported = run(options, data)
+    gradients = torch.autograd.grad(whole, leaves, retain_graph=True)
+    parts = [run(options, data, slice(start, start + 2), counts=counts) for start in (0, 2)]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole, rtol=1e-9, atol=0)
+    for name in REPORTED:
+        torch.testing.assert_close(parts[0][1][name] + parts[1][1][name], reported[name], rtol=1e-6, atol=1e-9)
+    summed = torch.autograd.grad(parts[0][0] + parts[1][0], leaves)
+    for a, b in zip(summed, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_rows_of_table_1(preset):
+    wanted = {
+        "comp_entr": {"comp_entr"},
+        "cos_sim": {"cos_sim"},
+        "abs_cos": {"abs_cos"},
+        "mi": {"mi"},
+        "mi_abs_cos": {"mi", "abs_cos"},
+        "mi_abs_cos_norm": {"mi", "abs_cos", "norm"},
+    }
+    weights = SGTLoss(SGTLoss.Config(objective=objective(f"--objective.preset={preset}"))).weights(0)
+    assert {name for name, weight in weights.items() if weight} == wanted[preset]
+    assert weights == {name: PRESETS[preset].get(name, 0.0) for name in TERMS}
+    assert set(PRESETS) == set(wanted)
+
+
+def test_terms_without_weight_have_no_gradient_but_are_reported(data):
+    loss, reported = run(only(), data)
+    utility_only = torch.autograd.grad(loss, data[3], allow_unused=True)
+    assert utility_only[0] is None and utility_only[1] is None and utility_only[2].any()
+    assert all(reported[name] != 0 for name in TERMS)
+    assert loss.item() == pytest.approx(reported["utility"].item())
+
+
+def test_ramp_follows_the_step(data):
+    """Step 1 is the first: nothing has been learned, so the ramp is at its start."""
+    options = only()
+    options.abs_cos = Term(weight=2.0, start=1.0, ramp_steps=4)
+    loss = SGTLoss(SGTLoss.Config(objective=options))
+    assert [loss.weights(step)["abs_cos"] for step in (0, 1, 2, 4, 9)] == [1.0, 1.25, 1.5, 2.0, 2.0]
+    for step, weight in ((1, 1.0), (3, 1.5), (5, 2.0), (50, 2.0)):
+        value, reported = run(options, data, step=step)
+        expected = reported["utility"] + weight * reported["abs_cos"]
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_kl_is_ce_minus_the_teachers_entropy_with_the_same_gradient(data):
+    ce, kl = only(), only()
+    kl.utility = "kl"
+    (a, reported_a), (b, reported_b) = run(ce, data), run(kl, data)
+    p = data[0].teacher_logits_BTV.softmax(-1)
+    entropy = -(p * p.log()).sum(-1)[data[2]].mean()
+    assert (a - b).item() == pytest.approx(entropy.item(), rel=1e-6)
+    assert b > 0 and reported_b["utility"].item() == pytest.approx(reported_a["kl"].item(), rel=1e-6)
+    student = data[3][2]
+    first = torch.autograd.grad(a, student, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(b, student)[0])
+
+
+def test_only_chosen_positions_have_utility(data):
+    """Response positions only: other logits may be anything, and get no gradient."""
+    streams, obfuscated, utility, leaves = data
+    response = utility & (torch.arange(T) >= 3)
+    before, _ = run(only(), data, utility=response)
+    gradient = torch.autograd.grad(before, leaves[2])[0]
+    assert gradient[response].any(-1).all() and not gradient[~response].any()
+    other = streams.student_logits_BTV.detach().clone()
+    other[~response] = 50 * torch.randn(int((~response).sum()), V, dtype=torch.float64)
+    changed = streams._replace(student_logits_BTV=other)
+    after, _ = run(only(), (changed, obfuscated, utility, leaves), utility=response)
+    assert after.item() == before.item()
+
+
+def test_positions_that_are_not_obfuscated_do_not_count(data):
+    streams, obfuscated, utility, leaves = data
+    options = only(mi=1.0, abs_cos=1.0, norm=1.0, comp_entr=1.0)
+    before, _ = run(options, data)
+    gradients = torch.autograd.grad(before, leaves[:2])
+    assert all(not g[~obfuscated].any() and g[obfuscated].any(-1).all() for g in gradients)
+    poisoned = {
+        name: torch.where(obfuscated[..., None], getattr(streams, name), 1e3).detach()
+        for name in ("mean_BTD", "log_std_BTD", "x_tilde_BTD")
+    }
+    after, _ = run(options, (streams._replace(**poisoned), obfuscated, utility, leaves))
+    assert after.item() == pytest.approx(before.item(), rel=1e-9)
+
+
+def test_a_microbatch_without_anything_to_score_is_zero_and_finite(data):
+    streams, obfuscated, utility, leaves = data
+    empty = (streams, torch.zeros_like(obfuscated), torch.zeros_like(utility), leaves)
+    loss, reported = run(objective("--objective.preset=mi_abs_cos_norm"), empty, counts=Counts(0, 0, B))
+    assert loss.item() == 0 and all(value == 0 for value in reported.values())
+    assert all(g is None or not g.any() for g in torch.autograd.grad(loss, leaves, allow_unused=True))
+
+
+def test_sequence_slices_add_up(data):
+    """Sequence-parallel ranks: their obfuscation terms are summed over the slices, pairs counted over the whole row."""
+    streams, obfuscated, utility, _ = data
+    counts = Counts(int(utility.sum()), int(obfuscated.sum()), B)
+    loss = SGTLoss(SGTLoss.Config(objective=only(mi=1.0)))
+    whole, _ = loss._mi(streams, obfuscated, obfuscated, slice(0, T), PairGroups(4))
+    parts = []
+    for part in (slice(0, 6), slice(6, T)):
+        mine = Streams(*(t[:, part] for t in streams[:4]), *streams[4:])
+        parts.append(loss._mi(mine, obfuscated, obfuscated[:, part], part, PairGroups(4))[0])
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-9, atol=0)
+    assert counts.rows == B

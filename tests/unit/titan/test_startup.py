@@ -1,0 +1,211 @@
+"""Whose directory it is, and how long a run is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sgt_titan import checkpoint
+from sgt_titan.config.keys import keys
+from sgt_titan.errors import UserError
+from sgt_titan.titan.startup import (
+    CONFIG_FILE,
+    MAY_DIFFER,
+    RUN_FILE,
+    check_output_dir,
+    claim_output_dir,
+    once,
+    prepare,
+)
+
+
+@pytest.fixture(scope="module")
+def shared(make_run):
+    return prepare(make_run())
+
+
+@pytest.fixture
+def prepared(shared, tmp_path):
+    """A prepared run with a directory of its own, claimed."""
+    mine = copy.copy(shared)
+    mine.config = copy.deepcopy(shared.config)
+    mine.fingerprints = dict(shared.fingerprints)
+    mine.config.run.output_dir = str(tmp_path / "out")
+    claim_output_dir(mine)
+    return mine
+
+
+def refused(prepared) -> str:
+    with pytest.raises(UserError) as error:
+        check_output_dir(prepared)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def commit(prepared, step):
+    path = checkpoint.step_dir(prepared.config.run.output_dir, step)
+    path.mkdir(parents=True)
+    checkpoint.commit(path, {})
+
+
+def test_new_empty_and_own_directories(prepared, tmp_path):
+    assert check_output_dir(prepared) == 0
+    for name in ("new", "empty"):
+        prepared.config.run.output_dir = str(tmp_path / name)
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        assert check_output_dir(prepared) == 0
+
+
+def test_step_of_the_newest_committed_checkpoint(prepared):
+    commit(prepared, 7)
+    commit(prepared, 20)
+    checkpoint.step_dir(prepared.config.run.output_dir, 30).mkdir()
+    assert check_output_dir(prepared) == 20
+
+
+def test_foreign_directory(prepared, tmp_path):
+    folder = tmp_path / "thesis"
+    (folder / "logs").mkdir(parents=True)
+    prepared.config.run.output_dir = str(folder)
+    assert check_output_dir(prepared) == 0  # a scheduler's logs are no one's run
+    (folder / "chapter1.tex").write_text("")
+    assert refused(prepared) == (
+        f"run.output_dir: {folder} holds 'chapter1.tex' and is not a run of ours; choose another directory"
+    )
+    assert (folder / "chapter1.tex").exists()
+
+
+def test_changed_objective_is_named_with_the_flag_that_overrides(prepared):
+    prepared.config.objective.mi.weight = 0.25
+    assert refused(prepared) == (
+        f"run.output_dir: {prepared.config.run.output_dir} belongs to a run that differs: objective.mi.weight: 0.1 -> "
+        "0.25. Choose another directory, or continue it on purpose with --checkpoint.accept_changes true"
+    )
+    prepared.config.checkpoint.accept_changes = True
+    assert check_output_dir(prepared) == 0
+
+
+@pytest.mark.parametrize("name", ["trunk", "data"])
+def test_changed_trunk_or_data(prepared, name):
+    old = prepared.fingerprints[name]
+    prepared.fingerprints[name] = "0123456789abcdef" * 4
+    message = refused(prepared)
+    assert f"belongs to a run that differs: {name} fingerprint {old[:12]} -> 0123456789ab. Choose" in message
+
+
+def test_all_differences_are_named(prepared):
+    prepared.config.run.seed = 9
+    prepared.config.estimator.layers = 2
+    prepared.fingerprints["data"] = "f" * 64
+    message = refused(prepared)
+    assert "data fingerprint" in message and "run.seed: 0 -> 9" in message and "estimator.layers: 1 -> 2" in message
+
+
+def test_what_may_differ(prepared):
+    config = prepared.config
+    config.run.name = "renamed"
+    config.training.steps, config.training.local_batch_size = 99, 1
+    config.parallelism.tensor_parallel_degree = 2
+    config.cluster.nodes = 8
+    config.checkpoint.interval, config.metrics.log_every = 1, 7
+    config.compile.enable, config.activation_checkpoint.mode = True, "full"
+    config.trunk.path, config.data.source = "/elsewhere", "/elsewhere/rows.jsonl"
+    assert check_output_dir(prepared) == 0
+
+
+def test_what_must_not_differ():
+    """Every key of the schema is on one of the two sides, and the ones that decide what is learned are not excused."""
+    free = [key for key in keys() if key.startswith(MAY_DIFFER)]
+    fixed = set(keys()) - set(free)
+    for key in (
+        "run.seed", "training.seq_len", "training.global_batch_size", "optimizer.lr", "objective.mi.weight",
+        "objective.mi_group", "objective.mi_pairs", "objective.utility_positions", "estimator.layers", "data.obfuscate",
+        "data.truncation", "data.packing", "data.prompt_tokens", "trunk.dtype", "lr_scheduler.warmup_steps",
+    ):  # fmt: skip
+        assert key in fixed, key
+    for prefix in MAY_DIFFER:
+        assert any(key.startswith(prefix) for key in keys()), f"{prefix} excuses nothing"
+    # a prefix without a dot must be a whole key, or it would excuse others that begin like it
+    for prefix in MAY_DIFFER:
+        matched = [key for key in keys() if key.startswith(prefix)]
+        assert prefix.endswith(".") or matched == [prefix], (prefix, matched)
+
+
+def test_claim_records_config_and_identity(prepared):
+    from pathlib import Path
+
+    from sgt_titan.config.load import load
+
+    folder = Path(prepared.config.run.output_dir)
+    assert load(str(folder / CONFIG_FILE)) == prepared.config
+    recorded = json.loads((folder / RUN_FILE).read_text())
+    assert recorded["fingerprints"] == prepared.fingerprints
+    assert recorded["versions"]["torchtitan"] == "0.3.0"
+    assert recorded["statistics"]["scale"] == prepared.statistics.scale
+    assert recorded["hf_config"]["model_type"] == "llama"
+
+
+def test_steps_from_epochs(make_run):
+    source = prepare(make_run()).train_source
+    for epochs in (1.0, 2.5, 0.01):
+        prepared = prepare(make_run("--training.steps=0", f"--training.epochs={epochs}"))
+        assert prepared.config.training.steps == max(1, math.ceil(epochs * source.rows / 4))
+    assert prepare(make_run("--training.steps=17")).config.training.steps == 17
+
+
+def test_a_fine_tuned_trunk_is_another_trunk(make_run, trunk_dir, tmp_path, shared):
+    path = shutil.copytree(trunk_dir("llama"), tmp_path / "tuned")
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, path / "model.safetensors")
+    tuned = prepare(make_run(f"--trunk.path={path}"))
+    assert tuned.fingerprints["trunk"] != shared.fingerprints["trunk"]
+    assert tuned.fingerprints["data"] == shared.fingerprints["data"]
+    assert tuned.statistics.scale == pytest.approx(1.001 * shared.statistics.scale, rel=1e-6)
+
+
+def test_changed_rows_are_other_data(make_run, rows_file, tmp_path, shared):
+    other = tmp_path / "rows.jsonl"
+    other.write_text(rows_file.read_text().replace("it is 49", "it is 50"))
+    changed = prepare(make_run(f"--data.source={other}"))
+    assert changed.fingerprints["data"] != shared.fingerprints["data"]
+    assert changed.fingerprints["trunk"] == shared.fingerprints["trunk"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda p: (p / "tokenizer.json").unlink(), "no usable tokenizer"),
+        (lambda p: (p / "model.safetensors").unlink(), r"has no \*\.safetensors|no \*\.safetensors"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"x" * 100), "not a safetensors file"),
+    ],
+    ids=["tokenizer", "weights", "damage"],
+)
+def test_bad_trunk_directories(make_run, trunk_dir, tmp_path, edit, message):
+    path = shutil.copytree(trunk_dir("llama"), tmp_path / "trunk")
+    edit(path)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(make_run(f"--trunk.path={path}"))
+    assert "\n" not in str(error.value)
+
+
+def test_once_builds_once_and_others_wait_for_it(tmp_path, monkeypatch):
+    file, calls = tmp_path / "cache" / "x.json", []
+
+    def build():
+        calls.append(1)
+        return {"a": 1.5}
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match=r"rank 0 did not write it within 0 s; is data\.cache_dir shared storage\?"):
+        once(file, build, timeout=0.1)
+    monkeypatch.setenv("RANK", "0")
+    assert once(file, build) == once(file, build) == {"a": 1.5}
+    monkeypatch.setenv("RANK", "1")
+    assert once(file, build) == {"a": 1.5}
+    assert calls == [1]
