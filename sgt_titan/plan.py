@@ -5,7 +5,8 @@
 
 Counted from the run's config and the trunk's config.json alone; no torch, no GPU, no weights. Shards and flops are
 exact (``tests/unit/test_train_configs.py`` holds them to the modules torchtitan builds); what a step needs beside them
-is an estimate, whose terms are the fields of ``Memory``. GB is 1e9 bytes.
+is an estimate, whose terms are the fields of ``Memory`` (``tests/unit/test_plan.py`` holds it to a trace of the model's
+allocations). GB is 1e9 bytes.
 
 Letters: B rows of a rank, T tokens of a row, D width, V vocabulary, E experts, tp / fsdp / ep degrees.
 """
@@ -49,9 +50,9 @@ RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmen
 
 # Tensors of a step that grow with the batch, by number of copies; see the fields of Memory.
 LAYERS_IN_FLIGHT = 3  # FSDP2: the layer at work, its gather buffer, and the next one's
-TRANSFORM_COPIES = 16  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
+TRANSFORM_COPIES = 18  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
-# Logits: teacher and student, their rows of utility positions; and three of soft cross-entropy's own, in float32.
+# Logits: teacher and student, their rows of utility positions; soft cross-entropy's three float32 and a mask.
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ def _memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gathe
         saved=saved,
         layer=size * _layer_passing(trunk, degrees, tokens) + (kept if recomputed else 0),
         transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows
-        logits=(4 * size + 3 * FP32) * tokens * ceil(trunk["vocab_size"] / tp),
+        logits=(4 * size + 3 * FP32 + 1) * tokens * ceil(trunk["vocab_size"] / tp),
     )
 
 

@@ -7,6 +7,7 @@ the run was started by torchtitan's own launcher with flags of its own.
 from __future__ import annotations
 
 import copy
+import os
 from functools import reduce
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.protocols.model_spec import ModelSpec
 from transformers import PretrainedConfig
 
-from sgt_titan.config.load import dump
+from sgt_titan.config.load import dump, read_trunk, resolve, validate
 from sgt_titan.config.schema import Config
 from sgt_titan.transform.gaussian import Bounds
 
@@ -159,12 +160,19 @@ def to_trainer_config(config: Config) -> SGTTrainer.Config:
 
 
 def follow_flags(config: SGTTrainer.Config) -> SGTTrainer.Config:
-    """``config`` itself, or one made anew if torchtitan's flags changed what ours decided."""
+    """``config`` itself, or one made anew if torchtitan's flags changed what ours decided.
+
+    Raises:
+        UserError: the flags do not fit the trunk, the number of ranks or each other; see ``startup.prepare``.
+    """
     ours = copy.deepcopy(config.prepared.config)
     for mine, theirs in SHARED.items():
         _set(ours, mine, _get(config, theirs))
     if dump(ours) == dump(config.prepared.config):
         return config
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ours = resolve(ours, world_size=ranks)
+    validate(ours, ranks, read_trunk(ours), device=startup.device_type())
     return to_trainer_config(ours)
 
 

@@ -37,7 +37,9 @@ def test_the_command_trains_the_shipped_trunk(small, tmp_path):
 def test_torchtitans_own_launcher_and_flags(small, tmp_path):
     """Its flags win over the file's; the run is the one that our own command with these options makes."""
     (tmp_path / "train_configs").mkdir()
-    (tmp_path / "train_configs" / "here.yaml").write_text(small.config.read_text())
+    config = yaml.safe_load(small.config.read_text())
+    config["training"]["local_batch_size"] = 2
+    (tmp_path / "train_configs" / "here.yaml").write_text(yaml.safe_dump(config))
     flags = (
         *("--training.steps", "4", "--training.local_batch_size", "1", "--lr_scheduler.warmup_steps", "1"),
         *("--debug.seed", "3", "--checkpoint.interval", "2", "--dump_folder", str(tmp_path / "theirs" / "out")),
@@ -51,6 +53,12 @@ def test_torchtitans_own_launcher_and_flags(small, tmp_path):
     config = yaml.safe_load((theirs / "config.yaml").read_text())
     assert (config["training"]["steps"], config["training"]["local_batch_size"]) == (4, 1)
     assert (config["run"]["seed"], config["lr_scheduler"]["warmup_steps"]) == (3, 1)
+
+    before = launch.snapshot(theirs)
+    done = python(*torchrun, *launcher, *flags, "--training.seq_len", "1024", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "training.seq_len 1024 exceeds the trunk's max_position_embeddings 512" in done.stderr
+    assert launch.snapshot(theirs) == before
 
     ours = small.finish(
         2,

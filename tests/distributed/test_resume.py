@@ -175,7 +175,9 @@ def test_no_fresh_start_over_damaged_checkpoints(copy, small):
     _, outcome = small.run(1, *SHORT, folder=copy)
     assert outcome.codes == [2]
     line = one_line(outcome)
-    assert "step-00000006" in line and "every committed checkpoint is damaged" in line and "to start from step 0" in line
+    assert (
+        "step-00000006" in line and "every committed checkpoint is damaged" in line and "to start from step 0" in line
+    )
     assert launch.snapshot(copy / "out" / "checkpoints") == before
 
 

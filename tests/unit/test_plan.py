@@ -1,8 +1,8 @@
 """The estimated part of ``plan``: what a step allocates, traced with fake tensors through the real model and loss.
 
 Fake tensors have shapes and storages but no data, so a rank of 512 with all of its width is traced on a laptop. Layers
-are few: what grows with them is found from two counts. Attention is SDPA here and FlexAttention on a GPU, which keep the
-same. The trace runs in a process of its own (this file as a script): process group and device are global.
+are few: what grows with them is found from two counts. Attention is SDPA here and FlexAttention on a GPU; they keep
+the same. The trace runs in a process of its own (this file as a script): process group and device are global.
 """
 
 from __future__ import annotations

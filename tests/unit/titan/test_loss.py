@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sgt_titan.config.load import load
 from sgt_titan.config.resolve import resolve
-from sgt_titan.config.schema import PRESETS, TERMS, Objective, Term
+from sgt_titan.config.schema import PRESETS, TERMS, Config, Objective, Term
 from sgt_titan.titan.loss import REPORTED, Counts, PairGroups, SGTLoss
 from sgt_titan.titan.model import Streams
 from sgt_titan.transform.gaussian import Bounds
@@ -21,9 +20,10 @@ MEDIAN, SCALE = 0.7, 0.2
 BOUNDS = Bounds(std_min=2.0, std_max=8.0, std_init=4.0, mean_bound=0.0, scale=SCALE)  # sigma from 0.4 to 1.6
 
 
-def objective(*overrides: str) -> Objective:
+def objective(preset: str) -> Objective:
     """Of a resolved config, as training gets it."""
-    config = load("demo", list(overrides))
+    config = Config()
+    config.objective.preset = preset
     return resolve(config, world_size=1).objective
 
 
@@ -139,7 +139,7 @@ def test_every_term_by_brute_force(data, group):
 
 def test_microbatches_add_up_to_the_batch(data):
     """Losses, reported terms and gradients; groups of two rows stay in one microbatch."""
-    options = objective("--objective.preset=mi_abs_cos_norm")
+    options = objective("mi_abs_cos_norm")
     leaves = data[3]
     counts = Counts(int(data[2].sum()), int(data[1].sum()), B)
     whole, reported = run(options, data)
@@ -163,7 +163,7 @@ def test_presets_are_the_rows_of_table_1(preset):
         "mi_abs_cos": {"mi", "abs_cos"},
         "mi_abs_cos_norm": {"mi", "abs_cos", "norm"},
     }
-    weights = SGTLoss(SGTLoss.Config(objective=objective(f"--objective.preset={preset}"))).weights(0)
+    weights = SGTLoss(SGTLoss.Config(objective=objective(preset))).weights(0)
     assert {name for name, weight in weights.items() if weight} == wanted[preset]
     assert weights == {name: PRESETS[preset].get(name, 0.0) for name in TERMS}
     assert set(PRESETS) == set(wanted)
@@ -233,7 +233,7 @@ def test_positions_that_are_not_obfuscated_do_not_count(data):
 def test_a_microbatch_without_anything_to_score_is_zero_and_finite(data):
     streams, obfuscated, utility, leaves = data
     empty = (streams, torch.zeros_like(obfuscated), torch.zeros_like(utility), leaves)
-    loss, reported = run(objective("--objective.preset=mi_abs_cos_norm"), empty, counts=Counts(0, 0, B))
+    loss, reported = run(objective("mi_abs_cos_norm"), empty, counts=Counts(0, 0, B))
     assert loss.item() == 0 and all(value == 0 for value in reported.values())
     assert all(g is None or not g.any() for g in torch.autograd.grad(loss, leaves, allow_unused=True))
 
