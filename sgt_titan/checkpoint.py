@@ -137,7 +137,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def prune(output_dir: str | Path, keep_latest: int) -> list[Path]:
-    """Delete committed directories beyond the newest ``keep_latest`` (0: none), and abandoned ones before the newest."""
+    """Delete committed directories beyond the newest ``keep_latest`` (0: none), and abandoned ones before it."""
     paths = list_steps(output_dir)
     committed = [path for path in paths if is_committed(path)]
     surplus = committed[keep_latest:] if keep_latest else []

@@ -208,10 +208,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _configs() -> int:
-    for name, path in available().items():
+    shipped = available()
+    width = max(map(len, shipped), default=0) + 2
+    for name, path in shipped.items():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         comment = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
-        print(f"{name:<24}{comment}".rstrip())
+        print(f"{name:<{width}}{comment}".rstrip())
     return 0
 
 

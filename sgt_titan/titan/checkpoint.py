@@ -155,8 +155,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
             return True
         if damaged:
             raise UserError(
-                f"{self.output_dir}: every committed checkpoint is damaged, the newest being {damaged[0].name}; restore one, "
-                f"or delete {self.output_dir / disk.FOLDER} to start from step 0"
+                f"{self.output_dir}: every committed checkpoint is damaged, the newest being {damaged[0].name}; "
+                f"restore one, or delete {self.output_dir / disk.FOLDER} to start from step 0"
             )
         if step != -1:
             raise UserError(f"{self.output_dir}: no intact checkpoint of step {step}")

@@ -174,5 +174,3 @@ def follow_flags(config: SGTTrainer.Config) -> SGTTrainer.Config:
     ours = resolve(ours, world_size=ranks)
     validate(ours, ranks, read_trunk(ours), device=startup.device_type())
     return to_trainer_config(ours)
-
-

@@ -81,4 +81,3 @@ def install() -> None:
     # "Peak flops undefined for: CPU, fallback to A100" would turn MFU on a CPU into fiction; metrics.py omits it.
     tools.get_peak_flops = lambda device_name: float("inf")
     dist_utils.set_pg_timeouts = set_pg_timeouts
-

@@ -40,7 +40,11 @@ class SGTDataLoader(BaseDataLoader):
     def __iter__(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         while True:
             batches = [
-                microbatch_inputs(self.source, self.step, local_positions(microbatch, self.dp_rank, self.dp_world_size, self.local_batch_size))
+                microbatch_inputs(
+                    self.source,
+                    self.step,
+                    local_positions(microbatch, self.dp_rank, self.dp_world_size, self.local_batch_size),
+                )
                 for microbatch in range(self.microbatches)
             ]
             self.step += 1

@@ -1,8 +1,8 @@
 """The objectives on shards: Eq. 3 and 11 from the tensors of one rank, normalised over the global batch.
 
-Each term is a sum over this rank's tokens divided by the count of the whole optimizer step, which every rank knows from
-the dataset without communication. Summed over microbatches and ranks the terms are those of the global batch, however it
-was split. The utility is computed by the tensor-parallel ranks together and is the same on each; the obfuscation
+Each term is a sum over this rank's tokens divided by the count of the whole optimizer step, which every rank knows
+from the dataset without communication. Summed over microbatches and ranks the terms are those of the global batch,
+however it was split. The utility is computed by the tensor-parallel ranks together and is the same on each; the obfuscation
 terms are this rank's slice of the sequence.
 
 Shape suffixes: B rows, T this rank's tokens, D width, V this rank's vocabulary, G rows of a pair group.
@@ -205,22 +205,27 @@ class SGTLoss(BaseLoss):
         y_center = pairs.gather(pred.x_BTD + pred.mean_BTD, differentiable=gradient)
         y_log_std = pairs.gather(pred.log_std_BTD, differentiable=gradient)
         loss, offset = torch.zeros((), device=y_center.device), torch.zeros((), device=y_center.device)
-        for start in range(0, y_center.shape[0], size):  # the groups that this rank holds whole, or the one it is part of
+        for start in range(
+            0, y_center.shape[0], size
+        ):  # the groups that this rank holds whole, or the one it is part of
             group = slice(start, start + size)
             rows = group if pairs.process_group is None else slice(None)
             masks = mask_BT[rows], whole_BT[group][:, part]
             positions = common_positions(obfuscate_BT[rows], whole_BT[group], first=pairs.first, shifts=steps)
-            loss = loss + group_loss(
-                pred.x_tilde_BTD[rows],
-                pred.log_std_BTD[rows],
-                masks[0],
-                y_center[group],
-                y_log_std[group],
-                masks[1],
-                first=pairs.first,
-                shifts=steps,
-                positions=positions,
-            ).sum()
+            loss = (
+                loss
+                + group_loss(
+                    pred.x_tilde_BTD[rows],
+                    pred.log_std_BTD[rows],
+                    masks[0],
+                    y_center[group],
+                    y_log_std[group],
+                    masks[1],
+                    first=pairs.first,
+                    shifts=steps,
+                    positions=positions,
+                ).sum()
+            )
             offset = offset + group_offset(*masks, first=pairs.first, shifts=steps, positions=positions).sum()
         return loss, offset
 

@@ -27,7 +27,9 @@ def run(config: Config) -> int:
     config = trainer_config.prepared.config
     done = check_output_dir(trainer_config.prepared)
     if done >= config.training.steps:
-        logger.info(f"{config.run.output_dir}: already trained to step {done} of {config.training.steps}; nothing to do")
+        logger.info(
+            f"{config.run.output_dir}: already trained to step {done} of {config.training.steps}; nothing to do"
+        )
         return 0
     trainer = trainer_config.build()
     try:

@@ -1,8 +1,8 @@
 """The noise of Eq. 1 as a function of (seed, epoch, sample) alone.
 
 Every document draws from a generator of its own, so its noise is the same in whatever row, on whatever rank and in
-whatever attempt of the run it is met. Tensor-parallel ranks draw the whole row and keep their slice: next to the trunk's
-work the draw is free.
+whatever attempt of the run it is met. Tensor-parallel ranks draw the whole row and keep their slice: next to the
+trunk's work the draw is free.
 
 The seeds have 63 bits, of which torch's CPU generator uses 32: on a CPU, among millions of samples some pairs share
 their noise, which training does not notice. A client never draws noise this way (``transform.gaussian.secure_noise``).

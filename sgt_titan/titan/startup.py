@@ -1,7 +1,7 @@
 """What a run needs to know before any process group exists: trunk, tokenizer, data, steps; and whose directory it is.
 
-Everything here is a function of files, so every rank does it alone and finds the same. What is expensive is done by rank
-0 and read by the others.
+Everything here is a function of files, so every rank does it alone and finds the same. What is expensive is done by
+rank 0 and read by the others.
 """
 
 from __future__ import annotations
@@ -191,7 +191,9 @@ def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.
             file.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_durably(file, json.dumps(build()))
         elif time.monotonic() > deadline:
-            raise UserError(f"{file}: rank 0 did not write it within {timeout:.0f} s; is data.cache_dir shared storage?")
+            raise UserError(
+                f"{file}: rank 0 did not write it within {timeout:.0f} s; is data.cache_dir shared storage?"
+            )
         else:
             time.sleep(0.2)
     return json.loads(file.read_text())
@@ -215,7 +217,8 @@ def check_output_dir(prepared: Prepared) -> int:
         foreign = [p.name for p in folder.iterdir() if p.name not in _HARMLESS] if folder.is_dir() else []
         if foreign:
             raise UserError(
-                f"run.output_dir: {folder} holds {sorted(foreign)[0]!r} and is not a run of ours; choose another directory"
+                f"run.output_dir: {folder} holds {sorted(foreign)[0]!r} and is not a run of ours; "
+                "choose another directory"
             )
         return 0
     recorded = json.loads(run_file.read_text())

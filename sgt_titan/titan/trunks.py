@@ -216,7 +216,7 @@ def mla_moe_decoder(hf: PretrainedConfig, attention: Attention) -> Decoder.Confi
     return _decoder(hf, DeepSeekV3Model, layers)
 
 
-# -- tensor names: torchtitan -> Hugging Face; {} stands for the layer, a second {} for the expert ----------------------
+# -- tensor names: torchtitan -> Hugging Face; {} stands for the layer, a second {} for the expert ---------------------
 
 OUTER = {
     "tok_embeddings.weight": "model.embed_tokens.weight",

@@ -104,9 +104,8 @@ class TrunkFiles:
             if name not in self.entries:
                 raise UserError(f"trunk.path: {self.path} has no tensor {name}; config.json promises {tuple(shape)}")
             if self.entries[name].shape != tuple(shape):
-                raise UserError(
-                    f"trunk.path: {self.path}: {name} is {self.entries[name].shape}, config.json promises {tuple(shape)}"
-                )
+                found = self.entries[name].shape
+                raise UserError(f"trunk.path: {self.path}: {name} is {found}, config.json promises {tuple(shape)}")
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> torch.Tensor:
         """Tensor ``name``, or a region of it with explicit bounds, in its stored dtype (fp8 blocks: float32)."""

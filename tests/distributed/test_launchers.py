@@ -54,11 +54,11 @@ def test_torchtitans_own_launcher_and_flags(small, tmp_path):
     assert (config["training"]["steps"], config["training"]["local_batch_size"]) == (4, 1)
     assert (config["run"]["seed"], config["lr_scheduler"]["warmup_steps"]) == (3, 1)
 
-    before = launch.snapshot(theirs)
+    before = launch.snapshot(theirs / "checkpoints"), (theirs / "config.yaml").read_text()
     done = python(*torchrun, *launcher, *flags, "--training.seq_len", "1024", cwd=tmp_path)
     assert done.returncode != 0
     assert "training.seq_len 1024 exceeds the trunk's max_position_embeddings 512" in done.stderr
-    assert launch.snapshot(theirs) == before
+    assert (launch.snapshot(theirs / "checkpoints"), (theirs / "config.yaml").read_text()) == before
 
     ours = small.finish(
         2,
