@@ -2,8 +2,8 @@
 
 Each term is a sum over this rank's tokens divided by the count of the whole optimizer step, which every rank knows
 from the dataset without communication. Summed over microbatches and ranks the terms are those of the global batch,
-however it was split. The utility is computed by the tensor-parallel ranks together and is the same on each; the obfuscation
-terms are this rank's slice of the sequence.
+however it was split. The utility is computed by the tensor-parallel ranks together and is the same on each; the
+obfuscation terms are this rank's slice of the sequence.
 
 Shape suffixes: B rows, T this rank's tokens, D width, V this rank's vocabulary, G rows of a pair group.
 """
