@@ -27,7 +27,9 @@ Execute = Callable[[Sequence[str]], int]
 def execute(words: Sequence[str]) -> int:
     """Run ``sgt-titan`` with ``words`` under this interpreter, showing the command; returns its exit code."""
     print(f"\n$ sgt-titan {shlex.join(words)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False).returncode
+    # The demo's matrices are too small to share: on a busy machine two threads spend their time waiting for each other.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False, env=environment).returncode
 
 
 def discard(out: Path) -> None:
