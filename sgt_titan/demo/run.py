@@ -29,7 +29,8 @@ def execute(words: Sequence[str]) -> int:
     print(f"\n$ sgt-titan {shlex.join(words)}", flush=True)
     # The demo's matrices are too small to share: on a busy machine two threads spend their time waiting for each other.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False, env=environment).returncode
+    code = subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False, env=environment).returncode
+    return code if code >= 0 else 128 - code  # killed by a signal, as a shell counts it
 
 
 def discard(out: Path) -> None:

@@ -50,7 +50,7 @@ CAUTION = (
 )
 MAX_ROWS = 16  # in a batch
 LOGIT_BUDGET = 1 << 27  # elements of a (B, T, V) tensor: half a gigabyte in float32
-CONTINUATION_TOKENS = 48
+CONTINUATION_TOKENS = 64
 LINE = 112
 
 

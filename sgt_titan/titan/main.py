@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 import torch.distributed as dist
 from torchtitan.tools.logging import init_logger, logger
@@ -21,6 +22,9 @@ def run(config: Config) -> int:
         UserError: bad input, found before the first collective.
     """
     init_logger()
+    # Neither concerns us: nothing here works in place on a layer's output, and no random operator is sharded.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
     if int(os.environ.get("RANK", "0")) != 0:
         logger.setLevel(logging.WARNING)
     trainer_config = to_trainer_config(config)

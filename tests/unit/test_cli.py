@@ -285,7 +285,10 @@ def test_export_and_report(monkeypatch, here, capsys):
 
 def test_configs_and_version(capsys):
     assert cli.main(["configs"]) == 0
-    assert "mine                    What this run is for.\n" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert ["mine", "What this run is for."] in [line.split(maxsplit=1) for line in lines]
+    commented = [line for line in lines if " " in line]
+    assert len({len(line) - len(line.split(maxsplit=1)[1]) for line in commented}) == 1, "comments are aligned"
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])
     assert stopped.value.code == 0 and capsys.readouterr().out == "sgt-titan 0.1.0\n"
