@@ -32,7 +32,7 @@ demo: $(READY) ## train an SGT on the shipped trunk, export it, print before and
 	$(PYTHON) -m sgt_titan.demo.run $(if $(FRESH),--fresh)
 
 test: $(READY) ## unit, parity and distributed tests on the CPU
-	$(PYTHON) -m pytest -n 2 -m "not slurm and not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm and not gpu"
 
 test-all: $(READY) ## also the tests that need a GPU or a Slurm cluster
 	$(PYTHON) -m pytest

@@ -51,7 +51,7 @@ def _main(argv: list[str]) -> int:
     if arguments.command == "report":
         from sgt_titan.evaluation import summary
 
-        return summary.main([arguments.export, "--trunk", arguments.trunk, "--data", arguments.data, *rest]) or 0
+        return summary.main(argv[1:]) or 0
     return _configs()
 
 
@@ -90,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("export", metavar="EXPORT", help="an exported directory")
     report.add_argument("--trunk", metavar="PATH", required=True, help="directory of the trunk it was trained for")
     report.add_argument("--data", metavar="SOURCE", required=True, help="as data.source of a config")
+    report.add_argument("--samples", type=int, help="held-out rows")
+    report.add_argument("--seed", type=int, help="of the noise")
+    report.add_argument("--examples", type=int, help="prompts to show in clear")
+    report.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    report.epilog = "Options of the data as in a config (--data.prompt_tokens 48, --training.seq_len 96, ...)."
 
     command("configs", "List the configs of train_configs/.")
     return parser

@@ -32,6 +32,7 @@ PRESETS: dict[str, Preset] = {
 
 # Rows of the generated corpus when data.max_samples does not say.
 DEMO_ROWS = 20_000
+DEMO_SEED = 2  # the shipped trunk was trained on seed 0 and evaluated on seed 1
 
 # The fields of each format; those after the bar may be missing or empty.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
