@@ -18,10 +18,15 @@ def __getattr__(name: str) -> Callable[[], Any]:
     def trainer_config() -> Any:
         import os
 
+        from sgt_titan.errors import UserError
         from sgt_titan.titan.config import to_trainer_config
-        from sgt_titan.train import prepared
+        from sgt_titan.train import prepared, tell
 
-        return to_trainer_config(prepared(name, [], int(os.environ.get("WORLD_SIZE", "1"))))
+        try:
+            return to_trainer_config(prepared(name, [], int(os.environ.get("WORLD_SIZE", "1"))))
+        except UserError as error:
+            tell(error)
+            raise SystemExit(2) from None
 
     trainer_config.__name__ = trainer_config.__qualname__ = name
     trainer_config.__doc__ = f"The torchtitan Trainer.Config of train_configs/{name}.yaml."

@@ -64,15 +64,20 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         return action()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"sgt-titan: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        elif "TORCHELASTIC_ERROR_FILE" in os.environ:
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)
+        tell(error)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def tell(error: UserError) -> None:
+    """The one line of a mistake, from the rank that should say it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sgt-titan: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    elif "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def run_rank(name: str, overrides: list[str]) -> int:

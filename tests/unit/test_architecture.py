@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "evaluation": {"errors", "config", "transform", "objectives", "metrics", "data"},
     "titan": CLIENT - {"demo"},
     "train": {"errors", "config", "titan"},
-    "config_registry": {"config", "train", "titan"},
+    "config_registry": {"errors", "config", "train", "titan"},
     "cli": CLIENT | {"train", "evaluation", "titan", "plan"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}

@@ -308,3 +308,13 @@ def test_config_registry(monkeypatch):
     monkeypatch.setitem(sys.modules, "sgt_titan.titan.config", None)
     with pytest.raises(ImportError, match=r"sgt_titan\.titan\.config"):  # said by the call, not swallowed by the lookup
         function()
+
+
+def test_config_registry_tells_a_mistake_as_the_command_does(monkeypatch, capsys):
+    fake(monkeypatch, "sgt_titan.titan.config", to_trainer_config=lambda config: pytest.fail("must not get here"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "prepared", lambda *words: (_ for _ in ()).throw(UserError("trunk.path: is wrong")))
+    with pytest.raises(SystemExit) as stopped:
+        config_registry.mine()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "sgt-titan: error: trunk.path: is wrong\n"
