@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -72,12 +73,15 @@ def describe_files(files: Iterable[Path]) -> dict[str, dict[str, int]]:
 
 def write_durably(file: Path, text: str) -> None:
     """The whole text or nothing, on disk when this returns."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")  # others may write it too
+    try:
+        with temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -153,3 +154,14 @@ def test_write_durably_replaces_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         checkpoint.write_durably(file, "new, and longer")
     assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_many_writers_of_one_file(tmp_path):
+    """Runs that start together share a cache: each writes its whole text, and the last one stands."""
+    file = tmp_path / "shared.json"
+    texts = [str(n) * 50_000 for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: checkpoint.write_durably(file, text), texts * 4))
+    assert file.read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
