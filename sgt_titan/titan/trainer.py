@@ -71,7 +71,7 @@ class SGTTrainer(Trainer):
 
     # -- one microbatch ----------------------------------------------------------------------------------------------
 
-    def evaluate_streams(self, tokens_BT: torch.Tensor, batch: dict[str, Any], *, step: int, pairs):
+    def evaluate_streams(self, tokens_BT: torch.Tensor, batch: dict[str, Any]):
         """Forward pass and loss of a microbatch: (streams, loss, reported terms)."""
         model = self.model_parts[0]
         part = model.sequence_slice(tokens_BT.shape[1])
@@ -94,13 +94,13 @@ class SGTTrainer(Trainer):
         loss, terms = self.loss_fn(
             streams,
             None,
-            step=step,
+            step=self.step,
             obfuscate_BT=batch["obfuscate_BT"],
             utility_BT=batch["utility_BT"],
             counts=batch["counts"],
             median_norm=self.prepared.statistics.median_norm,
             bounds=model.bounds,
-            pairs=pairs,
+            pairs=self.pairs,
             part=part,
             tp_group=self.tp_group,
             vocab_start=self.vocab_start,
@@ -109,7 +109,7 @@ class SGTTrainer(Trainer):
 
     def _forward_backward_body(self, inputs, labels, global_valid_tokens, extra_kwargs):
         with self.train_context():
-            _, loss, terms = self.evaluate_streams(inputs, extra_kwargs, step=self.step, pairs=self.pairs)
+            _, loss, terms = self.evaluate_streams(inputs, extra_kwargs)
             loss.backward()
         self.metrics_processor.add(terms)
         self.optimizers.observe(loss)
@@ -142,7 +142,7 @@ class SGTTrainer(Trainer):
             surplus_B1 = torch.arange(first, first + rows, device=self.device)[:, None] >= total
             for name in ("obfuscate_BT", "utility_BT"):
                 batch[name] = batch[name] & ~surplus_B1
-            streams, _, terms = self.evaluate_streams(batch["input"], batch, step=self.step, pairs=self.pairs)
+            streams, _, terms = self.evaluate_streams(batch["input"], batch)
             sums += torch.stack([terms[name].float() for name in REPORTED])
             part = model.sequence_slice(batch["input"].shape[1])
             mask_BT = batch["obfuscate_BT"][:, part]

@@ -48,7 +48,8 @@ def streams(trainer):
     """Both streams of the first rows of the run, and their batch."""
     batch = microbatch_inputs(trainer.prepared.train_source, 0, [0, 1])
     with torch.no_grad():
-        result, _, _ = trainer.evaluate_streams(batch["input"], batch, step=1, pairs=trainer.pairs)
+        trainer.step = 1
+        result, _, _ = trainer.evaluate_streams(batch["input"], batch)
     return result, batch
 
 

@@ -1,0 +1,1 @@
+"""The cluster's half: a plugin over torchtitan 0.3.0. The only folder that imports it."""
