@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -103,6 +103,8 @@ class BatchSource:
         else:
             self.row_offsets = np.arange(len(view) + 1, dtype=np.int64)
             self.sample_ids = np.arange(len(view), dtype=np.int64)
+        # Each microbatch of a step asks for the step's rows twice; at a batch of 1024 finding them takes milliseconds.
+        self._global_rows = lru_cache(maxsize=2)(self._find_global_rows)
         # Known from the first batch on, so not lazily: a step's time must not depend on being the first.
         self._table = self._count_rows()
 
@@ -145,7 +147,7 @@ class BatchSource:
         """The first ``count`` rows in file order, as epoch 0: for probes, which look at the same rows each time."""
         return self._assemble([(0, r) for r in range(min(count, self.rows))])
 
-    def _global_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _find_global_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         first = step * self.global_batch_size
         return samples_at(np.arange(first, first + self.global_batch_size), self.rows, self.seed)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torchtitan
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
 from sgt_titan import checkpoint
@@ -28,7 +28,7 @@ from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.data.cache import wait_or_prepare
-from sgt_titan.data.tokenization import check_vocabulary
+from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
 from sgt_titan.transform.trunk_files import TrunkFiles
@@ -115,7 +115,7 @@ def prepare(config: Config) -> Prepared:
     hf = load_hf_config(files.path)
     family = family_of(hf)
     check_weights(config, hf, family, files)
-    tokenizer = load_tokenizer(files.path)
+    tokenizer = load_tokenizer(config.trunk.path)
     check_vocabulary(tokenizer, hf.vocab_size)
 
     fingerprint = files.fingerprint()
@@ -174,13 +174,6 @@ def load_hf_config(path: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}/config.json: transformers cannot read it ({str(error).splitlines()[0]})") from None
-
-
-def load_tokenizer(path: Path):
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
 
 
 def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.0) -> dict[str, Any]:
