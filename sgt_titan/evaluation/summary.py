@@ -20,83 +20,43 @@ import argparse
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from sgt_titan.config.load import load, parse_overrides, read_trunk, resolve
 from sgt_titan.config.schema import Config
-from sgt_titan.data.cache import View, prepare
+from sgt_titan.data.cache import prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.mechanisms import constant_noise, learned, nothing
+from sgt_titan.evaluation.privacy import Leakage, leakage, statistics
+from sgt_titan.evaluation.samples import (
+    Sample,
+    batched,
+    check_fit,
+    data_config,
+    generator,
+    load_trunk,
+    padded,
+    read_samples,
+    shorten,
+)
+from sgt_titan.evaluation.utility import Utility, measured, perplexity, without_prompt
 from sgt_titan.metrics.ranks import nn_failure_rate, rank_histogram_entropy, sym_ttr, token_ranks, ttr
-from sgt_titan.objectives.mutual_information import MI_OFFSET, common_positions, group_loss, shifts
-from sgt_titan.objectives.utility import soft_cross_entropy
-from sgt_titan.transform import StainedGlassTransform, fingerprint_tensor, load_export
-from sgt_titan.transform.modeling import read_config
-from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
-from sgt_titan.transform.trunk_files import TrunkFiles
+from sgt_titan.transform import StainedGlassTransform, load_export
 
 CAUTION = (
     "Nearest neighbour is the weakest attacker. Anyone who has the transform can make pairs of tokens and obfuscated "
     "embeddings without limit and train a model to invert it, and such an attacker can read most of a prompt that a "
     "nearest neighbour cannot read at all. These numbers are no security statement: see the export's README.md."
 )
-MAX_ROWS = 16  # in a batch
-LOGIT_BUDGET = 1 << 27  # elements of a (B, T, V) tensor: half a gigabyte in float32
 CONTINUATION_TOKENS = 64
 LINE = 112
-
-
-class Sample(NamedTuple):
-    """One row, (T,) each. ``target``: tokens of the response whose prediction is scored."""
-
-    ids: np.ndarray  # int64
-    obfuscate: np.ndarray  # bool
-    target: np.ndarray  # bool
-
-
-class Padded(NamedTuple):
-    """Rows padded on the right, (B, T) each."""
-
-    tokens_BT: torch.Tensor
-    obfuscate_BT: torch.Tensor
-    target_BT: torch.Tensor
-    valid_BT: torch.Tensor
-
-
-class Obfuscated(NamedTuple):
-    """Embeddings to send, and the Gaussian they were drawn from; ``log_std_BTD`` is None where there is no noise."""
-
-    x_tilde_BTD: torch.Tensor
-    center_BTD: torch.Tensor
-    log_std_BTD: torch.Tensor | None
-
-
-Obfuscator = Callable[[Padded, torch.Tensor], Obfuscated]
-
-
-class Utility(NamedTuple):
-    """Per scored token, (N,) float64 each, in the order of the rows: nats, nats, nats, and 0 or 1."""
-
-    nll_N: torch.Tensor  # of the true token
-    cross_entropy_N: torch.Tensor  # with the trunk on the clean prompt
-    teacher_entropy_N: torch.Tensor
-    agree_N: torch.Tensor
-
-
-class Leakage(NamedTuple):
-    """``rank_N`` int64 per obfuscated token; ``mi`` nats per feature, the mean over ``pairs`` pairs of rows."""
-
-    rank_N: torch.Tensor
-    mi: float
-    pairs: int
 
 
 @dataclass(frozen=True)
@@ -206,17 +166,16 @@ def summarise(
     batches = [padded(part, pad, device) for part in parts]
     shortened = [padded([shorten(row) for row in part], pad, device) for part in parts]
     mean_std, mean_norm = statistics(transform, trunk, batches)
-    # A generator each, so that one condition may change without the other.
-    obfuscators = {
-        "clean": unchanged,
-        "noise": constant_noise(mean_std, generator(seed, device)),
-        "sgt": learned(transform, generator(seed, device)),
-    }
-    measured = {name: measure(trunk, batches, obfuscator) for name, obfuscator in obfuscators.items()}
+    mechanisms = {"clean": nothing(), "noise": constant_noise(mean_std), "sgt": learned(transform)}
+    utility, leaks = {}, {}
+    for name, mechanism in mechanisms.items():
+        # A generator each, so that one condition may change without the other.
+        utility[name] = measured(trunk, batches, mechanism, generator(seed, device))
+        leaks[name] = leakage(trunk, batches, mechanism, generator(seed, device))
     removed = without_prompt(trunk, batches, shortened)
     best = min(removed.values(), key=lambda utility: utility.nll_N.mean().item())
-    nats = measured["clean"][0].nll_N.mean().item(), best.nll_N.mean().item()
-    rank_N, vocab = measured["sgt"][1].rank_N, transform.config.vocab_size
+    nats = utility["clean"].nll_N.mean().item(), best.nll_N.mean().item()
+    rank_N, vocab = leaks["sgt"].rank_N, transform.config.vocab_size
     return Summary(
         export=str(export_dir),
         trunk=str(trunk_path),
@@ -225,14 +184,14 @@ def summarise(
         samples=len(rows),
         response_tokens=best.nll_N.numel(),
         obfuscated_tokens=rank_N.numel(),
-        mi_pairs=measured["sgt"][1].pairs,
+        mi_pairs=leaks["sgt"].pairs,
         vocab=vocab,
         width=transform.config.hidden_size,
         ln_vocab=math.log(vocab),
         rank_entropy_ceiling=rank_histogram_entropy(rank_N, vocab).ceiling,
         mean_std=mean_std / transform.config.scale,
         mean_norm=mean_norm / transform.config.median_norm,
-        conditions={name: condition(utility, nats, leakage, vocab) for name, (utility, leakage) in measured.items()}
+        conditions={name: condition(utility[name], nats, leaks[name], vocab) for name in mechanisms}
         | {"no_prompt": condition(best, nats)},
         without_prompt={name: perplexity(utility) for name, utility in removed.items()},
         examples=tuple(
@@ -241,281 +200,6 @@ def summarise(
         ),
         notes=notes,
     )
-
-
-# -- what is measured on -----------------------------------------------------------------------------------------------
-
-
-def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Which rows to measure on, and how they are tokenized.
-
-    An export lies beside the config.yaml of its run: where that names the same source, its options (and so its held-out
-    rows and its cache) are taken. Template and positions are the export's own in any case.
-
-    Args:
-        overrides: words ``--data.key value`` and ``--training.seq_len value``.
-
-    Raises:
-        UserError: an unknown option, or one of another section; a config.yaml that is damaged.
-    """
-    values = parse_overrides(list(overrides))
-    for key in values:
-        if not key.startswith("data.") and key != "training.seq_len":
-            raise UserError(f"--{key}: does not belong to a report; --data.* and --training.seq_len do")
-    run_file = Path(export_dir).resolve().parent / "config.yaml"
-    asked = Config()
-    asked.data.source, asked.trunk.path = source, trunk_path
-    asked = resolve(asked, world_size=None)
-    config = load(str(run_file)) if run_file.is_file() else asked
-    if config.data.source != asked.data.source:
-        config = asked
-    config.trunk.path = asked.trunk.path
-    export = read_config(Path(export_dir))
-    for name in ("obfuscate", "obfuscate_template", "template"):
-        setattr(config.data, name, getattr(export, name))
-    limit = read_trunk(config).get("max_position_embeddings")
-    if "training.seq_len" not in values and limit:
-        config.training.seq_len = min(config.training.seq_len, limit)
-    for key, value in values.items():
-        section, name = key.split(".")
-        setattr(getattr(config, section), name, value)
-    if limit and config.training.seq_len > limit:
-        raise UserError(f"--training.seq_len: {config.training.seq_len} is beyond the trunk's {limit} positions")
-    return resolve(config, world_size=None)
-
-
-def check_fit(transform: StainedGlassTransform, trunk_path: str | Path, export: str) -> tuple[str, ...]:
-    """Refuse an export of another trunk; returns remarks on what differs but can be measured.
-
-    Raises:
-        UserError: the embedding table has another shape or other values than the one trained with, or, for an export
-            without a table, the trunk is not the one trained with.
-    """
-    config, files = transform.config, TrunkFiles(trunk_path)
-    table_VD = files.embedding_table()
-    if tuple(table_VD.shape) != (config.vocab_size, config.hidden_size):
-        raise UserError(
-            f"{export}: made for an embedding table of {(config.vocab_size, config.hidden_size)}, {files.path} has "
-            f"{tuple(table_VD.shape)}; give the trunk it was trained for"
-        )
-    same_trunk = config.fingerprints.get("trunk") == files.fingerprint()
-    if transform.embed_tokens is None:
-        if not same_trunk:
-            raise UserError(f"{export}: was not trained for {files.path} (their fingerprints differ); give its trunk")
-        return ()
-    shipped_VD = transform.embed_tokens.weight
-    if fingerprint_tensor(table_VD.to(shipped_VD.dtype)) != fingerprint_tensor(shipped_VD):
-        raise UserError(f"{export}: its embedding table is not that of {files.path}; give the trunk it was trained for")
-    return () if same_trunk else (f"{files.path} is not the trunk it was trained for, though the table is the same",)
-
-
-def load_trunk(path: str | Path, device: torch.device) -> PreTrainedModel:
-    """The frozen model, float32 on CPU and bfloat16 on GPU. Safetensors only, no code from the checkpoint."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    return model.to(device).eval().requires_grad_(False)
-
-
-def read_samples(view: View, config: Config, count: int) -> list[Sample]:
-    """The first ``count`` samples of a view.
-
-    Raises:
-        UserError: fewer than two samples, nothing obfuscated, or no response.
-    """
-    if len(view) < 2:
-        raise UserError(f"{config.data.source}: {len(view)} held-out rows; use more data or --data.validation_samples")
-    rows = []
-    for i in range(min(count, len(view))):
-        ids, roles = view.tokens(i).astype(np.int64), view.roles(i)
-        obfuscate = obfuscation_mask(
-            roles, obfuscate=config.data.obfuscate, obfuscate_template=config.data.obfuscate_template
-        )
-        response = roles == RESPONSE
-        # A token is scored only if something stands before it both with and without the prompt.
-        before = np.cumsum(~obfuscate | response) - (~obfuscate | response)
-        rows.append(Sample(ids, obfuscate, response & (before > 0)))
-    if not any(row.target.any() for row in rows):
-        raise UserError(
-            f"{config.data.source}: no row has a response to measure; for plain text set --data.prompt_tokens"
-        )
-    if not any(row.obfuscate.any() for row in rows):
-        raise UserError(f"{config.data.source}: no token of these rows is obfuscated")
-    return rows
-
-
-def shorten(row: Sample) -> Sample:
-    """The row with its obfuscated tokens taken out, except those of the response."""
-    response = np.arange(len(row.ids)) >= (np.argmax(row.target) if row.target.any() else len(row.ids))
-    keep = ~row.obfuscate | response
-    keep[0] |= not keep.any()  # a row of nothing is no row; it has no target either
-    return Sample(row.ids[keep], row.obfuscate[keep] & False, row.target[keep])
-
-
-def batched(rows: Sequence[Sample], vocab: int) -> Iterator[Sequence[Sample]]:
-    """Rows in groups whose logits fit in memory, at least two a group (MI needs pairs) unless one is left over."""
-    longest = max(len(row.ids) for row in rows)
-    size = min(MAX_ROWS, max(2, LOGIT_BUDGET // (longest * vocab)))
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def padded(rows: Sequence[Sample], pad_id: int, device: torch.device) -> Padded:
-    """Rows as tensors."""
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    tokens_BT = np.full(shape, pad_id, dtype=np.int64)
-    obfuscate_BT, target_BT, valid_BT = (np.zeros(shape, dtype=bool) for _ in range(3))
-    for b, row in enumerate(rows):
-        here = b, slice(0, len(row.ids))
-        tokens_BT[here], obfuscate_BT[here], target_BT[here], valid_BT[here] = *row, True
-    return Padded(*(torch.from_numpy(array).to(device) for array in (tokens_BT, obfuscate_BT, target_BT, valid_BT)))
-
-
-# -- the conditions ----------------------------------------------------------------------------------------------------
-
-
-def generator(seed: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(seed)
-
-
-def unchanged(batch: Padded, x_BTD: torch.Tensor) -> Obfuscated:
-    """No obfuscation: the embeddings themselves."""
-    return Obfuscated(x_BTD, x_BTD, None)
-
-
-def constant_noise(std: float, random: torch.Generator) -> Obfuscator:
-    """Gaussian noise of one std (embedding units) for every token and feature, and no mean."""
-
-    def obfuscator(batch: Padded, x_BTD: torch.Tensor) -> Obfuscated:
-        eps_BTD = torch.randn(x_BTD.shape, generator=random, device=x_BTD.device)
-        x_tilde_BTD = torch.where(batch.obfuscate_BT[..., None], x_BTD.float() + std * eps_BTD, x_BTD.float())
-        return Obfuscated(x_tilde_BTD, x_BTD, torch.full_like(x_BTD, math.log(std), dtype=torch.float32))
-
-    return obfuscator
-
-
-def learned(transform: StainedGlassTransform, random: torch.Generator) -> Obfuscator:
-    """The export, called as a client calls it."""
-
-    def obfuscator(batch: Padded, x_BTD: torch.Tensor) -> Obfuscated:
-        attention_BT = batch.valid_BT.long()
-        inputs = batch.tokens_BT if transform.embed_tokens is not None else x_BTD
-        x_tilde_BTD = transform.transform(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
-        out = transform(inputs_embeds=x_BTD, attention_mask=attention_BT)
-        return Obfuscated(x_tilde_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD)
-
-    return obfuscator
-
-
-# -- the measurements --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def statistics(
-    transform: StainedGlassTransform, trunk: PreTrainedModel, batches: Sequence[Padded]
-) -> tuple[float, float]:
-    """Mean sigma and mean |mu| over the obfuscated tokens, in embedding units."""
-    std, norm, tokens = 0.0, 0.0, 0
-    for batch in batches:
-        x_BTD = trunk.get_input_embeddings()(batch.tokens_BT)
-        out = transform(inputs_embeds=x_BTD, attention_mask=batch.valid_BT.long())
-        std += out.log_std_BTD[batch.obfuscate_BT].double().exp().mean(-1).sum().item()
-        norm += out.mean_BTD[batch.obfuscate_BT].double().norm(dim=-1).sum().item()
-        tokens += int(batch.obfuscate_BT.sum())
-    return std / tokens, norm / tokens
-
-
-@torch.no_grad()
-def measure(trunk: PreTrainedModel, batches: Sequence[Padded], obfuscator: Obfuscator) -> tuple[Utility, Leakage]:
-    """Utility and leakage of one condition."""
-    table_VD = trunk.get_input_embeddings().weight
-    utility, ranks, mi, pairs = [], [], 0.0, 0
-    for batch in batches:
-        x_BTD = trunk.get_input_embeddings()(batch.tokens_BT)
-        sent = obfuscator(batch, x_BTD)
-        utility.append(compare(trunk, batch, response_logits(trunk, batch, sent.x_tilde_BTD)))
-        hidden_BT = batch.obfuscate_BT
-        ranks.append(token_ranks(sent.x_tilde_BTD[hidden_BT], table_VD, batch.tokens_BT[hidden_BT]).rank_N)
-        if sent.log_std_BTD is not None:
-            total, count = mutual_information_sum(sent, hidden_BT)
-            mi, pairs = mi + total, pairs + count
-    mean_mi = mi / pairs if pairs else math.inf if sent.log_std_BTD is None else math.nan
-    return joined(utility), Leakage(torch.cat(ranks), mean_mi, pairs)
-
-
-@torch.no_grad()
-def without_prompt(
-    trunk: PreTrainedModel, batches: Sequence[Padded], shortened: Sequence[Padded]
-) -> dict[str, Utility]:
-    """Utility without the obfuscated tokens of the prompt, by the way they are removed.
-
-    ``shortened``: the same rows after ``shorten``.
-    """
-    embed = trunk.get_input_embeddings()
-    parts: dict[str, list[Utility]] = {"taken out": [], "hidden": [], "zeroed": []}
-    for batch, short in zip(batches, shortened, strict=True):
-        x_BTD = embed(batch.tokens_BT)
-        # The response stays, also where it is obfuscated itself.
-        answer_BT = batch.target_BT.cumsum(-1) > 0
-        prompt_BT = batch.obfuscate_BT & ~answer_BT
-        hidden = batch._replace(valid_BT=batch.valid_BT & ~prompt_BT)
-        logits = {
-            "taken out": response_logits(trunk, short, embed(short.tokens_BT)),
-            "hidden": response_logits(trunk, hidden, x_BTD),
-            "zeroed": response_logits(trunk, batch, x_BTD.masked_fill(prompt_BT[..., None], 0.0)),
-        }
-        for name, logits_NV in logits.items():
-            parts[name].append(compare(trunk, batch, logits_NV))
-    found = {name: joined(columns) for name, columns in parts.items()}
-    # Some attention kernels give NaN to a token that may look at nothing.
-    return {name: utility for name, utility in found.items() if utility.nll_N.isfinite().all()}
-
-
-def response_logits(trunk: PreTrainedModel, batch: Padded, x_tilde_BTD: torch.Tensor) -> torch.Tensor:
-    """Logits (N, V), float32, that predict the batch's targets."""
-    logits_BTV = trunk(
-        inputs_embeds=x_tilde_BTD.to(trunk.dtype), attention_mask=batch.valid_BT.long(), use_cache=False
-    ).logits
-    return logits_BTV[:, :-1][batch.target_BT[:, 1:]].float()
-
-
-def compare(trunk: PreTrainedModel, batch: Padded, student_NV: torch.Tensor) -> Utility:
-    """The student's logits against the true tokens and against the trunk on the clean rows."""
-    teacher_NV = response_logits(trunk, batch, trunk.get_input_embeddings()(batch.tokens_BT))
-    soft = soft_cross_entropy(student_NV, teacher_NV)
-    nll_N = torch.nn.functional.cross_entropy(student_NV, batch.tokens_BT[batch.target_BT], reduction="none")
-    return Utility(nll_N.double(), *(values_N.double() for values_N in soft))
-
-
-def joined(parts: Iterator[Utility] | list[Utility]) -> Utility:
-    return Utility(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
-def mutual_information_sum(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[float, int]:
-    """Algorithm 1, nats per feature, summed over the pairs of rows with a common position; their number."""
-    rows, total, pairs = mask_BT.shape[0], 0.0, 0
-    for shift in shifts("all", rows) if rows > 1 else ():
-        positions = common_positions(mask_BT, mask_BT, first=0, shifts=[shift])
-        loss_B = group_loss(
-            sent.x_tilde_BTD.float(),
-            sent.log_std_BTD,
-            mask_BT,
-            sent.center_BTD.float(),
-            sent.log_std_BTD,
-            mask_BT,
-            first=0,
-            shifts=[shift],
-            positions=positions,
-        )
-        count = int((positions > 0).sum())
-        total += loss_B.double().sum().item() - MI_OFFSET * count
-        pairs += count
-    return total, pairs
-
-
-def perplexity(utility: Utility) -> float:
-    return math.exp(min(utility.nll_N.mean().item(), 700.0))
 
 
 def condition(utility: Utility, nats: tuple[float, float], leakage: Leakage | None = None, vocab: int = 0) -> Condition:
@@ -554,10 +238,9 @@ def example(
     device: torch.device,
 ) -> Example:
     """One row up to its response: what is sent, what is read of it, and what is answered."""
-    stop = int(np.argmax(row.target)) if row.target.any() else len(row.ids)
-    batch = padded([Sample(*(array[:stop] for array in row))], 0, device)
+    batch = padded([row.prompt()], 0, device)
     x_BTD = trunk.get_input_embeddings()(batch.tokens_BT)
-    x_tilde_BTD = learned(transform, random)(batch, x_BTD).x_tilde_BTD
+    x_tilde_BTD = learned(transform).obfuscate(batch, x_BTD, random).x_tilde_BTD
     hidden_BT = batch.obfuscate_BT
     tokens_N = batch.tokens_BT[hidden_BT]
     nearest_N = token_ranks(x_tilde_BTD[hidden_BT], trunk.get_input_embeddings().weight, tokens_N).nearest_N

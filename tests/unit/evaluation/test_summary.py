@@ -11,8 +11,11 @@ from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import prepare
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation import privacy, samples
 from sgt_titan.evaluation import summary as report
-from sgt_titan.evaluation.summary import Obfuscated, Sample, Utility
+from sgt_titan.evaluation.mechanisms import Obfuscated
+from sgt_titan.evaluation.samples import Sample
+from sgt_titan.evaluation.utility import Utility
 from sgt_titan.transform.prompts import PROMPT, RESPONSE
 
 ROWS = 12
@@ -137,7 +140,7 @@ def test_mutual_information_against_a_loop_over_pairs():
             own = log_std[i][common] + 0.5  # conditional entropy, and -log p(x~|y), without the log 2 pi of both
             other = log_std[j][common] + 0.5 * ((x_tilde[i] - center[j])[common] / log_std[j][common].exp()) ** 2
             values.append((other - own).mean().item())
-    total, pairs = report.mutual_information_sum(Obfuscated(x_tilde, center, log_std), mask)
+    total, pairs = privacy.mutual_information_sum(Obfuscated(x_tilde, center, log_std), mask)
     assert pairs == len(values) == 2
     assert total == pytest.approx(sum(values), rel=1e-5)
 
@@ -148,7 +151,7 @@ def test_shortened_rows_keep_template_and_response():
         np.array([0, 1, 1, 0, 0, 0], dtype=bool),
         np.array([0, 0, 0, 0, 1, 1], dtype=bool),
     )
-    short = report.shorten(row)
+    short = samples.shorten(row)
     assert short.ids.tolist() == [1, 2, 7, 8]
     assert short.target.tolist() == [False, False, True, True]
     assert not short.obfuscate.any()
@@ -167,18 +170,18 @@ def test_a_first_response_token_without_context_is_not_scored():
         def roles(self, i):
             return np.array([1, 1, RESPONSE, RESPONSE], dtype=np.uint8)
 
-    row = report.read_samples(View(), Config(), 1)[0]
+    row = samples.read_samples(View(), Config(), 1)[0]
     assert row.target.tolist() == [False, False, False, True]
-    assert report.shorten(row).ids.tolist() == [7, 8]
+    assert samples.shorten(row).ids.tolist() == [7, 8]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 33])
 def test_batches_hold_every_row_once(count):
     rows = [Sample(np.full(3, i), np.zeros(3, bool), np.zeros(3, bool)) for i in range(count)]
-    parts = list(report.batched(rows, 10))
+    parts = list(samples.batched(rows, 10))
     assert [int(row.ids[0]) for part in parts for row in part] == list(range(count))
-    assert max(map(len, parts)) <= report.MAX_ROWS
-    assert {len(part) for part in report.batched(rows, 10**9)} <= {1, 2}
+    assert max(map(len, parts)) <= samples.MAX_ROWS
+    assert {len(part) for part in samples.batched(rows, 10**9)} <= {1, 2}
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def test_rows_of_another_split_are_said_to_be_so(identity, demo_config, make_exp
 )
 def test_options_that_do_not_belong(make_export, words, message):
     with pytest.raises(UserError, match=message):
-        report.data_config(make_export(0.1), str(TRUNK), "demo", words)
+        samples.data_config(make_export(0.1), str(TRUNK), "demo", words)
 
 
 def test_options_of_the_run_beside_the_export(make_export):
@@ -226,11 +229,11 @@ def test_options_of_the_run_beside_the_export(make_export):
     run = Config()
     run.data.source, run.data.max_samples, run.training.seq_len = "demo", 77, 99
     (export.parent / "config.yaml").write_text(dump(run))
-    config = report.data_config(export, "demo", "demo")
+    config = samples.data_config(export, "demo", "demo")
     assert (config.data.max_samples, config.training.seq_len, config.trunk.path) == (77, 99, str(TRUNK))
-    assert report.data_config(export, "demo", "demo", ["--data.max_samples", "5"]).data.max_samples == 5
+    assert samples.data_config(export, "demo", "demo", ["--data.max_samples", "5"]).data.max_samples == 5
     # Another source: nothing of the run's data options applies.
-    assert report.data_config(export, "demo", "rows.jsonl").data.max_samples == 0
+    assert samples.data_config(export, "demo", "rows.jsonl").data.max_samples == 0
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""The prompts under attack and all that an attacker could be granted; hands an attack what its type asks for.
+
+The only place where true tokens and attacks meet. Legend: B batch, T sequence, D width, N hidden tokens flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sgt_titan.evaluation.mechanisms import Mechanism
+from sgt_titan.evaluation.samples import Sample, batched, generator, padded
+from sgt_titan.evaluation.threat import (
+    UNKNOWN,
+    Corpus,
+    Guess,
+    KnownPairs,
+    Observation,
+    Prior,
+    Repeats,
+    Seed,
+    Size,
+    Table,
+    Transform,
+    Trunk,
+    grants,
+)
+
+KNOWN_TOKENS = 65_536  # pairs that are drawn when an attack asks for pairs; its effort says how many it uses
+MAX_REPEATS = 1024
+
+
+@dataclass(frozen=True)
+class World:
+    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of noise and attacks."""
+
+    rows: Sequence[Sample] = field(repr=False)
+    corpus: Sequence[Sample] = field(repr=False)
+    mechanism: Mechanism
+    trunk: PreTrainedModel = field(repr=False)
+    seed: int = 0
+
+    @cached_property
+    def table_VD(self) -> torch.Tensor:
+        return self.trunk.get_input_embeddings().weight.detach().float()
+
+    @cached_property
+    def truth_N(self) -> torch.Tensor:
+        """True tokens of the hidden positions, int64 on the CPU."""
+        return torch.cat([torch.from_numpy(row.ids[row.obfuscate]) for row in self.rows])
+
+    @cached_property
+    def size(self) -> Size:
+        def parameters(model: torch.nn.Module | None) -> int:
+            if model is None:
+                return 0
+            tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+            return sum(p.numel() for p in model.parameters() if id(p) not in tables)
+
+        V, D = self.table_VD.shape
+        return Size(
+            rows=len(self.rows),
+            tokens=len(self.truth_N),
+            longest=max(len(row.ids) for row in self.rows),
+            width=D,
+            vocab=V,
+            trunk=parameters(self.trunk),
+            transform=parameters(self.mechanism.transform),
+        )
+
+    @cached_property
+    def observation(self) -> Observation:
+        return observe(self.rows, self.mechanism, self.trunk, self._noise(0))
+
+    def granted(self, attack: Callable[..., Guess]) -> dict[str, Any]:
+        """The arguments an attack's type asks for, and no more."""
+        make: dict[type, Callable[[], Any]] = {
+            Observation: lambda: self.observation,
+            Repeats: lambda: Repeats(
+                MAX_REPEATS, lambda k: observe(self.rows, self.mechanism, self.trunk, self._noise(1 + k))
+            ),
+            KnownPairs: lambda: known_pairs(self.corpus, self.mechanism, self.trunk, self._noise(-1)),
+            Table: lambda: Table(self.table_VD),
+            Trunk: lambda: Trunk(self.trunk),
+            Prior: lambda: Prior(self.trunk),
+            Corpus: lambda: Corpus(self.corpus),
+            Transform: lambda: Transform(self.mechanism),
+            Seed: lambda: Seed(self.seed),
+        }
+        return {name: make[kind]() for name, kind in grants(attack).items()}
+
+    def _noise(self, index: int) -> torch.Generator:
+        """The k-th obfuscation of every prompt; -1: of the known ones. Different numbers give unrelated noise."""
+        return generator(hash((self.seed, index)) & (2**63 - 1), self.trunk.device)
+
+
+@torch.no_grad()
+def observe(
+    rows: Sequence[Sample], mechanism: Mechanism, trunk: PreTrainedModel, random: torch.Generator
+) -> Observation:
+    """Obfuscate every row once."""
+    x_tilde, vocab = [], trunk.get_input_embeddings().weight.shape[0]
+    for part in batched(rows, vocab):
+        batch = padded(part, 0, trunk.device)
+        sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)
+        x_tilde += [sent.x_tilde_BTD[b, : len(row.ids)].float() for b, row in enumerate(part)]
+    hidden = tuple(torch.from_numpy(row.obfuscate) for row in rows)
+    tokens = tuple(
+        torch.from_numpy(row.ids).masked_fill(hidden_T, UNKNOWN) for row, hidden_T in zip(rows, hidden, strict=True)
+    )
+    return Observation(tuple(x_tilde), hidden, tokens)
+
+
+def known_pairs(
+    corpus: Sequence[Sample], mechanism: Mechanism, trunk: PreTrainedModel, random: torch.Generator
+) -> KnownPairs:
+    """One obfuscation each of the first rows of the corpus, up to ``KNOWN_TOKENS`` hidden tokens."""
+    count, chosen = 0, []
+    for row in corpus:
+        if count >= KNOWN_TOKENS:
+            break
+        chosen.append(row)
+        count += int(row.obfuscate.sum())
+    seen = observe(chosen, mechanism, trunk, random)
+    tokens = torch.cat([torch.from_numpy(row.ids[row.obfuscate]) for row in chosen])
+    return KnownPairs(seen.x_tilde_ND[:KNOWN_TOKENS], tokens[:KNOWN_TOKENS], seen.row_N[:KNOWN_TOKENS])

@@ -1,0 +1,66 @@
+"""Small worlds for tests of attacks: a random trunk, rows of tokens, and mechanisms whose success rate is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
+from sgt_titan.evaluation.samples import Sample
+from sgt_titan.evaluation.world import World
+
+
+def tiny_trunk(trunk_dir, name: str = "llama"):
+    """A random trunk of conftest's TRUNKS (V = 300, D = 32) as the runner loads it."""
+    model = AutoModelForCausalLM.from_pretrained(trunk_dir(name), dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def random_rows(count: int, length: int, vocab: int, seed: int, *, clean: int = 1) -> list[Sample]:
+    """Rows of uniform tokens; the first ``clean`` of each stay clean, the rest are hidden."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        ids = random.integers(0, vocab, length)
+        rows.append(Sample(ids, np.arange(length) >= clean, np.zeros(length, dtype=bool)))
+    return rows
+
+
+def pure_noise() -> Mechanism:
+    """Sends noise that has nothing to do with the prompt: no attack may beat the prior."""
+
+    def obfuscate(batch, x_BTD, random):
+        noise_BTD = torch.randn(x_BTD.shape, generator=random)
+        x_tilde_BTD = torch.where(batch.obfuscate_BT[..., None], noise_BTD, x_BTD)
+        return Obfuscated(x_tilde_BTD, torch.zeros_like(x_BTD), torch.zeros_like(x_BTD))
+
+    return Mechanism("pure", "pure noise", obfuscate, std=1.0)
+
+
+def linear(matrix_DD: torch.Tensor, bias_D: torch.Tensor, std: float) -> Mechanism:
+    """x~ = x A + b + std * eps: an SGT whose mean is linear and whose noise is constant."""
+
+    def obfuscate(batch, x_BTD, random):
+        center_BTD = x_BTD @ matrix_DD + bias_D
+        x_tilde_BTD = center_BTD + std * torch.randn(x_BTD.shape, generator=random)
+        x_tilde_BTD = torch.where(batch.obfuscate_BT[..., None], x_tilde_BTD, x_BTD)
+        return Obfuscated(x_tilde_BTD, center_BTD, torch.full_like(x_BTD, float(np.log(max(std, 1e-8)))))
+
+    return Mechanism("linear", "linear", obfuscate, std=std)
+
+
+def world(mechanism: Mechanism, trunk, *, rows: int = 8, length: int = 12, corpus: int = 64, seed: int = 0) -> World:
+    vocab = trunk.get_input_embeddings().weight.shape[0]
+    return World(
+        rows=random_rows(rows, length, vocab, seed + 1),
+        corpus=random_rows(corpus, length, vocab, seed + 1000),
+        mechanism=mechanism,
+        trunk=trunk,
+        seed=seed,
+    )
+
+
+def top1(guess, world: World) -> float:
+    """Share of hidden tokens that an attack's first guess gets right."""
+    return (guess.top_NK[:, 0] == world.truth_N).double().mean().item()
