@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sgt_titan.data.order import hash64
 from sgt_titan.evaluation.mechanisms import Mechanism
 from sgt_titan.evaluation.samples import Sample, batched, generator, padded
 from sgt_titan.evaluation.threat import (
@@ -96,7 +97,7 @@ class World:
 
     def _noise(self, index: int) -> torch.Generator:
         """The k-th obfuscation of every prompt; -1: of the known ones. Different numbers give unrelated noise."""
-        return generator(hash((self.seed, index)) & (2**63 - 1), self.trunk.device)
+        return generator(hash64("evaluation", self.seed, index) >> 1, self.trunk.device)
 
 
 @torch.no_grad()
