@@ -38,7 +38,7 @@ MAX_REPEATS = 1024
 
 @dataclass(frozen=True)
 class World:
-    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of noise and attacks."""
+    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of all randomness."""
 
     rows: Sequence[Sample] = field(repr=False)
     corpus: Sequence[Sample] = field(repr=False)
