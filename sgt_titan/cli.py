@@ -7,22 +7,26 @@ import contextlib
 import os
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 from sgt_titan import __version__, train
+from sgt_titan.arguments import Parser
 from sgt_titan.config.help import help_text
 from sgt_titan.config.load import available, dump, load, parse_overrides, read_trunk, resolve, takes_value, validate
 from sgt_titan.errors import UserError
 
 _CONFIG_COMMANDS = ("train", "prepare")
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that reports a usage error as every other bad input is reported."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+# Commands with arguments of their own: module whose main(argv) runs it, and what it does.
+_FORWARDED = {
+    "report": (
+        "sgt_titan.evaluation.before_after",
+        "Print what an export costs and hides, in seconds: before and after.",
+    ),
+    "evaluate": ("sgt_titan.evaluation.evaluate", "Attack an export in every way we know, and report what is left."),
+    "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    if argv and argv[0] in _FORWARDED:
+        return import_module(_FORWARDED[argv[0]][0]).main(argv[1:]) or 0
     parser = _parser()
     overrides: list[str] = []
     if argv and argv[0] in _CONFIG_COMMANDS:
@@ -40,7 +46,7 @@ def _main(argv: list[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    if rest and arguments.command != "report":
+    if rest:
         raise UserError(f"unrecognized arguments: {' '.join(rest)} (see sgt-titan {arguments.command} --help)")
     if arguments.command == "train":
         return _train(arguments, overrides)
@@ -48,18 +54,14 @@ def _main(argv: list[str]) -> int:
         return _prepare(arguments, overrides)
     if arguments.command == "export":
         return _export(arguments)
-    if arguments.command == "report":
-        from sgt_titan.evaluation import summary
-
-        return summary.main(argv[1:]) or 0
     return _configs()
 
 
 def _parser() -> argparse.ArgumentParser:
     text = "Train and export Stained Glass Transforms against a frozen language model."
-    parser = _Parser(prog="sgt-titan", description=text, allow_abbrev=False)
+    parser = Parser(prog="sgt-titan", description=text, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sgt-titan {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -86,15 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare = command("prepare", "Tokenize the data of a run into its cache, and stop.", help_text())
     prepare.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
 
-    report = command("report", "Print privacy and utility of an export, before and after training.")
-    report.add_argument("export", metavar="EXPORT", help="an exported directory")
-    report.add_argument("--trunk", metavar="PATH", required=True, help="directory of the trunk it was trained for")
-    report.add_argument("--data", metavar="SOURCE", required=True, help="as data.source of a config")
-    report.add_argument("--samples", type=int, help="held-out rows")
-    report.add_argument("--seed", type=int, help="of the noise")
-    report.add_argument("--examples", type=int, help="prompts to show in clear")
-    report.add_argument("--json", metavar="FILE", help="also write the numbers here")
-    report.epilog = "Options of the data as in a config (--data.prompt_tokens 48, --training.seq_len 96, ...)."
+    for name, (_, text) in _FORWARDED.items():
+        command(name, text)
 
     command("configs", "List the configs of train_configs/.")
     return parser

@@ -13,6 +13,7 @@ CLIENT = {"errors", "config", "transform", "objectives", "metrics", "data", "dem
 # area -> areas it may import, lazily or not. `titan` and `evaluation` do not know each other.
 MAY_IMPORT = {
     "errors": set(),
+    "arguments": {"errors"},
     "config": {"errors"},
     "checkpoint": set(),
     "transform": {"errors"},
@@ -22,11 +23,11 @@ MAY_IMPORT = {
     "data": {"errors", "config", "transform", "demo"},
     "export": {"errors", "config", "transform", "checkpoint"},
     "plan": {"errors", "config", "train"},
-    "evaluation": {"errors", "config", "transform", "objectives", "metrics", "data"},
+    "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data"},
     "titan": CLIENT - {"demo"},
     "train": {"errors", "config", "titan"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": CLIENT | {"train", "evaluation", "titan", "plan"},
+    "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 

@@ -11,7 +11,7 @@ from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import prepare
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation import privacy, samples
+from sgt_titan.evaluation import before_after, privacy, samples
 from sgt_titan.evaluation import summary as report
 from sgt_titan.evaluation.mechanisms import Obfuscated
 from sgt_titan.evaluation.samples import Sample
@@ -260,7 +260,7 @@ def test_main_writes_json_without_nan(make_export, demo_config, tmp_path, capsys
     words = [str(make_export(1e-6)), "--trunk", "demo", "--data", "demo", "--samples", "2", "--examples", "0"]
     options = [f"--data.cache_dir={demo_config.data.cache_dir}", "--data.max_samples=240"]
     out = tmp_path / "report.json"
-    assert report.main([*words, *options, "--data.validation_samples=24", "--json", str(out)]) == 0
+    assert before_after.main([*words, *options, "--data.validation_samples=24", "--json", str(out)]) == 0
     found = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found["conditions"]["clean"]["mi"] is None
     assert found["conditions"]["sgt"]["nn_fr"] == 0

@@ -1,0 +1,123 @@
+"""An export, its trunk and rows, loaded and checked once: what every measurement of an evaluation works on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sgt_titan.config.schema import Config
+from sgt_titan.data.cache import prepare
+from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation.samples import (
+    Padded,
+    Sample,
+    batched,
+    check_fit,
+    load_trunk,
+    padded,
+    read_samples,
+    shorten,
+)
+from sgt_titan.transform import StainedGlassTransform, load_export
+
+
+@dataclass(frozen=True)
+class Setting:
+    """rows: with their responses. corpus: rows that are public. held_out: training did not see ``rows``."""
+
+    export: str
+    config: Config
+    transform: StainedGlassTransform
+    trunk: PreTrainedModel = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    rows: Sequence[Sample] = field(repr=False)
+    corpus: Sequence[Sample] = field(repr=False)
+    held_out: bool
+    data_fingerprint: str
+    notes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.device
+
+    @cached_property
+    def prompts(self) -> list[Sample]:
+        """The rows cut before their responses, those with something to hide."""
+        cut = [row.prompt() for row in self.rows]
+        return [row for row in cut if row.obfuscate.any()]
+
+    def batches(self, rows: Sequence[Sample]) -> list[Padded]:
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
+        return [padded(part, pad, self.device) for part in batched(rows, self.transform.config.vocab_size)]
+
+    @cached_property
+    def full_batches(self) -> list[Padded]:
+        return self.batches(self.rows)
+
+    @cached_property
+    def shortened(self) -> list[Padded]:
+        """The rows without their hidden prompt tokens, in the batches of ``full_batches``."""
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
+        return [
+            padded([shorten(row) for row in part], pad, self.device)
+            for part in batched(self.rows, self.transform.config.vocab_size)
+        ]
+
+
+def load_setting(export: str, config: Config, *, rows: int, corpus: int) -> Setting:
+    """Load and check everything that is measured on.
+
+    Args:
+        config: from ``samples.data_config``.
+        rows, corpus: how many held-out and how many public rows, at most.
+
+    Raises:
+        UserError: as ``samples.check_fit`` and ``samples.read_samples``.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trunk_path = config.trunk.path
+    transform = load_export(export)
+    notes = check_fit(transform, trunk_path, export)
+    tokenizer = load_tokenizer(trunk_path)
+    check_vocabulary(tokenizer, transform.config.vocab_size)
+    dataset = prepare(config, trunk_path, progress=True)
+    held_out = transform.config.fingerprints.get("data") == dataset.fingerprint
+    if not held_out:
+        notes = (*notes, "these rows are not the ones its training held out; it may have been trained on some of them")
+    chosen = read_samples(dataset.validation, config, rows, tokenizer=tokenizer)
+    if not any(row.prompt().obfuscate.any() for row in chosen):
+        raise UserError(f"{config.data.source}: no prompt of these rows has a token to hide")
+    return Setting(
+        export=export,
+        config=config,
+        transform=transform.to(device).eval(),
+        trunk=load_trunk(trunk_path, device),
+        tokenizer=tokenizer,
+        rows=chosen,
+        corpus=[row.prompt() for row in read_samples(dataset.train, config, corpus)],
+        held_out=held_out,
+        data_fingerprint=dataset.fingerprint,
+        notes=notes,
+    )
+
+
+def fingerprint_export(export: str) -> str:
+    """sha256 over names and contents of an export's weights and configuration."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(export).iterdir()):
+        if file.name == "config.json" or file.name.endswith((".safetensors", ".safetensors.index.json")):
+            digest.update(f"\0{file.name}\0".encode())
+            with file.open("rb") as stream:
+                while piece := stream.read(1 << 24):
+                    digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""What each suite measures: rows, baselines, and which attacks on which mechanism. Effort per attack: ``attacks``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sgt_titan.evaluation.attacks import ATTACKS, Attack
+
+# On baselines whose noise is known and constant these are as strong as any: maximum likelihood, alone and with a prior.
+EXACT = ("nearest_l2", "nearest_mahalanobis", "map_search")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """rows: prompts under attack, at most. corpus: public rows an attacker trains on, at most. sigmas: of constant
+    noise, units of the table's per-feature std, beside the SGT's own mean std. whole: baselines that get the whole
+    battery; the others get ``EXACT``. greedy: prompts answered greedily; questions: per benchmark."""
+
+    rows: int
+    corpus: int
+    sigmas: tuple[float, ...]
+    whole: tuple[str, ...]
+    greedy: int
+    questions: int
+    about: str
+
+
+SUITES: dict[str, Suite] = {
+    "quick": Suite(32, 2_000, (), (), 16, 50, "minutes: is anything badly wrong?"),
+    "standard": Suite(
+        128,
+        10_000,
+        (0.25, 1.0, 4.0),
+        ("redaction",),
+        64,
+        200,
+        "under an hour for a small trunk: what a report should say",
+    ),
+    "full": Suite(
+        512, 100_000, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), ("redaction", "noise"), 128, 0, "hours: for publication"
+    ),
+}
+
+
+def battery(suite: str, mechanism: str, only: Sequence[str] = ()) -> dict[str, Attack]:
+    """The attacks of a suite on a mechanism, by name, in the order of the table."""
+    whole = mechanism == "sgt" or mechanism in SUITES[suite].whole
+    return {
+        name: attack
+        for name, attack in ATTACKS.items()
+        if attack.arguments(suite) is not None and (whole or name in EXACT) and (not only or name in only)
+    }

@@ -1,0 +1,165 @@
+"""``sgt-titan tables``: the paper's Table I, Table III and Figures 3 and 4 on a trunk of one's own, beside the published.
+
+Six trainings that differ in the objective alone, each evaluated, through the commands that anybody would type; each is
+a process of its own and goes on where an interruption left it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgt_titan.arguments import Parser
+from sgt_titan.config.load import dump, load, parse_overrides, resolve
+from sgt_titan.config.schema import PRESETS, TERMS
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation.parts import write
+
+ROWS = tuple(PRESETS)  # Table I, in the paper's order
+PII_ROWS = ("mi", "abs_cos", "mi_abs_cos", "mi_abs_cos_norm")  # Table III
+REFERENCE = "mi_abs_cos_norm"  # the row whose evaluation carries the baselines, which are the same for all
+
+Execute = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the file that says it has been done."""
+
+    words: tuple[str, ...]
+    done: Path
+
+
+def objective(row: str) -> list[str]:
+    """Overrides that make a config's objective that of a row: terms the row does not have get no weight."""
+    words = ["--objective.preset", row]
+    for term in TERMS:
+        if term not in PRESETS[row]:
+            words += [f"--objective.{term}.weight", "0"]
+    return words
+
+
+def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]:
+    """Everything to run, in order: row by row, so that an interruption leaves whole rows."""
+    config = resolve(load(arguments.config, overrides), world_size=None)
+    found = []
+    for row in arguments.rows:
+        home = arguments.out / row
+        run, export = home / "run", home / "run" / "export"
+        words = [
+            "train",
+            arguments.config,
+            "--run.name",
+            row,
+            "--run.output_dir",
+            str(run),
+            *objective(row),
+            *overrides,
+        ]
+        found.append(Step(tuple(words), export / "config.json"))
+        measure = ["evaluate", str(export), "--trunk", config.trunk.path, "--suite", arguments.suite]
+        measure += ["--seed", str(arguments.seed), *(["--no-baselines"] if row != REFERENCE else [])]
+        if arguments.prompts:
+            measure += ["--rows", str(arguments.prompts)]
+        bench = ["--benchmarks", arguments.benchmarks] if arguments.benchmarks else []
+        bench += ["--benchmark-dir", arguments.benchmark_dir] if arguments.benchmark_dir else []
+        own = ["--data", config.data.source, "--out", str(home / "evaluation")]
+        found.append(Step((*measure, *own, *bench), home / "evaluation" / "results.json"))
+        if arguments.pii and row in PII_ROWS:
+            other = ["--data", arguments.pii, "--out", str(home / "pii")]
+            found.append(Step((*measure, *other), home / "pii" / "results.json"))
+    return found
+
+
+def execute(words: Sequence[str]) -> int:
+    """Run ``sgt-titan`` with ``words``; what it prints goes to the terminal."""
+    print(f"\n$ sgt-titan {shlex.join(words)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False).returncode
+    return code if code >= 0 else 128 - code
+
+
+def read(out: Path, rows: Sequence[str], folder: str) -> dict[str, Any]:
+    """Results by row, of the rows that have them."""
+    found = {}
+    for row in rows:
+        file = out / row / folder / "results.json"
+        if file.is_file():
+            found[row] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    found = Parser(
+        prog="sgt-titan tables",
+        description="Train and evaluate the rows of the paper's Table I (and Table III, Figures 3 and 4) and print them "
+        "beside the published ones.",
+        epilog="Further words are config overrides of every training (--training.steps 500 ...). Run it again to go on. "
+        "OUT/tables.md and OUT/tables.html hold the tables.",
+        allow_abbrev=False,
+    )
+    found.add_argument("config", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    found.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/tables-NAME")
+    found.add_argument(
+        "--rows", metavar="A,B", default=",".join(ROWS), help=f"rows of Table I (default {','.join(ROWS)})"
+    )
+    found.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="of each evaluation")
+    found.add_argument("--prompts", type=int, help="held-out prompts to attack, instead of the suite's number")
+    found.add_argument("--pii", metavar="SOURCE", help="data with marked private values for Table III (pupa, demo)")
+    found.add_argument(
+        "--benchmarks", metavar="A,B", default="", help="lm-eval tasks for the utility column, or `paper`"
+    )
+    found.add_argument("--benchmark-dir", metavar="DIR", help="local copies of the benchmarks; default: from the hub")
+    found.add_argument("--seed", type=int, default=0, help="of the evaluations (default 0)")
+    found.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
+    return found
+
+
+def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
+    """Run what is missing, then write and print the tables; returns the exit code of the first command that fails.
+
+    Raises:
+        UserError: an unknown config, row or option.
+    """
+    arguments, overrides = parser().parse_known_args(argv)
+    arguments.rows = [row for row in arguments.rows.split(",") if row]
+    if unknown := [row for row in arguments.rows if row not in ROWS]:
+        raise UserError(f"--rows: {unknown[0]!r} is unknown; there are {', '.join(ROWS)}")
+    for key in parse_overrides(list(overrides)):
+        if (
+            key.startswith("objective.")
+            and key.endswith((".preset", ".weight"))
+            and not key.startswith("objective.mi.")
+        ):
+            raise UserError(f"--{key}: the rows decide it; leave it out")
+    arguments.out = arguments.out or Path("outputs") / f"tables-{Path(arguments.config).stem}"
+    todo = steps(arguments, overrides)
+    if arguments.dry_run:
+        for step in todo:
+            print(f"{'(done) ' if step.done.is_file() else ''}sgt-titan {shlex.join(step.words)}")
+        return 0
+    for index, step in enumerate(todo, start=1):
+        if step.done.is_file():
+            continue
+        print(f"[{index}/{len(todo)}]", file=sys.stderr, flush=True)
+        if code := execute(step.words):
+            return code
+    from sgt_titan.evaluation import published
+
+    rows = read(arguments.out, arguments.rows, "evaluation")
+    pii = read(arguments.out, [row for row in arguments.rows if row in PII_ROWS], "pii")
+    about = {
+        "config": dump(load(arguments.config, overrides)),
+        "command": shlex.join(["sgt-titan", "tables", *(argv or [])]),
+    }
+    write(arguments.out / "tables.md", published.markdown(rows, pii, about))
+    write(arguments.out / "tables.html", published.page(rows, pii, about))
+    print(published.terminal(rows, pii))
+    print(f"\n{arguments.out / 'tables.md'}\n{arguments.out / 'tables.html'}")
+    return 0
