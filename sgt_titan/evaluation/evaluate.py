@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = list(evaluation.jobs())
     seconds, size = runner.check_budget(jobs, minutes=arguments.minutes, memory=arguments.memory)
     say(
-        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {runner.clock(seconds)} (a factor of three either "
-        f"way) and {size / 2**30:.2f} GiB beside the models"
+        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {runner.clock(seconds)} (a factor of three "
+        f"either way) and {size / 2**30:.2f} GiB beside the models"
     )
     if arguments.estimate:
         for job in jobs:

@@ -1,7 +1,7 @@
 """Runs a suite job by job, each saved as it finishes, and merges the parts into ``results.json``.
 
-A job is a name, a cost and a function that returns a JSON value. Costs are summed before anything starts: what would not
-fit the memory or the time given is refused with what to reduce.
+A job is a name, a cost and a function that returns a JSON value. Costs are summed before anything starts: what would
+not fit the memory or the time given is refused with what to reduce.
 """
 
 from __future__ import annotations

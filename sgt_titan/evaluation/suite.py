@@ -35,7 +35,7 @@ SUITES: dict[str, Suite] = {
         ("redaction",),
         64,
         200,
-        "under an hour for a small trunk: what a report should say",
+        "an hour for a small trunk: what a report says",
     ),
     "full": Suite(
         512, 100_000, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), ("redaction", "noise"), 128, 0, "hours: for publication"

@@ -1,4 +1,4 @@
-"""``sgt-titan tables``: the paper's Table I, Table III and Figures 3 and 4 on a trunk of one's own, beside the published.
+"""``sgt-titan tables``: the paper's Tables I and III and Figures 3 and 4 on a trunk of your own, beside the published.
 
 Six trainings that differ in the objective alone, each evaluated, through the commands that anybody would type; each is
 a process of its own and goes on where an interruption left it.
@@ -98,10 +98,10 @@ def read(out: Path, rows: Sequence[str], folder: str) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     found = Parser(
         prog="sgt-titan tables",
-        description="Train and evaluate the rows of the paper's Table I (and Table III, Figures 3 and 4) and print them "
-        "beside the published ones.",
-        epilog="Further words are config overrides of every training (--training.steps 500 ...). Run it again to go on. "
-        "OUT/tables.md and OUT/tables.html hold the tables.",
+        description="Train and evaluate the rows of the paper's Table I (and Table III, Figures 3 and 4) and print "
+        "them beside the published ones.",
+        epilog="Further words are config overrides of every training (--training.steps 500 ...). Run it again to go "
+        "on. OUT/tables.md and OUT/tables.html hold the tables.",
         allow_abbrev=False,
     )
     found.add_argument("config", metavar="NAME", help="a config of train_configs/ or a YAML file")

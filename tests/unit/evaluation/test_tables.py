@@ -1,0 +1,72 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sgt_titan.config.load import load
+from sgt_titan.config.schema import PRESETS, TERMS
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation import tables
+
+
+@pytest.mark.parametrize("row", tables.ROWS)
+def test_a_row_is_its_terms_and_no_other(row):
+    """Also where the config gives a weight of its own, as the demo does for MI."""
+    from sgt_titan.config.load import resolve
+
+    config = resolve(load("demo", tables.objective(row)), world_size=None)
+    weights = {term: getattr(config.objective, term).weight for term in TERMS}
+    assert {term for term, weight in weights.items() if weight} == set(PRESETS[row])
+
+
+def test_dry_run_prints_every_command_and_runs_none(tmp_path, capsys):
+    ran = []
+    words = ["demo", "--out", str(tmp_path / "out"), "--pii", "demo", "--dry-run", "--training.steps", "5"]
+    assert tables.main(words, execute=lambda words: ran.append(words) or 0) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not ran and not (tmp_path / "out").exists()
+    assert sum(line.startswith("sgt-titan train demo") for line in lines) == 6
+    assert sum(line.startswith("sgt-titan evaluate") for line in lines) == 6 + 4
+    assert sum("--no-baselines" not in line for line in lines if "evaluate" in line) == 2
+    assert all("--training.steps 5" in line for line in lines if " train " in line)
+
+
+def test_goes_on_where_it_stopped(tmp_path):
+    """The second call runs what the first did not finish, and a failure is passed on."""
+    ran = []
+
+    def execute(words):
+        ran.append(words[0])
+        if len(ran) == 3:
+            return 7
+        step = next(s for s in steps if s.words == tuple(words))
+        step.done.parent.mkdir(parents=True, exist_ok=True)
+        step.done.write_text(json.dumps({}))
+        return 0
+
+    words = ["demo", "--out", str(tmp_path / "out"), "--rows", "mi,abs_cos"]
+    steps = tables.steps(
+        SimpleNamespace(
+            config="demo", out=tmp_path / "out", rows=["mi", "abs_cos"], suite="quick", seed=0, prompts=None,
+            benchmarks="", benchmark_dir=None, pii=None,
+        ),
+        [],
+    )  # fmt: skip
+    assert tables.main(words, execute=execute) == 7
+    assert ran == ["train", "evaluate", "train"]
+    assert [step.done.is_file() for step in steps] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--rows", "mi,nonsense"], "nonsense"),
+        (["nothing_of_the_kind"], "nothing_of_the_kind"),
+        (["demo", "--objective.abs_cos.weight", "2"], "the rows decide it"),
+        (["demo", "--trainin.steps", "2"], "trainin"),
+    ],
+)
+def test_bad_input(words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        tables.main([*words, "--out", str(tmp_path / "out")], execute=lambda words: 1)
+    assert not (tmp_path / "out").exists()
