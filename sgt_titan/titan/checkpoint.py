@@ -23,6 +23,7 @@ from torchtitan.components.checkpointer.base import BaseCheckpointManager
 from torchtitan.tools.logging import logger
 
 from sgt_titan import checkpoint as disk
+from sgt_titan.cluster.ownership import Ownership
 from sgt_titan.errors import UserError
 from sgt_titan.export import SGT
 
@@ -55,6 +56,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.trainer = states["train_state"]
         self.output_dir = Path(base_folder)
         self.damaged: set[Path] = set()  # found while loading; their steps are saved anew
+        self.owner: Ownership | None = None  # rank 0's hold on the directory, once training begins
 
     # -- what a checkpoint holds -----------------------------------------------------------------------------------
 
@@ -127,6 +129,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
         files = {name: entry for part in described for name, entry in part.items()}
 
         def commit() -> None:
+            if self.owner is not None and not self.owner.held():
+                raise UserError(f"run.output_dir: {self.output_dir} was taken over by another attempt of this job")
             present = {file.name for file in path.glob("*.safetensors")}
             assert present == set(files), f"ranks described {sorted(files)}, the directory holds {sorted(present)}"
             disk.commit(path, files | disk.describe_files([path / disk.CONFIG, path / disk.STATE]))

@@ -9,14 +9,19 @@ import warnings
 import torch.distributed as dist
 from torchtitan.tools.logging import init_logger, logger
 
+from sgt_titan.cluster.ownership import Ownership
 from sgt_titan.config.schema import Config
 
 from .config import to_trainer_config
 from .startup import check_output_dir
 
+EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: asked to stop, saved, to be started again
+
 
 def run(config: Config) -> int:
     """Train, or go on training, or say that there is nothing left to do. Called on every rank.
+
+    Returns 0, or ``EXIT_STOPPED`` where a signal ended the run early, which saved first.
 
     Raises:
         UserError: bad input, found before the first collective.
@@ -35,11 +40,12 @@ def run(config: Config) -> int:
             f"{config.run.output_dir}: already trained to step {done} of {config.training.steps}; nothing to do"
         )
         return 0
+    Ownership(config.run.output_dir).check()  # before anything is written; `train` takes it
     trainer = trainer_config.build()
     try:
         trainer.train()
+        return EXIT_STOPPED if trainer.stopped else 0
     finally:
         trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0

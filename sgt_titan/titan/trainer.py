@@ -14,13 +14,17 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from sgt_titan.checkpoint import latest_committed
+from sgt_titan.cluster import status
+from sgt_titan.cluster.ownership import Ownership
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.errors import UserError
 from sgt_titan.export import export_checkpoint
 from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
 
+from .checkpoint import on_rank_zero
 from .dataloader import microbatch_inputs
 from .initialize import initialize_estimator, initialize_from_trunk
+from .interruption import Reason, StopRequest
 from .load_trunk import load_trunk
 from .loss import REPORTED, make_pair_groups
 from .noise import draw
@@ -61,13 +65,48 @@ class SGTTrainer(Trainer):
         self.uses_flex = any(isinstance(module, FlexAttention) for module in model.trunk.modules())
 
     def train(self) -> None:
-        if dist.get_rank() == 0:
-            claim_output_dir(self.prepared)
-        super().train()
-        if self.run.export.at_end and self.step >= self.config.training.steps and dist.get_rank() == 0:
-            out_dir = Path(self.run.run.output_dir) / "export"
-            export_checkpoint(latest_committed(self.run.run.output_dir), out_dir, overwrite=True)
-            logger.info(f"Exported to {out_dir}")
+        """Until the last step, or until asked to stop (``stopped``); then export and say how it ended."""
+        owner = Ownership(self.run.run.output_dir)
+        on_rank_zero(lambda: self._claim(owner))
+        self.owner = self.checkpointer.owner = owner
+        self.stop, self.stopped = StopRequest(), Reason.NONE
+        try:
+            super().train()
+            on_rank_zero(self._finish)
+        finally:
+            self.stop.close()
+            owner.release()
+
+    def should_continue_training(self) -> bool:
+        """Also the step boundary at which a request to stop takes effect."""
+        reason, more = self.stop.agreed(), super().should_continue_training()
+        if reason is Reason.LOST:
+            raise UserError(f"run.output_dir: {self.run.run.output_dir} was taken over by another attempt of this job")
+        if more and reason:
+            self.stopped = reason
+            self.checkpointer.save(self.step, last_step=True)
+            return False
+        if more:
+            self.stop.begin(lost=self.owner.lost.is_set())
+        return more
+
+    def _claim(self, owner: Ownership) -> None:
+        owner.acquire()
+        claim_output_dir(self.prepared)
+        status.write(self.run.run.output_dir, "running", attempt=owner.attempt, step=self.step)
+
+    def _finish(self) -> None:
+        """Rank 0, after the last step of this attempt."""
+        folder = Path(self.run.run.output_dir)
+        if self.step < self.config.training.steps:
+            reason = f"SIG{self.stopped.name}"
+            logger.info(f"Stopped at step {self.step} of {self.config.training.steps} on {reason}; saved, go on later")
+            status.write(folder, "stopped", attempt=self.owner.attempt, step=self.step, reason=reason)
+            return
+        if self.run.export.at_end:
+            export_checkpoint(latest_committed(folder), folder / "export", overwrite=True)
+            logger.info(f"Exported to {folder / 'export'}")
+        status.write(folder, "finished", attempt=self.owner.attempt, step=self.step)
 
     # -- one microbatch ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,131 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sgt_titan.cluster import ownership
+from sgt_titan.cluster.ownership import FILE, Ownership, attempt_name, read_owner
+from sgt_titan.errors import UserError
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A token of a process on another host, ``age`` seconds old."""
+
+    def make(attempt: str, age: float = 0.0, host: str = "far-away", pid: int = 1) -> None:
+        (tmp_path / FILE).write_text(json.dumps({"attempt": attempt, "host": host, "pid": pid}))
+        then = time.time() - age
+        os.utime(tmp_path / FILE, (then, then))
+
+    return make
+
+
+def test_held_until_released(tmp_path):
+    owner = Ownership(tmp_path, "slurm-7.0")
+    owner.acquire()
+    assert owner.held() and read_owner(tmp_path)["attempt"] == "slurm-7.0"
+    owner.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_job_is_refused_and_told_who_has_it(tmp_path, elsewhere):
+    elsewhere("slurm-7.0")
+    with pytest.raises(UserError, match=r"in use by slurm-7\.0 on far-away \(heartbeat \d+ s ago\)"):
+        Ownership(tmp_path, "slurm-8.0").acquire()
+    assert read_owner(tmp_path)["attempt"] == "slurm-7.0" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_token_without_heartbeat_is_taken(tmp_path, elsewhere):
+    elsewhere("slurm-7.0", age=ownership.STALE_SECONDS + 5)
+    owner = Ownership(tmp_path, "slurm-8.0")
+    owner.acquire()
+    assert owner.held()
+    owner.release()
+
+
+def test_a_dead_process_of_this_host_does_not_hold(tmp_path, elsewhere):
+    import socket
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    elsewhere("-here-1", host=socket.gethostname(), pid=dead.pid)
+    owner = Ownership(tmp_path, "-here-2")
+    owner.acquire()
+    assert owner.held()
+    owner.release()
+
+
+def test_a_restart_takes_over_and_the_orphan_notices(tmp_path):
+    """slurmd lost its controller: the job runs again while the old processes train on."""
+    orphan = Ownership(tmp_path, "slurm-7.0", beat=0.02)
+    orphan.acquire()
+    restart = Ownership(tmp_path, "slurm-7.1", beat=0.02)
+    restart.acquire()
+    assert orphan.lost.wait(5)
+    orphan.release()
+    assert restart.held() and not orphan.held()
+    restart.release()
+
+
+def test_an_older_restart_does_not_take_back(tmp_path, elsewhere):
+    elsewhere("slurm-7.2")
+    with pytest.raises(UserError, match="in use"):
+        Ownership(tmp_path, "slurm-7.1").acquire()
+
+
+def test_restarts_count_as_numbers(tmp_path, elsewhere):
+    elsewhere("slurm-7.9")
+    owner = Ownership(tmp_path, "slurm-7.10")
+    owner.acquire()
+    owner.release()
+
+
+def test_the_heartbeat_beats(tmp_path):
+    owner = Ownership(tmp_path, "a.0", beat=0.02)
+    owner.acquire()
+    os.utime(tmp_path / FILE, (1, 1))
+    deadline = time.monotonic() + 5
+    while (tmp_path / FILE).stat().st_mtime < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (tmp_path / FILE).stat().st_mtime > 2
+    owner.release()
+
+
+def test_of_many_that_start_at_once_one_gets_it(tmp_path):
+    """Processes of one moment, over a stale token: the take-over itself must not let two through."""
+    (tmp_path / FILE).write_text(json.dumps({"attempt": "slurm-1.0", "host": "gone", "pid": 1}))
+    os.utime(tmp_path / FILE, (1, 1))
+    code = (
+        "import sys, time\n"
+        "from sgt_titan.cluster.ownership import Ownership\n"
+        "from sgt_titan.errors import UserError\n"
+        "time.sleep(max(0, float(sys.argv[3]) - time.time()))\n"
+        "owner = Ownership(sys.argv[1], sys.argv[2])\n"
+        "try:\n    owner.acquire()\nexcept UserError:\n    sys.exit(2)\n"
+        "time.sleep(1.5)\nsys.exit(0 if owner.held() else 3)\n"
+    )
+    start = str(time.time() + 1.0)
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"slurm-{i}.0", start]) for i in range(2, 8)
+    ]
+    codes = sorted(process.wait() for process in started)
+    assert codes == [0, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_JOB_ID": "42"}, "slurm-42.0"),
+        ({"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "3"}, "slurm-42.3"),
+        ({"SLURM_JOB_ID": "44", "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "2"}, "slurm-42_2.0"),
+    ],
+)
+def test_attempt_name(monkeypatch, environment, expected):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert attempt_name() == expected
