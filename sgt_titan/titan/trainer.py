@@ -29,6 +29,7 @@ from .load_trunk import load_trunk
 from .loss import REPORTED, make_pair_groups
 from .noise import draw
 from .startup import Prepared, check_output_dir, claim_output_dir
+from .watchdog import Watchdog
 
 
 class SGTTrainer(Trainer):
@@ -70,15 +71,19 @@ class SGTTrainer(Trainer):
         on_rank_zero(lambda: self._claim(owner))
         self.owner = self.checkpointer.owner = owner
         self.stop, self.stopped = StopRequest(), Reason.NONE
+        self.watchdog = Watchdog()
+        self.patience = self.run.comm.init_timeout_seconds  # compiling may take longer than any step after it
         try:
             super().train()
             on_rank_zero(self._finish)
         finally:
+            self.watchdog.close()
             self.stop.close()
             owner.release()
 
     def should_continue_training(self) -> bool:
         """Also the step boundary at which a request to stop takes effect."""
+        self.watchdog.beat(self.patience)
         reason, more = self.stop.agreed(), super().should_continue_training()
         if reason is Reason.LOST:
             raise UserError(f"run.output_dir: {self.run.run.output_dir} was taken over by another attempt of this job")
@@ -89,6 +94,17 @@ class SGTTrainer(Trainer):
         if more:
             self.stop.begin(lost=self.owner.lost.is_set())
         return more
+
+    def train_step(self, data_iterator) -> None:
+        self.metrics_processor.start_step(self.step)
+        super().train_step(data_iterator)
+        self.patience = self.run.comm.train_timeout_seconds
+        self.watchdog.beat(self.patience)  # a save or a probe has as long as a step
+        self.metrics_processor.show_progress(self.step)
+        every = self.run.metrics.probe_every
+        if every and (self.step % every == 0 or self.step in (1, self.config.training.steps)):
+            self.metrics_processor.log_probe(self.step, self.probe())
+            self.watchdog.beat(self.patience)
 
     def _claim(self, owner: Ownership) -> None:
         owner.acquire()
@@ -156,14 +172,6 @@ class SGTTrainer(Trainer):
         return torch.nan_to_num(loss.detach(), nan=0.0, posinf=0.0, neginf=0.0)
 
     # -- around a step -----------------------------------------------------------------------------------------------
-
-    def train_step(self, data_iterator) -> None:
-        self.metrics_processor.start_step(self.step)
-        super().train_step(data_iterator)
-        self.metrics_processor.show_progress(self.step)
-        every = self.run.metrics.probe_every
-        if every and (self.step % every == 0 or self.step in (1, self.config.training.steps)):
-            self.metrics_processor.log_probe(self.step, self.probe())
 
     @torch.no_grad()
     def probe(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,3 +114,40 @@ def test_a_directory_in_use_is_refused(small):
     assert len(lines) == 1 and "is in use by slurm-7.0 on elsewhere" in lines[0]
     assert [path.name for path in out.iterdir()] == [ownership.FILE]
     assert ownership.read_owner(out)["attempt"] == "slurm-7.0"
+
+
+@dataclass
+class Hang:
+    """One rank stops coming to its collectives."""
+
+    rank: int
+    step: int
+
+    def __call__(self, rank: int, folder: Path) -> None:
+        from sgt_titan.titan.trainer import SGTTrainer
+
+        if rank != self.rank:
+            return
+        original = SGTTrainer._forward_backward_body
+
+        def body(trainer, *arguments):
+            if trainer.step == self.step:
+                stuck_in_the_mud()
+            return original(trainer, *arguments)
+
+        SGTTrainer._forward_backward_body = body
+
+
+def stuck_in_the_mud() -> None:
+    time.sleep(600)
+
+
+def test_a_hung_rank_prints_where_it_stands_and_ends_the_job(small):
+    folder, outcome = small.run(
+        2, *OPTIONS, "--comm.train_timeout_seconds", "4", "--checkpoint.interval", "2", hooks=(Hang(1, 4),)
+    )
+    assert all(outcome.codes) and outcome.seconds < 60
+    assert "Timeout" in outcome.errors[1] and "stuck_in_the_mud" in outcome.errors[1]
+    assert "_forward_backward_body" in outcome.output[0] or "Timed out" in outcome.output[0]
+    assert checkpoint.step_of(checkpoint.latest_committed(folder / "out")) == 2
+    assert status.read(folder / "out")["state"] == "running", "it could not say how it ended"
