@@ -20,11 +20,10 @@ import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = "checkpoints"
 MARKER = "COMMITTED"
@@ -122,6 +121,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """Whole tensors whose name starts with ``prefix`` (left out of the result), put together from all ranks' files."""
+    # Here, because a launch script that asks for the newest step has no seconds to spare for torch.
+    import torch
+    from safetensors import safe_open
+    from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+
     pieces: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as reader:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 from torchtitan.tools.logging import init_logger, logger
 
-from sgt_titan.cluster.ownership import Ownership
+from sgt_titan.checkpoint import latest_committed, step_of
+from sgt_titan.cluster import status
+from sgt_titan.cluster.ownership import Ownership, read_owner
 from sgt_titan.config.schema import Config
+from sgt_titan.errors import UserError
 
 from .config import to_trainer_config
+from .optimizer import NonFiniteError
 from .startup import check_output_dir
 
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: asked to stop, saved, to be started again
@@ -26,6 +32,26 @@ def run(config: Config) -> int:
     Raises:
         UserError: bad input, found before the first collective.
     """
+    try:
+        return _run(config)
+    except UserError as error:
+        _record(config, "refused", str(error))
+        raise
+    except NonFiniteError as error:
+        _record(config, "failed", str(error))
+        raise
+
+
+def _record(config: Config, state: Literal["refused", "failed"], reason: str) -> None:
+    """Tell whoever would start this again that it would end the same way; not in a directory of somebody else."""
+    owner = Ownership(config.run.output_dir)
+    holder = read_owner(config.run.output_dir)
+    if os.environ.get("RANK", "0") == "0" and Path(config.run.output_dir).is_dir() and holder is None:
+        step = step_of(latest) if (latest := latest_committed(config.run.output_dir)) else 0
+        status.write(config.run.output_dir, state, attempt=owner.attempt, step=step, reason=reason)
+
+
+def _run(config: Config) -> int:
     init_logger()
     # Neither concerns us: nothing here works in place on a layer's output, and no random operator is sharded.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

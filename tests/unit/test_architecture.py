@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "arguments": {"errors"},
     "config": {"errors"},
     "checkpoint": set(),
-    "cluster": {"errors", "checkpoint", "config"},
+    "cluster": {"errors", "arguments", "checkpoint", "config", "train"},
     "transform": {"errors"},
     "objectives": {"errors"},
     "metrics": {"errors"},

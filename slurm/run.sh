@@ -1,0 +1,84 @@
+# What a job does. Sourced by the scripts of launch/, which set CONFIG and carry the #SBATCH lines.
+# shellcheck shell=bash
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() { echo "${CONFIG}: error: $*" >&2; exit 2; }
+
+case "${1:-}" in -h | --help)
+  cat <<EOF
+Trains ${CONFIG} (train_configs/${CONFIG}.yaml).
+
+  sbatch ${LAUNCH:-launch/NAME.sh} [--section.key value ...]              on Slurm, as many nodes as the script asks for
+  sbatch --nodes=32 ${LAUNCH:-launch/NAME.sh} ...                         on fewer, with the same global batch
+  bash ${LAUNCH:-launch/NAME.sh} [--section.key value ...]                on this machine (launch/local.sh)
+
+Options: python -m sgt_titan.cli train --help. Site facts: slurm/site.env, see slurm/site.env.example. Guide: docs/CLUSTER.md
+EOF
+  exit 0 ;;
+esac
+
+[ -n "${SLURM_JOB_ID:-}" ] || exec bash "$root/launch/local.sh" "$CONFIG" "$@"
+
+# -- the site ----------------------------------------------------------------------------------------------------------
+site=${SGT_SITE:-$root/slurm/site.env}
+[ -f "$site" ] || fail "$site is missing; copy slurm/site.env.example there and edit it"
+# shellcheck source=/dev/null
+. "$site"
+for name in SGT_ACTIVATE SGT_SHARED; do
+  [ -n "${!name:-}" ] || fail "$site: $name is not set; slurm/site.env.example says what it is for"
+done
+mkdir -p "$SGT_SHARED" 2>/dev/null || fail "$site: SGT_SHARED=$SGT_SHARED cannot be made"
+eval "$SGT_ACTIVATE"
+cd "$root"
+
+# -- the allocation ----------------------------------------------------------------------------------------------------
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} # an array's task, not the array
+restart=${SLURM_RESTART_COUNT:-0}
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+port=$((20000 + (SLURM_JOB_ID * 17 + restart) % 20000)) # other jobs and earlier attempts listen elsewhere
+procs=${SGT_PROCS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+
+words=("$@")
+case " $* " in *" --run.output_dir"*) ;; *) words+=(--run.output_dir "$SGT_SHARED/${SGT_RUN_NAME:-$CONFIG}") ;; esac
+
+# -- before ------------------------------------------------------------------------------------------------------------
+assignments=$(python -m sgt_titan.cluster.job begin "$CONFIG" --nodes "$SLURM_NNODES" --gpus "$procs" "${words[@]}") || exit 2
+eval "$assignments" # OUTPUT_DIR
+logs=$OUTPUT_DIR/logs/$job.$restart
+mkdir -p "$logs"
+
+# -- the attempt -------------------------------------------------------------------------------------------------------
+# Signals reach every process of the step. torchrun would end its workers at once, so it ignores them, and the workers,
+# which install handlers of their own, save and end.
+export SGT_HEAD=$head SGT_PORT=$port SGT_PROCS=$procs SGT_LOGS=$logs SGT_RDZV=$job.$restart
+srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$logs/%N.log" --open-mode=append \
+  bash -c '
+    trap "" USR1 TERM
+    exec ${SGT_WRAP:-} python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$SGT_PROCS" \
+      --max-restarts=0 --signals-to-handle=SIGINT --rdzv-backend=c10d --rdzv-endpoint="$SGT_HEAD:$SGT_PORT" \
+      --rdzv-id="$SGT_RDZV" --rdzv-conf=is_host=$([ "$SLURM_NODEID" = 0 ] && echo 1 || echo 0) \
+      --log-dir="$SGT_LOGS" --redirects=3 --tee=3 -m sgt_titan.train "$@"' \
+  train "$CONFIG" "${words[@]}" &
+step=$!
+trap 'kill -USR1 "$step" 2>/dev/null || true' USR1 # near the time limit: srun passes it on
+trap 'kill -TERM "$step" 2>/dev/null || true' TERM # preemption
+code=0
+while :; do # a trap interrupts wait
+  wait "$step" && code=0 || code=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+
+# -- after -------------------------------------------------------------------------------------------------------------
+decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "${SGT_MAX_RESTARTS:-50}")
+case $decision in
+  done) exit 0 ;;
+  requeue)
+    # scancel means stop: its job is no longer running by the time we are here.
+    state=$(scontrol show job "$job" -o | grep -o 'JobState=[A-Z_]*' | head -n1)
+    [ "$state" = JobState=RUNNING ] || { echo "not requeued: $state" >&2; exit 1; }
+    scontrol requeue "$job"
+    sleep 300 # until Slurm ends this script; leaving now would complete the job
+    ;;
+esac
+exit $((code ? code : 1))

@@ -1,0 +1,72 @@
+import pytest
+
+from sgt_titan import checkpoint
+from sgt_titan.cluster import attempts, status
+from sgt_titan.cluster.attempts import begin, decide, end
+
+
+def save(out, step):
+    checkpoint.step_dir(out, step).mkdir(parents=True)
+    checkpoint.commit(checkpoint.step_dir(out, step), {})
+
+
+@pytest.mark.parametrize(
+    ("state", "restarts", "in_vain", "decision"),
+    [
+        ("finished", 99, [True] * 9, "done"),
+        ("refused", 0, [False], "stop"),
+        ("failed", 0, [False], "stop"),
+        ("stopped", 3, [True, True, True], "requeue"),  # preempted at once, three times: nobody's fault
+        ("stopped", 5, [False], "stop"),
+        ("", 0, [True], "requeue"),
+        ("", 1, [True, True], "requeue"),
+        ("", 2, [True, True, True], "stop"),
+        ("", 3, [True, True, False, True], "requeue"),
+    ],
+)
+def test_decision(state, restarts, in_vain, decision):
+    assert decide(state, "why", restarts, 5, in_vain)[0] == decision
+
+
+def test_a_run_that_dies_advances_and_finishes(tmp_path):
+    """Three attempts: one dies after a checkpoint, one is preempted, one finishes."""
+    begin(tmp_path, "slurm-1.0", 4)
+    status.write(tmp_path, "running", attempt="slurm-1.0", step=0)
+    save(tmp_path, 10)
+    first = end(tmp_path, "slurm-1.0", restarts=0, max_restarts=5)
+    assert (first.decision, first.first_step, first.last_step, first.state) == ("requeue", 0, 10, "")
+    assert "on 4 nodes at step 0" in first.summary() and "at step 10 (died): requeue" in first.summary()
+
+    begin(tmp_path, "slurm-1.1", 2)
+    status.write(tmp_path, "stopped", attempt="slurm-1.1", step=10, reason="SIGTERM")
+    assert end(tmp_path, "slurm-1.1", restarts=1, max_restarts=5).decision == "requeue"
+
+    begin(tmp_path, "slurm-1.2", 2)
+    save(tmp_path, 20)
+    status.write(tmp_path, "finished", attempt="slurm-1.2", step=20)
+    assert end(tmp_path, "slurm-1.2", restarts=2, max_restarts=5).decision == "done"
+    assert [(a.attempt, a.first_step, a.last_step) for a in attempts.read(tmp_path)] == [
+        ("slurm-1.0", 0, 10), ("slurm-1.1", 10, 10), ("slurm-1.2", 10, 20),
+    ]  # fmt: skip
+
+
+def test_two_restarts_without_progress_are_enough(tmp_path):
+    decisions = []
+    for restart in range(4):
+        begin(tmp_path, f"slurm-1.{restart}", 4)
+        decisions.append(end(tmp_path, f"slurm-1.{restart}", restarts=restart, max_restarts=50).decision)
+    assert decisions[:3] == ["requeue", "requeue", "stop"]
+
+
+def test_what_an_earlier_attempt_said_does_not_count(tmp_path):
+    """An attempt that dies before it says anything must not be taken for the one that was preempted."""
+    status.write(tmp_path, "refused", attempt="slurm-1.0", step=0, reason="bad")
+    begin(tmp_path, "slurm-2.0", 1)
+    assert end(tmp_path, "slurm-2.0", restarts=0, max_restarts=5).decision == "requeue"
+
+
+def test_a_cut_off_line_is_left_out(tmp_path):
+    begin(tmp_path, "slurm-1.0", 4)
+    with (tmp_path / attempts.FILE).open("a") as file:
+        file.write('{"attempt": "slurm-1.')
+    assert [a.attempt for a in attempts.read(tmp_path)] == ["slurm-1.0"]
