@@ -11,7 +11,7 @@ Legend: B batch, T sequence, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -72,3 +72,91 @@ def learned(transform: StainedGlassTransform) -> Mechanism:
         return Obfuscated(x_tilde_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD)
 
     return Mechanism("sgt", "this SGT", obfuscate, transform=transform)
+
+
+def redaction(placeholder_D: torch.Tensor) -> Mechanism:
+    """The tokens of marked private values replaced by a placeholder's embedding (D,); the rest is sent in clear.
+
+    The common practice, with a perfect detector: what it protects is what was marked, and only that.
+    """
+
+    def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:
+        hidden_BT = batch.marked_BT & batch.obfuscate_BT
+        sent_BTD = torch.where(hidden_BT[..., None], placeholder_D.to(x_BTD), x_BTD)
+        return Obfuscated(sent_BTD, sent_BTD, None)
+
+    return Mechanism("redaction", "redaction of marked values", obfuscate)
+
+
+# -- constant noise as local differential privacy ----------------------------------------------------------------------
+
+DELTA = 1e-5
+
+
+def noise_grid(table_VD: torch.Tensor, scale: float, sigmas: Sequence[float]) -> list[Mechanism]:
+    """Constant noise at several sigmas (units of ``scale``), each with the epsilon that it gives one token.
+
+    The first is named "noise", the others by their sigma. Neighbouring inputs are two tokens at one position, so the
+    sensitivity is the largest distance between two rows of the table; a prompt of T tokens gets T times the epsilon
+    by composition.
+    """
+    sensitivity = largest_distance(table_VD)
+    found = []
+    for i, sigma in enumerate(sigmas):
+        std = sigma * scale
+        name, title = (
+            ("noise", "constant noise, this SGT's mean std")
+            if i == 0
+            else (f"noise-{sigma:g}", f"constant noise, std {sigma:g}")
+        )
+        mechanism = constant_noise(std, name, title)
+        mechanism.facts.update(
+            std=sigma,
+            delta=DELTA,
+            epsilon=gaussian_epsilon(sensitivity / std, DELTA),
+            epsilon_classical=classical_epsilon(sensitivity / std, DELTA),
+        )
+        found.append(mechanism)
+    return found
+
+
+@torch.no_grad()
+def largest_distance(table_VD: torch.Tensor, chunk: int = 2048) -> float:
+    """The largest L2 distance between two rows, exactly, in blocks of (2048, V)."""
+    table_VD = table_VD.double()
+    norm_V, largest = table_VD.square().sum(-1), 0.0
+    for start in range(0, table_VD.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        largest = max(largest, (norm_V[rows, None] + norm_V - 2 * table_VD[rows] @ table_VD.T).max().item())
+    return math.sqrt(max(largest, 0.0))
+
+
+def classical_epsilon(shift: float, delta: float) -> float:
+    """``shift sqrt(2 ln(1.25 / delta))`` (Dwork and Roth, 2014, Theorem A.1): proven only below 1, quoted well above.
+
+    shift: sensitivity over sigma.
+    """
+    return shift * math.sqrt(2 * math.log(1.25 / delta))
+
+
+def gaussian_epsilon(shift: float, delta: float) -> float:
+    """The smallest epsilon for which Gaussian noise is (epsilon, delta)-DP, exactly.
+
+    The analytic Gaussian mechanism (Balle and Wang, arXiv 1805.06530, Theorem 8): the epsilon at which
+    ``Phi(shift/2 - eps/shift) - e^eps Phi(-shift/2 - eps/shift) = delta``. shift: sensitivity over sigma.
+    """
+
+    def excess(epsilon: float) -> float:
+        first, second = (torch.tensor(sign * shift / 2 - epsilon / shift, dtype=torch.float64) for sign in (1, -1))
+        # e^eps overflows long before the product does.
+        return torch.special.ndtr(first).item() - math.exp(epsilon + torch.special.log_ndtr(second).item())
+
+    if excess(0.0) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while excess(high) > delta:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > delta else (low, middle)
+    return high

@@ -67,7 +67,7 @@ class Evaluation:
         noise = noise_grid(table_VD, config.scale, (std / config.scale, *SUITES[self.suite].sigmas))
         found = [sgt, nothing()]
         if any(row.spans for row in setting.rows):
-            found.append(redaction(placeholder(setting.tokenizer)))
+            found.append(redaction(table_VD[placeholder(setting.tokenizer)]))
         found += noise
         return {mechanism.name: mechanism for mechanism in found}
 

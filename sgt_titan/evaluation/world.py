@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from sgt_titan.evaluation.threat import (
     Trunk,
     grants,
 )
+from sgt_titan.metrics.table import NearDuplicates, near_duplicates
 
 KNOWN_TOKENS = 65_536  # pairs that are drawn when an attack asks for pairs; its effort says how many it uses
 MAX_REPEATS = 1024
@@ -49,6 +50,11 @@ class World:
     @cached_property
     def table_VD(self) -> torch.Tensor:
         return self.trunk.get_input_embeddings().weight.detach().float()
+
+    @cached_property
+    def groups(self) -> NearDuplicates:
+        """Rows of the table that nobody can tell apart."""
+        return _groups(self.trunk)
 
     @cached_property
     def truth_N(self) -> torch.Tensor:
@@ -98,6 +104,12 @@ class World:
     def _noise(self, index: int) -> torch.Generator:
         """The k-th obfuscation of every prompt; -1: of the known ones. Different numbers give unrelated noise."""
         return generator(hash64("evaluation", self.seed, index) >> 1, self.trunk.device)
+
+
+@lru_cache(maxsize=2)
+def _groups(trunk: PreTrainedModel) -> NearDuplicates:
+    """Once for all worlds of a trunk."""
+    return near_duplicates(trunk.get_input_embeddings().weight.detach())
 
 
 @torch.no_grad()

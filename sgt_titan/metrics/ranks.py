@@ -171,3 +171,19 @@ def rank_histogram_entropy(rank_N: torch.Tensor, vocab: int) -> HistogramEntropy
         entropy / math.log(vocab),
         math.log(min(rank_N.numel(), vocab)) / math.log(vocab),
     )
+
+
+def most_probable_rank(rank_N: torch.Tensor) -> int:
+    """MRP's r*: the most frequent rank of a calibration set, the lowest of equals (arXiv 2506.09452, section 6.1).
+
+    Raises ValueError without tokens.
+    """
+    if rank_N.numel() == 0:
+        raise ValueError("no token to calibrate on")
+    counts = torch.bincount(rank_N.flatten())
+    return int((counts == counts.max()).nonzero()[0, 0])
+
+
+def mrp_failure_rate(rank_N: torch.Tensor, r_star: int) -> float:
+    """MRP-FR: share of tokens that are not the r*-th nearest row, 0..1. NaN without tokens."""
+    return (rank_N != r_star).double().mean().item()

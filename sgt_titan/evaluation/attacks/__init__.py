@@ -10,6 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sgt_titan.evaluation.attacks import (
+    averaging,
+    beamclean,
+    echo,
+    farthest,
+    inverter,
+    known_plaintext,
+    map_search,
+    nearest,
+)
 from sgt_titan.evaluation.threat import Cost, Guess
 
 SUITES = ("quick", "standard", "full")
@@ -33,4 +43,62 @@ class Attack:
 
 EVERY: Mapping[str, Mapping[str, Any]] = {suite: {} for suite in SUITES}
 
-ATTACKS: dict[str, Attack] = {}
+PAPER = "arXiv 2506.09452, section 6.1"
+FOLKLORE = "the textbook attack"
+BEAMCLEAN = "arXiv 2505.13758"
+
+
+def _by_suite(key: str, *values: Any) -> dict[str, dict[str, Any]]:
+    return {suite: {key: value} for suite, value in zip(SUITES, values, strict=True)}
+
+
+ATTACKS: dict[str, Attack] = {
+    "nearest_l2": Attack("nearest neighbour, L2", nearest.l2, nearest.cost, PAPER, EVERY),
+    "nearest_cosine": Attack("nearest neighbour, cosine", nearest.cosine, nearest.cost, PAPER, EVERY),
+    "nearest_mahalanobis": Attack(
+        "nearest neighbour, Mahalanobis", nearest.mahalanobis, nearest.cost, FOLKLORE, EVERY, {"rows": 64}
+    ),
+    "farthest": Attack("farthest neighbours", farthest.farthest, farthest.cost, PAPER, EVERY),
+    "mrp": Attack(
+        "most probable rank (MRP)", farthest.most_probable_rank, farthest.cost, PAPER, EVERY, {"known": 8192}
+    ),
+    "beamclean_gaussian": Attack(
+        "BeamClean, Gaussian surrogate", beamclean.beamclean, beamclean.cost, BEAMCLEAN,
+        _by_suite("rounds", 2, 3, 5), {"affine": False},
+    ),
+    "beamclean_affine": Attack(
+        "BeamClean, affine surrogate", beamclean.beamclean, beamclean.cost, BEAMCLEAN + ", with a surrogate of ours",
+        _by_suite("rounds", 2, 3, 5), {"affine": True},
+    ),
+    "echo": Attack("echo: the trunk goes on", echo.echo, echo.cost, FOLKLORE, EVERY),
+    "logit_reading": Attack(
+        "reading the trunk's hidden states", echo.logit_reading, echo.cost, FOLKLORE, EVERY, {"rows": 64}
+    ),
+    "averaging": Attack(
+        "averaging K repeats", averaging.averaging, averaging.cost, FOLKLORE, _by_suite("most", 16, 64, 256)
+    ),
+    "known_plaintext": Attack(
+        "known-plaintext regression", known_plaintext.regression, known_plaintext.cost, FOLKLORE,
+        _by_suite("most", 16_384, 65_536, 65_536),
+    ),
+    "averaging_regression": Attack(
+        "averaging K repeats, then regression", averaging.averaging_regression, averaging.cost, FOLKLORE,
+        _by_suite("most", 16, 64, 256), {"known": 65_536},
+    ),
+    "map_search": Attack(
+        "MAP beam search, SGT known", map_search.map_search, map_search.cost, FOLKLORE,
+        {
+            "quick": {"beams": 2, "candidates": 64},
+            "standard": {"beams": 4, "candidates": 256},
+            "full": {"beams": 8, "candidates": 1024},
+        },
+    ),
+    "inverter": Attack(
+        "learned inverter", inverter.inverter, inverter.cost, "arXiv 2004.00053",
+        {
+            "quick": {"steps": 300, "layers": 3, "width": 256},
+            "standard": {"steps": 1500, "layers": 3, "width": 256},
+            "full": {"steps": 10_000, "layers": 6, "width": 384},
+        },
+    ),
+}  # fmt: skip
