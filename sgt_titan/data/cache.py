@@ -7,6 +7,7 @@ A directory ``<cache_dir>/<fingerprint>`` holds
     offsets.npy   (samples + 1,) int64              sample i is tokens[offsets[i]:offsets[i + 1]]
     counts.npy    (samples, 5)   int32              tokens of each kind, see tokenization.COUNTS
     hashes.npy    (samples,)     uint64             decides which samples are held out
+    sources.npy   (samples,)     int64              number of the row in the source
     meta.json                                       counts, options, sizes and sha256 of the arrays
 
 It is built under another name and renamed when complete, so a directory that exists is whole unless someone
@@ -47,8 +48,9 @@ from sgt_titan.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes")
+FORMAT_VERSION = 2  # of the arrays; another one is built again
+TOKENS_VERSION = 1  # of what the arrays say: part of the fingerprint, which runs and exports record
+ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources")
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1
 STALE_SECONDS = 7 * 24 * 3600
@@ -87,6 +89,10 @@ class View:
         """Tokens of one kind (see tokenization.COUNTS) in each sample, int64 (len,)."""
         return self.dataset.counts[self.index, COUNTS.index(kind)].astype(np.int64)
 
+    def source(self, i: int) -> int:
+        """Number of sample i's row in the source."""
+        return int(self.dataset.sources[self.index[i]])
+
     @property
     def fingerprint(self) -> str:
         return self.dataset.fingerprint
@@ -108,6 +114,7 @@ class TokenizedDataset:
     offsets: np.ndarray = field(repr=False)
     counts: np.ndarray = field(repr=False)
     hashes: np.ndarray = field(repr=False)
+    sources: np.ndarray = field(repr=False)
     validation_samples: int
 
     def __len__(self) -> int:
@@ -170,7 +177,7 @@ def cache_dir(config: schema.Config) -> Path:
 def fingerprint(rows: Rows, options: Options, tokenizer_dir: str) -> str:
     """sha256 over the source's content, the tokenizer's files, every option that changes tokens, and the format."""
     total = hashlib.sha256()
-    parts = {"version": FORMAT_VERSION, "source": rows.fingerprint, "options": options.as_dict()}
+    parts = {"version": TOKENS_VERSION, "source": rows.fingerprint, "options": options.as_dict()}
     total.update(json.dumps(parts, sort_keys=True).encode())
     for file in tokenizer_files(tokenizer_dir):
         total.update(f"\0{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
@@ -316,7 +323,7 @@ def _open(directory: Path, validation_samples: int, *, verify: bool) -> Tokenize
     shapes_agree = (
         len(arrays["roles"]) == total
         and arrays["counts"].shape == (samples, len(COUNTS))
-        and len(arrays["hashes"]) == samples
+        and len(arrays["hashes"]) == len(arrays["sources"]) == samples
         and int(arrays["offsets"][-1]) == total
     )
     if not shapes_agree:
@@ -369,6 +376,7 @@ def _write(
         _appender(directory / "offsets.npy", np.int64) as offsets,
         _appender(directory / "counts.npy", np.int32, len(COUNTS)) as counts,
         _appender(directory / "hashes.npy", np.uint64) as hashes,
+        _appender(directory / "sources.npy", np.int64) as sources,
     ):
         offsets(np.zeros(1, dtype=np.int64))
         for chunk in chunks:
@@ -381,6 +389,7 @@ def _write(
             offsets(total + np.cumsum(chunk.lengths[:take]))
             counts(chunk.counts[:take])
             hashes(chunk.hashes[:take])
+            sources(chunk.sources[:take])
             sums += chunk.counts[:take].sum(0, dtype=np.int64)
             read, used, total, truncated = read + chunk.read, used + take, total + stop, truncated + chunk.truncated
             for reason, count in chunk.dropped.items():

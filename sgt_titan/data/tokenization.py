@@ -52,13 +52,15 @@ class Options:
 @dataclass(frozen=True)
 class Chunk:
     """Some consecutive rows, tokenized: flat uint32 tokens and uint8 roles, per-sample lengths (int64),
-    role counts (int32, see COUNTS) and hashes (uint64); rows read and dropped by reason."""
+    role counts (int32, see COUNTS), hashes (uint64) and row numbers in the source (int64); rows read and dropped by
+    reason."""
 
     tokens: np.ndarray
     roles: np.ndarray
     lengths: np.ndarray
     counts: np.ndarray
     hashes: np.ndarray
+    sources: np.ndarray
     read: int
     dropped: dict[str, int]
     truncated: int
@@ -189,7 +191,7 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
     Raises:
         UserError: a row that cannot be used at all (missing field, refused by the template); names the row.
     """
-    ids_parts, role_parts, counts, hashes = [], [], [], []
+    ids_parts, role_parts, counts, hashes, sources = [], [], [], [], []
     dropped = dict.fromkeys(DROPS, 0)
     truncated = 0
     for i in range(start, stop):
@@ -214,12 +216,14 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
         role_parts.append(roles)
         counts.append(count)
         hashes.append(int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest(), "little"))
+        sources.append(i)
     return Chunk(
         tokens=np.concatenate(ids_parts) if ids_parts else np.zeros(0, np.uint32),
         roles=np.concatenate(role_parts) if role_parts else np.zeros(0, np.uint8),
         lengths=np.array([len(p) for p in ids_parts], dtype=np.int64),
         counts=np.array(counts, dtype=np.int32).reshape(-1, len(COUNTS)),
         hashes=np.array(hashes, dtype=np.uint64),
+        sources=np.array(sources, dtype=np.int64),
         read=stop - start,
         dropped=dropped,
         truncated=truncated,

@@ -163,8 +163,8 @@ def inverter(
     earlier = shares[-1 - max(1, len(shares) // 4)]
     if shares[-1] - earlier > STILL_RISING:
         notes.append(
-            f"has not converged: held-out recovery rose by {100 * (shares[-1] - earlier):.1f} points in the last quarter; "
-            "a longer training reads more"
+            f"has not converged: held-out recovery rose by {100 * (shares[-1] - earlier):.1f} points in the last "
+            "quarter; a longer training reads more"
         )
     spent = tokens * (6.0 * sum(p.numel() for p in parameters) + 4.0 * table.rows_VD.numel())
     return Guess(top[-1], curve, spent, tuple(notes))

@@ -4,8 +4,8 @@ Maximises ``sum_t log N(x~_t; x_t + mu(x)_t, sigma(x)_t^2) + weight * log p_LM(x
 depend on the tokens up to t alone, so the search runs left to right, one cached step per candidate: candidates attend
 to their beam's prefix and to themselves, all in one call.
 
-Scoring every token of the vocabulary is exact (``candidates`` 0). A shortlist comes from a linear map back to the table,
-fitted on the attacker's own obfuscations, alone and combined with the prior.
+Scoring every token of the vocabulary is exact (``candidates`` 0). A shortlist comes from a linear map back to the
+table, fitted on the attacker's own obfuscations, alone and combined with the prior.
 
 Legend: B beams, C candidates, T positions, V vocabulary, D width, S cached positions.
 """

@@ -28,7 +28,8 @@ def make_view(samples: int, seed: int = 0) -> View:
     roles = rng.choice([TEMPLATE, PROMPT, RESPONSE], size=offsets[-1], p=[0.3, 0.4, 0.3]).astype(np.uint8)
     counts = np.array([role_counts(roles[a:b]) for a, b in pairwise(offsets)], dtype=np.int32)
     dataset = TokenizedDataset(directory=None, meta={"fingerprint": "x"}, tokens=tokens, roles=roles, offsets=offsets,
-                               counts=counts, hashes=offsets[:-1].astype(np.uint64), validation_samples=0)  # fmt: skip
+                               counts=counts, hashes=offsets[:-1].astype(np.uint64), sources=offsets[:-1],
+                               validation_samples=0)  # fmt: skip
     return View(dataset, np.arange(1, 2 * samples, 2))
 
 

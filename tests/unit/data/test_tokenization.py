@@ -123,7 +123,7 @@ def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokeniz
     found = tokenize_rows(opened, tokenizer, tokenizer_dir, options, workers=2)
     for a in expected:
         b = next(found)
-        for name in ("tokens", "roles", "lengths", "counts", "hashes"):
+        for name in ("tokens", "roles", "lengths", "counts", "hashes", "sources"):
             assert np.array_equal(getattr(a, name), getattr(b, name))
     with pytest.raises(UserError) as error:
         next(found)

@@ -1,0 +1,72 @@
+"""Where the private values of a row are among its tokens.
+
+Sources mark them in two ways: PUPA lists them as text (``pii_units``, separated by ``||``), the demo corpus as spans.
+Either way every occurrence in the prompt counts, found in the text that its tokens decode to.
+
+Legend: T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from sgt_titan.transform.prompts import PROMPT
+
+SEPARATOR = "||"
+Units = Sequence[tuple[str, str]]  # text and kind
+
+
+def private_values(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(text, kind) of each distinct private value that a source row marks."""
+    found: dict[str, str] = {}
+    if isinstance(row.get("pii_units"), str):
+        found |= {unit.strip(): "" for unit in row["pii_units"].split(SEPARATOR) if unit.strip()}
+    if isinstance(row.get("spans"), list):
+        found |= {span["text"]: span.get("kind", "") for span in row["spans"] if span.get("text")}
+    return list(found.items())
+
+
+def mark(tokenizer: Any, ids_T: np.ndarray, roles_T: np.ndarray, units: Units) -> Iterator[tuple[int, int, str, str]]:
+    """(start, stop, text, kind) for every occurrence of a unit in the prompt; tokens ``start..stop-1`` carry it.
+
+    A token that carries any character of a value belongs to it. What truncation cut off is not found.
+    """
+    for is_prompt, run in groupby(range(len(ids_T)), key=lambda t: roles_T[t] == PROMPT):
+        if not is_prompt:
+            continue
+        positions = list(run)
+        text, ends = offsets(tokenizer, [int(ids_T[t]) for t in positions])
+        for unit, kind in units:
+            at = text.find(unit)
+            while at >= 0:
+                start = int(np.searchsorted(ends, at, side="right"))
+                stop = int(np.searchsorted(ends, at + len(unit) - 1, side="right")) + 1
+                yield positions[start], positions[min(stop, len(positions)) - 1] + 1, unit, kind
+                at = text.find(unit, at + 1)
+
+
+def offsets(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray]:
+    """The text of a run of tokens, and the number of its characters that are complete after each token.
+
+    By the tokenizer's own offsets where it gives the same ids back for the text, else by decoding prefixes: a character
+    made of several byte tokens is complete with the last of them.
+    """
+    text = tokenizer.decode(ids)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if encoded["input_ids"] == list(ids):
+        ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
+        return text, np.maximum.accumulate(ends)
+    ends = [_common(text, tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+    ends[-1] = len(text)
+    return text, np.maximum.accumulate(np.array(ends, dtype=np.int64))
+
+
+def _common(text: str, prefix: str) -> int:
+    """Length of the longest common beginning."""
+    if text.startswith(prefix):
+        return len(prefix)
+    return next((i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b), min(len(text), len(prefix)))

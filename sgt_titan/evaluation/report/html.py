@@ -1,0 +1,277 @@
+"""The report as one HTML file: no script, no font, no image from anywhere else."""
+
+# ruff: noqa: E501  (sentences, style sheets)
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sgt_titan.evaluation.report import plots
+from sgt_titan.evaluation.report.words import (
+    ATTACK_COLUMNS,
+    CAUTION,
+    PRIVACY_ROWS,
+    UTILITY_ROWS,
+    Results,
+    best_attack,
+    conclusions,
+    number,
+    percent,
+    plain,
+    sees,
+    value,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f3f1; --line: #d5d5d0; --warn: #b3380e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e3; --paper: #151515; --soft: #222; --line: #3d3d3d; --warn: #ff9166; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+.head { border-left: .4rem solid var(--warn); background: var(--soft); padding: 1rem 1.25rem; }
+.head strong { font-size: 1.9rem; color: var(--warn); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; } thead th { vertical-align: bottom; }
+.sees { color: gray; font-size: .8rem; display: block; } figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { max-width: 100%; height: auto; } figcaption { font-size: .85rem; color: gray; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem .8rem; font-size: .85rem; }
+dt { font-weight: 600; } .small { font-size: .85rem; color: gray; }
+"""
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    about, mechanisms = results.get("about") or {}, results.get("mechanisms") or {}
+    sgt = mechanisms.get("sgt") or {}
+    return document(
+        f"Evaluation of {about.get('export', 'an export')}",
+        [
+            _headline(results, sgt),
+            _section("What this means", _list(conclusions(results)) + f"<p class='small'>{esc(CAUTION)}</p>"),
+            _section(
+                "Attacks", _attack_table(sgt) + _figure(plots.bars(sgt), "bars", "Recovery by attack, 95% intervals.")
+            ),
+            _section("Curves", _curves(sgt)),
+            _section(
+                "Which tokens", _figure(plots.by_class(sgt), "kinds", "Top-1 recovery in percent, by kind of token.")
+            ),
+            _section("Utility against privacy", _utility(results) + _plane(results)),
+            _section("Against the baselines", _mechanism_table(mechanisms)),
+            _section("Metrics without an attacker", _metrics(sgt, about) + _histogram(sgt)),
+            _section("Before and after", _examples(sgt)),
+            _section("Where the numbers come from", _provenance(about)),
+        ],
+    )
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{esc(title)}</title><style>{STYLE}</style></head><body>\n<h1>{esc(title)}</h1>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</body></html>\n"
+    )
+
+
+def esc(text: object) -> str:
+    return html.escape(plain(str(text)), quote=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """Cells are HTML already; the first of a row is its header."""
+    top = "".join(f"<th scope='col'>{cell}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
+    )
+    said = f"<caption class='small'>{esc(caption)}</caption>" if caption else ""
+    return f"<div class='wide'><table>{said}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{esc(title)}</h2>{content}</section>" if content else ""
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{esc(sentence)}</li>" for sentence in sentences) + "</ul>" if sentences else ""
+
+
+def _figure(svg: str | None, name: str, caption: str) -> str:
+    if svg is None:
+        return ""
+    svg = plots.unique(svg, name).replace("<svg ", f"<svg role='img' aria-label='{esc(caption)}' ", 1)
+    return f"<figure>{svg}<figcaption>{esc(caption)}</figcaption></figure>"
+
+
+def _headline(results: Results, sgt: Mapping[str, Any]) -> str:
+    best, about = best_attack(sgt), results.get("about") or {}
+    if best is None:
+        return ""
+    attack = best[1]
+    tokens = f"{about.get('hidden_tokens', 0):,} tokens of {about.get('rows', '?')} prompts"
+    kept = (sgt.get("utility") or {}).get("kept")
+    return (
+        f"<div class='head'><strong>{percent(attack.get('top1'))}</strong> of the hidden tokens are read by the best "
+        f"attacker, {esc(attack.get('title'))} (95% interval {percent(attack.get('top1'), interval=True).partition(' ')[2]}, "
+        f"N = {esc(tokens)}). It sees {esc(sees(attack))}.<br>"
+        f"{percent(kept, interval=True)} of the prompt's benefit to the answer is kept.</div>"
+    )
+
+
+def _attack_table(sgt: Mapping[str, Any]) -> str:
+    attacks = sorted((sgt.get("attacks") or {}).values(), key=lambda a: -value(a.get("top1")))
+    if not attacks:
+        return ""
+    pii = {"exact_micro": "PII exact", "fuzzy_micro": "PII fuzzy", "fuzzy_macro": "PII fuzzy, by prompt"}
+    if any("judge_micro" in (a.get("pii") or {}) for a in attacks):
+        pii |= {"judge_micro": "PII judged"}
+    pii = pii if any(a.get("pii") for a in attacks) else {}
+    rows = []
+    for a in attacks:
+        notes = "; ".join(a.get("notes") or ())
+        flops = f"{a['flops']:.1e} FLOP" if a.get("flops") else ""
+        said = "; ".join(filter(None, (f"sees {sees(a)}", flops, notes)))
+        first = f"{esc(a.get('title'))}<span class='sees'>{esc(said)}</span>"
+        cells = [percent(a.get(key), interval=key == "top1") for key in ATTACK_COLUMNS]
+        rows.append([first, *cells, *(percent((a.get("pii") or {}).get(key)) for key in pii)])
+    legend = (
+        "content: tokens with letters or digits that are not frequent. private: tokens of marked values. values: marked "
+        "values read whole. text: edit similarity. PII: share of the values in the prompt that still occur in what was read."
+    )
+    return table(["attack", *ATTACK_COLUMNS.values(), *pii.values()], rows) + f"<p class='small'>{esc(legend)}</p>"
+
+
+def _curves(sgt: Mapping[str, Any]) -> str:
+    found = []
+    for name, attack in (sgt.get("attacks") or {}).items():
+        axis = (attack.get("curve") or {}).get("axis", "")
+        found.append(_figure(plots.curve(attack), f"curve-{name}", f"{attack.get('title')}: recovery over {axis}."))
+    return "".join(found)
+
+
+def _plane(results: Results) -> str:
+    caption = (
+        "Utility against privacy: full marks, the best attack; open marks, the nearest neighbour. Better: lower right."
+    )
+    return _figure(plots.plane(results), "plane", caption)
+
+
+def _histogram(sgt: Mapping[str, Any]) -> str:
+    return _figure(plots.histogram(sgt), "ranks", "Ranks of the true token among all rows of the table.")
+
+
+def _utility(results: Results) -> str:
+    mechanisms = results.get("mechanisms") or {}
+    use = (mechanisms.get("sgt") or {}).get("utility") or {}
+    if not use:
+        return ""
+    rows = [
+        [esc(label), (number if key in ("perplexity", "kl") else percent)(use.get(key), interval=True)]
+        for key, label in UTILITY_ROWS.items()
+    ]
+    clean = ((mechanisms.get("none") or {}).get("utility") or {}).get("perplexity")
+    rows.append(["perplexity with the clean prompt", number(clean, interval=True)])
+    for way, found in ((results.get("no_prompt") or {}).get("ways") or {}).items():
+        rows.append([esc(f"perplexity with the prompt's tokens {way}"), number(found)])
+    benchmarks = {n: m.get("benchmarks") for n, m in mechanisms.items() if m.get("benchmarks")}
+    return table(["utility", "95% interval"], rows) + _benchmarks(benchmarks)
+
+
+def _benchmarks(benchmarks: Mapping[str, Mapping[str, Any]]) -> str:
+    if not benchmarks:
+        return ""
+    names = list(dict.fromkeys(name for found in benchmarks.values() for name in found))
+    rows = []
+    for name in names:
+        one = next(found[name] for found in benchmarks.values() if name in found)
+        label = f"{name}, {one.get('shots', 0)}-shot, chance {percent(one.get('chance'))}"
+        rows.append(
+            [esc(label), *(percent((f.get(name) or {}).get("accuracy"), interval=True) for f in benchmarks.values())]
+        )
+    return table(["benchmark", *map(esc, benchmarks)], rows)
+
+
+def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    privacy = sgt.get("privacy") or {}
+    if not privacy:
+        return ""
+    rows = [[esc(label), percent(privacy.get(key), interval=True), ""] for key, label in PRIVACY_ROWS.items()]
+    rows[-1][-1] = f"at most {percent(privacy.get('rank_entropy_ceiling'))} at this N"
+    limit, ceiling = number(about.get("ln_vocab")), number(privacy.get("mi_log_mean_exp_ceiling"))
+    rows += [
+        ["mutual information, Algorithm 1, nats per feature", number(privacy.get("mi"), interval=True),
+         f"an upper bound; ln V = {limit}"],
+        ["log-mean-exp estimate, nats per token", number(privacy.get("mi_log_mean_exp"), interval=True),
+         f"a lower bound, at most {ceiling} at this N"],
+        ["PAC-Adv of one feature, prior 1/V", percent(privacy.get("pac_adv_uniform")), ""],
+        ["PAC-Adv of one feature, prior LM top-1", percent(privacy.get("pac_adv_lm")),
+         f"LM top-1 {percent(privacy.get('lm_top1'), interval=True)}"],
+    ]  # fmt: skip
+    return table(["metric", "95% interval", ""], rows)
+
+
+def _mechanism_table(mechanisms: Mapping[str, Any]) -> str:
+    rows = []
+    for mechanism in mechanisms.values():
+        facts, privacy, use = (mechanism.get(key) or {} for key in ("facts", "privacy", "utility"))
+        best = best_attack(mechanism)
+        by = f"<span class='sees'>{esc(best[1].get('title'))}</span>" if best else ""
+        rows.append(
+            [
+                esc(mechanism.get("title", "?")),
+                number(facts.get("std")),
+                number(facts.get("epsilon")),
+                number(facts.get("epsilon_classical")),
+                percent(privacy.get("nn_fr")),
+                (percent(best[1].get("top1"), interval=True) if best else "-") + by,
+                percent(use.get("kept"), interval=True),
+                number(use.get("kl")),
+                number(privacy.get("mi")),
+                percent(privacy.get("pac_adv_uniform")),
+            ]
+        )
+    head = [
+        "mechanism",
+        "std",
+        "&epsilon;",
+        "&epsilon;, classical",
+        "NN-FR",
+        "best attack",
+        "kept",
+        "KL",
+        "MI",
+        "PAC-Adv",
+    ]
+    legend = (
+        "std in table stds; epsilon: local differential privacy of one token at delta 1e-5, T times that for T tokens."
+    )
+    return table(head, rows) + f"<p class='small'>{esc(legend)}</p>" if rows else ""
+
+
+def _examples(sgt: Mapping[str, Any]) -> str:
+    parts, attacks = [], sgt.get("attacks") or {}
+    for i, shown in enumerate(sgt.get("examples") or [], start=1):
+        texts = [("Prompt", shown.get("prompt", ""))]
+        ranked = sorted(shown.get("guesses") or {}, key=lambda key: -value((attacks.get(key) or {}).get("top1")))
+        texts += [(f"{(attacks.get(k) or {}).get('title', k)} reads", shown["guesses"][k]) for k in ranked]
+        texts += [
+            ("Answer to the prompt", shown.get("answer_clean", "")),
+            ("Answer to the obfuscated prompt", shown.get("answer_obfuscated", "")),
+        ]
+        items = "".join(f"<dt>{esc(title)}</dt><dd><pre>{esc(text)}</pre></dd>" for title, text in texts)
+        parts.append(f"<h3>Example {i}</h3><dl>{items}</dl>")
+    return "".join(parts)
+
+
+def _provenance(about: Mapping[str, Any]) -> str:
+    rows = []
+    for key, found in about.items():
+        if isinstance(found, Mapping):
+            found = ", ".join(f"{k} {v}" for k, v in found.items())
+        if isinstance(found, list):
+            found = "; ".join(map(str, found))
+        rows.append([esc(key.replace("_", " ")), f"<code>{esc(found)}</code>"])
+    return table(["", ""], rows) if rows else ""

@@ -1,0 +1,154 @@
+"""The report as plain text, at most 112 columns wide."""
+
+# ruff: noqa: E501  (sentences, style sheets)
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from sgt_titan.evaluation.report.words import (
+    ATTACK_COLUMNS,
+    CAUTION,
+    PRIVACY_ROWS,
+    UTILITY_ROWS,
+    Results,
+    best_attack,
+    conclusions,
+    number,
+    percent,
+    plain,
+    sees,
+    value,
+)
+
+WIDTH = 112
+
+
+def render(results: Results) -> str:
+    """Headline, attacks, utility, metrics, baselines, an example, and where the numbers come from."""
+    about, mechanisms = results.get("about") or {}, results.get("mechanisms") or {}
+    sgt = mechanisms.get("sgt") or {}
+    lines = [
+        f"{about.get('export', '?')} on {about.get('trunk', '?')}, {about.get('data', '?')}",
+        f"{about.get('rows', '?')} prompts, N = {about.get('hidden_tokens', 0):,} hidden tokens, "
+        f"{about.get('marked_spans', 0):,} private values; V = {about.get('vocab', 0):,}, D = {about.get('width', 0):,}; "
+        f"suite {about.get('suite', '?')}, seed {about.get('seed', '?')}",
+        "",
+    ]
+    if (best := best_attack(sgt)) is not None:
+        attack = best[1]
+        lines += [
+            f"BEST ATTACKER: {attack.get('title')} reads {percent(attack.get('top1'), interval=True)} of the hidden tokens",
+            f"  sees {sees(attack)}",
+            "",
+        ]
+    for sentence in conclusions(results):
+        lines += textwrap.wrap(plain(sentence), WIDTH, initial_indent="* ", subsequent_indent="  ")
+    lines += ["", *_attacks(sgt), "", *_utility(results), "", *_metrics(sgt, about), "", *_mechanisms(mechanisms), ""]
+    for shown in (sgt.get("examples") or [])[:1]:
+        lines += _example(shown, best[0] if best else "")
+    lines += textwrap.wrap(CAUTION, WIDTH)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _attacks(sgt: Mapping[str, Any]) -> list[str]:
+    attacks = sgt.get("attacks") or {}
+    has_pii = any("pii" in attack for attack in attacks.values())
+    titles = [*ATTACK_COLUMNS.values(), *(["PII"] if has_pii else [])]
+    lines = [f"{'Attacks, share recovered':<40}" + "".join(f"{title:>10}" for title in titles)]
+    for attack in sorted(attacks.values(), key=lambda a: value(a.get("top1"))):
+        cells = [percent(attack.get(key)) for key in ATTACK_COLUMNS]
+        cells += [percent((attack.get("pii") or {}).get("fuzzy_micro"))] if has_pii else []
+        lines.append(f"  {attack.get('title', '?'):<38}" + "".join(f"{cell:>10}" for cell in cells))
+    lines.append(
+        "content: letters or digits and not frequent; private: tokens of marked values; values: read whole; text: edit "
+    )
+    lines.append("similarity" + ("; PII: share of private values leaked, fuzzy" if has_pii else ""))
+    return lines
+
+
+def _utility(results: Results) -> list[str]:
+    sgt = ((results.get("mechanisms") or {}).get("sgt") or {}).get("utility") or {}
+    n = (sgt.get("perplexity") or {}).get("n", 0)
+    lines = [f"Utility (N = {n:,} response tokens)"]
+    for key, label in UTILITY_ROWS.items():
+        show = number if key in ("perplexity", "kl") else percent
+        lines.append(f"  {label:<46}{show(sgt.get(key), interval=True):>28}")
+    clean = (((results.get("mechanisms") or {}).get("none") or {}).get("utility") or {}).get("perplexity")
+    ways = (results.get("no_prompt") or {}).get("ways") or {}
+    removed = ", ".join(f"{number(found)} {way}" for way, found in ways.items())
+    lines.append(f"  perplexity with the clean prompt {number(clean)}; without its tokens: {removed or '-'}")
+    return lines
+
+
+def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+    privacy = sgt.get("privacy") or {}
+    n = (privacy.get("nn_fr") or {}).get("n", 0)
+    lines = [f"Metrics without an attacker (N = {n:,} hidden tokens)"]
+    for key, label in PRIVACY_ROWS.items():
+        ceiling = f"  at most {percent(privacy.get('rank_entropy_ceiling'))} at this N" if key == "rank_entropy" else ""
+        lines.append(f"  {label:<46}{percent(privacy.get(key), interval=True):>28}{ceiling}")
+    rows = {
+        "mutual information, Algorithm 1, nats/feature": (number(privacy.get("mi"), interval=True), "an upper bound"),
+        "log-mean-exp, nats/token": (
+            number(privacy.get("mi_log_mean_exp"), interval=True),
+            f"at most {number(privacy.get('mi_log_mean_exp_ceiling'))} at this N; ln V = {number(about.get('ln_vocab'))}",
+        ),
+        "PAC-Adv of a feature, prior 1/V": (percent(privacy.get("pac_adv_uniform")), ""),
+        "PAC-Adv of a feature, prior LM top-1": (
+            percent(privacy.get("pac_adv_lm")), f"LM top-1 {percent(privacy.get('lm_top1'))}"
+        ),
+    }  # fmt: skip
+    lines += [f"  {label:<46}{cell:>28}  {remark}" for label, (cell, remark) in rows.items()]
+    if privacy.get("tied_tokens") or about.get("near_duplicate_rows"):
+        lines.append(
+            f"  {about.get('near_duplicate_rows', 0)} rows of the table are near-duplicates ({about.get('untrained_rows', 0)} "
+            f"untrained); {privacy.get('tied_tokens', 0)} tokens tied"
+        )
+    return lines
+
+
+def _mechanisms(mechanisms: Mapping[str, Any]) -> list[str]:
+    titles = ("std", "epsilon", "NN-FR", "best attack", "kept", "KL", "MI", "PAC-Adv")
+    lines = [f"{'Against the baselines':<40}" + "".join(f"{t:>{w}}" for t, w in zip(titles, _WIDTHS, strict=True))]
+    for mechanism in mechanisms.values():
+        facts, privacy = mechanism.get("facts") or {}, mechanism.get("privacy") or {}
+        use, best = mechanism.get("utility") or {}, best_attack(mechanism)
+        cells = (
+            number(facts.get("std")),
+            number(facts.get("epsilon")),
+            percent(privacy.get("nn_fr")),
+            percent(best[1].get("top1")) if best else "-",
+            percent(use.get("kept")),
+            number(use.get("kl")),
+            number(privacy.get("mi")),
+            percent(privacy.get("pac_adv_uniform")),
+        )
+        row = "".join(f"{cell:>{w}}" for cell, w in zip(cells, _WIDTHS, strict=True))
+        lines.append(f"  {mechanism.get('title', '?'):<38}{row}")
+    lines.append(
+        "std: of the noise, in table stds; epsilon: local DP of one token at delta 1e-5 (a prompt of T: T times)"
+    )
+    return lines
+
+
+_WIDTHS = (7, 10, 8, 12, 8, 9, 10, 8)
+
+
+def _example(shown: Mapping[str, Any], best: str) -> list[str]:
+    lines = []
+    guesses = shown.get("guesses") or {}
+    texts = {
+        "prompt": shown.get("prompt", ""),
+        "nearest neighbour reads": guesses.get("nearest_l2", ""),
+        f"best attacker reads ({best})": guesses.get(best, ""),
+        "answer to the prompt": shown.get("answer_clean", ""),
+        "answer to the obfuscated prompt": shown.get("answer_obfuscated", ""),
+    }
+    for title, text in texts.items():
+        lines.append(f"{title}:")
+        flat = " ".join(plain(text).split())
+        lines += textwrap.wrap(flat, WIDTH - 4, initial_indent="    ", subsequent_indent="    ")[:6]
+    return [*lines, ""]

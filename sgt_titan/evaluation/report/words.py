@@ -1,0 +1,150 @@
+"""Numbers and sentences that the terminal and the page share."""
+
+# ruff: noqa: E501  (sentences, style sheets)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Results = Mapping[str, Any]
+
+# Key of an attack's result, and its column.
+ATTACK_COLUMNS = {
+    "top1": "top-1",
+    "top10": "top-10",
+    "content_top1": "content",
+    "marked_top1": "private",
+    "span_exact": "values",
+    "similarity": "text",
+}
+PRIVACY_ROWS = {
+    "nn_fr": "nearest neighbour fails (NN-FR = TTR-1)",
+    "mrp_fr": "most probable rank fails (MRP-FR)",
+    "ttr_10": "not among the 10 nearest (TTR-10)",
+    "ttr_50": "not among the 50 nearest (TTR-50)",
+    "ttr_100": "not among the 100 nearest (TTR-100)",
+    "sym_ttr_10": "nor among the 10 farthest (SymTTR-10)",
+    "sym_ttr_100": "nor among the 100 farthest (SymTTR-100)",
+    "rank_entropy": "entropy of the rank histogram / ln V",
+}
+UTILITY_ROWS = {
+    "kept": "prompt's benefit kept",
+    "perplexity": "perplexity of the response",
+    "kl": "KL to the clean prompt, nats per token",
+    "agreement": "same top-1 token, response given",
+    "greedy_agreement": "same token in greedy answers",
+}
+CAUTION = (
+    "Top-1 is the share of the hidden tokens that an attack reads right. The attacks are ours and finite: what they do not "
+    "recover, a better one may. What they do recover is lost for certain."
+)
+CLASSES = ("frequent", "word", "piece", "number", "punctuation", "marked")
+
+
+def value(estimate: Mapping[str, Any] | float | None) -> float:
+    """The number, NaN where there is none."""
+    found = estimate.get("value") if isinstance(estimate, Mapping) else estimate
+    return math.inf if found == "inf" else math.nan if found is None else float(found)
+
+
+def percent(estimate: Mapping[str, Any] | float | None, *, interval: bool = False) -> str:
+    number = value(estimate)
+    if math.isnan(number):
+        return "-"
+    text = f"{100 * number:.1f}%"
+    return f"{text} [{_bounds(estimate, 100, '.1f')}]" if interval and _has_interval(estimate) else text
+
+
+def number(estimate: Mapping[str, Any] | float | None, *, interval: bool = False) -> str:
+    found = value(estimate)
+    if math.isnan(found):
+        return "-"
+    if math.isinf(found):
+        return "unbounded"
+    text = f"{found:.4g}"
+    return f"{text} [{_bounds(estimate, 1, '.3g')}]" if interval and _has_interval(estimate) else text
+
+
+def _has_interval(estimate: Any) -> bool:
+    return isinstance(estimate, Mapping) and isinstance(estimate.get("low"), float | int)
+
+
+def _bounds(estimate: Mapping[str, Any], factor: float, form: str) -> str:
+    return f"{factor * estimate['low']:{form}}, {factor * estimate['high']:{form}}"
+
+
+def plain(text: str) -> str:
+    """Without control characters: an attacker may read any token, and a terminal obeys some."""
+    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
+
+
+def best_attack(mechanism: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """The attack with the highest top-1 recovery."""
+    attacks = mechanism.get("attacks") or {}
+    name = mechanism.get("best") or max(attacks, key=lambda key: value(attacks[key].get("top1")), default=None)
+    return (name, attacks[name]) if name in attacks else None
+
+
+def sees(attack: Mapping[str, Any]) -> str:
+    return ", ".join(attack.get("sees") or ()) or "?"
+
+
+def conclusions(results: Results) -> list[str]:
+    """What the numbers say in words; never kinder than they are."""
+    sgt = (results.get("mechanisms") or {}).get("sgt") or {}
+    found, best = [], best_attack(sgt)
+    if best is not None:
+        _, attack = best
+        share = value(attack.get("top1"))
+        say = (
+            "The prompt must be taken for readable by anybody with what this attack needs: "
+            if share > 0.5
+            else "A good part of the prompt can be read by anybody with what this attack needs: "
+            if share > 0.15
+            else "The best of our attacks reads little of the prompt; that is no proof that none can. It needs: "
+        )
+        found.append(
+            f"{attack.get('title')} reads {percent(attack.get('top1'))} of the hidden tokens. {say}{sees(attack)}."
+        )
+        nearest = value((sgt.get("attacks") or {}).get("nearest_l2", {}).get("top1"))
+        if nearest < 0.2 < share:
+            found.append(
+                f"The nearest neighbour reads {100 * nearest:.1f}%: by that metric alone this would look "
+                f"{share / max(nearest, 1e-3):.0f} times safer than it is."
+            )
+        if value(attack.get("span_exact")) > 0:
+            found.append(f"{percent(attack['span_exact'])} of the marked private values are read whole.")
+    without_secret = [
+        (key, a)
+        for key, a in (sgt.get("attacks") or {}).items()
+        if "the SGT and its weights" not in (a.get("sees") or ())
+    ]
+    if without_secret and best is not None:
+        key, attack = max(without_secret, key=lambda pair: value(pair[1].get("top1")))
+        if key != best[0]:
+            found.append(
+                f"Without the SGT's weights the best is {attack.get('title')}: {percent(attack.get('top1'))} (it sees "
+                f"{sees(attack)}). Whoever can run the client has the weights."
+            )
+    kept = value((sgt.get("utility") or {}).get("kept"))
+    if not math.isnan(kept):
+        found.append(f"Of what the prompt is worth to the answer, {100 * kept:.0f}% is kept.")
+    privacy, about = sgt.get("privacy") or {}, results.get("about") or {}
+    mi, limit = value(privacy.get("mi")), about.get("ln_vocab")
+    if not math.isnan(mi) and limit and about.get("width"):
+        scale = limit / about["width"]
+        if mi > scale:
+            found.append(
+                f"Mutual information is {number(privacy.get('mi'))} nats per feature by Algorithm 1; token identity is safe "
+                f"from a maximum-likelihood decoder only well below ln V / D = {scale:.2g}."
+            )
+    found += [f"{a.get('title')}: {note}." for a in (sgt.get("attacks") or {}).values() for note in _warnings(a)]
+    if about.get("held_out") is False:
+        found.append("The rows are not the ones its training held out, so it may have been trained on some of them.")
+    return found
+
+
+def _warnings(attack: Mapping[str, Any]) -> Iterable[str]:
+    return (note for note in attack.get("notes") or () if "not converged" in note)
