@@ -1,13 +1,15 @@
 """Where the private values of a row are among its tokens.
 
 Sources mark them in two ways: PUPA lists them as text (``pii_units``, separated by ``||``), the demo corpus as spans.
-Either way every occurrence in the prompt counts, found in the text that its tokens decode to.
+Either way every occurrence in the prompt counts, found in the text that its tokens decode to, after NFKC and case
+folding: PUPA's lists are in lower case, its prompts are not.
 
 Legend: T tokens of a row.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -40,13 +42,21 @@ def mark(tokenizer: Any, ids_T: np.ndarray, roles_T: np.ndarray, units: Units) -
             continue
         positions = list(run)
         text, ends = offsets(tokenizer, [int(ids_T[t]) for t in positions])
+        folded, origin = fold(text)
         for unit, kind in units:
-            at = text.find(unit)
+            needle = fold(unit)[0]
+            at = folded.find(needle) if needle else -1
             while at >= 0:
-                start = int(np.searchsorted(ends, at, side="right"))
-                stop = int(np.searchsorted(ends, at + len(unit) - 1, side="right")) + 1
-                yield positions[start], positions[min(stop, len(positions)) - 1] + 1, unit, kind
-                at = text.find(unit, at + 1)
+                first, last = origin[at], origin[at + len(needle) - 1]
+                start, stop = (int(np.searchsorted(ends, i, side="right")) for i in (first, last))
+                yield positions[start], positions[min(stop, len(positions) - 1)] + 1, text[first : last + 1], kind
+                at = folded.find(needle, at + 1)
+
+
+def fold(text: str) -> tuple[str, list[int]]:
+    """The text in the form in which values are compared, and for each of its characters the one it came from."""
+    pieces = [unicodedata.normalize("NFKC", c).casefold() for c in text]
+    return "".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
 
 
 def offsets(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray]:

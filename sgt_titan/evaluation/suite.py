@@ -27,7 +27,7 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {
-    "quick": Suite(32, 2_000, (), (), 16, 50, "minutes: is anything badly wrong?"),
+    "quick": Suite(32, 2_000, (0.25, 1.0, 4.0), (), 16, 50, "minutes: is anything badly wrong?"),
     "standard": Suite(
         128,
         10_000,

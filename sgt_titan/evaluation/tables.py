@@ -73,7 +73,8 @@ def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]
         own = ["--data", config.data.source, "--out", str(home / "evaluation")]
         found.append(Step((*measure, *own, *bench), home / "evaluation" / "results.json"))
         if arguments.pii and row in PII_ROWS:
-            other = ["--data", arguments.pii, "--out", str(home / "pii")]
+            length = str(arguments.pii_seq_len or config.training.seq_len)
+            other = ["--data", arguments.pii, "--out", str(home / "pii"), "--training.seq_len", length]
             found.append(Step((*measure, *other), home / "pii" / "results.json"))
     return found
 

@@ -48,7 +48,7 @@ def test_goes_on_where_it_stopped(tmp_path):
     steps = tables.steps(
         SimpleNamespace(
             config="demo", out=tmp_path / "out", rows=["mi", "abs_cos"], suite="quick", seed=0, prompts=None,
-            benchmarks="", benchmark_dir=None, pii=None,
+            benchmarks="", benchmark_dir=None, pii=None, pii_seq_len=None,
         ),
         [],
     )  # fmt: skip
