@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="of each evaluation")
     found.add_argument("--prompts", type=int, help="held-out prompts to attack, instead of the suite's number")
     found.add_argument("--pii", metavar="SOURCE", help="data with marked private values for Table III (pupa, demo)")
+    found.add_argument("--pii-seq-len", type=int, metavar="N", help="tokens of its rows (default: as in training)")
     found.add_argument(
         "--benchmarks", metavar="A,B", default="", help="lm-eval tasks for the utility column, or `paper`"
     )
