@@ -72,7 +72,7 @@ def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]
         bench += ["--benchmark-dir", arguments.benchmark_dir] if arguments.benchmark_dir else []
         own = ["--data", config.data.source, "--out", str(home / "evaluation")]
         found.append(Step((*measure, *own, *bench), home / "evaluation" / "results.json"))
-        if arguments.pii and row in PII_ROWS:
+        if arguments.pii and arguments.pii != config.data.source and row in PII_ROWS:
             length = str(arguments.pii_seq_len or config.training.seq_len)
             other = ["--data", arguments.pii, "--out", str(home / "pii"), "--training.seq_len", length]
             found.append(Step((*measure, *other), home / "pii" / "results.json"))
@@ -155,7 +155,10 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     from sgt_titan.evaluation import published
 
     rows = read(arguments.out, arguments.rows, "evaluation")
-    pii = read(arguments.out, [row for row in arguments.rows if row in PII_ROWS], "pii")
+    # Where the training data has marked values itself, its own evaluation says it all.
+    own = arguments.pii == resolve(load(arguments.config, overrides), world_size=None).data.source
+    pii_rows = [row for row in arguments.rows if row in PII_ROWS]
+    pii = read(arguments.out, pii_rows, "evaluation" if own else "pii") if arguments.pii else {}
     about = {
         "config": dump(load(arguments.config, overrides)),
         "command": shlex.join(["sgt-titan", "tables", *(argv or [])]),

@@ -52,11 +52,11 @@ def page(results: Results) -> str:
             _headline(results, sgt),
             _section("What this means", _list(conclusions(results)) + f"<p class='small'>{esc(CAUTION)}</p>"),
             _section(
-                "Attacks", _attack_table(sgt) + _figure(plots.bars(sgt), "bars", "Recovery by attack, 95% intervals.")
+                "Attacks", _attack_table(sgt) + figure(plots.bars(sgt), "bars", "Recovery by attack, 95% intervals.")
             ),
             _section("Curves", _curves(sgt)),
             _section(
-                "Which tokens", _figure(plots.by_class(sgt), "kinds", "Top-1 recovery in percent, by kind of token.")
+                "Which tokens", figure(plots.by_class(sgt), "kinds", "Top-1 recovery in percent, by kind of token.")
             ),
             _section("Utility against privacy", _utility(results) + _plane(results)),
             _section("Against the baselines", _mechanism_table(mechanisms)),
@@ -99,7 +99,8 @@ def _list(sentences: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{esc(sentence)}</li>" for sentence in sentences) + "</ul>" if sentences else ""
 
 
-def _figure(svg: str | None, name: str, caption: str) -> str:
+def figure(svg: str | None, name: str, caption: str) -> str:
+    """A figure with its caption; nothing for None. ``name`` keeps its ids apart from other figures' on the page."""
     if svg is None:
         return ""
     svg = plots.unique(svg, name).replace("<svg ", f"<svg role='img' aria-label='{esc(caption)}' ", 1)
@@ -148,7 +149,7 @@ def _curves(sgt: Mapping[str, Any]) -> str:
     found = []
     for name, attack in (sgt.get("attacks") or {}).items():
         axis = (attack.get("curve") or {}).get("axis", "")
-        found.append(_figure(plots.curve(attack), f"curve-{name}", f"{attack.get('title')}: recovery over {axis}."))
+        found.append(figure(plots.curve(attack), f"curve-{name}", f"{attack.get('title')}: recovery over {axis}."))
     return "".join(found)
 
 
@@ -156,11 +157,11 @@ def _plane(results: Results) -> str:
     caption = (
         "Utility against privacy: full marks, the best attack; open marks, the nearest neighbour. Better: lower right."
     )
-    return _figure(plots.plane(results), "plane", caption)
+    return figure(plots.plane(results), "plane", caption)
 
 
 def _histogram(sgt: Mapping[str, Any]) -> str:
-    return _figure(plots.histogram(sgt), "ranks", "Ranks of the true token among all rows of the table.")
+    return figure(plots.histogram(sgt), "ranks", "Ranks of the true token among all rows of the table.")
 
 
 def _utility(results: Results) -> str:

@@ -21,7 +21,7 @@ def test_a_row_is_its_terms_and_no_other(row):
 
 def test_dry_run_prints_every_command_and_runs_none(tmp_path, capsys):
     ran = []
-    words = ["demo", "--out", str(tmp_path / "out"), "--pii", "demo", "--dry-run", "--training.steps", "5"]
+    words = ["demo", "--out", str(tmp_path / "out"), "--pii", "rows.jsonl", "--dry-run", "--training.steps", "5"]
     assert tables.main(words, execute=lambda words: ran.append(words) or 0) == 0
     lines = capsys.readouterr().out.splitlines()
     assert not ran and not (tmp_path / "out").exists()
