@@ -112,14 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{job.name:<44}{job.cost.flops / 1e9:>14,.1f} GFLOP{job.cost.bytes / 2**20:>12,.0f} MiB")
         return 0
     out = arguments.out or Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
+    # What changes a part that is there already. More attacks, baselines or benchmarks only add parts.
     identity = {
         "format": FORMAT,
         "suite": arguments.suite,
         "seed": arguments.seed,
         "examples": arguments.examples,
-        "attacks": list(only),
-        "baselines": not arguments.no_baselines,
-        "benchmarks": list(benchmarks),
         "judge": arguments.judge,
         "export": fingerprint_export(arguments.export),
         "data": setting.data_fingerprint,

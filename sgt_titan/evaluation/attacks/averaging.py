@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from sgt_titan.evaluation.attacks.known_plaintext import fit
+from sgt_titan.evaluation.attacks.known_plaintext import forward
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.threat import Cost, Curve, Guess, KnownPairs, Observation, Repeats, Size, Table
 
@@ -26,14 +26,10 @@ def averaging(observation: Observation, repeats: Repeats, table: Table, *, most:
 def averaging_regression(
     observation: Observation, repeats: Repeats, table: Table, pairs: KnownPairs, *, most: int = 64, known: int = 65_536
 ) -> Guess:
-    """The same, and mu undone by a regression on known pairs: x~ averages to x + mu(x), which is what pairs show, too.
-
-    The map is fitted on single obfuscations, whose noise biases it towards zero; a ridge would do the same.
-    """
+    """The same, and mu undone by the forward reading of known pairs: x~ averages to x + mu(x), as in the pairs."""
     means = running_means(observation, repeats, most)
-    tokens_M = pairs.tokens_M[:known].to(table.rows_VD.device)
-    inverse = fit(pairs.x_tilde_MD[:known], table.rows_VD[tokens_M])
-    guesses = {count: top_rows(inverse(mean_ND), table.rows_VD).cpu() for count, mean_ND in means.items()}
+    sent_MD, clean_MD = pairs.x_tilde_MD[:known], table.rows_VD[pairs.tokens_M[:known].to(table.rows_VD.device)]
+    guesses = {count: forward(sent_MD, clean_MD, mean_ND, table.rows_VD, 10).cpu() for count, mean_ND in means.items()}
     curve = Curve("repeats", tuple(map(float, guesses)), tuple(top_NK[:, 0] for top_NK in guesses.values()))
     flops = 2.0 * len(guesses) * observation.x_tilde_ND.shape[0] * table.rows_VD.numel()
     return Guess(guesses[max(guesses)], curve, flops)

@@ -1,9 +1,14 @@
-"""Known plaintext: a linear map from what was sent back to the embedding, fitted on known pairs.
+"""Known plaintext: a linear relation between embeddings and what is sent, fitted on known pairs.
 
 Undoes any mean that is about linear in the embedding, with the table and some known tokens alone. Anybody who can make
-a client send a text of his choosing has such pairs.
+a client send a text of his choosing has such pairs. Two readings of the same pairs, and the better one on pairs kept
+aside is used:
 
-Legend: N hidden tokens flat, M known tokens, V vocabulary, D width.
+    backward   x ~ x~ W + c, then the nearest row: forgives a mean that is not quite linear
+    forward    x~ ~ N(x A + b, S), then the most likely row: exact for a linear mean under noise, which the backward map
+               would shrink towards the middle of the table
+
+Legend: N hidden tokens flat, M known tokens, V vocabulary, D width, K guesses.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.threat import Cost, Curve, Guess, KnownPairs, Observation, Size, Table
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)  # times the mean eigenvalue of x~'s covariance
-HELD_OUT = 0.1
+HELD_OUT, MAX_HELD = 0.1, 1024
+SHRINK = 1e-2  # of a residual's covariance towards the identity
+GUESSES = 10
 
 
 class Affine(NamedTuple):
@@ -31,16 +38,48 @@ class Affine(NamedTuple):
 
 
 def regression(observation: Observation, table: Table, pairs: KnownPairs, *, most: int = 65_536) -> Guess:
-    """Ridge regression on m pairs, then the nearest row; a curve over m, the guess with the most."""
+    """Both readings on m pairs, the better one's guesses; a curve over m, the guess with the most."""
     D, M = table.rows_VD.shape[1], min(most, len(pairs.tokens_M))
     counts = sorted({min(M, n) for n in (D // 4, D // 2, D, 2 * D, 4 * D, 16 * D, 64 * D, M)} - {0, 1})
-    x_ND, guesses, flops = observation.x_tilde_ND, [], 0.0
+    x_ND, tokens_M = observation.x_tilde_ND, pairs.tokens_M.to(table.rows_VD.device)
+    guesses, flops, names = [], 0.0, []
     for m in counts:
-        inverse = fit(pairs.x_tilde_MD[:m], table.rows_VD[pairs.tokens_M[:m].to(table.rows_VD.device)])
-        guesses.append(top_rows(inverse(x_ND), table.rows_VD).cpu())
-        flops += 2.0 * m * D * D + 10.0 * D**3 + 2.0 * x_ND.shape[0] * table.rows_VD.numel()
+        held = max(1, min(MAX_HELD, int(HELD_OUT * m)))
+        sent_MD, clean_MD = pairs.x_tilde_MD[:m], table.rows_VD[tokens_M[:m]]
+        scores = {
+            name: (read(sent_MD[held:], clean_MD[held:], sent_MD[:held], table.rows_VD, 1)[:, 0] == tokens_M[:held])
+            for name, read in READINGS.items()
+        }
+        name = max(scores, key=lambda name: scores[name].double().mean().item())
+        names.append(name)
+        guesses.append(READINGS[name](sent_MD, clean_MD, x_ND, table.rows_VD, GUESSES).cpu())
+        flops += 6.0 * m * D * D + 20.0 * D**3 + 2.0 * (x_ND.shape[0] + 2 * held) * table.rows_VD.numel()
     curve = Curve("known pairs", tuple(map(float, counts)), tuple(top_NK[:, 0] for top_NK in guesses))
-    return Guess(guesses[-1], curve, flops)
+    return Guess(guesses[-1], curve, flops, (f"the {names[-1]} reading of {counts[-1]} pairs",))
+
+
+def backward(
+    sent_MD: torch.Tensor, clean_MD: torch.Tensor, x_ND: torch.Tensor, rows_VD: torch.Tensor, k: int
+) -> torch.Tensor:
+    """The rows nearest to the regression's estimate, (N, k)."""
+    return top_rows(fit(sent_MD, clean_MD)(x_ND), rows_VD, k)
+
+
+def forward(
+    sent_MD: torch.Tensor, clean_MD: torch.Tensor, x_ND: torch.Tensor, rows_VD: torch.Tensor, k: int
+) -> torch.Tensor:
+    """The rows that most likely led to what was sent, (N, k). Of a mean of K repeats, the order is the same."""
+    affine = fit(clean_MD, sent_MD)
+    residual_MD = sent_MD.double() - affine(clean_MD)
+    cov_DD = residual_MD.T @ residual_MD / len(residual_MD)
+    # The covariance of few pairs has directions of no spread at all, which would decide everything.
+    floor = (SHRINK * cov_DD.diagonal().mean()).clamp_min(1e-12 * rows_VD.double().var())
+    values_D, vectors_DD = torch.linalg.eigh(cov_DD)
+    white_DD = vectors_DD / (values_D.clamp_min(0) + floor).sqrt()
+    return top_rows(x_ND.double() @ white_DD, affine(rows_VD) @ white_DD, k)
+
+
+READINGS = {"backward": backward, "forward": forward}
 
 
 @torch.no_grad()

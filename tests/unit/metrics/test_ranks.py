@@ -4,7 +4,15 @@ from fractions import Fraction
 import pytest
 import torch
 
-from sgt_titan.metrics.ranks import nn_failure_rate, rank_histogram_entropy, sym_ttr, token_ranks, ttr
+from sgt_titan.metrics.ranks import (
+    most_probable_rank,
+    mrp_failure_rate,
+    nn_failure_rate,
+    rank_histogram_entropy,
+    sym_ttr,
+    token_ranks,
+    ttr,
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -192,3 +200,25 @@ def test_histogram_entropy_ceiling_of_the_method_page_is_reached_by_distinct_ran
 def test_histogram_entropy_refuses(rank, vocab):
     with pytest.raises(ValueError, match=r"vocabulary|ranks"):
         rank_histogram_entropy(torch.tensor(rank), vocab)
+
+
+def test_most_probable_rank_and_its_failures():
+    """Calibrated elsewhere; the lowest of equally frequent ranks."""
+    assert most_probable_rank(torch.tensor([5, 2, 5, 2, 9])) == 2
+    assert mrp_failure_rate(torch.tensor([2, 2, 3, 1]), 2) == 0.5
+    assert mrp_failure_rate(torch.tensor([1, 1, 4]), 1) == nn_failure_rate(torch.tensor([1, 1, 4]))
+    with pytest.raises(ValueError):
+        most_probable_rank(torch.tensor([], dtype=torch.int64))
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    """An (N, V) matrix of float64 would be 640 MB here; what exists at a time is a block."""
+    import resource
+
+    torch.manual_seed(0)
+    table, tokens = torch.randn(20_000, 8), torch.arange(4_000)
+    token_ranks(table[:8], table, torch.arange(8), chunk_tokens=256, chunk_vocab=2048)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = token_ranks(table[tokens], table, tokens, chunk_tokens=256, chunk_vocab=2048)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # MiB
+    assert (found.rank_N == 1).all() and grown < 150
