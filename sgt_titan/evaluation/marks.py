@@ -41,15 +41,17 @@ def mark(tokenizer: Any, ids_T: np.ndarray, roles_T: np.ndarray, units: Units) -
         if not is_prompt:
             continue
         positions = list(run)
-        text, ends = offsets(tokenizer, [int(ids_T[t]) for t in positions])
+        text, starts, ends = offsets(tokenizer, [int(ids_T[t]) for t in positions])
         folded, origin = fold(text)
         for unit, kind in units:
             needle = fold(unit)[0]
             at = folded.find(needle) if needle else -1
             while at >= 0:
                 first, last = origin[at], origin[at + len(needle) - 1]
-                start, stop = (int(np.searchsorted(ends, i, side="right")) for i in (first, last))
-                yield positions[start], positions[min(stop, len(positions) - 1)] + 1, text[first : last + 1], kind
+                # From the first token that ends after the first character to the last that starts by the last one.
+                start = int(np.searchsorted(ends, first, side="right"))
+                stop = int(np.searchsorted(starts, last, side="right")) - 1
+                yield positions[start], positions[stop] + 1, text[first : last + 1], kind
                 at = folded.find(needle, at + 1)
 
 
@@ -59,20 +61,22 @@ def fold(text: str) -> tuple[str, list[int]]:
     return "".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
 
 
-def offsets(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray]:
-    """The text of a run of tokens, and the number of its characters that are complete after each token.
+def offsets(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray, np.ndarray]:
+    """The text of a run of tokens, and where in it each token starts and ends (int64, ascending).
 
-    By the tokenizer's own offsets where it gives the same ids back for the text, else by decoding prefixes: a character
-    made of several byte tokens is complete with the last of them.
+    By the tokenizer's own offsets where it gives the same ids back for the text, else by decoding prefixes. Tokens that
+    are parts of one character all cover it.
     """
     text = tokenizer.decode(ids)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     if encoded["input_ids"] == list(ids):
-        ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
-        return text, np.maximum.accumulate(ends)
-    ends = [_common(text, tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
-    ends[-1] = len(text)
-    return text, np.maximum.accumulate(np.array(ends, dtype=np.int64))
+        starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).T
+    else:
+        ends = np.array([_common(text, tokenizer.decode(ids[: n + 1])) for n in range(len(ids))], dtype=np.int64)
+        ends[-1] = len(text)
+        starts = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
+        ends = np.maximum(ends, starts + 1)
+    return text, np.maximum.accumulate(starts), np.maximum.accumulate(ends)
 
 
 def _common(text: str, prefix: str) -> int:

@@ -161,7 +161,7 @@ def inverter(
     )
     notes = [f"trained for {steps} steps of {batch_rows} rows; on its own held-out text it reads {shares[-1]:.1%}"]
     # The rate falls to a twentieth, which flattens the end of any curve: so the loss is compared with half-way.
-    rise, fall = shares[-1] - shares[len(shares) // 2], 1 - losses[-1] / losses[len(losses) // 2]
+    rise, fall = shares[-1] - shares[len(shares) // 2], 1 - losses[-1] / max(losses[len(losses) // 2], 1e-9)
     if rise > STILL_RISING or (fall > STILL_FALLING and shares[-1] < 0.99):
         notes.append(
             f"has not converged: in the second half its held-out recovery rose by {100 * rise:.1f} points and its loss "

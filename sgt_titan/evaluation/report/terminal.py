@@ -75,7 +75,7 @@ def _utility(results: Results) -> list[str]:
     lines = [f"Utility (N = {n:,} response tokens)"]
     for key, label in UTILITY_ROWS.items():
         show = number if key in ("perplexity", "kl") else percent
-        lines.append(f"  {label:<46}{show(sgt.get(key), interval=True):>28}")
+        lines.append(f"  {label:<44}{show(sgt.get(key), interval=True):>26}")
     clean = (((results.get("mechanisms") or {}).get("none") or {}).get("utility") or {}).get("perplexity")
     ways = (results.get("no_prompt") or {}).get("ways") or {}
     removed = ", ".join(f"{number(found)} {way}" for way, found in ways.items())
@@ -89,7 +89,7 @@ def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     lines = [f"Metrics without an attacker (N = {n:,} hidden tokens)"]
     for key, label in PRIVACY_ROWS.items():
         ceiling = f"  at most {percent(privacy.get('rank_entropy_ceiling'))} at this N" if key == "rank_entropy" else ""
-        lines.append(f"  {label:<46}{percent(privacy.get(key), interval=True):>28}{ceiling}")
+        lines.append(f"  {label:<44}{percent(privacy.get(key), interval=True):>26}{ceiling}")
     rows = {
         "mutual information, Algorithm 1, nats/feature": (number(privacy.get("mi"), interval=True), "an upper bound"),
         "log-mean-exp, nats/token": (
@@ -101,7 +101,7 @@ def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
             percent(privacy.get("pac_adv_lm")), f"LM top-1 {percent(privacy.get('lm_top1'))}"
         ),
     }  # fmt: skip
-    lines += [f"  {label:<46}{cell:>28}  {remark}" for label, (cell, remark) in rows.items()]
+    lines += [f"  {label:<44}{cell:>26}  {remark}" for label, (cell, remark) in rows.items()]
     if privacy.get("tied_tokens") or about.get("near_duplicate_rows"):
         lines.append(
             f"  {about.get('near_duplicate_rows', 0)} rows of the table are near-duplicates ({about.get('untrained_rows', 0)} "

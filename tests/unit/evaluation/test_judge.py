@@ -1,0 +1,91 @@
+"""The judge against a real socket that behaves well, and one that does not."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation.judge import judge
+
+
+@pytest.fixture
+def endpoint():
+    """``endpoint(reply)`` -> base URL; ``reply(question, n)`` gives (status, text) of the n-th request."""
+    servers = []
+
+    def start(reply):
+        seen = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                seen.append((self.path, self.headers.get("Authorization"), body))
+                status, text = reply(body["messages"][0]["content"], len(seen))
+                self.send_response(status)
+                self.end_headers()
+                content = json.dumps({"choices": [{"message": {"content": text}}]}) if status == 200 else "{}"
+                with contextlib.suppress(BrokenPipeError):
+                    self.wfile.write((content if text != "garbage" else "<html>").encode())
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/v1", seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+TEXTS = ["Carmen of Lisbon", "Boris"], ["Carmem of ???", "?"], [["Carmen", "Lisbon"], ["Boris"]]
+
+
+def test_yes_and_no(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    url, seen = endpoint(lambda question, n: (200, "Yes." if "VALUE: Carmen" in question else "no"))
+    found = judge(url, "some-model", *TEXTS)
+    assert found["judge_micro"]["value"] == pytest.approx(1 / 3) and found["judge_macro"]["value"] == pytest.approx(
+        0.25
+    )
+    assert len(seen) == 3
+    assert {(path, key, body["model"]) for path, key, body in seen} == {
+        ("/v1/chat/completions", "Bearer secret", "some-model")
+    }
+
+
+def test_it_tries_again(endpoint):
+    url, seen = endpoint(lambda question, n: (500, "") if n == 1 else (200, "no"))
+    assert judge(url, "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)["judge_micro"]["value"] == 0.0
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "message", "requests"),
+    [
+        (404, "", "404", 1), (401, "", "401", 1), (503, "", "503", 4),
+        (200, "perhaps Boris", "yes or no", 4), (200, "garbage", "OpenAI", 4),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_use_is_one_line_without_private_text(endpoint, status, text, message, requests):
+    url, seen = endpoint(lambda question, n: (status, text))
+    with pytest.raises(UserError, match=message) as error:
+        judge(url, "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)
+    assert "Boris" not in str(error.value) and len(seen) == requests
+
+
+def test_nobody_there():
+    with pytest.raises(UserError, match="cannot be reached"):
+        judge("http://127.0.0.1:9/v1", "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)
+
+
+def test_a_silent_endpoint_times_out(endpoint):
+    url, _ = endpoint(lambda question, n: time.sleep(0.5) or (503, ""))
+    with pytest.raises(UserError, match="cannot be reached"):
+        judge(url, "m", ["Boris"], ["?"], [["Boris"]], timeout=0.1, pause=0.01)
