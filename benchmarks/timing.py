@@ -1,0 +1,58 @@
+"""Cases timed side by side in one run: alternating, so that a busy moment hits all of them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def compare(cases: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, Timing]:
+    """Every case ``repeats`` times, in turn, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(repeats + 1):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def peak_mib(code: str) -> float:
+    """Peak resident memory of a Python process that runs ``code`` beyond one that imports the same, MiB.
+
+    The code is run with the name ``start`` bound to a function to call when its inputs are ready.
+    """
+    head = (
+        # Not getrusage's maximum, which a child takes over from its parent.
+        "hwm = lambda: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+        "peak = lambda: hwm() / 1024\n"
+        "before = []\nstart = lambda: before.append(peak())\n"
+    )
+    tail = "\nprint(peak() - before[0])"
+    done = subprocess.run([sys.executable, "-c", head + code + tail], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def machine() -> str:
+    """One line: hardware and versions."""
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} x {platform.machine()} CPU"
+    )
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
