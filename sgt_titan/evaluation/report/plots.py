@@ -95,7 +95,7 @@ def plane(results: Results) -> str | None:
 
     def draw(axes: Any) -> None:
         noise = sorted(p[1:] for name, p in points.items() if name.startswith("noise"))
-        axes.plot([p[0] for p in noise], [p[1] for p in noise], color=GREY, linewidth=1, zorder=1)
+        axes.plot([max(p[0], -0.5) for p in noise], [p[1] for p in noise], color=GREY, linewidth=1, zorder=1)
         for i, (title, kept, read, nearest) in enumerate(points.values()):
             colour = COLOURS[i % len(COLOURS)]
             axes.scatter(max(kept, -0.5), read, s=48, color=colour, zorder=3, label=title)
@@ -126,7 +126,7 @@ def bars(mechanism: Mapping[str, Any]) -> str | None:
             )
         axes.set_yticks(range(len(attacks)), [a.get("title", "?") for a in attacks])
         axes.set_xlim(0, 1.02)
-        axes.set_xlabel("hidden tokens read (orange: needs the SGT's weights, blue: does not)")
+        axes.set_xlabel("hidden tokens read (orange: by who has the SGT)")
 
     return figure(draw, height=0.8 + 0.28 * len(attacks))
 
