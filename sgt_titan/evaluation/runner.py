@@ -27,6 +27,7 @@ from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
 from sgt_titan.evaluation.threat import Cost, grants
 from sgt_titan.evaluation.world import World
+from sgt_titan.metrics.interval import Estimate
 
 USEFUL_SHARE = 0.25  # of a large matmul's speed that small ones reach: estimates are no better than a factor of three
 
@@ -87,6 +88,11 @@ class Evaluation:
     def reference(self) -> utility.Reference:
         return utility.reference_utility(self.setting.trunk, self.setting.full_batches, self.setting.shortened)
 
+    @cached_property
+    def lm_top1(self) -> Estimate:
+        """How often a language model names the hidden token unseen: the prior of PAC-Adv that is not optimistic."""
+        return privacy.language_model_top1(self.setting.trunk, self.setting.full_batches)
+
     def jobs(self) -> Iterator[Job]:
         """All of them, cheap ones first within a mechanism."""
         setting = self.setting
@@ -118,15 +124,14 @@ class Evaluation:
         return self.reference.as_dict()
 
     def _lm_top1(self) -> dict[str, Any]:
-        return privacy.language_model_top1(self.setting.trunk, self.setting.full_batches).as_dict()
+        return self.lm_top1.as_dict()
 
     def _privacy(self, mechanism: Mechanism) -> dict[str, Any]:
         setting = self.setting
         calibration = setting.batches(setting.corpus[: max(2, len(setting.rows))])
-        lm_top1 = privacy.language_model_top1(setting.trunk, setting.full_batches)
         random = generator(self.seed, setting.device)
         return privacy.measure_privacy(
-            setting.trunk, setting.full_batches, calibration, mechanism, random, lm_top1=lm_top1
+            setting.trunk, setting.full_batches, calibration, mechanism, random, lm_top1=self.lm_top1
         )
 
     def _utility(self, mechanism: Mechanism) -> dict[str, Any]:
