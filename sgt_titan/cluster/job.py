@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sgt_titan.arguments import Parser
 from sgt_titan.cluster import attempts, status
-from sgt_titan.cluster.ownership import attempt_name
+from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.errors import UserError
 
@@ -52,7 +52,10 @@ def _begin(name: str, overrides: list[str], nodes: int, gpus: int) -> int:
             f"run.output_dir: {folder} holds a finished run (step {found['step']}); choose another directory, or more "
             "training.steps"
         )
+    Ownership(folder).check()
     entry = attempts.begin(folder, attempt_name(), nodes)
+    # From here on the run may say how it ended, be it before its first collective.
+    status.write(folder, "running", attempt=entry.attempt, step=entry.first_step)
     print(entry.summary(), file=sys.stderr)
     print(f"OUTPUT_DIR={shlex.quote(str(folder.resolve()))}")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 from sgt_titan.checkpoint import latest_committed, step_of
 from sgt_titan.cluster import status
-from sgt_titan.cluster.ownership import Ownership, read_owner
+from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
@@ -43,12 +42,15 @@ def run(config: Config) -> int:
 
 
 def _record(config: Config, state: Literal["refused", "failed"], reason: str) -> None:
-    """Tell whoever would start this again that it would end the same way; not in a directory of somebody else."""
-    owner = Ownership(config.run.output_dir)
-    holder = read_owner(config.run.output_dir)
-    if os.environ.get("RANK", "0") == "0" and Path(config.run.output_dir).is_dir() and holder is None:
+    """Tell whoever would start this again that it would end the same way.
+
+    Only where this attempt had begun: what is refused before leaves no trace in a directory that may be another's, and
+    a batch script finds it out before its attempt (``cluster.job begin``).
+    """
+    found, attempt = status.read(config.run.output_dir) or {}, attempt_name()
+    if os.environ.get("RANK", "0") == "0" and found.get("state") == "running" and found.get("attempt") == attempt:
         step = step_of(latest) if (latest := latest_committed(config.run.output_dir)) else 0
-        status.write(config.run.output_dir, state, attempt=owner.attempt, step=step, reason=reason)
+        status.write(config.run.output_dir, state, attempt=attempt, step=step, reason=reason)
 
 
 def _run(config: Config) -> int:
