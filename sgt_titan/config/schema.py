@@ -204,6 +204,7 @@ class Compile:
 class Checkpoint:
     interval: int = opt(500, "Steps between checkpoints; the last step is always saved.")
     keep_latest: int = opt(3, "Committed checkpoints to keep; 0: all. At least 2 otherwise.")
+    asynchronous: bool = opt(True, "Write checkpoints while training goes on; false: wait for each.")
     accept_changes: bool = opt(False, "Go on from a checkpoint although trunk, data, objective or another option that "
                                       "decides what is learned has changed.")  # fmt: skip
 

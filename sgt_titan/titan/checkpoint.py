@@ -9,6 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.base import BaseCheckpointManager
 from torchtitan.tools.logging import logger
@@ -45,6 +49,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
         """Names of the tensors."""
         config_yaml: Annotated[str, tyro.conf.Suppress] = ""
         """The resolved config."""
+        asynchronous: bool = True
+        """Whether training goes on while a checkpoint is written."""
 
     def __init__(self, config, *, dataloader, model_parts, optimizers, lr_schedulers, states, base_folder, **kwargs):
         self.enable = config.enable
@@ -57,6 +63,11 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.output_dir = Path(base_folder)
         self.damaged: set[Path] = set()  # found while loading; their steps are saved anew
         self.owner: Ownership | None = None  # rank 0's hold on the directory, once training begins
+        cuda = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(cuda, False, use_async_staging=False, use_non_blocking_copy=cuda))
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.group: dist.ProcessGroup | None = None  # the writer's
+        self.stall = 0.0  # seconds for which the last save held up training
 
     # -- what a checkpoint holds -----------------------------------------------------------------------------------
 
@@ -83,14 +94,38 @@ class SGTCheckpointManager(BaseCheckpointManager):
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        """Copy what a checkpoint holds at this boundary; a thread writes it while training goes on.
+
+        The last save of an attempt, and every save with ``checkpoint.asynchronous`` off, is waited for.
+        """
         due = last_step or curr_step % self.config.interval == 0
         if not due or self.config.load_only:
             return False
+        began = time.perf_counter()
+        self.maybe_wait_for_saving()
         path = disk.step_dir(self.output_dir, curr_step)
         if disk.is_committed(path) and path not in self.damaged:
             return False
+        if self.group is None:
+            # Its own: ranks come to the thread's collectives at other moments than to the step's.
+            self.group = dist.new_group(backend="gloo")
+        staged, state = self.stager.stage(self.tensors()), json.dumps(self.state(curr_step), indent=1, default=str)
+        self.stall = time.perf_counter() - began
+        self.save_future = self.writer.submit(self._write, path, curr_step, staged, state)
+        if last_step or not self.config.asynchronous:
+            self.maybe_wait_for_saving()
+            self.stall = time.perf_counter() - began
+        return True
+
+    def failed(self) -> bool:
+        """Whether a save that nobody has waited for has failed. Ranks find out at different steps: agree first."""
+        return self.save_future is not None and self.save_future.done() and self.save_future.exception() is not None
+
+    def _write(self, path: Path, step: int, tensors: dict[str, torch.Tensor], state: str) -> None:
+        """In the thread, on every rank."""
+        began = time.perf_counter()
         try:
-            self._write(path, curr_step)
+            self._write_files(path, tensors, state)
         except (Exception, CheckpointException) as error:  # the latter, a distributed save's, is a BaseException
             if not _is_disk_full(error):
                 raise
@@ -98,35 +133,31 @@ class SGTCheckpointManager(BaseCheckpointManager):
                 shutil.rmtree(path, ignore_errors=True)
             kept = disk.latest_committed(self.output_dir)
             raise UserError(
-                f"{path}: no space left to save step {curr_step}; kept {kept.name if kept else 'no checkpoint'}; "
+                f"{path}: no space left to save step {step}; kept {kept.name if kept else 'no checkpoint'}; "
                 "free space or set checkpoint.keep_latest lower, then start the same command again"
             ) from None
         if dist.get_rank() == 0:
-            logger.info(f"Saved step {curr_step} to {path}")
+            took = time.perf_counter() - began
+            logger.info(f"Saved step {step} to {path} in {took:.2f} s, of which training waited {self.stall:.3f} s")
             disk.prune(self.output_dir, self.config.keep_latest_k)
-        dist.barrier()
-        return True
 
-    def _write(self, path: Path, step: int) -> None:
-        tensors = self.tensors()
-        local_bytes = sum(_local(t).numel() * _local(t).element_size() for t in tensors.values())
-
+    def _write_files(self, path: Path, tensors: dict[str, torch.Tensor], state: str) -> None:
         def prepare() -> None:
             shutil.rmtree(path, ignore_errors=True)  # left by an attempt that never committed it
             path.mkdir(parents=True)
             (path / disk.CONFIG).write_text(self.config.config_yaml)
-            (path / disk.STATE).write_text(json.dumps(self.state(step), indent=1, default=str))
+            (path / disk.STATE).write_text(state)
 
-        total = torch.tensor(local_bytes, dtype=torch.int64, device=self.trainer.device)
-        dist.all_reduce(total)
-        on_rank_zero(lambda: _require_space(self.output_dir, int(total)))
-        on_rank_zero(prepare)
+        local = [_local(tensor) for tensor in tensors.values()]
+        total = torch.tensor(sum(tensor.numel() * tensor.element_size() for tensor in local))
+        dist.all_reduce(total, group=self.group)
+        on_rank_zero(lambda: _require_space(self.output_dir, int(total)), self.group)
+        on_rank_zero(prepare, self.group)
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
-        written = sorted(path.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
-        described: list[dict] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(described, disk.describe_files(written))
-        files = {name: entry for part in described for name, entry in part.items()}
+        dcp.save(tensors, storage_writer=writer, process_group=self.group)
+        written = path.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")
+        parts = on_every_rank(lambda: disk.describe_files(sorted(written)), self.group)
+        files = {name: entry for part in parts for name, entry in part.items()}
 
         def commit() -> None:
             if self.owner is not None and not self.owner.held():
@@ -135,7 +166,16 @@ class SGTCheckpointManager(BaseCheckpointManager):
             assert present == set(files), f"ranks described {sorted(files)}, the directory holds {sorted(present)}"
             disk.commit(path, files | disk.describe_files([path / disk.CONFIG, path / disk.STATE]))
 
-        on_rank_zero(commit)
+        on_rank_zero(commit, self.group)
+
+    def _wait_for_saving(self) -> None:
+        future, self.save_future = self.save_future, None
+        future.result()
+
+    def _maybe_wait_for_staging(self) -> None: ...  # staging is done when ``save`` returns
+
+    def _close(self) -> None:
+        self.writer.shutdown()  # a save under way is finished, so that what it holds is not lost
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -181,16 +221,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
                 group["lr"] = lr
 
-    # -- synchronous, so nothing to wait for -----------------------------------------------------------------------
 
-    def _wait_for_saving(self) -> None: ...
-
-    def _maybe_wait_for_staging(self) -> None: ...
-
-    def _close(self) -> None: ...
-
-
-def on_rank_zero(action) -> None:
+def on_rank_zero(action: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Run ``action`` on rank 0; every rank waits for it and every rank raises what it raised."""
     outcome: list[BaseException | None] = [None]
     if dist.get_rank() == 0:
@@ -198,9 +230,23 @@ def on_rank_zero(action) -> None:
             action()
         except Exception as error:
             outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def on_every_rank(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Run ``action`` on each rank; what it returned, by rank. Every rank raises what the first one raised."""
+    try:
+        mine: tuple[Any, BaseException | None] = action(), None
+    except Exception as error:
+        mine = None, error
+    everyone: list[tuple[Any, BaseException | None]] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return [value for value, _ in everyone]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

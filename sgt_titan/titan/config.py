@@ -135,6 +135,7 @@ def trainer_config(config: Config, model: SGTModel.Config, prepared: Prepared | 
             identity=prepared.identity() if prepared else None,
             family=prepared.family if prepared else None,
             config_yaml=dump(config),
+            asynchronous=config.checkpoint.asynchronous,
         ),
         activation_checkpoint=recompute[config.activation_checkpoint.mode],
         compile=CompileConfig(components=["model"]),

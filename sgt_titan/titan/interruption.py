@@ -1,8 +1,9 @@
-"""Being asked to stop: signals become a save at the next step boundary, agreed by all ranks.
+"""Having to stop: what one rank hears or finds out ends all of them at the same step boundary.
 
 Schedulers announce the end of a job by a signal (time limit, preemption), and not to every rank at the same moment. A
 rank that stopped alone would leave the others in a collective. So ranks exchange what they have heard once a step, over
 gloo and beside the step's own work, and all act on the answer at the same boundary, at most one step after the signal.
+What else a rank may find out alone goes the same way: a lost directory, a checkpoint that could not be written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Reason(IntEnum):
     USR1 = 1  # the launch script's notice: the time limit is near
     TERM = 2  # the scheduler's: preemption, node going down, the end
     LOST = 3  # another attempt has taken the output directory: end without saving
+    UNSAVED = 4  # writing a checkpoint has failed somewhere: end with its error
 
 
 SIGNALS = {signal.SIGUSR1: Reason.USR1, signal.SIGTERM: Reason.TERM}
@@ -42,13 +44,9 @@ class StopRequest:
     def _hear(self, number: int, frame: object) -> None:
         self.heard = max(self.heard, SIGNALS[signal.Signals(number)])
 
-    def begin(self, *, lost: bool = False) -> None:
-        """Start the exchange of what was heard until now; it runs beside the step.
-
-        Args:
-            lost: this rank knows that the output directory is another's.
-        """
-        flag = torch.tensor(int(Reason.LOST if lost else self.heard), dtype=torch.int32)
+    def begin(self, known: Reason = Reason.NONE) -> None:
+        """Start the exchange of what was heard until now, or is ``known`` to this rank; it runs beside the step."""
+        flag = torch.tensor(int(max(known, self.heard)), dtype=torch.int32)
         self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def agreed(self) -> Reason:

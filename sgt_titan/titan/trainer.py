@@ -87,12 +87,15 @@ class SGTTrainer(Trainer):
         reason, more = self.stop.agreed(), super().should_continue_training()
         if reason is Reason.LOST:
             raise UserError(f"run.output_dir: {self.run.run.output_dir} was taken over by another attempt of this job")
+        if reason is Reason.UNSAVED:
+            self.checkpointer.maybe_wait_for_saving()
         if more and reason:
             self.stopped = reason
             self.checkpointer.save(self.step, last_step=True)
             return False
         if more:
-            self.stop.begin(lost=self.owner.lost.is_set())
+            lost, unsaved = self.owner.lost.is_set(), self.checkpointer.failed()
+            self.stop.begin(Reason.UNSAVED if unsaved else Reason.LOST if lost else Reason.NONE)
         return more
 
     def train_step(self, data_iterator) -> None:
