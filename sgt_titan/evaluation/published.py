@@ -232,12 +232,26 @@ def figure_4(rows: Rows) -> str | None:
     return plots.figure(draw)
 
 
+def plane(rows: Rows) -> str | None:
+    """What each row keeps against what is read of it, with the baselines of the row that carries them."""
+    points: dict[str, Any] = {}
+    for row, results in rows.items():
+        for name, mechanism in results["mechanisms"].items():
+            if name == "sgt":
+                points[row] = {**mechanism, "title": row}
+            elif name != "redaction":
+                points[name] = mechanism
+    return plots.plane({"mechanisms": points})
+
+
 def page(rows: Rows, pii: Rows, about: Mapping[str, str]) -> str:
     """All tables and figures as one HTML page."""
     sections = [f"<pre>{html.esc(about.get('command', ''))}</pre>"]
     for title, (head, body) in _all(rows, pii):
         cells: Callable[[Sequence[str]], list[str]] = lambda row: [html.esc(cell) for cell in row]  # noqa: E731
         sections.append(f"<h2>{html.esc(title)}</h2>" + html.table(cells(head), [cells(row) for row in body]))
+    if svg := plane(rows):
+        sections.append("<h2>Kept and read</h2>" + html.figure(svg, "plane", "Right and low is better."))
     if FIGURE_3 in rows and (svg := plots.histogram(rows[FIGURE_3]["mechanisms"]["sgt"])):
         sections.append(
             "<h2>Figure 3, rank histogram of CosSim</h2>" + html.figure(svg, "figure3", "Published: two modes.")
