@@ -19,6 +19,7 @@ from sgt_titan.errors import UserError
 from .config import to_trainer_config
 from .optimizer import NonFiniteError
 from .startup import check_output_dir
+from .timeline import Timeline
 
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: asked to stop, saved, to be started again
 
@@ -60,7 +61,11 @@ def _run(config: Config) -> int:
     warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
     if int(os.environ.get("RANK", "0")) != 0:
         logger.setLevel(logging.WARNING)
+    timeline = Timeline()
+    timeline.mark("import")
     trainer_config = to_trainer_config(config)
+    timeline.mark("files")
+    trainer_config.prepared.timeline = timeline
     config = trainer_config.prepared.config
     done = check_output_dir(trainer_config.prepared)
     if done >= config.training.steps:

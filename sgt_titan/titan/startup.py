@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from sgt_titan.transform.trunk_files import TrunkFiles
 
 from .flops import hardware_flops_per_token
 from .load_trunk import check_trunk
+from .timeline import Timeline
 from .trunks import Family, build, build_body, family_of
 
 RUN_FILE = "run.json"
@@ -78,6 +79,7 @@ class Prepared:
     train_source: BatchSource
     probe_source: BatchSource
     fingerprints: dict[str, str]
+    timeline: Timeline = field(default_factory=Timeline)
 
     def hardware_flops(self, model) -> int:
         return hardware_flops_per_token(model, full_recompute=self.config.activation_checkpoint.mode == "full")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import tyro
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.attention import FlexAttention
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -49,6 +50,7 @@ class SGTTrainer(Trainer):
         check_output_dir(config.prepared)
         super().__init__(config)
         prepared, model = config.prepared, self.model_parts[0]
+        prepared.timeline.mark("build")
         same_on_all_ranks(prepared.fingerprints)
         self.prepared, self.run = prepared, prepared.config
         load_trunk(model.trunk, prepared.family, prepared.files)
@@ -64,6 +66,13 @@ class SGTTrainer(Trainer):
         self.pairs = make_pair_groups(self.run.objective.mi_group, self.run.training.local_batch_size, batch_mesh)
         self.metrics_processor.num_hardware_flops_per_token = prepared.hardware_flops(model)
         self.uses_flex = any(isinstance(module, FlexAttention) for module in model.trunk.modules())
+        prepared.timeline.mark("trunk")
+
+    def init_distributed(self) -> ParallelDims:
+        self.config.prepared.timeline.mark("build")
+        dims = super().init_distributed()
+        self.config.prepared.timeline.mark("rendezvous")
+        return dims
 
     def train(self) -> None:
         """Until the last step, or until asked to stop (``stopped``); then export and say how it ended."""
@@ -99,8 +108,14 @@ class SGTTrainer(Trainer):
         return more
 
     def train_step(self, data_iterator) -> None:
+        first = self.metrics_processor.first_step is None
+        if first:
+            self.prepared.timeline.mark("checkpoint")
         self.metrics_processor.start_step(self.step)
         super().train_step(data_iterator)
+        if first:
+            self.prepared.timeline.mark("first step")
+            logger.info(self.prepared.timeline.summary())
         self.patience = self.run.comm.train_timeout_seconds
         self.watchdog.beat(self.patience)  # a save or a probe has as long as a step
         self.metrics_processor.show_progress(self.step)
