@@ -13,7 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-slurm test-all lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +33,9 @@ demo: $(READY) ## train an SGT on the shipped trunk, export it, print before and
 
 test: $(READY) ## unit, parity and distributed tests on the CPU
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm and not gpu"
+
+test-slurm: $(READY) ## what a cluster does to a run, on a real Slurm of four virtual nodes (root; installs Slurm)
+	$(PYTHON) -m pytest -m slurm tests/slurm
 
 test-all: $(READY) ## also the tests that need a GPU or a Slurm cluster
 	$(PYTHON) -m pytest
