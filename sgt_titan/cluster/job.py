@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sgt_titan.arguments import Parser
-from sgt_titan.cluster import attempts, status
+from sgt_titan.cluster import attempts, status, storage
 from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.errors import UserError
@@ -52,6 +52,8 @@ def _begin(name: str, overrides: list[str], nodes: int, gpus: int) -> int:
             f"run.output_dir: {folder} holds a finished run (step {found['step']}); choose another directory, or more "
             "training.steps"
         )
+    if told := storage.warning(folder, nodes):
+        print(f"warning: {told}", file=sys.stderr)
     Ownership(folder).check()
     entry = attempts.begin(folder, attempt_name(), nodes)
     # From here on the run may say how it ended, be it before its first collective.

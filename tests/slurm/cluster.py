@@ -26,13 +26,14 @@ HOSTS_TAG = "# sgt_titan test cluster"
 NODE_VARIABLE = "SGT_TEST_NODE"  # slurmd is started with it, and all that slurmd starts inherits it
 CPUS = 8
 
-# Timeouts are short, so that a lost node is noticed in seconds; cred_expire is also how long a requeued job waits.
+# Timeouts are short, so that a lost node is noticed in seconds. cred_expire is also how long a requeued job waits; below
+# 5 Slurm takes its default of 120.
 CONFIG = """
 ClusterName=sgttest
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=3
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root

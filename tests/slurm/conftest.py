@@ -115,7 +115,7 @@ class Run:
 def assert_same(run: Run, whole: Run, *, relative: float = 0.0) -> None:
     """The run consumed the samples of the uninterrupted one, each once, and its losses are the same."""
     assert run.samples == whole.samples
-    assert sorted(run.losses) == sorted(whole.losses) == list(range(1, STEPS + 1))
+    assert sorted(run.losses) == sorted(whole.losses) == list(range(1, whole.step + 1))
     for step, loss in whole.losses.items():
         assert run.losses[step] == (loss if not relative else pytest.approx(loss, rel=relative)), f"step {step}"
     assert checkpoint.problems(checkpoint.latest_committed(run.out)) == []
