@@ -26,8 +26,8 @@ HOSTS_TAG = "# sgt_titan test cluster"
 NODE_VARIABLE = "SGT_TEST_NODE"  # slurmd is started with it, and all that slurmd starts inherits it
 CPUS = 8
 
-# Timeouts are short, so that a lost node is noticed in seconds. cred_expire is also how long a requeued job waits; below
-# 5 Slurm takes its default of 120.
+# Timeouts are short, so that a lost node is noticed in seconds. cred_expire is also how long a requeued job waits; for
+# less than 5 Slurm takes its default of 120.
 CONFIG = """
 ClusterName=sgttest
 SlurmctldHost={host}(127.0.0.1)

@@ -26,21 +26,15 @@ def test_soak(cluster, submit):
     words = ("--training.steps", str(STEPS))
     whole = submit(*words).finish(600)
     chance = random.Random(SEED)
-    run, kills, submitted = submit(*words, step_seconds=0.3), [], 1
-    seen = 0
+    run, kills, seen = submit(*words, step_seconds=0.3), [], 0
     while len(kills) < KILLS:
-        run.until(
-            lambda: cluster.state(run.jobs[-1]) in ("COMPLETED", "FAILED") or running(run) > seen, "an attempt", 180
-        )
-        if cluster.state(run.jobs[-1]) == "COMPLETED":
+        state = next_attempt(cluster, run, seen)
+        if state == "COMPLETED":
             break
-        if (
-            cluster.state(run.jobs[-1]) == "FAILED"
-        ):  # too often in a row before the first new checkpoint: a person's turn
+        if state == "FAILED":  # too often in a row before a new checkpoint: it would be a person's turn
             submit(*words, step_seconds=0.3, run=run)
-            submitted += 1
             continue
-        seen = running(run)
+        seen = len(run.attempts)
         time.sleep(chance.uniform(0, LONGEST))
         victims = cluster.processes(command="sgt_titan.train")
         before = run.step
