@@ -1,11 +1,11 @@
 """One output directory, one running attempt: who holds it, and noticing that somebody else has taken it.
 
-    <output_dir>/owner.json    {"attempt", "host", "pid"}, its modification time is the holder's heartbeat
+    <output_dir>/owner.json    {"attempt", "host", "pid", "started"}, its modification time is the holder's heartbeat
 
 Two jobs started by mistake would overwrite each other's checkpoints. And a scheduler that loses contact with a node
 requeues the job while the orphaned processes train on; they must not commit another checkpoint once the new attempt has
 begun. So the file is a token: a new attempt of the *same* job takes it, any other job must wait until its heartbeat has
-stopped, and a holder that finds another's name in it ends without saving.
+stopped or the scheduler says that its job is over, and a holder that finds another's name in it ends without saving.
 
 Ages are differences of modification times in one directory: clocks of two nodes are never compared.
 """
@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -26,6 +27,9 @@ from sgt_titan.errors import UserError
 FILE = "owner.json"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0  # several beats: a file server may stall for a while
+
+# Slurm's states of a job that does not come back by itself.
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
 def attempt_name() -> str:
@@ -97,7 +101,8 @@ class Ownership:
     def _create(self) -> bool:
         """Put our name in a new token. False if there is one already."""
         work = self.folder / f".{FILE}.{secrets.token_hex(4)}"
-        work.write_text(json.dumps({"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid()}))
+        me = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "started": _started("self")}
+        work.write_text(json.dumps(me))
         try:
             os.link(work, self.file)  # fails if it exists, and a reader never sees half of it
             return True
@@ -124,7 +129,9 @@ class Ownership:
         )
         if job.startswith("slurm-") and job == their_job and int(restart) > int(their_restart):
             return True
-        if holder.get("host") == socket.gethostname() and not _is_alive(holder.get("pid")):
+        if holder.get("host") == socket.gethostname() and not _is_alive(holder):
+            return True
+        if their_job.startswith("slurm-") and _is_over(their_job.removeprefix("slurm-")):
             return True
         return self._age() > STALE_SECONDS
 
@@ -160,11 +167,34 @@ def _read(file: Path) -> dict | None:
         return None
 
 
-def _is_alive(pid: object) -> bool:
+def _is_alive(holder: dict) -> bool:
+    """Whether the process of this host that wrote the token still runs; another one may have its number by now."""
     try:
-        os.kill(int(pid), 0)  # type: ignore[call-overload]
+        os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, TypeError, ValueError):
+    except (PermissionError, TypeError, ValueError, KeyError):
         return True
-    return True
+    started = _started(holder["pid"])
+    return not started or holder.get("started") in (None, "", started)
+
+
+def _started(pid: int | str) -> str:
+    """When a process began, in ticks since a boot that is named; empty where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_over(job: str) -> bool:
+    """Whether Slurm says that a job has ended, or no longer knows it. False where there is no Slurm to ask."""
+    words = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job]
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if told.returncode:
+        return "Invalid job id" in told.stderr
+    return bool(told.stdout.split()) and set(told.stdout.split()) <= ENDED

@@ -129,3 +129,40 @@ def test_attempt_name(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert attempt_name() == expected
+
+
+def test_another_process_with_the_holder_s_number_does_not_hold(tmp_path):
+    """In a container that is started anew, numbers come back."""
+    import socket
+
+    token = {"attempt": "-pod-1", "host": socket.gethostname(), "pid": os.getpid(), "started": "another-boot:17"}
+    (tmp_path / FILE).write_text(json.dumps(token))
+    owner = Ownership(tmp_path, "-pod-2")
+    owner.acquire()
+    assert owner.held()
+    with pytest.raises(UserError, match="in use by -pod-2"):
+        Ownership(tmp_path, "-pod-3").check()
+    owner.release()
+
+
+@pytest.mark.parametrize(
+    ("answer", "over"),
+    [
+        ("echo CANCELLED", True),
+        ("echo COMPLETING", False),
+        ("echo RUNNING", False),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", True),
+        ("echo Unable to contact slurm controller >&2; exit 1", False),
+    ],
+)
+def test_slurm_is_asked_whether_the_holder_s_job_is_over(answer, over, tmp_path, elsewhere, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(f'#!/bin/sh\ntest "$5" = 7_2 || exit 3\n{answer}\n')
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    elsewhere("slurm-7_2.0")
+    if over:
+        Ownership(tmp_path, "slurm-8.0").check()
+    else:
+        with pytest.raises(UserError, match="in use"):
+            Ownership(tmp_path, "slurm-8.0").check()
