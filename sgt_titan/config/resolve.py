@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ _RANGES = {
     "lr_scheduler.warmup_steps": ("0 or more", lambda v: v >= 0),
     "lr_scheduler.decay_ratio": ("in [0, 1]", lambda v: v is None or 0 <= v <= 1),
     "lr_scheduler.min_lr_factor": ("in [0, 1]", lambda v: 0 <= v <= 1),
-    "parallelism.data_parallel_replicate_degree": ("at least 1", lambda v: v >= 1),
+    "parallelism.data_parallel_replicate_degree": ("at least 1, or -1", lambda v: v >= 1 or v == -1),
     "parallelism.data_parallel_shard_degree": ("-1 (what is left) or at least 1", lambda v: v == -1 or v >= 1),
     "parallelism.tensor_parallel_degree": ("at least 1", lambda v: v >= 1),
     "parallelism.expert_parallel_degree": ("at least 1", lambda v: v >= 1),
@@ -110,7 +111,10 @@ def resolve(config: Config, *, world_size: int | None) -> Config:
 
     if world_size is not None and not list(_degree_problems(config, world_size)):
         degree = dp_degree(config, world_size)
-        config.parallelism.data_parallel_shard_degree = degree // config.parallelism.data_parallel_replicate_degree
+        p = config.parallelism
+        if p.data_parallel_replicate_degree == -1:
+            p.data_parallel_replicate_degree = degree // p.data_parallel_shard_degree
+        p.data_parallel_shard_degree = degree // p.data_parallel_replicate_degree
         if training.global_batch_size == -1:
             training.global_batch_size = training.local_batch_size * degree
     return config
@@ -273,23 +277,21 @@ def _data_problems(config: Config, device: str | None) -> Iterator[str]:
 def _degree_problems(config: Config, world_size: int) -> Iterator[str]:
     p = config.parallelism
     replicate, shard, tp = p.data_parallel_replicate_degree, p.data_parallel_shard_degree, p.tensor_parallel_degree
-    if min(replicate, tp, p.expert_parallel_degree) < 1 or (shard < 1 and shard != -1):
+    if min(tp, p.expert_parallel_degree) < 1 or any(d < 1 and d != -1 for d in (replicate, shard)):
         yield f"parallelism: degrees must be positive, got replicate {replicate}, shard {shard}, tensor {tp}"
         return
-    if shard == -1:
-        if world_size % (replicate * tp):
-            yield (
-                f"parallelism: replicate {replicate} x tensor {tp} = {replicate * tp} does not divide the world size "
-                f"{world_size}"
-            )
-            return
-        shard = world_size // (replicate * tp)
-    if replicate * shard * tp != world_size:
-        yield (
-            f"parallelism: replicate {replicate} x shard {shard} x tensor {tp} = {replicate * shard * tp}, but the "
-            f"world size is {world_size}"
-        )
-    elif (shard * tp) % p.expert_parallel_degree:
+    if replicate == shard == -1:
+        yield "parallelism: data_parallel_replicate_degree and data_parallel_shard_degree are both -1; say one of them"
+        return
+    given = {"replicate": replicate, "shard": shard, "tensor": tp}
+    said = " x ".join(f"{name} {degree}" for name, degree in given.items() if degree != -1)
+    product = math.prod(degree for degree in given.values() if degree != -1)
+    if world_size % product if -1 in given.values() else product != world_size:
+        does = "does not divide the world size" if -1 in given.values() else "but the world size is"
+        yield f"parallelism: {said} = {product}{',' if does.startswith('but') else ''} {does} {world_size}"
+        return
+    shard = world_size // product if shard == -1 else shard
+    if (shard * tp) % p.expert_parallel_degree:
         yield (
             f"parallelism.expert_parallel_degree {p.expert_parallel_degree} does not divide shard {shard} x tensor "
             f"{tp} = {shard * tp}"

@@ -179,7 +179,7 @@ class LRScheduler:
 @dataclass(kw_only=True)
 class Parallelism:
     data_parallel_replicate_degree: int = opt(1, "HSDP: copies of the sharded weights (often the number of islands "
-                                                 "with fast links).")  # fmt: skip
+                                                 "with fast links); -1: what the other degrees leave.")  # fmt: skip
     data_parallel_shard_degree: int = opt(-1, "FSDP2 shards; -1: what the other degrees leave.")
     tensor_parallel_degree: int = opt(1, "Tensor parallelism, inside a node.")
     enable_sequence_parallel: bool = opt(True, "Activations between blocks sharded over the sequence under TP.")

@@ -83,6 +83,18 @@ def test_resolve_hsdp_and_tp():
     assert dp_degree(config, 16) == 8 and config.training.global_batch_size == 32
 
 
+def test_an_allocation_decides_how_many_copies_there_are():
+    words = ("parallelism.data_parallel_replicate_degree=-1", "parallelism.data_parallel_shard_degree=2")
+    degrees = {
+        w: resolve(config_of(*words), world_size=w).parallelism.data_parallel_replicate_degree for w in (2, 4, 12)
+    }
+    assert degrees == {2: 1, 4: 2, 12: 6}
+    with pytest.raises(UserError, match="shard 2 x tensor 1 = 2 does not divide the world size 5"):
+        dp_degree(config_of(*words), 5)
+    with pytest.raises(UserError, match="are both -1"):
+        dp_degree(config_of(words[0]), 4)
+
+
 @pytest.mark.parametrize("preset", [*PRESETS, "none"])
 def test_resolve_preset_weights(preset):
     config = resolve(config_of(f"objective.preset={preset}"), world_size=1)
