@@ -14,7 +14,7 @@ from sgt_titan import __version__, train
 from sgt_titan.arguments import Parser
 from sgt_titan.config.help import help_text
 from sgt_titan.config.load import available, dump, load, parse_overrides, read_trunk, resolve, takes_value, validate
-from sgt_titan.errors import UserError
+from sgt_titan.errors import UserError, guarded
 
 _CONFIG_COMMANDS = ("train", "prepare")
 
@@ -32,7 +32,7 @@ _FORWARDED = {
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code: 0, the run's, 2 for bad input, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    return train.guarded(lambda: _main(argv))
+    return guarded(lambda: _main(argv))
 
 
 def _main(argv: list[str]) -> int:

@@ -18,9 +18,9 @@ def __getattr__(name: str) -> Callable[[], Any]:
     def trainer_config() -> Any:
         import os
 
-        from sgt_titan.errors import UserError
+        from sgt_titan.errors import UserError, tell
         from sgt_titan.titan.config import to_trainer_config
-        from sgt_titan.train import prepared, tell
+        from sgt_titan.train import prepared
 
         try:
             return to_trainer_config(prepared(name, [], int(os.environ.get("WORLD_SIZE", "1"))))

@@ -1,6 +1,10 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how it is told."""
 
 from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -9,3 +13,28 @@ class UserError(Exception):
     Entry points print the message and exit with code 2; nothing has been written by then. Anything
     else that escapes is a defect of ours and keeps its traceback.
     """
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run an entry point: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    Ranks other than 0 keep quiet, since most mistakes are everyone's, and leave the line in torchrun's
+    failure report instead, where a mistake of one node alone can be read.
+    """
+    try:
+        return action()
+    except UserError as error:
+        tell(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def tell(error: UserError) -> None:
+    """The one line of a mistake, from the rank that should say it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sgt-titan: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    elif "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

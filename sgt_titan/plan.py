@@ -21,8 +21,7 @@ from typing import Any
 
 from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.config.schema import Config
-from sgt_titan.errors import UserError
-from sgt_titan.train import guarded
+from sgt_titan.errors import UserError, guarded
 
 BF16, FP32 = 2, 4
 GB = 1e9

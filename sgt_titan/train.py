@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from sgt_titan.cluster import notice
 from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.config.schema import Config
-from sgt_titan.errors import UserError
+from sgt_titan.errors import UserError, guarded
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,38 +55,15 @@ def visible_gpus() -> int:
     return min(count, valid)
 
 
-def guarded(action: Callable[[], int]) -> int:
-    """Run an entry point: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
-
-    Ranks other than 0 keep quiet, since most mistakes are everyone's, and leave the line in torchrun's
-    failure report instead, where a mistake of one node alone can be read.
-    """
-    try:
-        return action()
-    except UserError as error:
-        tell(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def tell(error: UserError) -> None:
-    """The one line of a mistake, from the rank that should say it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"sgt-titan: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    elif "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
-
-
 def run_rank(name: str, overrides: list[str]) -> int:
     """Train on this process as one rank of the run; returns its exit code.
 
     Raises:
         UserError: the environment is not torchrun's, or anything wrong with the config or the trunk.
     """
-    config = prepared(name, overrides, _world_size())
+    world_size = _world_size()
+    notice.listen()
+    config = prepared(name, overrides, world_size)
     from sgt_titan.titan.main import run
 
     return run(config)

@@ -18,6 +18,16 @@ EOF
   exit 0 ;;
 esac
 
+# Notices to stop. They may come before there is anything to pass them on to, or to ranks that are not yet listening, so
+# they are repeated; a rank that has heard one does not mind.
+step='' noticed=''
+pass_on() {
+  noticed=$1
+  [ -z "$step" ] || while kill -"$1" "$step" 2>/dev/null; do sleep 15; done &
+}
+trap 'pass_on USR1' USR1 # near the time limit
+trap 'pass_on TERM' TERM # preemption
+
 [ -n "${SLURM_JOB_ID:-}" ] || exec bash "$root/launch/local.sh" "$CONFIG" "$@"
 
 # -- the site ----------------------------------------------------------------------------------------------------------
@@ -44,7 +54,8 @@ case " $* " in *" --run.output_dir"*) ;; *) words+=(--run.output_dir "$SGT_SHARE
 
 # -- before ------------------------------------------------------------------------------------------------------------
 assignments=$(python -m sgt_titan.cluster.job begin "$CONFIG" --nodes "$SLURM_NNODES" --gpus "$procs" "${words[@]}") || exit 2
-eval "$assignments" # OUTPUT_DIR
+eval "$assignments" # OUTPUT_DIR, or FINISHED
+[ -z "${FINISHED:-}" ] || exit 0
 logs=$OUTPUT_DIR/logs/$job.$restart
 mkdir -p "$logs"
 
@@ -61,8 +72,7 @@ srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output=
       --log-dir="$SGT_LOGS" --redirects=3 --tee=3 -m sgt_titan.train "$@"' \
   train "$CONFIG" "${words[@]}" &
 step=$!
-trap 'kill -USR1 "$step" 2>/dev/null || true' USR1 # near the time limit: srun passes it on
-trap 'kill -TERM "$step" 2>/dev/null || true' TERM # preemption
+[ -z "$noticed" ] || pass_on "$noticed" # srun passes signals on to the ranks
 code=0
 while :; do # a trap interrupts wait
   wait "$step" && code=0 || code=$?

@@ -16,7 +16,7 @@ from sgt_titan.arguments import Parser
 from sgt_titan.cluster import attempts, status, storage
 from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.load import load, read_trunk, resolve, validate
-from sgt_titan.errors import UserError
+from sgt_titan.errors import UserError, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,12 @@ def _begin(name: str, overrides: list[str], nodes: int, gpus: int) -> int:
     validate(config, nodes * gpus, read_trunk(config, weights=True))
     folder = Path(config.run.output_dir)
     found = status.read(folder) or {}
-    if found.get("state") == "finished" and found.get("step", 0) >= (config.training.steps or float("inf")):
+    over = found.get("state") == "finished"
+    if over and found.get("attempt", "").rpartition(".")[0] == attempt_name().rpartition(".")[0]:
+        print(f"{folder}: finished by {found['attempt']}, which this job had lost sight of", file=sys.stderr)
+        print("FINISHED=1")
+        return 0
+    if over and found.get("step", 0) >= (config.training.steps or float("inf")):
         raise UserError(
             f"run.output_dir: {folder} holds a finished run (step {found['step']}); choose another directory, or more "
             "training.steps"
@@ -64,6 +69,4 @@ def _begin(name: str, overrides: list[str], nodes: int, gpus: int) -> int:
 
 
 if __name__ == "__main__":
-    from sgt_titan.train import guarded
-
     sys.exit(guarded(main))

@@ -14,6 +14,8 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from sgt_titan.cluster import notice
+
 
 class Reason(IntEnum):
     """Why a run is asked to stop; where ranks heard different things, the larger counts."""
@@ -36,7 +38,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.heard = Reason.NONE
+        self.heard = max((SIGNALS[number] for number in notice.heard), default=Reason.NONE)
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}

@@ -23,7 +23,7 @@ from pathlib import Path
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 CONTROLLER_PORT, NODE_PORT = 26817, 27000
 HOSTS_TAG = "# sgt_titan test cluster"
-NODE_VARIABLE = "SGT_TEST_NODE"  # slurmd is started with it, and all that slurmd starts inherits it
+NODE_VARIABLE = "SGT_TEST_NODE"  # slurmd is started with it
 CPUS = 8
 
 # Timeouts are short, so that a lost node is noticed in seconds. cred_expire is also how long a requeued job waits; for
@@ -187,10 +187,14 @@ class Cluster:
 
     def processes(self, name: str = "", command: str = "") -> list[int]:
         """PIDs of everything the node (or any) has started, slurmd aside, whose command line holds ``command``."""
-        wanted = f"{NODE_VARIABLE}={self.folder}:{name}".encode()
+        ours, conf = f"{NODE_VARIABLE}={self.folder}:".encode(), f"SLURM_CONF={self.conf}".encode()
         found = []
         for pid, environment in _environments():
-            if any(line == wanted or (not name and line.startswith(wanted)) for line in environment):
+            # What slurmd starts inherits its environment; tasks have their job's, and the node's name.
+            nodes = [line.removeprefix(ours) for line in environment if line.startswith(ours)]
+            if conf in environment:
+                nodes += [v.removeprefix(b"SLURMD_NODENAME=") for v in environment if v.startswith(b"SLURMD_NODENAME=")]
+            if name.encode() in nodes or (nodes and not name):
                 line = Path(f"/proc/{pid}/cmdline")
                 with contextlib.suppress(OSError):
                     words = line.read_bytes().replace(b"\0", b" ").decode(errors="replace")

@@ -107,8 +107,8 @@ def test_preemption(cluster, submit, whole):
 
 
 def test_time_limit(submit, whole):
-    """A minute is not enough; the run saves before it is over and goes on in the next."""
-    run = submit(step_seconds=5.0, options=("--time=1",)).finish(600)
+    """Two minutes are not enough; the run saves before they are over and goes on in the next two."""
+    run = submit(step_seconds=10.0, options=("--time=2", "--signal=B:USR1@70")).finish(600)
     assert len(run.attempts) > 1
     assert all(a.state == "stopped" and "SIGUSR1" in a.reason for a in run.attempts[:-1])
     assert set(lost_steps(run)) == {-1}
