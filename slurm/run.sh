@@ -59,10 +59,45 @@ eval "$assignments" # OUTPUT_DIR, or FINISHED
 logs=$OUTPUT_DIR/logs/$job.$restart
 mkdir -p "$logs"
 
+# -- after -------------------------------------------------------------------------------------------------------------
+after() { # CODE: what the run says of its end decides, see sgt_titan/cluster/attempts.py
+  local decision without state
+  decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "${SGT_MAX_RESTARTS:-50}")
+  case $decision in
+    done) exit 0 ;;
+    requeue)
+      # scancel means stop: its job is no longer running by the time we are here.
+      state=$(scontrol show job "$job" -o | grep -o 'JobState=[A-Z_]*' | head -n1)
+      [ "$state" = JobState=RUNNING ] || { echo "not requeued: $state" >&2; exit 1; }
+      without=$(python -m sgt_titan.cluster.preflight excluded "$OUTPUT_DIR")
+      scontrol requeue "$job"
+      # Only a pending job can be told what to avoid. We are being ended by now, but not at once.
+      [ -z "$without" ] || for _ in $(seq 20); do
+        scontrol update JobId="$job" ExcNodeList="$without" && break || sleep 0.2
+      done
+      sleep 300 # until Slurm ends this script; leaving now would complete the job
+      ;;
+  esac
+  exit $(($1 ? $1 : 1))
+}
+
+# -- preflight ---------------------------------------------------------------------------------------------------------
+export SGT_HEAD=$head SGT_PREFLIGHT_PORT=$((port + 1))
+if [ "${SGT_PREFLIGHT:-1}" != 0 ]; then
+  reports=$OUTPUT_DIR/preflight/$job.$restart
+  timeout "${SGT_PREFLIGHT_SECONDS:-90}" srun --ntasks=$((SLURM_NNODES * procs)) --ntasks-per-node="$procs" --output="$logs/preflight-%N.log" \
+    --open-mode=append ${SGT_WRAP:-} python -m sgt_titan.doctor "$CONFIG" "${words[@]}" --reports "$reports" || true
+  fit=0
+  # shellcheck disable=SC2046
+  python -m sgt_titan.cluster.preflight verdict "$OUTPUT_DIR" --reports "$reports" --processes "$procs" \
+    --partition "${SLURM_JOB_PARTITION:-}" --nodes $(scontrol show hostnames "$SLURM_JOB_NODELIST") || fit=$?
+  [ "$fit" = 0 ] || after "$fit"
+fi
+
 # -- the attempt -------------------------------------------------------------------------------------------------------
 # Signals reach every process of the step. torchrun would end its workers at once, so it ignores them, and the workers,
 # which install handlers of their own, save and end.
-export SGT_HEAD=$head SGT_PORT=$port SGT_PROCS=$procs SGT_LOGS=$logs SGT_RDZV=$job.$restart
+export SGT_PORT=$port SGT_PROCS=$procs SGT_LOGS=$logs SGT_RDZV=$job.$restart
 srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$logs/%N.log" --open-mode=append \
   bash -c '
     trap "" USR1 TERM
@@ -79,16 +114,4 @@ while :; do # a trap interrupts wait
   kill -0 "$step" 2>/dev/null || break
 done
 
-# -- after -------------------------------------------------------------------------------------------------------------
-decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "${SGT_MAX_RESTARTS:-50}")
-case $decision in
-  done) exit 0 ;;
-  requeue)
-    # scancel means stop: its job is no longer running by the time we are here.
-    state=$(scontrol show job "$job" -o | grep -o 'JobState=[A-Z_]*' | head -n1)
-    [ "$state" = JobState=RUNNING ] || { echo "not requeued: $state" >&2; exit 1; }
-    scontrol requeue "$job"
-    sleep 300 # until Slurm ends this script; leaving now would complete the job
-    ;;
-esac
-exit $((code ? code : 1))
+after "$code"

@@ -118,6 +118,8 @@ def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: lis
         return "stop", f"{restarts} restarts, as many as allowed (SGT_MAX_RESTARTS)"
     if state == "stopped":
         return "requeue", f"saved on {said}"
+    if state == "unfit":
+        return "requeue", f"without bad nodes: {said}"
     tail = 0
     while tail < len(in_vain) and in_vain[-1 - tail]:
         tail += 1
@@ -127,7 +129,11 @@ def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: lis
 
 
 def _died_in_vain(history: list[Attempt]) -> list[bool]:
-    return [entry.last_step <= entry.first_step for entry in history if entry.ended and entry.state != "stopped"]
+    return [
+        entry.last_step <= entry.first_step
+        for entry in history
+        if entry.ended and entry.state not in ("stopped", "unfit")
+    ]
 
 
 def _append(output_dir: str | Path, entry: Attempt) -> None:

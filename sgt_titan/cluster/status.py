@@ -15,14 +15,15 @@ from typing import Any, Literal
 from sgt_titan.checkpoint import write_durably
 
 FILE = "status.json"
-State = Literal["running", "stopped", "finished", "refused", "failed"]
+State = Literal["running", "stopped", "unfit", "finished", "refused", "failed"]
 
 
 def write(output_dir: str | Path, state: State, *, attempt: str, step: int, reason: str = "") -> None:
     """Record the state of the attempt.
 
     running: from its start. stopped: ended itself after a signal, having saved ``step``. finished: nothing left to do.
-    refused: bad input, which a restart would meet again. failed: gave up on purpose, as after too many NaN steps.
+    unfit: found bad nodes before training. refused: bad input, which a restart would meet again. failed: gave up on
+    purpose, as after too many NaN steps.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
             "train_state": self.trainer.state_dict(),
             "data": self.dataloader.state_dict(),
             "lr_scheduler": self.lr_schedulers.state_dict(),
+            "skipped_steps": [self.optimizers.skipped, self.optimizers.skipped_in_a_row],
             "world_size": dist.get_world_size(),
             "metrics": self.trainer.metrics_processor.latest,
             "probe": self.trainer.metrics_processor.latest_probe,
@@ -214,6 +215,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.optimizers.load_state_dict(optimizer)
         torch.set_rng_state(tensors[RNG])
         state = disk.read_state(path)
+        self.optimizers.skipped, self.optimizers.skipped_in_a_row = state.get("skipped_steps", (0, 0))
         self.trainer.load_state_dict(state["train_state"])
         self.dataloader.load_state_dict(state["data"])
         self.lr_schedulers.load_state_dict(state["lr_scheduler"])

@@ -164,6 +164,7 @@ def submit(cluster, home, tmp_path_factory):
         options: Sequence[str] = (),
         run: Run | None = None,
         rows: int = 2,
+        bad_node: str = "",
     ) -> Run:
         run = run or Run(cluster, tmp_path_factory.mktemp("run"))
         words = ["--run.output_dir", str(run.out), "--run.deterministic", "true"]
@@ -175,6 +176,9 @@ def submit(cluster, home, tmp_path_factory):
             "SGT_TEST_FOLDER": str(run.folder),
             "SGT_TEST_FAULT": json.dumps(fault or {}),
             "SGT_TEST_STEP_SECONDS": str(step_seconds),
+            "SGT_TEST_BAD_NODE": bad_node or "none",
+            "SGT_PREFLIGHT": "1" if bad_node else "0",  # it doubles the time of a start
+            "SGT_PREFLIGHT_SECONDS": "45",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }

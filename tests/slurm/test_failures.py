@@ -212,3 +212,26 @@ def test_a_finished_run_is_not_run_again(cluster, submit, whole):
     second.ended("FAILED")
     assert "holds a finished run (step 10)" in whole.log
     assert launch.snapshot(whole.out) == before
+
+
+# -- before training ---------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_does_not_answer_is_left_out(cluster, submit, whole):
+    run = submit(bad_node="sgt1").finish(400)
+    assert decisions(run) == ["requeue", "done"]
+    assert run.attempts[0].reason == "without bad nodes: sgt1: did not report"
+    assert "sgt1" not in cluster.call("scontrol", "show", "hostnames", cluster.job(run.jobs[0])["NodeList"]).split()
+    assert "preflight: 2 nodes fit" in run.log
+    assert_same(run, whole)
+
+
+def test_too_few_good_nodes_is_a_clear_end(submit):
+    run = submit(nodes=4, rows=1, bad_node="sgt2").ended("FAILED", 200)
+    assert "4 nodes are needed, 3 are up and not excluded (sgt2: did not report)" in run.log
+    assert decisions(run) == ["stop"]
+
+
+def test_nodes_that_are_fit(submit):
+    run = submit(nodes=2, bad_node="nobody").finish()
+    assert decisions(run) == ["done"] and "preflight: 2 nodes fit" in run.log

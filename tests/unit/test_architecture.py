@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data"},
     "titan": CLIENT - {"demo"} | {"cluster"},
     "train": {"errors", "config", "cluster", "titan"},
+    "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan"},
+    "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan", "doctor"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 

@@ -1,6 +1,7 @@
 """Loaded by every Python that has this folder on PYTHONPATH: records what a rank consumes, and makes it fail as told.
 
 SGT_TEST_FOLDER   where to write samples-RANK.jsonl, in a folder for each attempt, JOB.RESTART
+SGT_TEST_BAD_NODE the node on which the checks before training hang
 SGT_TEST_FAULT    JSON: {"kind", "rank", "step", "restart"}; one fault of one rank, in one attempt
 
 Nothing is patched until the trainer is imported, so that launchers and small commands stay as they are.
@@ -93,5 +94,7 @@ def fail_in_save(fault: dict, rank: int) -> None:
     checkpoint.describe_files = describe_files
 
 
+if "sgt_titan.doctor" in sys.orig_argv and os.environ.get("SGT_TEST_BAD_NODE") == os.environ.get("SLURMD_NODENAME"):
+    time.sleep(3600)  # a node that never answers
 if "SGT_TEST_FOLDER" in os.environ:
     sys.meta_path.insert(0, AfterTrainer())

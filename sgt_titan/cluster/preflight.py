@@ -1,0 +1,234 @@
+"""Which nodes of an allocation are fit to train on, judged from what each measured; and which to leave out next time.
+
+    <output_dir>/preflight/ATTEMPT/NODE-LOCALRANK.json   what a process of ``sgt_titan.doctor`` found, phase by phase
+    <output_dir>/excluded_nodes.json                     {node: {"reason", "until"}}, until in seconds since 1970
+
+Reports are files, not messages: a node that hangs or never starts is known by the file that is missing, and nobody
+waits for it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sgt_titan.arguments import Parser
+from sgt_titan.checkpoint import write_durably
+from sgt_titan.cluster import status
+from sgt_titan.cluster.ownership import attempt_name
+from sgt_titan.errors import UserError, guarded
+
+EXCLUDED = "excluded_nodes.json"
+EXCLUDED_SECONDS = 24 * 3600.0  # by then somebody has mended it, or it is found again
+
+SLOW = 0.6  # of the group's median, for products and for links: a throttled or degraded device, beyond any noise
+SLOW_CPU = 0.25  # CPUs of test machines share their cores with anything
+CLOCK_SECONDS = 60.0  # of skew; less is told, not punished
+TMP_BYTES = 1 << 30
+
+PHASES = ("local", "pairs", "rendezvous", "node", "all")  # in the order in which a process comes to them
+
+Report = Mapping[str, Any]
+
+
+@dataclass
+class Verdict:
+    """``bad``: reason by node, and each alone is enough to leave the node out. ``problems``: of no single node."""
+
+    bad: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def judge(reports: Sequence[Report], nodes: Sequence[str], processes: int) -> Verdict:
+    """What the reports say of the nodes.
+
+    Args:
+        reports: one of each process that wrote one; ``sgt_titan/doctor.py`` says what is in them.
+        nodes: all that should have.
+        processes: that each of them should have.
+    """
+    found = Verdict()
+    by_node: dict[str, list[Report]] = {node: [r for r in reports if r["node"] == node] for node in nodes}
+
+    def bad(node: str, reason: str) -> None:
+        found.bad.setdefault(node, reason)  # the first is the nearest to the cause
+
+    for node, own in by_node.items():
+        if len(own) < processes:
+            bad(node, "did not report" if not own else f"{len(own)} of {processes} processes reported")
+        for report in own:
+            for name, text in report.get("errors", {}).items():
+                bad(node, f"{name}: {text}")
+            if report.get("tmp_bytes", TMP_BYTES) < TMP_BYTES:
+                bad(node, f"{report['tmp_bytes'] / 2**20:.0f} MiB free in its temporary directory")
+    _odd_ones(by_node, bad)
+    _slow_ones(by_node, bad)
+    _clocks(by_node, bad, found.remarks)
+    _stragglers(by_node, bad, found.problems)
+    needed = max((r.get("output_needed", 0) for r in reports), default=0)
+    free = min((r["output_free"] for r in reports if "output_free" in r), default=needed)
+    if free < needed:
+        found.problems.append(
+            f"run.output_dir: {needed / 2**30:.1f} GiB are needed for checkpoints, {free / 2**30:.1f} GiB are free"
+        )
+    return found
+
+
+def _odd_ones(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str], None]) -> None:
+    """Versions, trunk and kind of device: what most have is taken to be right."""
+    facts = [(node, name, str(value)) for node, own in by_node.items() for r in own for name, value in _facts(r)]
+    for name in dict.fromkeys(name for _, name, _ in facts):
+        usual = statistics.mode(value for _, other, value in facts if other == name)
+        for node, other, value in facts:
+            if other == name and value != usual:
+                bad(node, f"{name} {value[:24]}, elsewhere {usual[:24]}")
+
+
+def _facts(report: Report) -> list[tuple[str, Any]]:
+    return [*report.get("versions", {}).items(), *report.get("same", {}).items()]
+
+
+def _slow_ones(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str], None]) -> None:
+    for name, unit in (("matmul", "TFLOP/s"), ("node_all_reduce", "GB/s"), ("pair", "GB/s")):
+        worst = {n: min(r[name] for r in own if name in r) for n, own in by_node.items() if any(name in r for r in own)}
+        if len(worst) < 2:
+            continue
+        limit = SLOW_CPU if any(r.get("device") == "cpu" for own in by_node.values() for r in own) else SLOW
+        for node, value in worst.items():
+            # The others' median: of two nodes the slow one would pull its own yardstick down.
+            median = statistics.median(other for name, other in worst.items() if name != node)
+            if value < limit * median:
+                bad(node, f"{name.replace('_', ' ')} {value:.3g} {unit}, elsewhere {median:.3g}")
+
+
+def _clocks(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str], None], remarks: list[str]) -> None:
+    """Each clock against the file server's, which they share."""
+    skew = {node: own[0]["clock"] for node, own in by_node.items() if own and "clock" in own[0]}
+    if len(skew) < 2:
+        return
+    for node, value in skew.items():
+        off = value - statistics.median(other for name, other in skew.items() if name != node)
+        if abs(off) > CLOCK_SECONDS:
+            bad(node, f"its clock is {off:+.0f} s off")
+        elif abs(off) > 2:
+            remarks.append(f"{node}: its clock is {off:+.1f} s off")
+
+
+def _stragglers(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str], None], problems: list[str]) -> None:
+    """Who kept the others waiting: the nodes that came least far, if they are not all of them."""
+    reached = {node: min(PHASES.index(r.get("phase", PHASES[0])) for r in own) for node, own in by_node.items() if own}
+    if not reached or min(reached.values()) == len(PHASES) - 1:
+        return
+    least, missing = min(reached.values()), [node for node, own in by_node.items() if not own]
+    behind = [node for node, phase in reached.items() if phase == least]
+    if missing:
+        return  # they are named already, and are why the others got no further
+    if len(behind) < len(reached):
+        for node in behind:
+            bad(node, f"did not get beyond {PHASES[least]!r} in time")
+    else:
+        problems.append(f"no node got beyond {PHASES[least]!r}: see their logs")
+
+
+def read_reports(folder: Path) -> list[Report]:
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found.append(json.loads(file.read_text()))
+        except (OSError, ValueError):
+            continue  # cut off while it was written: as good as none
+    return found
+
+
+# -- nodes to leave out ------------------------------------------------------------------------------------------------
+
+
+def excluded(output_dir: str | Path, now: float | None = None) -> dict[str, str]:
+    """Reasons by node, of those whose time is not over."""
+    now = time.time() if now is None else now
+    try:
+        entries = json.loads((Path(output_dir) / EXCLUDED).read_text())
+        return {node: entry["reason"] for node, entry in entries.items() if entry["until"] > now}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def exclude(output_dir: str | Path, bad: Mapping[str, str], now: float | None = None) -> None:
+    """Leave out the nodes of ``bad`` from now on, beside those that are left out already."""
+    now = time.time() if now is None else now
+    until = {node: {"reason": reason, "until": now + EXCLUDED_SECONDS} for node, reason in bad.items()}
+    try:
+        before = json.loads((Path(output_dir) / EXCLUDED).read_text())
+    except (OSError, ValueError):
+        before = {}
+    kept = {node: entry for node, entry in before.items() if entry["until"] > now}
+    write_durably(Path(output_dir) / EXCLUDED, json.dumps(kept | until, indent=1))
+
+
+def usable_nodes(partition: str, without: Sequence[str]) -> int | None:
+    """How many nodes of a partition are up and not excluded; None where Slurm does not say."""
+    words = ["sinfo", "--noheader", "--Node", "--format=%n %t"]
+    words += [f"--partition={partition}"] if partition else []
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = {tuple(line.split()[:2]) for line in told.splitlines() if line.strip()}
+    up = {name for name, state in lines if state.rstrip("*~#!%$@+") in ("idle", "alloc", "mix", "comp", "resv")}
+    return len(up - set(without))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``verdict``: judge, write down, and say so: exit code 0 fit, 3 bad nodes, 2 no sense in another start."""
+    parser = Parser(prog="python -m sgt_titan.cluster.preflight", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    verdict = commands.add_parser("verdict")
+    verdict.add_argument("output_dir", type=Path)
+    verdict.add_argument("--reports", type=Path, required=True)
+    verdict.add_argument("--nodes", nargs="+", required=True)
+    verdict.add_argument("--processes", type=int, required=True)
+    verdict.add_argument("--partition", default="")
+    listing = commands.add_parser("excluded")
+    listing.add_argument("output_dir", type=Path)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "excluded":
+        print(",".join(sorted(excluded(arguments.output_dir))))
+        return 0
+    found = judge(read_reports(arguments.reports), arguments.nodes, arguments.processes)
+    for line in [*found.remarks, *(f"bad node {node}: {reason}" for node, reason in found.bad.items())]:
+        print(f"preflight: {line}", file=sys.stderr)
+    if not found.bad and not found.problems:
+        print(f"preflight: {len(arguments.nodes)} nodes fit", file=sys.stderr)
+        return 0
+    said = "; ".join([*found.problems, *(f"{node}: {reason}" for node, reason in found.bad.items())])
+    if found.problems:
+        _say(arguments.output_dir, "refused", said)
+        raise UserError(f"preflight: {said}")
+    exclude(arguments.output_dir, found.bad)
+    left_out = excluded(arguments.output_dir)
+    left = usable_nodes(arguments.partition, list(left_out))
+    if left is not None and left < len(arguments.nodes):
+        _say(arguments.output_dir, "refused", said)
+        raise UserError(
+            f"preflight: {len(arguments.nodes)} nodes are needed, {left} are up and not excluded ({said}); mend them "
+            f"and delete {arguments.output_dir / EXCLUDED}, or start with fewer nodes"
+        )
+    _say(arguments.output_dir, "unfit", said)
+    return 3
+
+
+def _say(output_dir: Path, state: status.State, reason: str) -> None:
+    step = (status.read(output_dir) or {}).get("step", 0)
+    status.write(output_dir, state, attempt=attempt_name(), step=step, reason=reason)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,344 @@
+"""``sgt-titan doctor``: is this machine, or every node of a job, fit to train? Under a minute.
+
+Under Slurm a process a GPU runs it before training (``slurm/run.sh``) and writes a report, which ``cluster/preflight.py``
+judges. Phases, each in the report when it is done, so that it shows who kept the others waiting:
+
+    local        device, memory, a matrix product; disks, clock, versions, trunk, dataset cache
+    pairs        bytes over TCP to two other nodes: the one way to name a bad link or a node that hangs
+    rendezvous   torch's process group of all
+    node         all-reduce inside the node, checked
+    all          all-reduce of everything, checked
+
+    report: {"node", "process", "phase", "device", "errors": {name: text}, "versions": {}, "same": {}, "matmul": TFLOP/s,
+    "pair": GB/s, "node_all_reduce": GB/s, "all_reduce": GB/s, "clock": s, "tmp_bytes", "output_free", "output_needed"}
+"""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import sgt_titan
+from sgt_titan.arguments import Parser
+from sgt_titan.checkpoint import write_durably
+from sgt_titan.cluster import preflight
+from sgt_titan.config.load import load, resolve, validate
+from sgt_titan.config.schema import Config
+from sgt_titan.errors import UserError
+
+DEADLINE = 60.0  # seconds; a phase that hangs ends the process with its stacks
+PAIR_BYTES = 32 << 20
+MATMUL = {"cuda": 8192, "cpu": 768}  # rows and columns: long enough to time, short enough to bear
+REDUCE_FLOATS = {"cuda": 1 << 26, "cpu": 1 << 20}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; alone, print what was found. Returns 0 fit, 1 not.
+
+    Raises:
+        UserError: an unknown option, or a config that cannot be read.
+    """
+    parser = Parser(
+        prog="sgt-titan doctor",
+        description="Check this machine: devices, disks, clock, versions, trunk and data of a config. Jobs run it on all "
+        "their nodes before they train (docs/CLUSTER.md).",
+        epilog="Further words are config overrides.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a config, whose trunk, data and directories are checked too"
+    )
+    parser.add_argument("--reports", type=Path, help="directory for the reports of a job's processes")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds (default %(default)g)")
+    arguments, overrides = parser.parse_known_args(argv)
+    config = load(arguments.name, overrides) if arguments.name else None
+    if overrides and config is None:
+        raise UserError(f"{overrides[0]}: overrides need the NAME of a config before them")
+    if config is not None:
+        config = resolve(config, world_size=None)
+        validate(config, None, None)
+    faulthandler.dump_traceback_later(arguments.deadline, exit=True, file=sys.__stderr__)
+    try:
+        if arguments.reports:
+            return in_a_job(config, arguments.reports, arguments.deadline)
+        return alone(config)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def alone(config: Config | None) -> int:
+    report: dict[str, Any] = {"node": socket.gethostname(), "errors": {}}
+    local(report, config, 0)
+    report["phase"] = preflight.PHASES[-1]  # there is nobody to wait for
+    found = preflight.judge([report], [report["node"]], 1)
+    lines = [("device", f"{report['device']}  {report['same'].get('device', '')}")]
+    lines += [("product", f"{report['matmul']:.3g} TFLOP/s")] if "matmul" in report else []
+    lines += [("temporary files", f"{report['tmp_bytes'] / 2**30:.1f} GiB free in {tempfile.gettempdir()}")]
+    if config is not None:
+        lines += [("checkpoints", f"{report['output_free'] / 2**30:.1f} GiB free at {config.run.output_dir}")]
+        lines += [("trunk", f"{config.trunk.path}  {report['same'].get('trunk', '')[:12]}")]
+        lines += [("dataset cache", report["cache"])]
+    lines += [(name, text) for name, text in report["versions"].items()]
+    for name, text in lines:
+        print(f"  {name:<16} {text}")
+    problems = [*found.bad.values(), *found.problems]
+    for text in problems:
+        print(f"  PROBLEM          {text}")
+    print("not fit to train" if problems else "fit to train")
+    return 1 if problems else 0
+
+
+def in_a_job(config: Config | None, folder: Path, deadline: float) -> int:
+    """One process of many; what it finds is in its report, and the exit code says nothing about the others."""
+    rank, size = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_NTASKS", "1"))
+    here, node = int(os.environ.get("SLURM_LOCALID", "0")), os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{node}-{here}.json"
+    report: dict[str, Any] = {
+        "node": node,
+        "process": here,
+        "index": int(os.environ.get("SLURM_NODEID", "0")),
+        "errors": {},
+    }
+    listener = Listener() if here == 0 else None
+    report["address"] = [socket.gethostname(), listener.port] if listener else None
+
+    def done(phase: str) -> None:
+        report["phase"] = phase
+        write_durably(file, json.dumps(report))
+
+    local(report, config, here, beside=folder)
+    done("local")
+    if listener:
+        pairs(report, folder, int(os.environ.get("SLURM_NNODES", "1")), patience=deadline / 4)
+    done("pairs")
+    collectives(report, rank, size, here, size // int(os.environ.get("SLURM_NNODES", "1")), deadline / 3, done)
+    return 0
+
+
+# -- local -------------------------------------------------------------------------------------------------------------
+
+
+def local(report: dict[str, Any], config: Config | None, process: int, beside: Path | None = None) -> None:
+    """Everything that one process can find out by itself."""
+    import torch
+
+    report["versions"] = versions()
+    report["device"] = device = "cuda" if torch.cuda.is_available() else "cpu"
+    report["same"] = {"device": device}
+    attempt(report, device, lambda: _device(report, device, process))
+    report["tmp_bytes"] = shutil.disk_usage(tempfile.gettempdir()).free
+    attempt(report, "clock", lambda: report.update(clock=_clock(beside or Path(tempfile.gettempdir()))))
+    if config is None:
+        return
+    attempt(report, "trunk", lambda: report["same"].update(trunk=_trunk(config.trunk.path)))
+    attempt(report, "run.output_dir", lambda: report.update(output_free=_free(Path(config.run.output_dir))))
+    cache = Path(config.data.cache_dir)
+    made = [entry for entry in cache.iterdir() if entry.is_dir() and len(entry.name) == 64] if cache.is_dir() else []
+    report["cache"] = f"{len(made)} in {cache}" if made else f"none in {cache}: the first start will tokenize"
+
+
+def attempt(report: dict[str, Any], name: str, action: Callable[[], Any]) -> None:
+    """A check that fails is a finding, not the end of the others."""
+    try:
+        action()
+    except Exception as error:
+        report["errors"][name] = " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    found = {"sgt_titan": sgt_titan.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchtitan", "transformers", "safetensors"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    with suppress(OSError):
+        found["driver"] = Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
+    return found
+
+
+def _device(report: dict[str, Any], device: str, process: int) -> None:
+    import torch
+
+    if device == "cuda":
+        if process >= torch.cuda.device_count():
+            raise RuntimeError(f"{torch.cuda.device_count()} GPUs are visible, process {process} has none")
+        torch.cuda.set_device(process)
+        props = torch.cuda.get_device_properties(process)
+        report["same"]["device"] = f"{props.name} {props.total_memory / 2**30:.0f} GiB"
+        free, total = torch.cuda.mem_get_info(process)
+        if free < 0.9 * total:
+            raise RuntimeError(f"GPU {process}: {(total - free) / 2**30:.1f} GiB are in use by somebody else")
+    report["matmul"] = matmul(device)
+
+
+def matmul(device: str) -> float:
+    """TFLOP/s of a square product, bfloat16 on a GPU and float32 on a CPU: the median of five."""
+    import torch
+
+    n, dtype = MATMUL[device], torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - began)
+    if not product.isfinite().all():
+        raise RuntimeError("a matrix product is not finite")
+    return 2 * n**3 / statistics.median(seconds[1:]) / 1e12
+
+
+def _clock(folder: Path) -> float:
+    """Seconds by which this clock is ahead of the file server's."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as file:
+        file.write(b"0")
+        file.flush()
+        return time.time() - os.stat(file.name).st_mtime
+
+
+def _trunk(path: str) -> str:
+    from sgt_titan.transform.trunk_files import TrunkFiles
+
+    return TrunkFiles(path).fingerprint()
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
+    return shutil.disk_usage(folder).free
+
+
+# -- between nodes -----------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """Sends ``PAIR_BYTES`` to whoever connects, from a thread."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("", 0), backlog=8)
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        payload = bytes(1 << 20)
+        while True:
+            connection, _ = self.socket.accept()
+            with suppress(OSError), connection:
+                for _ in range(PAIR_BYTES // len(payload)):
+                    connection.sendall(payload)
+
+
+def pairs(report: dict[str, Any], folder: Path, nodes: int, patience: float) -> None:
+    """Read from the next two nodes; ``pair`` is the better rate in GB/s, since one bad neighbour is not our fault."""
+    rates = []
+    for step in {1 % nodes, 2 % nodes} - {0}:
+        with suppress(OSError, TimeoutError):
+            rates.append(_read_from((report["index"] + step) % nodes, folder, patience))
+    if rates:
+        report["pair"] = max(rates)
+    elif nodes > 1:
+        report["errors"]["network"] = "reaches none of its neighbours"
+
+
+def _read_from(index: int, folder: Path, patience: float) -> float:
+    deadline = time.monotonic() + patience
+    while not (peer := next((r for r in preflight.read_reports(folder) if r["index"] == index and r["address"]), None)):
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.1)
+    with socket.create_connection(tuple(peer["address"]), timeout=patience) as connection:
+        began, got = time.perf_counter(), 0
+        while chunk := connection.recv(1 << 20):
+            got += len(chunk)
+    if got != PAIR_BYTES:
+        raise OSError("cut off")
+    return got / (time.perf_counter() - began) / 1e9
+
+
+class WrongSumError(Exception):
+    """An all-reduce that lies."""
+
+
+def collectives(
+    report: dict[str, Any], rank: int, size: int, here: int, per_node: int, patience: float, done: Callable[[str], None]
+) -> None:
+    """All-reduces as training does them; what cannot be done in time ends here, with the phase it got to on record."""
+    import torch.distributed as dist
+
+    if size == 1:
+        return done("all")
+    backend = "nccl" if report["device"] == "cuda" else "gloo"
+    address = f"tcp://{os.environ['SGT_HEAD']}:{os.environ['SGT_PREFLIGHT_PORT']}"
+    try:
+        dist.init_process_group(
+            backend, init_method=address, rank=rank, world_size=size, timeout=timedelta(seconds=patience)
+        )
+        done("rendezvous")
+        groups = [dist.new_group(range(i, i + per_node)) for i in range(0, size, per_node)]
+        if per_node > 1:
+            report["node_all_reduce"] = all_reduce(report["device"], groups[rank // per_node])
+        done("node")
+        report["all_reduce"] = all_reduce(report["device"], dist.group.WORLD)
+        done("all")
+    except WrongSumError as error:
+        report["errors"]["all-reduce"] = str(error)
+        done(report["phase"])
+        os._exit(0)
+    except RuntimeError as error:  # a time limit, or a peer that is gone: the judge sees who got how far
+        print(f"preflight: process {here} of {report['node']}: {error}", file=sys.stderr)
+        os._exit(0)  # destroying a group that hangs would hang
+
+
+def all_reduce(device: str, group: Any) -> float:
+    """GB/s on the bus of a checked sum (each rank moves 2 (n - 1) / n of the bytes), median of three.
+
+    Raises:
+        WrongSumError: what came out is not the sum.
+        RuntimeError: a rank did not take part in time.
+    """
+    import torch
+    import torch.distributed as dist
+
+    n, count, rank = dist.get_world_size(group), REDUCE_FLOATS[device], dist.get_rank(group)
+    seconds = []
+    for _ in range(4):
+        values = torch.full((count,), float(rank + 1), device=device)
+        dist.barrier(group)
+        began = time.perf_counter()
+        dist.all_reduce(values, group=group)
+        low, high = values.min().item(), values.max().item()
+        seconds.append(time.perf_counter() - began)
+        if (low, high) != (n * (n + 1) / 2,) * 2:
+            raise WrongSumError(f"an all-reduce over {n} ranks gave {low} to {high}, not {n * (n + 1) / 2}")
+    return 2 * (n - 1) / n * count * 4 / statistics.median(seconds[1:]) / 1e9
+
+
+if __name__ == "__main__":
+    from sgt_titan.errors import guarded
+
+    code = guarded(main)
+    sys.stdout.flush()
+    os._exit(code)
