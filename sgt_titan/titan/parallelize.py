@@ -79,12 +79,12 @@ def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> Non
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
 
     trunk, dtype = model.trunk, model.config.trunk_dtype
-    ends = [trunk.norm, trunk.lm_head]
     if trunk.enable_weight_tying:
-        shard([trunk.tok_embeddings, *ends], dtype=dtype, reshard_after_forward=keep)
+        shard([trunk.tok_embeddings, trunk.lm_head], dtype=dtype, reshard_after_forward=True)
     else:
-        shard(trunk.tok_embeddings, dtype=dtype, reshard_after_forward=reshard)
-        shard(ends, dtype=dtype, reshard_after_forward=keep)
+        shard(trunk.tok_embeddings, dtype=dtype, reshard_after_forward=True)
+        shard(trunk.lm_head, dtype=dtype, reshard_after_forward=True)
+    shard(trunk.norm, dtype=dtype, reshard_after_forward=keep)
     for dual in trunk.layers.values():
         shard(dual, dtype=dtype, reshard_after_forward=reshard, **expert_placement(dual, parallel_dims, mesh))
 
