@@ -34,7 +34,7 @@ class Streams(NamedTuple):
     """What one forward pass hands to the loss.
 
     The first four are float32, and this rank's slice of the sequence under sequence parallelism. ``soft`` is Eq. 3 at
-    the N positions that were asked for, the same on all tensor-parallel ranks. ``pairs`` are the exchanges of the masks,
+    the N positions asked for, the same on all tensor-parallel ranks. ``pairs`` are the exchanges of the masks,
     of x + mu and of log sigma within pair groups.
     """
 

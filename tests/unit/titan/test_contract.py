@@ -56,6 +56,7 @@ SIGNATURES = {
     "torchtitan.models.common.decoder:Decoder.get_attention_masks": "self positions",
     "torch.distributed.distributed_c10d:_set_pg_timeout": "timeout group",
     "torch.distributed.fsdp._fully_shard._fsdp_init:_get_mesh_info": "mesh dp_mesh_dims",
+    "torch.distributed.fsdp:FSDPModule.set_modules_to_backward_prefetch": "self modules",
     "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms": "self enable",
 }
 # a part of the list is enough
