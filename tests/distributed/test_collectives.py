@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import launch
-from conftest import LAYERS
-
+LAYERS = 2  # of the trunk that `small` trains against
 ROWS, TP = "--training.local_batch_size", "--parallelism.tensor_parallel_degree"
 SHORT = ("--training.steps", "2", "--metrics.probe_every", "0")
 
