@@ -1,7 +1,7 @@
 """Ways to make one training step of the same shapes: a line of the benchmark each.
 
-Random weights and tokens; every arm computes teacher, student, estimator, losses, gradients and an AdamW step of what it
-trains. A row is half prompt (obfuscated), and every position's next-token distribution has to survive.
+Random weights and tokens; every arm computes teacher, student, estimator, losses, gradients and an AdamW step of what
+it trains. A row is half prompt (obfuscated), and every position's next-token distribution has to survive.
 
 Shape suffixes: B rows, T tokens, D width, V vocabulary.
 """
@@ -98,7 +98,7 @@ def batch(size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens_BT, obfuscate_BT, (at_T < size.length - 1).expand(size.rows, -1)
 
 
-# -- (a) what one writes in an afternoon ---------------------------------------------------------------------------------
+# -- (a) what one writes in an afternoon -------------------------------------------------------------------------------
 
 
 class NaiveSGT(nn.Module):
@@ -155,7 +155,7 @@ def naive(size: Size) -> Arm:
     return Arm(step, work(size))
 
 
-# -- (b) this project ----------------------------------------------------------------------------------------------------
+# -- (b) this project --------------------------------------------------------------------------------------------------
 
 
 def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool):
@@ -252,7 +252,7 @@ def ours(size: Size, *, chunk: int = 0, recompute: str = "none", compiled: bool 
     return Arm(step, work(size, recompute=recompute == "full"))
 
 
-# -- (c) torchtitan's own ------------------------------------------------------------------------------------------------
+# -- (c) torchtitan's own ----------------------------------------------------------------------------------------------
 
 
 def pretraining(size: Size) -> Arm:
@@ -291,7 +291,7 @@ def pretraining(size: Size) -> Arm:
     return Arm(step, 6.0 * trunk_parameters(size) * size.tokens)
 
 
-# -- (d) the work --------------------------------------------------------------------------------------------------------
+# -- (d) the work ------------------------------------------------------------------------------------------------------
 
 
 def layer_parameters(size: Size) -> int:

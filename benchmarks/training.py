@@ -1,4 +1,4 @@
-"""A training step, the naive way, ours with each optimisation added, torchtitan's pretraining, and the bound, in one run:
+"""A training step: the naive way, ours with each optimisation added, torchtitan's pretraining, and the bound, in one run.
 
     python benchmarks/training.py                         sizes for any CPU, minutes
     python benchmarks/training.py --gpu --json FILE       Llama 1B and 8B shapes in bf16 on one GPU
@@ -22,10 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
+import torch  # noqa: E402
 
-from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, arms, device
-from benchmarks.timing import machine
+from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, arms, device  # noqa: E402
+from benchmarks.timing import machine  # noqa: E402
 
 SIZES = {
     "cpu": {"D 256, 4 layers, V 32,000": CPU, "D 256, 4 layers, V 128,256": replace(CPU, vocab=128_256)},
@@ -60,7 +60,7 @@ def ceiling(size: Size) -> float:
     return best
 
 
-# -- the process of an arm -----------------------------------------------------------------------------------------------
+# -- the process of an arm ---------------------------------------------------------------------------------------------
 
 
 def resident(field: str) -> int:
@@ -126,7 +126,7 @@ class Worker:
         self.process.wait()
 
 
-# -- the comparison ------------------------------------------------------------------------------------------------------
+# -- the comparison ----------------------------------------------------------------------------------------------------
 
 
 def run(family: str, name: str, wanted: list[str], repeats: int, warmup: int) -> dict[str, dict]:
