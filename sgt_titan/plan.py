@@ -51,7 +51,9 @@ RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmen
 LAYERS_IN_FLIGHT = 3  # FSDP2: the layer at work, its gather buffer, and the next one's
 TRANSFORM_COPIES = 18  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
-# Logits: teacher and student, their rows of utility positions; soft cross-entropy's three float32 and a mask.
+HIDDEN_COPIES = 5  # (B, T, D): both streams whole, their utility positions, and the student's gradient
+# A chunk of logits: teacher and student, soft cross-entropy's three float32 and a mask.
+CHUNK_LOGITS = 2**26  # as in objectives/distillation.py, which needs torch
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,11 @@ class Memory:
     estimator: int  # float32 shard of the weights
     optimizer: int  # float32 shards of the gradients and of Adam's two moments
     buffers: int  # rotary caches, one a layer
-    gathered: int  # whole layers in flight, lm_head and the heads, after FSDP's gathers
+    gathered: int  # whole layers in flight, the heads, after FSDP's gathers
     saved: int  # what the backward pass finds again: layer inputs under full recomputation, else everything
     layer: int  # one layer's backward, with what is recomputed for it
     transform: int  # x, mu, log sigma, x~, noise and pairs
-    logits: int  # teacher and student, and the loss's temporaries
+    logits: int  # lm_head, hidden states of both streams, and a chunk of logits with the loss's temporaries
     reserved: int = RESERVED
 
     @property
@@ -316,8 +318,10 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
 
     size = _item_size(config)
     layer_bytes = [size * _sum(gathered_elements, layer, degrees) for layer in layers]
-    received = sum(layer_bytes) + size * _sum(gathered_elements, [*ends, *embeddings], degrees)
-    own = size * _sum(shard_elements, weights, degrees)
+    # Layers are gathered in the forward and in the backward pass, the ends in the forward pass alone.
+    twice, once = [w for layer in layers for w in layer], [*ends, *embeddings]
+    received = 2 * sum(layer_bytes) + size * _sum(gathered_elements, once, degrees)
+    own = size * (2 * _sum(shard_elements, twice, degrees) + _sum(shard_elements, once, degrees))
     return Plan(
         degrees=degrees,
         gpu=config.cluster.gpu,
@@ -328,7 +332,7 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
         memory=_memory(config, trunk, degrees, max(layer_bytes)),
         trunk_bytes=size * sum(w.numel for w in weights),
         layer_gathered=max(layer_bytes),
-        gathered_per_microbatch=2 * (received - own),
+        gathered_per_microbatch=received - own,
         microbatches=training.global_batch_size // (training.local_batch_size * degrees.dp),
         rows_per_step=training.global_batch_size,
         tokens_per_step=training.global_batch_size * training.seq_len,
@@ -360,10 +364,17 @@ def _memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gathe
     recomputed = config.activation_checkpoint.mode == "full"
     # Selective recomputation saves between a third and all of a layer, by operation: counted as all of it.
     saved = layers * (size * own_tokens * width if recomputed else kept)
+    if not recomputed:  # trained matrices keep their inputs too, gathered along the sequence
+        saved += estimator_layers * size * 2 * tokens * width
     group = max(config.objective.mi_group, training.local_batch_size)
     pairs = PAIR_COPIES * group * own_tokens // training.local_batch_size
     in_flight = LAYERS_IN_FLIGHT if degrees.fsdp > 1 or degrees.ep > 1 else 1
-    stay_gathered = [*end_weights(trunk), *head_weights(trunk)]
+    norm, lm_head = end_weights(trunk)
+    # A tied table is gathered from the embedding to the loss, an lm_head of its own during the loss alone.
+    tied = bool(trunk.get("tie_word_embeddings"))
+    stay_gathered = [norm, *head_weights(trunk), *([lm_head] if tied else [])]
+    vocabulary = ceil(trunk["vocab_size"] / tp)
+    chunk = training.loss_chunk_tokens or max(128, 1 << (CHUNK_LOGITS // vocabulary).bit_length() - 1)
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
     rope = trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk)
     elements = _sum(shard_elements, estimator, degrees)
@@ -376,7 +387,9 @@ def _memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gathe
         saved=saved,
         layer=size * _layer_passing(trunk, degrees, tokens) + (kept if recomputed else 0),
         transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows
-        logits=(4 * size + 3 * FP32 + 1) * tokens * ceil(trunk["vocab_size"] / tp),
+        logits=(0 if tied else size * gathered_elements(lm_head, degrees))
+        + HIDDEN_COPIES * size * tokens * width
+        + (2 * size + 3 * FP32 + 1) * min(chunk, tokens) * vocabulary,
     )
 
 
@@ -436,11 +449,11 @@ def table(result: Plan, rows: int | None = None) -> str:
         "estimator": "float32",
         "optimizer": "gradient and two Adam moments, float32",
         "buffers": "rotary caches",
-        "gathered": f"layers in flight ({gigabytes(result.layer_gathered)} each), lm_head, heads",
+        "gathered": f"layers in flight ({gigabytes(result.layer_gathered)} each), heads",
         "saved": "activations kept for the backward pass",
         "layer": "one layer's backward, with what is recomputed for it",
         "transform": "x, mu, log sigma, x~, noise, pairs; float32",
-        "logits": "teacher, student, their utility positions, soft cross-entropy; words split over TP",
+        "logits": "lm_head, hidden states, a chunk of both streams' logits; words split over TP",
         "reserved": "allowance",
     }
     lines = [

@@ -50,6 +50,7 @@ _RANGES = {
     "training.seq_len": ("at least 2", lambda v: v >= 2),
     "training.local_batch_size": ("at least 1", lambda v: v >= 1),
     "training.global_batch_size": ("-1 (no accumulation) or at least 1", lambda v: v == -1 or v >= 1),
+    "training.loss_chunk_tokens": ("0 (automatic) or at least 1", lambda v: v >= 0),
     "training.max_norm": ("above 0", lambda v: v > 0),
     "training.max_nonfinite_steps": ("at least 1", lambda v: v >= 1),
     "optimizer.lr": ("above 0", lambda v: v > 0),

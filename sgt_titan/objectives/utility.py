@@ -50,40 +50,11 @@ def soft_cross_entropy(
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_NV, teacher_NV, group, vocab_start):
-        dtype = torch.promote_types(student_NV.dtype, torch.float32)
-        peaks_W4N = _gather(
-            torch.stack((*_peak(student_NV, dtype, vocab_start), *_peak(teacher_NV, dtype, vocab_start))), group
-        )
-        student_max_N, student_argmax_N = _global_peak(peaks_W4N[:, 0], peaks_W4N[:, 1])
-        teacher_max_N, teacher_argmax_N = _global_peak(peaks_W4N[:, 2], peaks_W4N[:, 3])
-
-        # In place where possible: at most three float32 (N, V) tensors are alive at a time.
-        shifted_NV = teacher_NV - teacher_max_N[:, None]
-        teacher_exp_NV = shifted_NV.exp()
-        # 0 * -inf is NaN; a token the teacher rules out contributes 0. NaN logits still come out as NaN.
-        ruled_out_NV = teacher_exp_NV == 0
-        teacher_dot_N = shifted_NV.mul_(teacher_exp_NV).masked_fill_(ruled_out_NV, 0.0).sum(-1)
-        shifted_NV = student_NV - student_max_N[:, None]
-        student_exp_NV = shifted_NV.exp()
-        cross_dot_N = shifted_NV.mul_(teacher_exp_NV).masked_fill_(ruled_out_NV, 0.0).sum(-1)
-        del shifted_NV, ruled_out_NV
-
-        sums_4N = torch.stack((student_exp_NV.sum(-1), teacher_exp_NV.sum(-1), cross_dot_N, teacher_dot_N))
-        if group is not None:
-            dist.all_reduce(sums_4N, group=group)
-        student_sum_N, teacher_sum_N, cross_dot_N, teacher_dot_N = sums_4N.unbind(0)
-        # log softmax(s)_v = (s_v - max) - log(sum), and the teacher's probabilities sum to one.
-        cross_entropy_N = student_sum_N.log() - cross_dot_N / teacher_sum_N
-        teacher_entropy_N = teacher_sum_N.log() - teacher_dot_N / teacher_sum_N
-        agree_N = (student_argmax_N == teacher_argmax_N) & student_argmax_N.isfinite()
-
-        if ctx.needs_input_grad[0]:
-            # The difference is taken before rounding to the student's dtype: where the two agree it is far smaller
-            # than either probability.
-            student_exp_NV.div_(student_sum_N[:, None]).sub_(teacher_exp_NV.div_(teacher_sum_N[:, None]))
-            ctx.save_for_backward(student_exp_NV.to(student_NV.dtype))
-        ctx.mark_non_differentiable(teacher_entropy_N, agree_N)
-        return cross_entropy_N, teacher_entropy_N, agree_N
+        *values, difference_NV = difference(student_NV, teacher_NV, group, vocab_start, ctx.needs_input_grad[0])
+        if difference_NV is not None:
+            ctx.save_for_backward(difference_NV)
+        ctx.mark_non_differentiable(*values[1:])
+        return tuple(values)
 
     @staticmethod
     @once_differentiable
@@ -92,6 +63,50 @@ class _SoftCrossEntropy(torch.autograd.Function):
         # out= rounds the product once and makes no float32 (N, V) copy.
         grad_NV = torch.mul(difference_NV, grad_N[:, None], out=torch.empty_like(difference_NV))
         return grad_NV, None, None, None
+
+
+def difference(
+    student_NV: torch.Tensor,
+    teacher_NV: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    vocab_start: int,
+    want_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Cross-entropy, teacher's entropy and agreement (N,), and softmax(student) - softmax(teacher) (N, V), the
+    gradient with respect to the student's logits, in their dtype. Logits and ``group`` as in ``soft_cross_entropy``.
+    """
+    dtype = torch.promote_types(student_NV.dtype, torch.float32)
+    peaks_W4N = gather_ranks(
+        torch.stack((*_peak(student_NV, dtype, vocab_start), *_peak(teacher_NV, dtype, vocab_start))), group
+    )
+    student_max_N, student_argmax_N = _global_peak(peaks_W4N[:, 0], peaks_W4N[:, 1])
+    teacher_max_N, teacher_argmax_N = _global_peak(peaks_W4N[:, 2], peaks_W4N[:, 3])
+
+    # In place where possible: at most three float32 (N, V) tensors are alive at a time.
+    shifted_NV = teacher_NV - teacher_max_N[:, None]
+    teacher_exp_NV = shifted_NV.exp()
+    # 0 * -inf is NaN; a token the teacher rules out contributes 0. NaN logits still come out as NaN.
+    ruled_out_NV = teacher_exp_NV == 0
+    teacher_dot_N = shifted_NV.mul_(teacher_exp_NV).masked_fill_(ruled_out_NV, 0.0).sum(-1)
+    shifted_NV = student_NV - student_max_N[:, None]
+    student_exp_NV = shifted_NV.exp()
+    cross_dot_N = shifted_NV.mul_(teacher_exp_NV).masked_fill_(ruled_out_NV, 0.0).sum(-1)
+    del shifted_NV, ruled_out_NV
+
+    sums_4N = torch.stack((student_exp_NV.sum(-1), teacher_exp_NV.sum(-1), cross_dot_N, teacher_dot_N))
+    if group is not None:
+        dist.all_reduce(sums_4N, group=group)
+    student_sum_N, teacher_sum_N, cross_dot_N, teacher_dot_N = sums_4N.unbind(0)
+    # log softmax(s)_v = (s_v - max) - log(sum), and the teacher's probabilities sum to one.
+    cross_entropy_N = student_sum_N.log() - cross_dot_N / teacher_sum_N
+    teacher_entropy_N = teacher_sum_N.log() - teacher_dot_N / teacher_sum_N
+    agree_N = (student_argmax_N == teacher_argmax_N) & student_argmax_N.isfinite()
+    if not want_gradient:
+        return cross_entropy_N, teacher_entropy_N, agree_N, None
+    # The difference is taken before rounding to the student's dtype: where the two agree it is far smaller than
+    # either probability.
+    student_exp_NV.div_(student_sum_N[:, None]).sub_(teacher_exp_NV.div_(teacher_sum_N[:, None]))
+    return cross_entropy_N, teacher_entropy_N, agree_N, student_exp_NV.to(student_NV.dtype)
 
 
 def _peak(logits_NV: torch.Tensor, dtype: torch.dtype, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +121,7 @@ def _peak(logits_NV: torch.Tensor, dtype: torch.dtype, vocab_start: int) -> tupl
     return max_N.to(dtype), (argmax_N + vocab_start).to(dtype)
 
 
-def _gather(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def gather_ranks(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Every rank's ``local``, stacked in front."""
     if group is None:
         return local[None]

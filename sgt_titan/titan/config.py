@@ -100,6 +100,7 @@ def model_config(config: Config, hf: PretrainedConfig, scale: float) -> SGTModel
         separate_bodies=options.body == "separate",
         bounds=Bounds(options.std_min, options.std_max, options.std_init, options.mean_bound, scale),
         trunk_dtype=TORCH_DTYPE_MAP[dtypes(config)[0]],
+        chunk_tokens=config.training.loss_chunk_tokens,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import torch
 import tyro
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.tools.logging import logger
 
 from sgt_titan.data.batch import BatchSource, local_positions
 
@@ -36,21 +38,32 @@ class SGTDataLoader(BaseDataLoader):
         self.dp_rank, self.dp_world_size, self.local_batch_size = dp_rank, dp_world_size, local_batch_size
         self.microbatches = self.source.global_batch_size // (dp_world_size * local_batch_size)
         self.step = 0  # optimizer steps handed out completely
+        if dp_rank == 0:
+            share = f"{self.source.efficiency:.1%} of {self.source.seq_len} tokens a row are not padding"
+            logger.info(f"Data: {len(self.source.view):,} samples in {self.source.rows:,} rows, {share}")
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-        while True:
-            batches = [
-                microbatch_inputs(
-                    self.source,
-                    self.step,
-                    local_positions(microbatch, self.dp_rank, self.dp_world_size, self.local_batch_size),
-                )
-                for microbatch in range(self.microbatches)
-            ]
-            self.step += 1
-            for inputs in batches:
-                # torchtitan counts labels that are not IGNORE_INDEX; the loss itself is soft and needs none.
-                yield inputs, torch.where(inputs["utility_BT"], inputs["input"], IGNORE_INDEX)
+        """The next step's rows are put together while the trainer works on this one's."""
+        with ThreadPoolExecutor(1, thread_name_prefix="data") as worker:
+            ahead = worker.submit(self._batches, self.step)
+            while True:
+                batches = ahead.result()
+                self.step += 1
+                ahead = worker.submit(self._batches, self.step)
+                for inputs in batches:
+                    # torchtitan counts labels that are not IGNORE_INDEX; the loss itself is soft and needs none.
+                    yield inputs, torch.where(inputs["utility_BT"], inputs["input"], IGNORE_INDEX)
+
+    def _batches(self, step: int) -> list[dict[str, Any]]:
+        """This rank's microbatches of a step."""
+        share = (self.dp_rank, self.dp_world_size, self.local_batch_size)
+        batches = [
+            microbatch_inputs(self.source, step, local_positions(microbatch, *share))
+            for microbatch in range(self.microbatches)
+        ]
+        if torch.cuda.is_available():  # copies from pinned memory do not wait for the GPU
+            batches = [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in batches]
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

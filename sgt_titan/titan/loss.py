@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import tyro
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torchtitan.components.loss import BaseLoss
 from torchtitan.config import CompileConfig
 
@@ -25,10 +23,10 @@ from sgt_titan.config.schema import TERMS, Objective
 from sgt_titan.objectives.geometry import absolute_cosine, component_entropy, cosine, norm_deviation
 from sgt_titan.objectives.mutual_information import common_positions, group_loss, group_offset, shifts
 from sgt_titan.objectives.schedule import weight_at
-from sgt_titan.objectives.utility import soft_cross_entropy
 from sgt_titan.transform.gaussian import Bounds
 
 from .model import Streams
+from .pairs import PairGroups
 
 # What is logged: name -> how ranks of a tensor-parallel group combine. Order is the order in the log.
 REPORTED = ("loss", "utility", "kl", "agreement", *TERMS, "std", "std_spread", "std_saturated", "mean_norm")
@@ -41,51 +39,6 @@ class Counts:
     utility_tokens: int
     obfuscated_tokens: int
     rows: int
-
-
-@dataclass
-class PairGroups:
-    """Where the partners of the mutual-information term are: ``size`` consecutive rows of the global microbatch.
-
-    Attributes:
-        size: rows of a group.
-        process_group: the data-parallel ranks that share a group, or None where a rank holds whole groups.
-        first: place of this rank's first row in its group (0 where a rank holds whole groups).
-    """
-
-    size: int
-    process_group: dist.ProcessGroup | None = None
-    first: int = 0
-
-    def gather(self, tensor: torch.Tensor, *, differentiable: bool) -> torch.Tensor:
-        """Rows of the whole group: (B, ...) -> (G, ...)."""
-        if self.process_group is None:
-            return tensor
-        if differentiable:
-            return all_gather_tensor_autograd(tensor.contiguous(), 0, self.process_group)
-        parts = [torch.empty_like(tensor) for _ in range(self.process_group.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=self.process_group)
-        return torch.cat(parts)
-
-
-def make_pair_groups(size: int, local_batch_size: int, batch_mesh) -> PairGroups:
-    """Pair groups for a rank that holds ``local_batch_size`` rows; collective where groups span ranks."""
-    if local_batch_size % size == 0:
-        return PairGroups(size)
-    span = size // local_batch_size
-    ranks = batch_mesh.mesh.flatten().tolist()
-    mine = dist.get_rank()
-    # Every rank of the world must take part in the creation of every group, those of other tensor-parallel slices too.
-    everyone: list[list[int]] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, ranks)
-    result = None
-    for members in dict.fromkeys(map(tuple, everyone)):
-        for start in range(0, len(members), span):
-            chunk = list(members[start : start + span])
-            group = dist.new_group(chunk)
-            if mine in chunk:
-                result = PairGroups(size, group, first=chunk.index(mine) * local_batch_size)
-    return result
 
 
 class SGTLoss(BaseLoss):
@@ -111,14 +64,12 @@ class SGTLoss(BaseLoss):
         *,
         step: int,
         obfuscate_BT: torch.Tensor,
-        utility_BT: torch.Tensor,
         counts: Counts,
         median_norm: float,
         bounds: Bounds,
         pairs: PairGroups,
         part: slice,
-        tp_group: dist.ProcessGroup | None,
-        vocab_start: int,
+        tp_size: int,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss to call backward on, and the reported terms (detached).
@@ -126,26 +77,20 @@ class SGTLoss(BaseLoss):
         Args:
             pred: output of ``SGTModel``.
             step: optimizer step, from 1, for the weight schedules.
-            obfuscate_BT, utility_BT: bool over the whole row.
+            obfuscate_BT: bool over the whole row.
             counts: denominators of the optimizer step.
             median_norm: of the embedding table.
             bounds: of the transform.
             pairs: partners of the MI term.
             part: this rank's slice of the row.
-            tp_group, vocab_start: this rank's slice of the vocabulary.
+            tp_size: tensor-parallel ranks, which computed the utility together.
 
         Returns:
             The loss, whose gradient summed over all ranks is that of the global batch; and a dict of ``REPORTED`` terms
             that are to be summed over all ranks of the world.
         """
         objective, weights = self.objective, self.weights(step - 1)
-        chosen = utility_BT
-        soft = soft_cross_entropy(
-            pred.student_logits_BTV[chosen],
-            pred.teacher_logits_BTV[chosen],
-            group=tp_group,
-            vocab_start=vocab_start,
-        )
+        soft = pred.soft
         n_utility = max(counts.utility_tokens, 1)
         cross_entropy = soft.cross_entropy_N.sum() / n_utility
         entropy = soft.teacher_entropy_N.sum() / n_utility
@@ -180,13 +125,12 @@ class SGTLoss(BaseLoss):
                 obfuscation = obfuscation + weights[name] * values[name]
 
         with torch.no_grad():
-            replicas = 1 if tp_group is None else tp_group.size()
-            slices = replicas if part.stop - part.start == obfuscate_BT.shape[1] else 1  # TP without SP: no slices
+            slices = tp_size if part.stop - part.start == obfuscate_BT.shape[1] else 1  # TP without SP: no slices
             reported = {
-                "loss": utility / replicas + obfuscation / slices,
-                "utility": utility / replicas,
-                "kl": (cross_entropy - entropy) / replicas,
-                "agreement": soft.agree_N.sum() / n_utility / replicas,
+                "loss": utility / tp_size + obfuscation / slices,
+                "utility": utility / tp_size,
+                "kl": (cross_entropy - entropy) / tp_size,
+                "agreement": soft.agree_N.sum() / n_utility / tp_size,
                 **{name: value / slices for name, value in values.items()},
                 "std": per_token(pred.log_std_BTD.exp().mean(-1)) / bounds.scale / slices,
                 "std_spread": per_token(pred.log_std_BTD.std(-1)) / slices,
@@ -200,14 +144,11 @@ class SGTLoss(BaseLoss):
     def _mi(self, pred: Streams, obfuscate_BT, mask_BT, part: slice, pairs: PairGroups):
         """Sums over this rank's rows and positions: Eq. 8, and its excess over Algorithm 1."""
         size, steps = pairs.size, shifts(self.objective.mi_pairs, pairs.size)
-        gradient = torch.is_grad_enabled()
-        whole_BT = pairs.gather(obfuscate_BT.to(torch.uint8), differentiable=False).bool()
-        y_center = pairs.gather(pred.x_BTD + pred.mean_BTD, differentiable=gradient)
-        y_log_std = pairs.gather(pred.log_std_BTD, differentiable=gradient)
+        whole_BT, y_center, y_log_std = (exchange.finish() for exchange in pred.pairs)
+        whole_BT = whole_BT.bool()
         loss, offset = torch.zeros((), device=y_center.device), torch.zeros((), device=y_center.device)
-        for start in range(
-            0, y_center.shape[0], size
-        ):  # the groups that this rank holds whole, or the one it is part of
+        # The groups that this rank holds whole, or the one it is part of.
+        for start in range(0, y_center.shape[0], size):
             group = slice(start, start + size)
             rows = group if pairs.process_group is None else slice(None)
             masks = mask_BT[rows], whole_BT[group][:, part]

@@ -107,7 +107,7 @@ class SGTMetricsProcessor(MetricsProcessor):
             f"step {step}/{self.config.total_steps}  loss {terms['loss']:.4f}  kl {terms['kl']:.4f}  "
             f"agree {terms['agreement']:.1%}  mi {terms['mi']:.3f}  |cos| {terms['abs_cos']:.3f}  "
             f"std {terms['std']:.2f}{probe}  grad {grad_norm:.3f}  {per_rank * ranks:,.0f} tok/s{busy}  "
-            f"{memory.max_reserved_gib:.1f} GiB  "
+            f"data {metrics['throughput/data_loading_percent']:.2f}%  {memory.max_reserved_gib:.1f} GiB  "
             f"eta {self.eta(step)}"
         )
         self.ntokens_since_last_log = 0

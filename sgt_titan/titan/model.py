@@ -1,8 +1,7 @@
 """The composite model: a frozen torchtitan decoder, and the estimator trained against it.
 
-Shape suffixes: B rows, T tokens, D width, V vocabulary. Under sequence parallelism the tensors of ``Streams`` with a
-T hold this rank's slice of the sequence, under tensor parallelism those with a V its slice of the vocabulary;
-elsewhere they are whole. They are plain local tensors: DTensors live inside the trunk and the bodies only.
+Shape suffixes: B rows, T tokens, D width. What ``Streams`` holds are plain local tensors: DTensors live inside the
+trunk and the bodies only. N counts the positions whose next-token distribution has to survive.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import norm_config
 from torchtitan.models.common.linear import Linear
@@ -22,24 +21,33 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict, ModuleList
 from torchtitan.tools.utils import set_default_dtype
 
+from sgt_titan.objectives.distillation import attach
+from sgt_titan.objectives.utility import SoftCrossEntropy
 from sgt_titan.transform.gaussian import Bounds, bounded_log_std, bounded_mean, obfuscate
 
+from .head import DistillationHead
+from .pairs import Exchange, PairGroups
 from .parallelize import head_sharding
 
 
 class Streams(NamedTuple):
-    """What one forward pass hands to the loss. ``x``, ``mean``, ``log_std``, ``x_tilde`` are float32."""
+    """What one forward pass hands to the loss.
+
+    The first four are float32, and this rank's slice of the sequence under sequence parallelism. ``soft`` is Eq. 3 at
+    the N positions asked for, the same on all tensor-parallel ranks. ``pairs`` are the exchanges of the masks,
+    of x + mu and of log sigma within pair groups.
+    """
 
     x_BTD: torch.Tensor
     mean_BTD: torch.Tensor
     log_std_BTD: torch.Tensor
     x_tilde_BTD: torch.Tensor
-    teacher_logits_BTV: torch.Tensor
-    student_logits_BTV: torch.Tensor
+    soft: SoftCrossEntropy
+    pairs: list[Exchange]
 
 
 class DualStream(Module):
-    """One frozen decoder layer for both streams.
+    """One frozen decoder layer, or the final norm, for both streams.
 
     FSDP gathers what a module needs when it is called: one call for two streams is one gather. The teacher leaves
     no activations behind; recomputation, if any, wraps ``block`` and so concerns the student alone.
@@ -49,10 +57,10 @@ class DualStream(Module):
         super().__init__()
         self.block = block
 
-    def forward(self, teacher_BTD, student_BTD, attention_masks, positions):
+    def forward(self, teacher_BTD, student_BTD, *args):
         with torch.no_grad():
-            teacher_BTD = self.block(teacher_BTD, attention_masks, positions)
-        return teacher_BTD, self.block(student_BTD, attention_masks, positions)
+            teacher_BTD = self.block(teacher_BTD, *args)
+        return teacher_BTD, self.block(student_BTD, *args)
 
 
 class Body(Module):
@@ -105,6 +113,7 @@ class SGTModel(BaseModel):
         bounds: Bounds
         trunk_dtype: torch.dtype
         enable_sp: bool = True
+        chunk_tokens: int = 0  # of the utility loss; 0: automatic
 
         def update_from_config(self, *, config, **kwargs) -> None:
             """Sequence length and shardings, by torchtitan's own rules for the family."""
@@ -144,6 +153,7 @@ class SGTModel(BaseModel):
             self.trunk = config.trunk.build()
         for index, block in self.trunk.layers.items():
             self.trunk.layers[index] = DualStream(block)
+        self.trunk.norm, self.trunk.lm_head = DualStream(self.trunk.norm), DistillationHead(self.trunk.lm_head)
         self.estimator = config.estimator().build()
         self.trunk.requires_grad_(False)
         self.tp_mesh: DeviceMesh | None = None
@@ -177,7 +187,9 @@ class SGTModel(BaseModel):
         positions_BT: torch.Tensor,
         attention_masks,
         obfuscate_BT: torch.Tensor,
+        utility_BT: torch.Tensor,
         noise_BTD: torch.Tensor,
+        pairs: PairGroups,
     ) -> Streams:
         """One step of both streams.
 
@@ -186,7 +198,9 @@ class SGTModel(BaseModel):
             positions_BT: int64, 0 at the first token of each document.
             attention_masks: what the trunk's attention wants; None for causal attention over the row.
             obfuscate_BT: bool, whole sequences; where x~ replaces x.
+            utility_BT: bool, whole sequences; where Eq. 3 is wanted.
             noise_BTD: float32 standard normal, this rank's slice of the sequence.
+            pairs: with whom rows are exchanged for the MI term; the exchange goes on while the trunk works.
         """
         trunk = self.trunk
         with torch.no_grad():
@@ -199,19 +213,43 @@ class SGTModel(BaseModel):
         mask_BT = obfuscate_BT[:, self.sequence_slice(obfuscate_BT.shape[1])]
         x_tilde_BTD = obfuscate(x_BTD, mean_BTD, log_std_BTD, noise_BTD, mask_BT)
 
-        teacher = embedded
-        student = like(x_tilde_BTD.to(embedded.dtype), embedded)
+        exchanges = pairs.start(obfuscate_BT.to(torch.uint8), x_BTD + mean_BTD, log_std_BTD)
+
+        teacher, student = embedded, like(x_tilde_BTD.to(embedded.dtype), embedded)
         for layer in trunk.layers.values():
             teacher, student = layer(teacher, student, attention_masks, positions_BT)
-        with torch.no_grad():
-            teacher_logits = trunk.lm_head(trunk.norm(teacher))
-        student_logits = trunk.lm_head(trunk.norm(student))
-        return Streams(x_BTD, mean_BTD, log_std_BTD, x_tilde_BTD, local(teacher_logits), local(student_logits))
+        teacher, student = trunk.norm(teacher, student)
+        soft = self.utility(whole(teacher)[utility_BT], whole(student)[utility_BT])
+        return Streams(x_BTD, mean_BTD, log_std_BTD, x_tilde_BTD, soft, exchanges)
+
+    def utility(self, teacher_ND: torch.Tensor, student_ND: torch.Tensor) -> SoftCrossEntropy:
+        """Eq. 3 at some positions, in chunks of tokens and with the vocabulary split over tensor parallelism."""
+        group, vocab_start = None, 0
+        if self.tp_mesh is not None:
+            shard = -(-self.config.trunk.vocab_size // self.tp_mesh.size())
+            group, vocab_start = self.tp_mesh.get_group(), shard * self.tp_mesh.get_local_rank()
+        distilled = self.trunk.lm_head(
+            student_ND,
+            teacher_ND,
+            chunk=self.config.chunk_tokens,
+            group=group,
+            vocab_start=vocab_start,
+            want_gradient=student_ND.requires_grad,
+        )
+        return attach(distilled, student_ND)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, differentiably."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's value on every rank; the ranks' gradients with respect to it are parts of a sum."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    everywhere = [Replicate()] * tensor.device_mesh.ndim
+    return tensor.redistribute(placements=everywhere).to_local(grad_placements=[Partial()] * tensor.device_mesh.ndim)
 
 
 def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,8 @@ def parallelize_sgt(
         model.parallelize(parallel_dims)
     if parallel_dims.tp_enabled:
         model.tp_mesh = parallel_dims.get_mesh("tp")
+        if model.trunk.enable_weight_tying:  # each got a DTensor of its own; tied again, they are gathered once
+            model.trunk.tok_embeddings.weight = model.trunk.lm_head.weight
 
     trunk, bodies = model.trunk, model.estimator.bodies
     if ac_config is not None:
@@ -79,12 +81,12 @@ def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> Non
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
 
     trunk, dtype = model.trunk, model.config.trunk_dtype
-    ends = [trunk.norm, trunk.lm_head]
     if trunk.enable_weight_tying:
-        shard([trunk.tok_embeddings, *ends], dtype=dtype, reshard_after_forward=keep)
+        shard([trunk.tok_embeddings, trunk.lm_head], dtype=dtype, reshard_after_forward=True)
     else:
-        shard(trunk.tok_embeddings, dtype=dtype, reshard_after_forward=reshard)
-        shard(ends, dtype=dtype, reshard_after_forward=keep)
+        shard(trunk.tok_embeddings, dtype=dtype, reshard_after_forward=True)
+        shard(trunk.lm_head, dtype=dtype, reshard_after_forward=True)
+    shard(trunk.norm, dtype=dtype, reshard_after_forward=keep)
     for dual in trunk.layers.values():
         shard(dual, dtype=dtype, reshard_after_forward=reshard, **expert_placement(dual, parallel_dims, mesh))
 
@@ -95,6 +97,11 @@ def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> Non
     heads = [*(body.norm for body in estimator.bodies), estimator.mean_head, estimator.log_std_head]
     shard(heads, dtype=dtype, reshard_after_forward=keep)
     shard(model, dtype=dtype, reshard_after_forward=keep)
+
+    # FSDP prefetches, in the backward pass, what ran before in the forward pass: here the embedding table, which no
+    # gradient reaches. A layer that prefetches itself prefetches nothing.
+    first = next(iter(estimator.bodies[0].layers.values()))
+    first.set_modules_to_backward_prefetch([first])
 
     # torchtitan's loss is already a sum over the global batch divided by its count.
     disable_fsdp_gradient_division(model)

@@ -56,6 +56,7 @@ MAY_DIFFER = (
     "training.steps",
     "training.epochs",
     "training.local_batch_size",
+    "training.loss_chunk_tokens",
     "training.max_nonfinite_steps",
     "parallelism.",
     "activation_checkpoint.",

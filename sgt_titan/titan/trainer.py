@@ -27,8 +27,9 @@ from .dataloader import microbatch_inputs
 from .initialize import initialize_estimator, initialize_from_trunk
 from .interruption import Reason, StopRequest
 from .load_trunk import load_trunk
-from .loss import REPORTED, make_pair_groups
+from .loss import REPORTED
 from .noise import draw
+from .pairs import make_pair_groups
 from .startup import Prepared, check_output_dir, claim_output_dir
 from .watchdog import Watchdog
 
@@ -59,8 +60,6 @@ class SGTTrainer(Trainer):
             initialize_from_trunk(model.estimator, prepared.family, prepared.files)
         dims = self.parallel_dims
         self.tp_group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
-        tp_rank = dims.get_mesh("tp").get_local_rank() if dims.tp_enabled else 0
-        self.vocab_start = tp_rank * -(-prepared.hf.vocab_size // dims.tp)
         batch_mesh = dims.get_optional_mesh("batch")
         self.dp_rank, self.dp_size = (batch_mesh.get_local_rank(), batch_mesh.size()) if batch_mesh else (0, 1)
         self.pairs = make_pair_groups(self.run.objective.mi_group, self.run.training.local_batch_size, batch_mesh)
@@ -162,21 +161,21 @@ class SGTTrainer(Trainer):
             positions_BT=batch["positions"],
             attention_masks=masks,
             obfuscate_BT=batch["obfuscate_BT"],
+            utility_BT=batch["utility_BT"],
             noise_BTD=noise_BTD,
+            pairs=self.pairs,
         )
         loss, terms = self.loss_fn(
             streams,
             None,
             step=self.step,
             obfuscate_BT=batch["obfuscate_BT"],
-            utility_BT=batch["utility_BT"],
             counts=batch["counts"],
             median_norm=self.prepared.statistics.median_norm,
             bounds=model.bounds,
             pairs=self.pairs,
             part=part,
-            tp_group=self.tp_group,
-            vocab_start=self.vocab_start,
+            tp_size=self.parallel_dims.tp,
         )
         return streams, loss, terms
 

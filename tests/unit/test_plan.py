@@ -89,7 +89,8 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
 
     from sgt_titan.titan import cpu_support
     from sgt_titan.titan.config import model_config, trainer_config
-    from sgt_titan.titan.loss import Counts, PairGroups
+    from sgt_titan.titan.loss import Counts
+    from sgt_titan.titan.pairs import PairGroups
     from sgt_titan.titan.parallelize import parallelize_sgt
 
     class Storages(TorchDispatchMode):
@@ -149,6 +150,8 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
                 storages.add(tensor)
             before, storages.peak = storages.total(), 0
             part = model.sequence_slice(length)
+            at = torch.arange(rows * length)
+            pairs = PairGroups(config.objective.mi_group)
             tokens_BT = torch.zeros(rows, length, dtype=torch.int64)
             mask_BT = torch.ones(rows, length, dtype=torch.bool)
             streams = model(
@@ -156,23 +159,22 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
                 positions_BT=tokens_BT,
                 attention_masks=None,
                 obfuscate_BT=mask_BT,
+                utility_BT=(at // length, at % length),  # a mask's size is unknown without data; its places are not
                 noise_BTD=torch.randn(rows, length, width)[:, part],
+                pairs=pairs,
             )
             after_forward = storages.total()
-            at = torch.arange(rows * length)
             loss, _ = trainer.loss.build()(
                 streams,
                 None,
                 step=config.objective.mi.ramp_steps,  # every term at work
                 obfuscate_BT=mask_BT,
-                utility_BT=(at // length, at % length),  # a mask's size is unknown without data; its places are not
                 counts=Counts(rows * length, rows * length, rows),
                 median_norm=1.0,
                 bounds=model.bounds,
-                pairs=PairGroups(config.objective.mi_group),
+                pairs=pairs,
                 part=part,
-                tp_group=dims.get_mesh("tp").get_group() if dims.tp_enabled else None,
-                vocab_start=0,
+                tp_size=dims.tp,
             )
             loss.backward()
         return {"before": before, "after forward": after_forward, "peak": storages.peak}

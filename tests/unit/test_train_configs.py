@@ -291,7 +291,7 @@ def _facts(name: str) -> dict:
             "estimator_is_trained": all(p.requires_grad for p in model.estimator.parameters()),
             "every_parameter_is_sharded": all(isinstance(p, DTensor) for p in parameters.values()),
             "recomputed_blocks": sum(isinstance(m, CheckpointWrapper) for m in model.modules()),
-            "trunk_dtype": str(model.trunk.norm.weight.dtype),
+            "trunk_dtype": str(model.trunk.norm.block.weight.dtype),
             "estimator_dtype": str(model.estimator.mean_head.weight.dtype),
             "trunk_bytes": local_bytes(model.trunk),
             "estimator_bytes": local_bytes(model.estimator),

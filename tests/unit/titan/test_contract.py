@@ -56,6 +56,7 @@ SIGNATURES = {
     "torchtitan.models.common.decoder:Decoder.get_attention_masks": "self positions",
     "torch.distributed.distributed_c10d:_set_pg_timeout": "timeout group",
     "torch.distributed.fsdp._fully_shard._fsdp_init:_get_mesh_info": "mesh dp_mesh_dims",
+    "torch.distributed.fsdp:FSDPModule.set_modules_to_backward_prefetch": "self modules",
     "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms": "self enable",
 }
 # a part of the list is enough
@@ -75,7 +76,6 @@ ACCEPTS = {
     "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": "global_shape mesh placements",
     "torch.distributed.checkpoint:HuggingFaceStorageWriter": "path save_distributed",
     "torch.distributed.checkpoint:HuggingFaceStorageReader": "path",
-    "torch.distributed._functional_collectives:all_gather_tensor_autograd": "self gather_dim group",
     "torchtitan.models.deepseek_v3:build_mla_moe_layers": (
         "n_layers n_dense_layers q_lora_rank mscale router_score_func router_num_expert_groups "
         "router_num_limited_groups router_route_scale router_route_norm attn_backend moe_comm_backend rope"

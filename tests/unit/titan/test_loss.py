@@ -5,14 +5,18 @@ Shape suffixes: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Objective, Term
-from sgt_titan.titan.loss import REPORTED, Counts, PairGroups, SGTLoss
+from sgt_titan.objectives.distillation import attach, distil
+from sgt_titan.titan.loss import REPORTED, Counts, SGTLoss
 from sgt_titan.titan.model import Streams
+from sgt_titan.titan.pairs import PairGroups
 from sgt_titan.transform.gaussian import Bounds
 
 B, T, D, V = 4, 10, 6, 9
@@ -44,7 +48,7 @@ def data():
     mean, log_std, student = normal(B, T, D), normal(B, T, D) * 0.3, normal(B, T, V) * 2
     noise, teacher = normal(B, T, D), normal(B, T, V) * 2
     leaves = [tensor.requires_grad_() for tensor in (mean, log_std, student)]
-    streams = Streams(x, mean, log_std, x + mean + log_std.exp() * noise, teacher, student)
+    streams = Data(x, mean, log_std, x + mean + log_std.exp() * noise, teacher, student)
     lengths = torch.tensor([10, 7, 8, 5])
     valid = torch.arange(T) < lengths[:, None]
     obfuscated = valid & (torch.arange(T) >= 1) & (torch.arange(T) < lengths[:, None] - 2)
@@ -52,23 +56,48 @@ def data():
     return streams, obfuscated, utility, leaves
 
 
-def run(options, data, rows=slice(None), *, step=1, group=2, counts=None, utility=None):
+class Data(NamedTuple):
+    """Float64 tensors with a graph. The student's and the teacher's logits are hidden states under lm_head = 1."""
+
+    x_BTD: torch.Tensor
+    mean_BTD: torch.Tensor
+    log_std_BTD: torch.Tensor
+    x_tilde_BTD: torch.Tensor
+    teacher_BTV: torch.Tensor
+    student_BTV: torch.Tensor
+
+    def streams(self, rows, obfuscated, utility, pairs, chunk=0) -> Streams:
+        """What a forward pass would hand over for some rows."""
+        student_NV, teacher_NV = self.student_BTV[rows][utility[rows]], self.teacher_BTV[rows][utility[rows]]
+        eye = torch.eye(V, dtype=torch.float64)
+        soft = attach(distil(student_NV, teacher_NV, eye, chunk=chunk, want_gradient=True), student_NV)
+        first_four = (tensor[rows] for tensor in self[:4])
+        return with_pairs(Streams(*first_four, soft, []), obfuscated[rows], pairs)
+
+
+def with_pairs(streams: Streams, obfuscated: torch.Tensor, pairs: PairGroups) -> Streams:
+    """With the exchanges that a forward pass would have begun."""
+    exchanges = pairs.start(obfuscated.to(torch.uint8), streams.x_BTD + streams.mean_BTD, streams.log_std_BTD)
+    return streams._replace(pairs=exchanges)
+
+
+def run(options, data, rows=slice(None), *, step=1, group=2, counts=None, utility=None, chunk=0):
     streams, obfuscated, utility_BT, _ = data
     utility_BT = utility_BT if utility is None else utility
+    pairs = PairGroups(group)
+    streams = streams.streams(rows, obfuscated, utility_BT, pairs, chunk)
     counts = counts or Counts(int(utility_BT.sum()), int(obfuscated.sum()), B)
     return SGTLoss(SGTLoss.Config(objective=options))(
-        Streams(*(tensor[rows] for tensor in streams)),
+        streams,
         None,
         step=step,
         obfuscate_BT=obfuscated[rows],
-        utility_BT=utility_BT[rows],
         counts=counts,
         median_norm=MEDIAN,
         bounds=BOUNDS,
-        pairs=PairGroups(group),
+        pairs=pairs,
         part=slice(0, T),
-        tp_group=None,
-        vocab_start=0,
+        tp_size=1,
     )
 
 
@@ -119,7 +148,7 @@ def test_every_term_by_brute_force(data, group):
     assert reported["mi"].item() == pytest.approx(expected["mi"] - 0.5, rel=1e-6)
     assert reported["kl"].item() == pytest.approx(expected["utility"] - expected["entropy"], rel=1e-6)
     streams, obfuscated, utility, _ = data
-    agree = (streams.student_logits_BTV.argmax(-1) == streams.teacher_logits_BTV.argmax(-1))[utility].double().mean()
+    agree = (streams.student_BTV.argmax(-1) == streams.teacher_BTV.argmax(-1))[utility].double().mean()
     assert reported["agreement"].item() == pytest.approx(agree.item(), rel=1e-6)
     assert reported["std"].item() == pytest.approx(
         streams.log_std_BTD.exp()[obfuscated].mean().item() / SCALE, rel=1e-6
@@ -135,6 +164,18 @@ def test_every_term_by_brute_force(data, group):
     norm = streams.mean_BTD.norm(dim=-1)[obfuscated].mean().item() / MEDIAN
     assert reported["mean_norm"].item() == pytest.approx(norm, rel=1e-6)
     assert not any(value.requires_grad for value in reported.values())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunks_of_the_vocabulary_loss_change_nothing(data, chunk):
+    options = objective("mi_abs_cos_norm")
+    (whole, reported), (chunked, of_chunks) = run(options, data), run(options, data, chunk=chunk)
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
+    for name in REPORTED:
+        torch.testing.assert_close(of_chunks[name], reported[name], rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(whole, data[3], retain_graph=True)
+    for a, b in zip(torch.autograd.grad(chunked, data[3]), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
 def test_microbatches_add_up_to_the_batch(data):
@@ -193,7 +234,7 @@ def test_kl_is_ce_minus_the_teachers_entropy_with_the_same_gradient(data):
     ce, kl = only(), only()
     kl.utility = "kl"
     (a, reported_a), (b, reported_b) = run(ce, data), run(kl, data)
-    p = data[0].teacher_logits_BTV.softmax(-1)
+    p = data[0].teacher_BTV.softmax(-1)
     entropy = -(p * p.log()).sum(-1)[data[2]].mean()
     assert (a - b).item() == pytest.approx(entropy.item(), rel=1e-6)
     assert b > 0 and reported_b["utility"].item() == pytest.approx(reported_a["kl"].item(), rel=1e-6)
@@ -209,9 +250,9 @@ def test_only_chosen_positions_have_utility(data):
     before, _ = run(only(), data, utility=response)
     gradient = torch.autograd.grad(before, leaves[2])[0]
     assert gradient[response].any(-1).all() and not gradient[~response].any()
-    other = streams.student_logits_BTV.detach().clone()
+    other = streams.student_BTV.detach().clone()
     other[~response] = 50 * torch.randn(int((~response).sum()), V, dtype=torch.float64)
-    changed = streams._replace(student_logits_BTV=other)
+    changed = streams._replace(student_BTV=other)
     after, _ = run(only(), (changed, obfuscated, utility, leaves), utility=response)
     assert after.item() == before.item()
 
@@ -243,10 +284,12 @@ def test_sequence_slices_add_up(data):
     streams, obfuscated, utility, _ = data
     counts = Counts(int(utility.sum()), int(obfuscated.sum()), B)
     loss = SGTLoss(SGTLoss.Config(objective=only(mi=1.0)))
-    whole, _ = loss._mi(streams, obfuscated, obfuscated, slice(0, T), PairGroups(4))
+    pairs = PairGroups(4)
+    streams = streams.streams(slice(None), obfuscated, utility, pairs)
+    whole, _ = loss._mi(streams, obfuscated, obfuscated, slice(0, T), pairs)
     parts = []
     for part in (slice(0, 6), slice(6, T)):
-        mine = Streams(*(t[:, part] for t in streams[:4]), *streams[4:])
-        parts.append(loss._mi(mine, obfuscated, obfuscated[:, part], part, PairGroups(4))[0])
+        mine = with_pairs(Streams(*(t[:, part] for t in streams[:4]), *streams[4:]), obfuscated, pairs)
+        parts.append(loss._mi(mine, obfuscated, obfuscated[:, part], part, pairs)[0])
     torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-9, atol=0)
     assert counts.rows == B

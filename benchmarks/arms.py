@@ -1,0 +1,333 @@
+"""Ways to make one training step of the same shapes: a line of the benchmark each.
+
+Random weights and tokens; every arm computes teacher, student, estimator, losses, gradients and an AdamW step of what
+it trains. A row is half prompt (obfuscated), and every position's next-token distribution has to survive.
+
+Shape suffixes: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def allow_older_torch() -> None:
+    """Placeholders for names that torch 2.11 lacks and that one process does not use.
+
+    torchtitan 0.3.0 and our sharding import them; calling one is an error.
+    """
+    import torch.distributed.fsdp as fsdp
+    from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_init
+
+    wanted: list[tuple[ModuleType, str]] = [
+        (fsdp, "DataParallelMeshDims"),
+        (_fsdp_common, "ShardPlacementResult"),
+        (_fsdp_init, "_get_mesh_info"),
+    ]
+    for module, name in wanted:
+        if not hasattr(module, name):
+            setattr(module, name, type(name, (), {}))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of a Llama and of a step."""
+
+    width: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    rows: int
+    length: int
+    tied: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def hf(self):
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.hidden,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab,
+            max_position_embeddings=max(2048, self.length),
+            tie_word_embeddings=self.tied,
+            attn_implementation="sdpa",
+        )
+
+
+CPU = Size(width=256, layers=4, hidden=688, heads=4, kv_heads=2, vocab=32_000, rows=2, length=256)
+LLAMA_1B = Size(2048, 16, 8192, 32, 8, 128_256, rows=4, length=2048, tied=True, dtype=torch.bfloat16)
+LLAMA_8B = Size(4096, 32, 14336, 32, 8, 128_256, rows=2, length=2048, dtype=torch.bfloat16)
+ESTIMATOR_LAYERS = 2
+WEIGHTS = {"mi": 0.1, "abs_cos": 1.0, "norm": 1.0}
+
+
+@dataclass
+class Arm:
+    """One way, ready to run: ``step()`` is a training step, ``flops`` the work of its matrix products."""
+
+    step: Callable[[], None]
+    flops: float
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def batch(size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, which of them are obfuscated, and where utility counts: (B, T) each."""
+    tokens_BT = torch.randint(size.vocab, (size.rows, size.length), device=device())
+    at_T = torch.arange(size.length, device=device())
+    obfuscate_BT = ((at_T > 0) & (at_T < size.length // 2)).expand(size.rows, -1)
+    return tokens_BT, obfuscate_BT, (at_T < size.length - 1).expand(size.rows, -1)
+
+
+# -- (a) what one writes in an afternoon -------------------------------------------------------------------------------
+
+
+class NaiveSGT(nn.Module):
+    """A transformers model called twice, and an estimator of its layers."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        from transformers import LlamaForCausalLM, LlamaModel
+
+        hf, body = size.hf(), size.hf()
+        body.num_hidden_layers, body.vocab_size, body.tie_word_embeddings = ESTIMATOR_LAYERS, 1, False
+        self.trunk = LlamaForCausalLM(hf).to(size.dtype).requires_grad_(False).eval()
+        self.body = LlamaModel(body)
+        self.body.embed_tokens = None
+        self.mean, self.log_std = nn.Linear(size.width, size.width), nn.Linear(size.width, size.width)
+        self.dtype = size.dtype
+
+    def forward(self, tokens_BT, obfuscate_BT):
+        x_BTD = self.trunk.get_input_embeddings()(tokens_BT)
+        with torch.autocast(x_BTD.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            h_BTD = self.body(inputs_embeds=x_BTD, use_cache=False).last_hidden_state
+            mean_BTD, log_std_BTD = self.mean(h_BTD).float(), self.log_std(h_BTD).float().clamp(-6, 2)
+        x_BTD = x_BTD.float()
+        noisy_BTD = x_BTD + mean_BTD + log_std_BTD.exp() * torch.randn_like(x_BTD)
+        x_tilde_BTD = torch.where(obfuscate_BT[..., None], noisy_BTD, x_BTD)
+        with torch.no_grad():
+            teacher_BTV = self.trunk(tokens_BT, use_cache=False).logits
+        student_BTV = self.trunk(inputs_embeds=x_tilde_BTD.to(self.dtype), use_cache=False).logits
+        return x_BTD, mean_BTD, log_std_BTD, x_tilde_BTD, teacher_BTV, student_BTV
+
+
+def naive(size: Size) -> Arm:
+    """Two forwards of a transformers model, whole logits, all pairs of the MI term at once."""
+    torch.manual_seed(0)
+    with torch.device(device()):
+        model = NaiveSGT(size)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    tokens_BT, obfuscate_BT, utility_BT = batch(size)
+
+    def step() -> None:
+        x, mean, log_std, x_tilde, teacher, student = model(tokens_BT, obfuscate_BT)
+        utility = F.cross_entropy(student[utility_BT].float(), teacher[utility_BT].float().softmax(-1))
+        # (B, B, T, D): every x against every y.
+        center, y_log_std = x + mean, log_std
+        z = (x_tilde[:, None] - center[None]) * torch.exp(-y_log_std)[None]
+        pairs_BB = (0.5 * z**2 + y_log_std[None] - log_std[:, None])[:, :, obfuscate_BT[0]].mean((-1, -2))
+        mi = pairs_BB[~torch.eye(size.rows, dtype=torch.bool, device=pairs_BB.device)].mean()
+        cosine = F.cosine_similarity(x, x_tilde, dim=-1)[obfuscate_BT].abs().mean()
+        norm = ((x + mean).norm(dim=-1)[obfuscate_BT] - 1.0).abs().mean()
+        (utility + WEIGHTS["mi"] * mi + WEIGHTS["abs_cos"] * cosine + WEIGHTS["norm"] * norm).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Arm(step, work(size))
+
+
+# -- (b) this project --------------------------------------------------------------------------------------------------
+
+
+def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool):
+    """Model, loss and pair groups of a config of these shapes; random weights, sharded where there are ranks."""
+    from torchtitan.distributed import ParallelDims
+
+    from sgt_titan.config.resolve import resolve
+    from sgt_titan.config.schema import Config
+    from sgt_titan.titan import cpu_support
+    from sgt_titan.titan.config import model_config, trainer_config
+    from sgt_titan.titan.initialize import initialize_estimator
+    from sgt_titan.titan.parallelize import parallelize_sgt
+
+    cpu_support.install()
+    world = torch.distributed.get_world_size()
+    config = Config()
+    config.trunk.dtype = "float32" if size.dtype == torch.float32 else "bfloat16"
+    config.training.seq_len, config.training.local_batch_size = size.length, size.rows
+    config.training.loss_chunk_tokens = chunk
+    config.estimator.layers = ESTIMATOR_LAYERS
+    config.activation_checkpoint.mode, config.compile.enable = recompute, compiled
+    for name, weight in WEIGHTS.items():
+        getattr(config.objective, name).weight = weight
+    config = resolve(config, world_size=world)
+    options = model_config(config, size.hf(), scale=0.02)
+    trainer = trainer_config(config, options, prepared=None)
+    options.update_from_config(config=trainer)
+    dims = ParallelDims.from_config(trainer.parallelism, world)
+    dims.build_mesh()
+    with torch.device("meta"):
+        model = options.build()
+    if torch.__version__ >= "2.13":
+        parallelize_sgt(
+            model,
+            parallel_dims=dims,
+            training=trainer.training,
+            parallelism=trainer.parallelism,
+            compile_config=trainer.compile,
+            ac_config=trainer.activation_checkpoint,
+            dump_folder="",
+        )
+    else:
+        assert world == 1 and recompute == "none" and not compiled, "older torch: one process, nothing wrapped"
+    model.to_empty(device=device())
+    with torch.no_grad():
+        model.init_states(buffer_device=device())
+        for parameter in model.parameters():
+            local = getattr(parameter, "_local_tensor", parameter)
+            local.normal_(std=0.02) if parameter.dim() > 1 else local.fill_(1.0)
+        initialize_estimator(model.estimator, 0)
+    return model.train(), trainer.loss.build(), config
+
+
+def ours(size: Size, *, chunk: int = 0, recompute: str = "none", compiled: bool = False) -> Arm:
+    from sgt_titan.titan.loss import Counts
+    from sgt_titan.titan.pairs import PairGroups
+
+    torch.manual_seed(0)
+    model, loss_fn, config = model_of(size, chunk=chunk, recompute=recompute, compiled=compiled)
+    fused = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused)
+    tokens_BT, obfuscate_BT, utility_BT = batch(size)
+    positions_BT = torch.arange(size.length, device=device()).expand(size.rows, -1)
+    pairs = PairGroups(config.objective.mi_group)
+    counts = Counts(int(utility_BT.sum()), int(obfuscate_BT.sum()), size.rows)
+
+    def step() -> None:
+        streams = model(
+            tokens_BT,
+            positions_BT=positions_BT,
+            attention_masks=None,
+            obfuscate_BT=obfuscate_BT,
+            utility_BT=utility_BT,
+            noise_BTD=torch.randn(size.rows, size.length, size.width, device=device()),
+            pairs=pairs,
+        )
+        loss, _ = loss_fn(
+            streams,
+            None,
+            step=1,
+            obfuscate_BT=obfuscate_BT,
+            counts=counts,
+            median_norm=1.0,
+            bounds=model.bounds,
+            pairs=pairs,
+            part=slice(0, size.length),
+            tp_size=1,
+        )
+        del streams
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Arm(step, work(size, recompute=recompute == "full"))
+
+
+# -- (c) torchtitan's own ----------------------------------------------------------------------------------------------
+
+
+def pretraining(size: Size) -> Arm:
+    """torchtitan's decoder and cross-entropy, every weight trained with AdamW.
+
+    At 8B the weights are in bfloat16 and there is no optimizer step: its state would not fit one GPU.
+    """
+    from torchtitan.components.loss import cross_entropy_loss
+    from torchtitan.tools.utils import set_default_dtype
+
+    from sgt_titan.titan import cpu_support
+    from sgt_titan.titan.trunks import build
+
+    cpu_support.install()
+    torch.manual_seed(0)
+    with torch.device(device()), set_default_dtype(size.dtype):
+        model = build(size.hf(), "sdpa").build()
+        if size.tied:
+            model.tok_embeddings.weight = model.lm_head.weight
+        with torch.no_grad():
+            model.init_states(buffer_device=device())
+    big = sum(p.numel() for p in model.parameters()) > 4e9
+    optimizer = None if big else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=torch.cuda.is_available())
+    tokens_BT, _, _ = batch(size)
+    positions_BT = torch.arange(size.length, device=device()).expand(size.rows, -1)
+
+    def step() -> None:
+        logits_BTV = model(tokens_BT, positions=positions_BT)
+        loss = cross_entropy_loss(logits_BTV[:, :-1], tokens_BT[:, 1:]) / size.tokens
+        del logits_BTV
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return Arm(step, 6.0 * trunk_parameters(size) * size.tokens)
+
+
+# -- (d) the work ------------------------------------------------------------------------------------------------------
+
+
+def layer_parameters(size: Size) -> int:
+    head = size.width // size.heads
+    return size.width * (2 * size.width + 2 * head * size.kv_heads + 3 * size.hidden)
+
+
+def trunk_parameters(size: Size) -> int:
+    """Of the trunk's matrix products; attention's quadratic part is left out, as in "6N"."""
+    return size.layers * layer_parameters(size) + size.vocab * size.width
+
+
+def work(size: Size, *, recompute: bool = False) -> float:
+    """Flops of an SGT step: 2N teacher, 2N student, 2N activation backward, 6 N of the estimator; 2N to recompute."""
+    estimator = ESTIMATOR_LAYERS * layer_parameters(size) + 2 * size.width**2
+    again = 2.0 * (size.layers * layer_parameters(size) + ESTIMATOR_LAYERS * layer_parameters(size)) if recompute else 0
+    return (6.0 * (trunk_parameters(size) + estimator) + again) * size.tokens
+
+
+ARMS: dict[str, Callable[[Size], Arm]] = {
+    "(a) naive: transformers twice, whole logits": naive,
+    "(b) one pass for both streams": lambda size: ours(size, chunk=2**30),
+    "(b) + loss in chunks of tokens": ours,
+    "(b) + torch.compile": lambda size: ours(size, compiled=True),
+    "(b) chunks, selective recomputation": lambda size: ours(size, recompute="selective"),
+    "(b) chunks, full recomputation": lambda size: ours(size, recompute="full"),
+    "(c) torchtitan pretraining": pretraining,
+}
+NEEDS_NEW_TORCH = ("compile", "recomputation")
+
+
+def arms() -> list[str]:
+    """Names of the arms that this torch can run."""
+    new = torch.__version__ >= "2.13"
+    return [name for name in ARMS if new or not any(word in name for word in NEEDS_NEW_TORCH)]
+
+
+if __name__ == "__main__":
+    sys.exit("python benchmarks/training.py")

@@ -1,0 +1,220 @@
+"""A training step: the naive way, ours with each optimisation added, torchtitan's pretraining, and the bound, in one run.
+
+    python benchmarks/training.py                         sizes for any CPU, minutes
+    python benchmarks/training.py --gpu --json FILE       Llama 1B and 8B shapes in bf16 on one GPU
+
+Each arm lives in a process of its own, which steps when told to, so that arms alternate step by step and memory is an
+arm's own. On a GPU the processes take turns instead: two 8B trunks do not fit. HFU is the work of an arm's matrix
+products over what the machine reaches on the best of a few of them, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, arms, device  # noqa: E402
+from benchmarks.timing import machine  # noqa: E402
+
+SIZES = {
+    "cpu": {"D 256, 4 layers, V 32,000": CPU, "D 256, 4 layers, V 128,256": replace(CPU, vocab=128_256)},
+    "gpu": {
+        "Llama 1B, 4 x 2048": LLAMA_1B,
+        "Llama 1B, 1 x 8192": replace(LLAMA_1B, rows=1, length=8192),
+        "Llama 8B, 2 x 2048": LLAMA_8B,
+        "Llama 8B, 1 x 8192": replace(LLAMA_8B, rows=1, length=8192),
+    },
+}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ceiling(size: Size) -> float:
+    """Flops per second of the fastest of a layer's products and a square one, median of five each."""
+    best = 0.0
+    side = 8192 if torch.cuda.is_available() else 1024
+    for m, n, k in ((size.tokens, size.hidden, size.width), (size.tokens, size.width, size.hidden), (side, side, side)):
+        a, b = (torch.randn(shape, device=device(), dtype=size.dtype) for shape in ((m, k), (k, n)))
+        times = []
+        for _ in range(6):
+            synchronize()
+            started = time.perf_counter()
+            a @ b
+            synchronize()
+            times.append(time.perf_counter() - started)
+        best = max(best, 2.0 * m * n * k / statistics.median(times[1:]))
+    return best
+
+
+# -- the process of an arm ---------------------------------------------------------------------------------------------
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def serve(family: str, name: str, arm: str) -> None:
+    """Build an arm, then make a step for every line read; answer in JSON lines."""
+    import torch.distributed as dist
+
+    allow_older_torch()
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
+    size = SIZES[family][name]
+    built = ARMS[arm](size)
+    cuda = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5") if not cuda else torch.cuda.reset_peak_memory_stats()
+    print(json.dumps({"flops": built.flops}), file=answers, flush=True)
+    for _ in sys.stdin:
+        synchronize()
+        started = time.perf_counter()
+        built.step()
+        synchronize()
+        seconds = time.perf_counter() - started
+        peak = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+        print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
+
+
+class Worker:
+    """The process of an arm, seen from outside."""
+
+    def __init__(self, family: str, name: str, arm: str):
+        command = [sys.executable, __file__, "--serve", family, name, arm]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        self.seconds: list[float] = []
+        self.peak = 0
+        self.flops = self._answer()["flops"]
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            lines = [line for line in self.process.stderr.read().splitlines() if line.strip()]
+            raise RuntimeError(lines[-1] if lines else "the process of the arm ended")
+        return json.loads(line)
+
+    def step(self, *, count: bool) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.peak = max(self.peak, answer["peak"])
+        if count:
+            self.seconds.append(answer["seconds"])
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+def run(family: str, name: str, wanted: list[str], repeats: int, warmup: int) -> dict[str, dict]:
+    """Arm -> figures; an arm that fails (out of memory) has its error instead."""
+    results, workers = {}, {}
+    together = family == "cpu"
+
+    def measure(turn: dict[str, Worker]) -> None:
+        for round_ in range(warmup + repeats):
+            for arm, worker in turn.items():
+                if arm in results:
+                    continue
+                try:
+                    worker.step(count=round_ >= warmup)
+                except RuntimeError as error:
+                    results[arm] = {"error": str(error)}
+
+    for arm in wanted:
+        try:
+            workers[arm] = Worker(family, name, arm)
+        except RuntimeError as error:
+            results[arm] = {"error": str(error)}
+            continue
+        if not together:
+            measure({arm: workers[arm]})
+            workers[arm].close()
+    if together:
+        measure(workers)
+    top = ceiling(SIZES[family][name])
+    for arm, worker in workers.items():
+        worker.close()
+        if arm in results:
+            continue
+        median = statistics.median(worker.seconds)
+        results[arm] = {
+            "seconds": median,
+            "low": min(worker.seconds),
+            "high": max(worker.seconds),
+            "tokens_per_second": SIZES[family][name].tokens / median,
+            "hfu": worker.flops / median / top,
+            "bound_seconds": worker.flops / top,
+            "peak_mib": worker.peak / 2**20,
+        }
+    results["(d) ceiling"] = {"tflops": top / 1e12}
+    return {arm: results[arm] for arm in [*wanted, "(d) ceiling"]}
+
+
+def show(name: str, results: dict[str, dict]) -> None:
+    print(f"\n{name}: matmul ceiling {results['(d) ceiling']['tflops']:.3g} Tflop/s\n")
+    print("| arm | s a step, median (spread) | bound, s | tokens/s | HFU | peak above the weights, MiB |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for arm, r in results.items():
+        if "error" in r:
+            print(f"| {arm} | {r['error'][:80]} | | | | |")
+        elif "seconds" in r:
+            print(
+                f"| {arm} | {r['seconds']:.3f} ({r['low']:.3f} to {r['high']:.3f}) | {r['bound_seconds']:.3f} | "
+                f"{r['tokens_per_second']:,.0f} | {r['hfu']:.0%} | {r['peak_mib']:,.0f} |"
+            )
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="Llama 1B and 8B shapes in bf16")
+    parser.add_argument("--sizes", default="", help="only sizes whose name contains this")
+    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.serve:
+        serve(*words.serve)
+        return 0
+    family = "gpu" if words.gpu else "cpu"
+    wanted = [arm for arm in arms() if words.arms in arm]
+    about = f"{machine()}; {time.strftime('%Y-%m-%d')}"
+    print(about)
+    everything = {}
+    for name in SIZES[family]:
+        if words.sizes in name:
+            everything[name] = run(family, name, wanted, words.repeats, words.warmup)
+            show(name, everything[name])
+    if words.json:
+        Path(words.json).write_text(json.dumps({"machine": about, "sizes": everything}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Eq. 3 from hidden states: lm_head and soft cross-entropy in chunks of tokens, no (N, V) tensor alive.
+
+The gradient of Eq. 3 with respect to the student's logits, softmax(student) - softmax(teacher), is known as soon as the
+logits are. So it is multiplied by lm_head's weight at once, chunk by chunk, and what is kept for the backward pass is
+the (N, D) gradient of the hidden states. lm_head is frozen: it needs no gradient, and is not needed again either.
+
+Legend: N tokens flat, C tokens of a chunk, D width, V vocabulary (or this rank's shard of it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .utility import SoftCrossEntropy, difference
+
+CHUNK_LOGITS = 2**26
+"""Logits of a chunk where its size is not given: 64 Mi of them take about 1 GiB, temporaries included."""
+
+
+class Distilled(NamedTuple):
+    """Values per token as in ``SoftCrossEntropy``, without a graph, and the gradient of the cross-entropy."""
+
+    cross_entropy_N: torch.Tensor
+    teacher_entropy_N: torch.Tensor
+    agree_N: torch.Tensor
+    gradient_ND: torch.Tensor | None
+    """d cross_entropy_N / d student_ND in its dtype; with ``group`` this rank's part of a sum over the group."""
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Tokens of a chunk for ``vocabulary`` logits a token: a power of two, at least 128."""
+    return max(128, 1 << (CHUNK_LOGITS // max(vocabulary, 1)).bit_length() - 1)
+
+
+@torch.no_grad()
+def distil(
+    student_ND: torch.Tensor,
+    teacher_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    *,
+    chunk: int = 0,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    want_gradient: bool = True,
+) -> Distilled:
+    """Soft cross-entropy (arXiv 2506.09452, Eq. 3) of ``hidden @ weight_VD.T`` for both streams, and its gradient.
+
+    Args:
+        student_ND, teacher_ND: hidden states before lm_head, one dtype, the same on every rank of ``group``.
+        weight_VD: lm_head's weight, or this rank's rows of it, which start at ``vocab_start``; may be empty.
+        chunk: tokens worked on at a time; 0: ``chunk_size``. Values do not depend on it but for the order in which a
+            matrix product adds up.
+        group: ranks that share the vocabulary; two small collectives a chunk.
+
+    Raises ValueError if shapes do not match or ``chunk`` is negative.
+    """
+    if student_ND.ndim != 2 or student_ND.shape != teacher_ND.shape or student_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"student and teacher must both be (N, D) and the weight (V, D), got {tuple(student_ND.shape)}, "
+            f"{tuple(teacher_ND.shape)} and {tuple(weight_VD.shape)}"
+        )
+    if chunk < 0:
+        raise ValueError(f"chunk must be 0 or more, got {chunk}")
+    tokens = student_ND.shape[0]
+    chunk = chunk or chunk_size(weight_VD.shape[0])
+    dtype = torch.promote_types(student_ND.dtype, torch.float32)
+    cross_entropy_N, entropy_N = (torch.empty(tokens, dtype=dtype, device=student_ND.device) for _ in range(2))
+    agree_N = torch.empty(tokens, dtype=torch.bool, device=student_ND.device)
+    gradient_ND = torch.empty_like(student_ND) if want_gradient else None
+    for start in range(0, tokens, chunk):
+        part = slice(start, start + chunk)
+        cross_entropy_N[part], entropy_N[part], agree_N[part], difference_CV = difference(
+            student_ND[part] @ weight_VD.T, teacher_ND[part] @ weight_VD.T, group, vocab_start, want_gradient
+        )
+        if gradient_ND is not None:
+            torch.mm(difference_CV, weight_VD, out=gradient_ND[part])
+        del difference_CV  # before the next chunk's logits are made
+    return Distilled(cross_entropy_N, entropy_N, agree_N, gradient_ND)
+
+
+def attach(distilled: Distilled, student_ND: torch.Tensor) -> SoftCrossEntropy:
+    """The values of ``distil``, differentiable with respect to the hidden states they were computed from.
+
+    With a ``group`` the gradient that arrives at ``student_ND`` is this rank's part of a sum over the group.
+    """
+    cross_entropy_N = distilled.cross_entropy_N
+    if distilled.gradient_ND is not None:
+        cross_entropy_N = _Attached.apply(student_ND, cross_entropy_N, distilled.gradient_ND)
+    return SoftCrossEntropy(cross_entropy_N, distilled.teacher_entropy_N, distilled.agree_N)
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_ND, cross_entropy_N, gradient_ND):
+        ctx.save_for_backward(gradient_ND)
+        return cross_entropy_N.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N):
+        (gradient_ND,) = ctx.saved_tensors
+        # out= rounds the product once and makes no float32 (N, D) copy.
+        return torch.mul(gradient_ND, grad_N[:, None], out=torch.empty_like(gradient_ND)), None, None
