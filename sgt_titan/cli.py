@@ -25,6 +25,10 @@ _FORWARDED = {
         "Print what an export costs and hides, in seconds: before and after.",
     ),
     "evaluate": ("sgt_titan.evaluation.evaluate", "Attack an export in every way we know, and report what is left."),
+    "plan": (
+        "sgt_titan.plan.command",
+        "Memory, communication and time of a config, and how often to save, by arithmetic.",
+    ),
     "doctor": ("sgt_titan.doctor", "Check this machine and what a config needs; jobs run it on all their nodes."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }

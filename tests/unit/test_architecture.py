@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "demo": {"errors", "transform", "config", "cli", "evaluation"},
     "data": {"errors", "config", "transform", "demo"},
     "export": {"errors", "config", "transform", "checkpoint"},
-    "plan": {"errors", "config"},
+    "plan": {"errors", "arguments", "config"},
     "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data"},
     "titan": CLIENT - {"demo"} | {"cluster"},
     "train": {"errors", "config", "cluster", "titan"},

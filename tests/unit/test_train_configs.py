@@ -17,7 +17,7 @@ import pytest
 from sgt_titan.config.load import difference, load, read_trunk, resolve, validate
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.plan import SHIPPED, from_name, plan, summary, table
+from sgt_titan.plan import SHIPPED, from_name, plan, summary
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "train_configs"
@@ -207,18 +207,6 @@ def test_half_the_nodes_take_twice_as_long():
     assert half.seconds_per_step == pytest.approx(2 * whole.seconds_per_step)
     assert half.microbatches == 2 * whole.microbatches
     assert half.memory == whole.memory
-
-
-def test_table_and_command_line(capsys):
-    from sgt_titan.plan import main
-
-    assert main(["llama3_1b", "--rows", "6400", "--training.global_batch_size", "128"]) == 0
-    printed = capsys.readouterr().out
-    assert "| epoch | 50 steps" in printed
-    assert table(from_name("llama3_1b")) not in printed  # the override has an effect
-    assert main(["llama3_1b", "--rows", "many"]) == 2
-    assert main(["llama3_1b", "--cluster.gpu", "TPU"]) == 2
-    assert "TPU" in capsys.readouterr().err
 
 
 # -- run as a script: build --------------------------------------------------------------------------------------------

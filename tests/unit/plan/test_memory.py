@@ -19,7 +19,7 @@ import pytest
 from sgt_titan.config.load import load, read_trunk, resolve
 from sgt_titan.plan import plan
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 KEEP_ALL = ["--activation_checkpoint.mode", "none"]
 CASES = {  # name -> config, overrides, layers
     "one GPU, 1": ("llama3_1b", [], 1),

@@ -1,0 +1,79 @@
+"""``sgt-titan plan``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+from sgt_titan.arguments import Parser
+from sgt_titan.errors import UserError
+
+from .arithmetic import fewest_nodes, plan, prepared
+from .hardware import KINDS, NODE_MTBF_DAYS, gpu_name
+from .interval import saving
+from .report import SHIPPED, figures, summary, terminal
+
+MOST_NODES = 1024  # looked at for the fewest that fit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan of a config; returns 0.
+
+    Raises:
+        UserError: an unknown config, option or GPU, degrees that do not divide the allocation, a run that does not fit.
+    """
+    parser = Parser(
+        prog="sgt-titan plan",
+        description="Memory by kind, communication, time and checkpoint interval of a config, by arithmetic.",
+        epilog="Further words are config overrides (--training.local_batch_size 4 ...). Without NAME: the tables of "
+        "docs/MEMORY.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    parser.add_argument("--nodes", type=int, metavar="N", help="instead of the config's cluster.nodes")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="instead of cluster.gpus_per_node")
+    parser.add_argument("--gpu", metavar="KIND", help=f"instead of cluster.gpu: {', '.join(KINDS)}")
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help="packed rows (or samples) of an epoch, for the run's length"
+    )
+    parser.add_argument("--node-mtbf-days", type=float, default=NODE_MTBF_DAYS, metavar="D", help="mean days between "
+                        "failures of one node (default %(default).0f, of Llama 3's training)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="numbers instead of a page")
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.name is None:
+        if overrides:
+            raise UserError(f"{overrides[0]}: overrides need the NAME of a config before them")
+        print(summary(SHIPPED))
+        return 0
+    for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is not above 0")
+    words = list(overrides)
+    for key, value in (("nodes", arguments.nodes), ("gpus_per_node", arguments.gpus_per_node)):
+        words += [f"--cluster.{key}", str(value)] if value else []
+    words += ["--cluster.gpu", gpu_name(arguments.gpu)] if arguments.gpu else []
+    config, trunk = prepared(arguments.name, words)
+    found = plan(config, trunk)
+    fewest = fewest_nodes(arguments.name, words, MOST_NODES)[0] if found.gpu else None
+    told = config, found, saving(found, config.cluster.nodes, arguments.node_mtbf_days), arguments.rows, fewest
+    print(json.dumps(_strict(figures(*told)), indent=1) if arguments.json else terminal(*told))
+    if not found.fits:
+        least = f"{fewest} nodes hold it" if fewest else f"not even {MOST_NODES} nodes hold it at these degrees"
+        raise UserError(
+            f"{arguments.name}: {found.memory.peak / 1e9:.0f} GB are needed on a GPU of {found.capacity / 1e9:.0f}; "
+            f"{least}, "
+            "or use activation_checkpoint.mode full, a smaller training.local_batch_size, a larger "
+            "parallelism.tensor_parallel_degree"
+        )
+    return 0
+
+
+def _strict(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: what is not known is null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return value if not isinstance(value, float) or isfinite(value) else None

@@ -1,0 +1,169 @@
+"""The tensors of trunk and estimator, and how much of each a rank holds. Exact: held to the modules torchtitan builds.
+
+Letters: B rows of a rank, T tokens of a row, D width, V vocabulary, E experts, tp / fsdp / ep degrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+from sgt_titan.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor: its shape, the dimension that tensor parallelism splits (None: replicated), and whose it is."""
+
+    shape: tuple[int, ...]
+    tp_dim: int | None = None
+    expert: bool = False
+    matmul: bool = True  # takes part in every token's work; False: a lookup table
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How ranks share the work; ``fsdp`` is the shards of one copy, ``replicas`` the copies."""
+
+    world: int
+    replicas: int
+    fsdp: int
+    tp: int
+    ep: int
+    sp: bool
+
+    @property
+    def dp(self) -> int:
+        return self.replicas * self.fsdp
+
+    @property
+    def efsdp(self) -> int:
+        return self.fsdp * self.tp // self.ep
+
+
+def column(rows: int, width: int) -> Weight:
+    """A linear layer split over its outputs."""
+    return Weight((rows, width), tp_dim=0)
+
+
+def row(rows: int, width: int) -> Weight:
+    """A linear layer split over its inputs."""
+    return Weight((rows, width), tp_dim=1)
+
+
+def gated_mlp(hidden: int, width: int) -> list[Weight]:
+    return [column(hidden, width), column(hidden, width), row(width, hidden)]
+
+
+def head_dim(trunk: dict[str, Any]) -> int:
+    return trunk.get("head_dim") or trunk["hidden_size"] // trunk["num_attention_heads"]
+
+
+def attention_weights(trunk: dict[str, Any]) -> list[Weight]:
+    """Grouped-query attention, or DeepSeek's latent attention where the config has ``kv_lora_rank``."""
+    width, heads = trunk["hidden_size"], trunk["num_attention_heads"]
+    if "kv_lora_rank" in trunk:
+        nope, rope, value = trunk["qk_nope_head_dim"], trunk["qk_rope_head_dim"], trunk["v_head_dim"]
+        q_rank, kv_rank = trunk["q_lora_rank"], trunk["kv_lora_rank"]
+        outputs = heads * (nope + rope)
+        query = [Weight((q_rank, width)), Weight((q_rank,)), column(outputs, q_rank)] if q_rank else []
+        return [
+            *(query or [column(outputs, width)]),
+            Weight((kv_rank + rope, width)),
+            Weight((kv_rank,)),
+            column(heads * (nope + value), kv_rank),
+            row(width, heads * value),
+        ]
+    dim, outputs = head_dim(trunk), (heads, trunk["num_key_value_heads"], trunk["num_key_value_heads"])
+    weights = [*(column(n * dim, width) for n in outputs), row(width, heads * dim)]
+    if trunk["model_type"] == "qwen2":
+        weights += [Weight((n * dim,), tp_dim=0) for n in outputs]
+    if trunk["model_type"] == "qwen3":
+        weights += [Weight((dim,)), Weight((dim,))]
+    return weights
+
+
+def layer_weights(trunk: dict[str, Any], *, experts: bool) -> list[Weight]:
+    """One decoder layer; ``experts``: with a mixture of experts instead of the dense MLP."""
+    width = trunk["hidden_size"]
+    shared = [*attention_weights(trunk), Weight((width,)), Weight((width,))]
+    if not experts:
+        return shared + gated_mlp(trunk["intermediate_size"], width)
+    count, hidden = trunk["n_routed_experts"], trunk["moe_intermediate_size"]
+    routed = [
+        Weight((count, hidden, width), tp_dim=1, expert=True),
+        Weight((count, hidden, width), tp_dim=1, expert=True),
+        Weight((count, width, hidden), tp_dim=2, expert=True),
+    ]
+    return [*shared, Weight((count, width)), *gated_mlp(hidden * trunk["n_shared_experts"], width), *routed]
+
+
+def trunk_layers(trunk: dict[str, Any]) -> list[list[Weight]]:
+    dense = trunk.get("first_k_dense_replace", trunk["num_hidden_layers"])
+    return [layer_weights(trunk, experts=index >= dense) for index in range(trunk["num_hidden_layers"])]
+
+
+def end_weights(trunk: dict[str, Any]) -> list[Weight]:
+    """Final norm and lm_head."""
+    return [Weight((trunk["hidden_size"],)), column(trunk["vocab_size"], trunk["hidden_size"])]
+
+
+def embedding_weights(trunk: dict[str, Any]) -> list[Weight]:
+    """The embedding table, unless it is lm_head's own."""
+    if trunk.get("tie_word_embeddings"):
+        return []
+    return [Weight((trunk["vocab_size"], trunk["hidden_size"]), tp_dim=0, matmul=False)]
+
+
+def head_weights(trunk: dict[str, Any]) -> list[Weight]:
+    """The two heads: whole on every tensor-parallel rank."""
+    width = trunk["hidden_size"]
+    return 2 * [Weight((width, width)), Weight((width,))]
+
+
+def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+    bodies = 2 if config.estimator.body == "separate" else 1
+    body = config.estimator.layers * layer_weights(trunk, experts=False) + [Weight((trunk["hidden_size"],))]
+    return bodies * body + head_weights(trunk)
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def gathered_elements(weight: Weight, degrees: Degrees) -> int:
+    """Elements a rank computes with: split by tensor or expert parallelism, whole as to FSDP."""
+    return prod(_local_shape(weight, degrees))
+
+
+def shard_elements(weight: Weight, degrees: Degrees) -> int:
+    """Elements that rank 0 (no rank has more) keeps between uses. FSDP2 splits a dimension in equal parts, the last
+    ones shorter or empty: the first, or of experts the second once there are more shards than experts.
+    """
+    shape = list(_local_shape(weight, degrees))
+    dim, shards = 0, degrees.fsdp
+    if weight.expert and degrees.ep > 1:
+        shards = degrees.efsdp
+        dim = 1 if shards * degrees.ep > weight.shape[0] else 0
+    elif weight.expert:
+        dim = 1 if shards > weight.shape[0] else 0
+    shape[dim] = ceil(shape[dim] / shards)
+    return prod(shape)
+
+
+def _local_shape(weight: Weight, degrees: Degrees) -> tuple[int, ...]:
+    shape = list(weight.shape)
+    if weight.expert and degrees.ep > 1:
+        shape[0] = ceil(shape[0] / degrees.ep)
+    elif weight.tp_dim is not None:
+        shape[weight.tp_dim] = ceil(shape[weight.tp_dim] / degrees.tp)
+    return tuple(shape)
+
+
+def total(count, weights: Iterable[Weight], degrees: Degrees) -> int:
+    return sum(count(weight, degrees) for weight in weights)
