@@ -67,7 +67,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.stager = DefaultStager(StagingOptions(cuda, False, use_async_staging=False, use_non_blocking_copy=cuda))
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self.group: dist.ProcessGroup | None = None  # the writer's
-        self.stall = 0.0  # seconds for which the last save held up training
+        self.stall = 0.0  # seconds for which the last save held up training, if nobody waited for its files
 
     # -- what a checkpoint holds -----------------------------------------------------------------------------------
 
@@ -115,7 +115,6 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.save_future = self.writer.submit(self._write, path, curr_step, staged, state)
         if last_step or not self.config.asynchronous:
             self.maybe_wait_for_saving()
-            self.stall = time.perf_counter() - began
         return True
 
     def failed(self) -> bool:
@@ -139,7 +138,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
             ) from None
         if dist.get_rank() == 0:
             took = time.perf_counter() - began
-            logger.info(f"Saved step {step} to {path} in {took:.2f} s, of which training waited {self.stall:.3f} s")
+            logger.info(f"Saved step {step} to {path} in {took:.2f} s, after copying it in {self.stall:.3f} s")
             disk.prune(self.output_dir, self.config.keep_latest_k)
 
     def _write_files(self, path: Path, tensors: dict[str, torch.Tensor], state: str) -> None:
