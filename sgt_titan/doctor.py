@@ -253,22 +253,33 @@ class Listener:
 
 def pairs(report: dict[str, Any], folder: Path, nodes: int, patience: float) -> None:
     """Read from the next two nodes; ``pair`` is the better rate in GB/s, since one bad neighbour is not our fault."""
-    rates = []
+    rates, unreached = [], []
     for step in {1 % nodes, 2 % nodes} - {0}:
-        with suppress(OSError, TimeoutError):
-            rates.append(_read_from((report["index"] + step) % nodes, folder, patience))
+        peer = _wait_for((report["index"] + step) % nodes, folder, patience)
+        if peer is None:
+            continue  # absent: the judge names it, and nobody else is to blame
+        try:
+            rates.append(_read_from(peer, patience))
+        except OSError as error:
+            unreached.append(f"{peer['node']} ({error})")
     if rates:
         report["pair"] = max(rates)
-    elif nodes > 1:
-        report["errors"]["network"] = "reaches none of its neighbours"
+    elif unreached:
+        report["errors"]["network"] = f"cannot read from {', '.join(unreached)}"
 
 
-def _read_from(index: int, folder: Path, patience: float) -> float:
+def _wait_for(index: int, folder: Path, patience: float) -> Any:
+    """The report of the first process of a node, once it listens; None if it does not come."""
     deadline = time.monotonic() + patience
-    while not (peer := next((r for r in preflight.read_reports(folder) if r["index"] == index and r["address"]), None)):
-        if time.monotonic() > deadline:
-            raise TimeoutError
+    while time.monotonic() < deadline:
+        for found in preflight.read_reports(folder):
+            if found["index"] == index and found["address"]:
+                return found
         time.sleep(0.1)
+    return None
+
+
+def _read_from(peer: Any, patience: float) -> float:
     with socket.create_connection(tuple(peer["address"]), timeout=patience) as connection:
         began, got = time.perf_counter(), 0
         while chunk := connection.recv(1 << 20):

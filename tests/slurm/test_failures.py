@@ -223,7 +223,7 @@ def test_a_finished_run_is_not_run_again(cluster, submit, whole):
 def test_a_node_that_does_not_answer_is_left_out(cluster, submit, whole):
     run = submit(bad_node="sgt1").finish(400)
     assert decisions(run) == ["requeue", "done"]
-    assert run.attempts[0].reason == "without bad nodes: sgt1: did not report"
+    assert run.attempts[0].reason == "without bad nodes: sgt1: did not report"  # and not the node that waited for it
     assert "sgt1" not in cluster.call("scontrol", "show", "hostnames", cluster.job(run.jobs[0])["NodeList"]).split()
     assert "preflight: 2 nodes fit" in run.log
     assert_same(run, whole)

@@ -1,0 +1,84 @@
+"""The measuring half: what one process finds out, and several that start, hang or are slow."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sgt_titan import doctor
+from sgt_titan.cluster import preflight
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_this_machine(capsys, monkeypatch, tmp_path):
+    assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for word in ("device", "product", "trunk", "dataset cache", "torch", "fit to train"):
+        assert word in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_trunk_is_a_finding(capsys, tmp_path):
+    trunk = tmp_path / "trunk"
+    trunk.mkdir()
+    (trunk / "config.json").write_text("{}")
+    (trunk / "model.safetensors").write_bytes(b"not safetensors")
+    report = {"errors": {}, "same": {}}
+    doctor.attempt(report, "trunk", lambda: doctor._trunk(str(trunk)))
+    assert "model.safetensors" in report["errors"]["trunk"]
+
+
+def test_a_neighbour_that_is_cut_off():
+    listener = doctor.Listener()
+    rate = doctor._read_from({"address": ["127.0.0.1", listener.port], "node": "b"}, 5.0)
+    assert 0 < rate < 1000
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    with pytest.raises(OSError, match="refused"):
+        doctor._read_from({"address": ["127.0.0.1", port], "node": "b"}, 1.0)
+
+
+@pytest.mark.distributed
+def test_three_nodes_of_which_one_hangs(tmp_path):
+    """All end in time, and the judge names the one; the reports of the others are whole but for what needs all."""
+    began = time.monotonic()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    hang = "import os, time\nif os.environ.get('SLURMD_NODENAME') == 'n1': time.sleep(600)\n"
+    (tmp_path / "sitecustomize.py").write_text(hang)
+    processes = []
+    for index in range(3):
+        env = {
+            "PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPO))),
+            "SLURM_PROCID": str(index),
+            "SLURM_NODEID": str(index),
+            "SLURM_LOCALID": "0",
+            "SLURM_NTASKS": "3",
+            "SLURM_NNODES": "3",
+            "SLURMD_NODENAME": f"n{index}",
+            "SGT_HEAD": "127.0.0.1",
+            "SGT_PREFLIGHT_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        words = [sys.executable, "-m", "sgt_titan.doctor", "--reports", str(tmp_path / "reports"), "--deadline", "28"]
+        processes.append(subprocess.Popen(words, env=os.environ | env, stderr=subprocess.DEVNULL))
+    for process in (processes[0], processes[2]):
+        process.wait(timeout=120)
+    processes[1].kill()
+    processes[1].wait()
+    assert time.monotonic() - began < 120
+    reports = preflight.read_reports(tmp_path / "reports")
+    assert {r["node"]: r["phase"] for r in reports} == {"n0": "pairs", "n2": "pairs"}
+    assert all(r["pair"] > 0 for r in reports)
+    found = preflight.judge(reports, ["n0", "n1", "n2"], 1)
+    assert found.bad == {"n1": "did not report"} and not found.problems
