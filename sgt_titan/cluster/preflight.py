@@ -26,6 +26,7 @@ from sgt_titan.cluster.ownership import attempt_name
 from sgt_titan.errors import UserError, guarded
 
 EXCLUDED = "excluded_nodes.json"
+REPORTS = "preflight"
 EXCLUDED_SECONDS = 24 * 3600.0  # by then somebody has mended it, or it is found again
 
 SLOW = 0.6  # of the group's median, for products and for links: a throttled or degraded device, beyond any noise

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
 from sgt_titan import checkpoint
-from sgt_titan.cluster import attempts, ownership, status
+from sgt_titan.cluster import attempts, ownership, preflight, status
 from sgt_titan.config.load import difference, dump, load
 from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
@@ -239,6 +239,8 @@ def check_output_dir(prepared: Prepared) -> int:
 # What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.
 _HARMLESS = {
     attempts.FILE,
+    preflight.EXCLUDED,
+    preflight.REPORTS,
     ownership.FILE,
     status.FILE,
     "logs",
