@@ -163,13 +163,17 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation: bool) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation: bool, *, private: bool = False
+) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
     except Exception as error:  # templates call raise_exception() with their own words, jinja has its own errors
         if type(error).__module__.split(".")[0] != "jinja2":
             raise
         roles = ", ".join(m["role"] for m in messages)
+        if private:
+            raise UserError(f"chat template: refuses the content of a turn ({roles})") from None
         raise UserError(f"chat template: refuses turns ({roles}): {error}") from error
 
 
@@ -182,8 +186,9 @@ def _render(
     marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
     for attempt in range(2):
         # Twice, since some templates print the date and midnight may fall between the two renderings.
-        rendered = _apply(tokenizer, messages, generation)
+        # The placeholders first: what a template says when it refuses them cannot repeat the prompt.
         skeleton = _apply(tokenizer, marked, generation)
+        rendered = _apply(tokenizer, messages, generation, private=True)
         pieces = _split(skeleton, marks, messages)
         try:
             return rendered, _match(rendered, pieces, messages)
