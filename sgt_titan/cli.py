@@ -25,6 +25,11 @@ _FORWARDED = {
         "Print what an export costs and hides, in seconds: before and after.",
     ),
     "evaluate": ("sgt_titan.evaluation.evaluate", "Attack an export in every way we know, and report what is left."),
+    "serve": (
+        "sgt_titan.serving.main",
+        "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
+    ),
+    "inspect": ("sgt_titan.client.reading", "What a nearest-neighbour observer would read from a text of yours."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 

@@ -25,10 +25,12 @@ MAY_IMPORT = {
     "export": {"errors", "config", "transform", "checkpoint"},
     "plan": {"errors", "config", "train"},
     "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data"},
+    "client": {"errors", "arguments", "transform", "metrics"},
+    "serving": {"errors", "arguments", "client"},
     "titan": CLIENT - {"demo"} | {"cluster"},
     "train": {"errors", "config", "titan"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan"},
+    "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan", "client", "serving"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
