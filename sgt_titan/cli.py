@@ -29,7 +29,7 @@ _FORWARDED = {
         "sgt_titan.serving.main",
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
-    "inspect": ("sgt_titan.client.reading", "What a nearest-neighbour observer would read from a text of yours."),
+    "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 

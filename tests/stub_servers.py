@@ -113,8 +113,7 @@ def load_embeds(trunk: Trunk, encoded: str) -> torch.Tensor:
         tensor = tensor.squeeze(0)
     if tensor.dim() != 2:
         raise Refused(
-            "`prompt_embeds` must be a 2D tensor of shape (num_tokens, hidden_size); got shape "
-            f"{tuple(tensor.shape)}.",
+            f"`prompt_embeds` must be a 2D tensor of shape (num_tokens, hidden_size); got shape {tuple(tensor.shape)}.",
             **where,
         )
     width = trunk.model.config.hidden_size
@@ -143,7 +142,9 @@ def check_completion(trunk: Trunk, body: dict) -> torch.Tensor:
     embeds_TD = load_embeds(trunk, body["prompt_embeds"])
     wanted = embeds_TD.shape[0] + (body.get("max_tokens") or 16)
     if wanted > trunk.context:
-        raise Refused(f"This model's maximum context length is {trunk.context} tokens. However, you requested {wanted}.")
+        raise Refused(
+            f"This model's maximum context length is {trunk.context} tokens. However, you requested {wanted}."
+        )
     return embeds_TD
 
 
@@ -276,7 +277,12 @@ async def _sglang_events(trunk, body, embeds_TD):
     counts, rows, tops = [0] * n, [[] for _ in range(n)], [[] for _ in range(n)]
     async for i, token, text, top, reason in trunk.generate(embeds_TD, **arguments):
         counts[i] += 1
-        meta = {"id": f"r{i}", "prompt_tokens": embeds_TD.shape[0], "completion_tokens": counts[i], "finish_reason": None}
+        meta = {
+            "id": f"r{i}",
+            "prompt_tokens": embeds_TD.shape[0],
+            "completion_tokens": counts[i],
+            "finish_reason": None,
+        }
         if reason:
             meta["finish_reason"] = {"type": reason}
         if wanted is not None:

@@ -1,8 +1,8 @@
 """What is asked of a backend and what comes back: the one small interface of vLLM, SGLang and transformers.
 
-A backend has ``stream(embeds_TD, options)``, which yields a ``Delta`` for every piece of text of every choice. Options are
-numbers only, so that nothing a user wrote can reach the server besides the embeddings; stop strings are looked for on
-this side (stops.py).
+A backend has ``stream(embeds_TD, options)``, which yields a ``Delta`` for every piece of text of every choice. What is
+sent of the options is numbers, so that nothing a user wrote can reach the server besides the embeddings; stop strings
+are looked for on this side (stops.py).
 
 Shapes: T tokens, D model width.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class UpstreamError(UserError):
-    """The server refused, failed or cannot be reached; ``status`` is the HTTP status to hand on, ``code`` a short name."""
+    """The server refused, failed or cannot be reached. ``status``: HTTP status to hand on; ``code``: a short name."""
 
     def __init__(self, message: str, *, status: int = 502, code: str = "upstream_error"):
         super().__init__(message)
@@ -32,7 +32,7 @@ class UpstreamError(UserError):
 class Options:
     """How to generate. None: the server's own default.
 
-    max_tokens: of one choice. n: choices. logprobs: how many alternatives to report per token (0: the token's own only).
+    max_tokens: of one choice. n: choices. logprobs: how many alternatives to report per token (0: none but the token).
     seed: of the server's sampling; it has nothing to do with the noise. stop: looked for on this side, never sent.
     Raises UserError for a value outside its range.
     """

@@ -26,8 +26,8 @@ from sgt_titan.transform.trunk_files import TrunkFiles
 
 PIECE = 2048
 _SEED_WARNING = (
-    "a fixed seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it across prompts "
-    "ties them together; leave it out except in tests"
+    "a fixed seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it across "
+    "prompts ties them together; leave it out except in tests"
 )
 
 
@@ -54,8 +54,8 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         Args:
             path: directory of an export.
             trunk: checkpoint directory of the trunk, for an export without an embedding table; only the table is read.
-            weights: type of the estimator's weights in memory. int8: the bodies' linear layers, by rows; docs/SERVING.md
-                has what each does to mean and std.
+            weights: type of the estimator's weights in memory. int8: the bodies' linear layers, by rows;
+                docs/SERVING.md has what each does to mean and std.
             hold_noise: the same prompt, and a shared beginning, keeps its noise while this object lives (see noise.py).
             piece: tokens that go through the estimator at a time; longer prompts are streamed through its cache.
             kwargs: as ``PreTrainedModel.from_pretrained`` (``device_map``, ``attn_implementation``).
@@ -153,7 +153,7 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         tools: Sequence[dict[str, Any]] = (),
         seed: int | None = None,
     ) -> Iterator[torch.Tensor]:
-        """``encode`` in pieces of at most ``piece`` tokens, each as soon as it is ready; causal, so equal to one pass."""
+        """``encode`` in pieces of at most ``piece`` tokens, each when it is ready; causal, so equal to one pass."""
         prompt = self.prompt(what, tools=tools)
         if seed is not None:
             warnings.warn(_SEED_WARNING, stacklevel=2)

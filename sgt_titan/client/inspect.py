@@ -20,8 +20,8 @@ from sgt_titan.errors import UserError
 from sgt_titan.metrics.ranks import token_ranks
 
 WARNING = (
-    "This is the weakest observer there is. One who trains a model on his own obfuscations, or knows a few hundred pairs of "
-    "token and embedding, reads far more: believe the best attacker of `sgt-titan evaluate`, not this."
+    "This is the weakest observer there is. One who trains a model on his own obfuscations, or knows a few hundred "
+    "pairs of token and embedding, reads far more: believe the best attacker of `sgt-titan evaluate`, not this."
 )
 
 
@@ -71,8 +71,9 @@ def best_attacker(path: str | Path | None) -> str:
         attack = sgt["attacks"][sgt["best"]]
         top1 = attack["top1"]
         line = (
-            f"best attacker measured ({attack.get('title') or sgt['best']}): reads {100 * top1['value']:.1f}% of the hidden "
-            f"tokens (95% interval {100 * top1['low']:.1f} to {100 * top1['high']:.1f}, {about['about']['rows']} prompts)"
+            f"best attacker measured ({attack.get('title') or sgt['best']}): reads {100 * top1['value']:.1f}% of the "
+            f"hidden tokens (95% interval {100 * top1['low']:.1f} to {100 * top1['high']:.1f}, "
+            f"{about['about']['rows']} prompts)"
         )
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

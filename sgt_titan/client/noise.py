@@ -1,9 +1,9 @@
-"""Noise that is held: the same prompt gets the same noise again, so that repeating it gives a server nothing to average.
+"""Noise that is held: the same prompt gets the same noise again, so that repeating it leaves nothing to average.
 
 The noise of a position is a function of a secret of this process and of all tokens up to it: SHAKE-256 keyed with 32
 bytes from the operating system, turned into normals. So the shared beginning of two prompts (a conversation, sent again
 with every turn) also keeps its noise, nothing has to be remembered, and another process starts with another secret.
-What it costs: the server sees that two prompts begin alike, and how far. Fresh noise hides that, and leaks by averaging.
+What it costs: the server sees that two prompts begin alike, and how far. Fresh noise hides that, and can be averaged.
 
 Shapes: T tokens, D model width.
 """

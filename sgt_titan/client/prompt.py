@@ -44,8 +44,8 @@ def make_prompt(
     """Token ids and mask of text, messages or token ids, as the transform was trained.
 
     Text is what ``/v1/completions`` takes: the beginning-of-sequence token, if there is one, and the text. Messages go
-    through the chat template with the generation prompt (``template: plain``: joined by blank lines). Of token ids every
-    one is obfuscated that is not special. ``limit``: the most tokens.
+    through the chat template with the generation prompt (``template: plain``: joined by blank lines). Of token ids all
+    but special ones are obfuscated. ``limit``: the most tokens.
 
     Raises:
         UserError: empty, too long, not text, unknown roles, tools the template cannot render.

@@ -1,11 +1,11 @@
 """What goes over the wire to a server and what comes back: bytes and dictionaries, no connection.
 
-A ``Wire`` is a row: where to post, how to write the request, how to read an event of the answer. Everything in a request is
-named here, so that what a server can learn is a list one can read: the embeddings, the model's name, numbers.
+A ``Wire`` is a row: where to post, how to write the request, how to read an event of the answer. Everything in a
+request is named here, so that what a server can learn is a list one can read: embeddings, the model's name, numbers.
 
-vLLM: ``POST /v1/completions`` with ``prompt_embeds``, base64 of a ``torch.save``d tensor ``(T, D)``; read in vLLM 0.33.0,
-vllm/renderers/embed_utils.py and vllm/entrypoints/openai/completion/. SGLang: ``POST /generate`` with ``input_embeds``, nested
-floats; read in SGLang 0.5.23, sglang/srt/managers/io_struct.py and tokenizer_manager.py.
+vLLM: ``POST /v1/completions`` with ``prompt_embeds``, base64 of a ``torch.save``d tensor ``(T, D)``; as read in vLLM
+0.33.0 (vllm/renderers/embed_utils.py, vllm/entrypoints/openai/completion/). SGLang: ``POST /generate`` with
+``input_embeds``, nested floats; as read in SGLang 0.5.23 (sglang/srt/managers/io_struct.py, tokenizer_manager.py).
 
 Shapes: T tokens, D model width.
 """
@@ -178,7 +178,7 @@ def explain(wire: Wire, status: int, payload: Any) -> UpstreamError:
         return UpstreamError("the upstream has no such model or route; see --model", code="upstream_not_found")
     if status == 429 or status == 503:
         return UpstreamError("the upstream is overloaded; try again", status=status, code="upstream_overloaded")
-    if "maximum context length" in lower or "max_model_len" in lower or "context length" in lower:
+    if any(words in lower for words in ("context length", "maximum model length", "max_model_len")):
         return UpstreamError(
             "prompt and answer do not fit the upstream's context; shorten the prompt or max_tokens",
             status=400,

@@ -21,8 +21,8 @@ class ClientGone(Exception):
 async def until_disconnect(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
     """``await work()``, cancelled when the client disconnects. Raises ClientGone then, and whatever ``work`` raises.
 
-    ``receive``: of a request whose body has been read. The work runs in the caller's task and the watch beside it, because
-    an asynchronous generator may be begun here and gone on with later.
+    ``receive``: of a request whose body has been read. The work runs in the caller's task and the watch beside it,
+    because an asynchronous generator may be begun here and gone on with later.
     """
     result: list[T] = []
     failure: list[Exception] = []

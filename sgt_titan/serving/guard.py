@@ -1,7 +1,7 @@
 """The outermost layer: who may ask, what is logged, and that no exception's words get out.
 
-An exception may carry text of a prompt (a UnicodeEncodeError holds the whole string), so of one that nobody expected only the
-type and the place are logged; uvicorn, which would print it, never sees it.
+An exception may carry text of a prompt (a UnicodeEncodeError holds the whole string), so of one that nobody expected
+only the type and the place are logged; uvicorn, which would print it, never sees it.
 """
 
 from __future__ import annotations

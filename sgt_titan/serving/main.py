@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -202,6 +203,8 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
     )
     scheme, port = "https" if arguments.tls_cert else "http", listener.getsockname()[1]
     _say(f"{scheme}://{arguments.host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
+    # uvicorn finishes what is under way and then raises the signal again; by then there is nothing left to end.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -1,4 +1,4 @@
-"""What clients may ask for. A field that would do nothing here, or that would have to leave the machine as text, is refused.
+"""What clients may ask for. A field that would do nothing here, or leave the machine as text, is refused.
 
 An ignored field is worse than a refused one: a client that asked for JSON would get prose, and one that asked for a
 bias by token id would not know that his ids had been sent.

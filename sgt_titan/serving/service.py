@@ -153,7 +153,7 @@ def _prompts(request: ChatRequest | CompletionRequest) -> list[Any]:
 
 
 async def _until(deadline: float, stream: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
-    """The stream, cut with a 504 at the deadline. The timeout is entered and left within a step: it belongs to a task."""
+    """The stream, cut with a 504 at the deadline. The timeout lives within one step, since it belongs to a task."""
     async with aclosing(stream):
         while True:
             try:

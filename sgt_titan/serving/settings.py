@@ -9,10 +9,10 @@ from dataclasses import dataclass
 class Settings:
     """One proxy.
 
-    upstream: URL of the server. backend: vllm or sglang. model: its name there; None: its only one. served_name: the name
-    clients use. api_keys: any of them is accepted; empty: no authentication. wire_dtype: of the embeddings sent, None as
-    encoded. Sizes in bytes and tokens, times in seconds. active: requests answered at a time; waiting: how many more may
-    wait, for wait_s at most.
+    upstream: URL of the server. backend: vllm or sglang. model: its name there; None: its only one. served_name: the
+    name clients use. api_keys: any of them is accepted; empty: no authentication. wire_dtype: of the embeddings sent,
+    None as encoded. Sizes in bytes and tokens, times in seconds. active: requests answered at a time; waiting: how many
+    more may wait, for wait_s at most. results: results.json of an evaluation, for /v1/inspect.
     """
 
     upstream: str

@@ -50,7 +50,6 @@ class Upstream:
         self._described: Described | None = None
         self._proved_at = -float("inf")
         self._probing = asyncio.Lock()
-        self.bytes_sent = 0
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -67,7 +66,6 @@ class Upstream:
         """
         scanners = [StopScanner(options.stop) for _ in range(options.n)]
         read = self._wire.reader(options)
-        self.bytes_sent += len(body)
         with connection_errors():
             async with self._client.stream(
                 "POST", self.base + self._wire.path, content=body, headers={"Content-Type": "application/json"}

@@ -12,7 +12,7 @@ from sgt_titan.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``sgt-titan inspect EXPORT [FILE] [--messages] [--results FILE] [--trunk DIR] [--json]``; text from FILE or stdin.
+    """``sgt-titan inspect EXPORT [FILE] [--messages] [--results FILE] [--trunk DIR] [--json]``; text: FILE or stdin.
 
     Raises:
         UserError: as ``StainedGlassTransform.from_pretrained`` and ``encode``; a file that cannot be read.
@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print("A nearest-neighbour observer reads:\n")
     print(_printable(reading.text))
-    print(f"\n{reading.right} of {reading.hidden} obfuscated tokens right ({100 * reading.share:.1f}%)" if reading.hidden
-          else "\nno token of this prompt is obfuscated: all of it is sent in clear")  # fmt: skip
+    if reading.hidden:
+        print(f"\n{reading.right} of {reading.hidden} obfuscated tokens right ({100 * reading.share:.1f}%)")
+    else:
+        print("\nno token of this prompt is obfuscated: all of it is sent in clear")
     if reading.tokens > reading.hidden:
         print(f"{reading.tokens - reading.hidden} tokens (template and special tokens) are sent in clear")
     print(f"{best}\n{WARNING}")
