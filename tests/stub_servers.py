@@ -274,7 +274,7 @@ async def _sglang_events(trunk, body, embeds_TD):
     wanted = body.get("top_logprobs_num") if body.get("return_logprob") else None
     arguments = {"max_tokens": params.get("max_new_tokens", 128), "seed": params.get("sampling_seed"), "n": n}
     arguments |= {"temperature": params.get("temperature", 1.0), "logprobs": wanted}
-    counts, rows, tops = [0] * n, [[] for _ in range(n)], [[] for _ in range(n)]
+    counts, rows, tops, shown = [0] * n, [[] for _ in range(n)], [[] for _ in range(n)], [""] * n
     async for i, token, text, top, reason in trunk.generate(embeds_TD, **arguments):
         counts[i] += 1
         meta = {
@@ -290,8 +290,10 @@ async def _sglang_events(trunk, body, embeds_TD):
             ranked = sorted(top.items(), key=lambda pair: -pair[1])[:wanted]
             tops[i].append([[value, j, trunk.tokenizer.decode([j])] for j, value in ranked])
             meta |= {"output_token_logprobs": rows[i], "output_top_logprobs": tops[i]}
+        if reason or not text.endswith("\ufffd"):  # half a character waits for its other half
+            shown[i] = text
         # The whole text so far, which is SGLang's default.
-        event = {"text": text, "output_ids": [], "meta_info": meta, **({"index": i} if n > 1 else {})}
+        event = {"text": shown[i], "output_ids": [], "meta_info": meta, **({"index": i} if n > 1 else {})}
         yield f"data: {json.dumps(event)}\n\n"
     yield "data: [DONE]\n\n"
 

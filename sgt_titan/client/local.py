@@ -56,8 +56,8 @@ class Transformers:
         width = self._model.get_input_embeddings().weight.shape[1]
         if embeds_TD.shape[1] != width:
             raise UserError(f"embeddings: width {embeds_TD.shape[1]}, this model's is {width}; another trunk?")
-        feed = _Feed(options.n)
-        thread = threading.Thread(target=self._run, args=(embeds_TD, options, feed), daemon=True)
+        sampling, feed = _sampling(options), _Feed(options.n)
+        thread = threading.Thread(target=self._run, args=(embeds_TD, options.seed, sampling, feed), daemon=True)
         thread.start()
         try:
             yield from self._deltas(feed, options)
@@ -65,10 +65,10 @@ class Transformers:
             feed.cancelled.set()
             thread.join()
 
-    def _run(self, embeds_TD: torch.Tensor, options: Options, feed: _Feed) -> None:
+    def _run(self, embeds_TD: torch.Tensor, seed: int | None, sampling: dict[str, Any], feed: _Feed) -> None:
         try:
-            if options.seed is not None:
-                torch.manual_seed(options.seed)
+            if seed is not None:
+                torch.manual_seed(seed)
             embeds_BTD = embeds_TD[None].to(self._model.device, self._model.dtype)
             with torch.inference_mode():
                 self._model.generate(
@@ -76,7 +76,7 @@ class Transformers:
                     attention_mask=torch.ones(embeds_BTD.shape[:2], dtype=torch.int64, device=embeds_BTD.device),
                     streamer=feed,
                     stopping_criteria=[feed.should_stop],
-                    **_sampling(options),
+                    **sampling,
                 )
             feed.tokens.put(None)
         except BaseException as error:  # handed to the reader, whose loop it must end

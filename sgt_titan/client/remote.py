@@ -78,6 +78,7 @@ class Remote:
             for chunk in response.iter_bytes():
                 for data in decoder.feed(chunk):
                     if data == DONE:
+                        check_complete(scanners)
                         return
                     yield from deltas(data, read, scanners, self.wire)
                     if all(scanner.stopped for scanner in scanners) and options.stop:
