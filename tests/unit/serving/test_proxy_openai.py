@@ -127,9 +127,15 @@ def test_tools_and_harmless_fields(client, trunk):
     trunk.bodies.clear()
     tool = {"type": "function", "function": {"name": "find"}}
     found = client.chat.completions.create(
-        model="trunk", messages=[{"role": "user", "content": "hi"}], tools=[tool], tool_choice="auto", user="me", metadata={"a": "b"},
-        response_format={"type": "text"}, max_tokens=2,
-    )  # fmt: skip
+        model="trunk",
+        messages=[{"role": "user", "content": "hi"}],
+        tools=[tool],
+        tool_choice="auto",
+        user="me",
+        metadata={"a": "b"},
+        response_format={"type": "text"},
+        max_tokens=2,
+    )
     assert found.usage.prompt_tokens > 80
     assert trunk.bodies[0].keys() == {"model", "prompt_embeds", "max_tokens", "n", "stream", "stream_options"}
 
