@@ -106,7 +106,7 @@ def held(path: Path) -> None:
 
 
 @torch.no_grad()
-def weights(path: Path, texts: list[str], name: str) -> None:
+def weights(path: Path, texts: list[str], name: str, trained: bool) -> None:
     print(f"\nweights: {name}; {len(texts)} prompts; errors at hidden positions, in units of sigma")
     print(
         f"{'weights':>10}{'MB':>7}{'ms':>8}{'|d mean| mean':>15}{'max':>8}{'sigma ratio mean':>18}{'min':>8}{'max':>8}"
@@ -127,10 +127,9 @@ def weights(path: Path, texts: list[str], name: str) -> None:
         seconds = compare({"e": lambda s=sgt, p=prompts[0]: s.encode(p)}, 3)["e"].median
         tensors = [t for m in (sgt.bodies, sgt.mean_head, sgt.log_std_head) for t in (*m.parameters(), *m.buffers())]
         size = sum(t.numel() * t.element_size() for t in tensors) / 1e6
-        print(
-            f"{kind:>10}{size:>7.1f}{1e3 * seconds:>8.1f}{shift.mean():>15.4f}{shift.max():>8.3f}"
-            f"{ratio.mean():>18.4f}{ratio.min():>8.3f}{ratio.max():>8.3f}"
-        )
+        print(f"{kind:>10}{size:>7.1f}{1e3 * seconds:>8.1f}", end="")
+        errors = f"{shift.mean():>15.4f}{shift.max():>8.3f}{ratio.mean():>18.4f}{ratio.min():>8.3f}{ratio.max():>8.3f}"
+        print(errors if trained else "")  # an untrained transform's heads are zero: nothing to distort
 
 
 def proxy(export: Path, trunk_dir: Path) -> None:
@@ -187,8 +186,9 @@ def main() -> None:
             arguments.export,
             [start, WORDS * 4, "Tom and his dog went to the park to play with a big red ball"],
             "--export",
+            True,
         )
-    weights(path, [WORDS * 10], "untrained")
+    weights(path, [WORDS * 10], "untrained: time and memory only", False)
     if arguments.export and arguments.trunk:
         proxy(arguments.export, arguments.trunk)
 
