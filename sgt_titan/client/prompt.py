@@ -15,7 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from sgt_titan.client.tools import encode_with_tools
 from sgt_titan.errors import UserError
 from sgt_titan.transform import SGTConfig
-from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, EncodedPrompt, encode_turns, obfuscation_mask
+from sgt_titan.transform.prompts import (
+    PROMPT,
+    RESPONSE,
+    TEMPLATE,
+    EncodedPrompt,
+    encode_turns,
+    obfuscation_mask,
+    special_ids,
+)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -82,7 +90,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPrompt:
 def _ids(tokenizer: PreTrainedTokenizerBase, config: SGTConfig, ids: Sequence[int]) -> EncodedPrompt:
     if not all(0 <= i < config.vocab_size for i in ids):
         raise UserError(f"prompt: contains a token id outside 0..{config.vocab_size - 1}")
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     return EncodedPrompt(list(ids), [TEMPLATE if i in special else PROMPT for i in ids])
 
 

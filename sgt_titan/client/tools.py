@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sgt_titan.errors import UserError
-from sgt_titan.transform.prompts import PROMPT, TEMPLATE, EncodedPrompt, encode_turns
+from sgt_titan.transform.prompts import PROMPT, TEMPLATE, EncodedPrompt, encode_turns, special_ids
 
 
 def encode_with_tools(
@@ -27,7 +27,7 @@ def encode_with_tools(
         raise UserError("tools: the chat template of this model does not render them; leave them out")
     start = _shared(without.ids, with_tools.ids)
     end = len(with_tools.ids) - _shared(without.ids[start:][::-1], with_tools.ids[start:][::-1])
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     roles = [
         PROMPT if role == TEMPLATE and start <= t < end and token not in special else role
         for t, (token, role) in enumerate(zip(with_tools.ids, with_tools.roles, strict=True))

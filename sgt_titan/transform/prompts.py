@@ -145,7 +145,7 @@ def _encode_chat(
         # special token (Llama 2 puts a space before it). Without one, nothing is known to end the turn.
         tail = next((t for t, (start, end) in enumerate(encoding["offset_mapping"])
                      if owners[t] < 0 and start >= spans[-1][1] and end > start), len(ids))  # fmt: skip
-        special = _special_ids(tokenizer)
+        special = special_ids(tokenizer)
         stop = next((t for t in range(tail, len(ids)) if ids[t] in special), None)
         if stop is not None:
             roles[tail : stop + 1] = [RESPONSE] * (stop + 1 - tail)
@@ -158,7 +158,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs: bool):
 
 
 @lru_cache(maxsize=4)
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all special tokens, those among the added tokens too."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
 

@@ -1,7 +1,11 @@
 """Every backend over the same real trunk: the same embeddings must get the same answer."""
 
+import base64
+import io
+import subprocess
 import time
 
+import httpx
 import pytest
 import torch
 
@@ -9,6 +13,13 @@ from sgt_titan.client import VLLM, Options, SGLang, StainedGlassTransform, Trans
 from sgt_titan.errors import UserError
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
+
+
+def encoded(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
 
 GREEDY = {"max_tokens": 12, "temperature": 0.0}
 
@@ -139,6 +150,29 @@ def test_what_a_server_refuses_is_explained(chat_trunk, embeds_TD):
         trunk.break_after, trunk.delay_s = None, 1.0
         slow = refusal(vllm, embeds_TD)
         assert (slow.code, slow.status) == ("upstream_timeout", 504)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt_embeds": "!"}, ""),
+        ({"prompt_embeds": base64.b64encode(b"no tensor").decode()}, "could not be deserialized"),
+        ({"prompt_embeds": encoded(subprocess.Popen)}, "could not be deserialized"),
+        ({"prompt_embeds": encoded(torch.zeros(3))}, "must be a 2D tensor"),
+        ({"prompt_embeds": encoded(torch.zeros(3, 32, dtype=torch.int64))}, "not a floating-point type"),
+        ({"prompt_embeds": encoded(torch.zeros(3, 31))}, "hidden_size 31 does not match"),
+        ({"prompt_embeds": None}, "Either prompt or prompt_embeds"),
+        ({"echo": True}, "Echo is unsupported"),
+        ({"suffix": "x"}, "suffix is not supported"),
+        ({"prompt_logprobs": 1}, "not compatible"),
+        ({"stream": False}, "Stream options"),
+        ({"model": "x"}, "does not exist"),
+    ],
+)
+def test_the_stub_is_as_strict_as_vllm(servers, embeds_TD, change, message):
+    body = {**servers["vllm"].wire.body(embeds_TD, Options(), "trunk"), **change}
+    response = httpx.post(servers["vllm"]._url, json=body)
+    assert response.status_code in (400, 404) and message in response.json()["error"]["message"]
 
 
 def test_no_server(embeds_TD):
