@@ -30,6 +30,11 @@ _FORWARDED = {
         "Memory, communication and time of a config, and how often to save, by arithmetic.",
     ),
     "doctor": ("sgt_titan.doctor", "Check this machine and what a config needs; jobs run it on all their nodes."),
+    "serve": (
+        "sgt_titan.serving.main",
+        "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
+    ),
+    "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 

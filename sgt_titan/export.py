@@ -16,6 +16,7 @@ from sgt_titan.config.schema import TERMS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig, estimator_config
 from sgt_titan.transform.export import check_target, write_export
+from sgt_titan.transform.fingerprint import fingerprint_tensor
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 SGT = "sgt."
@@ -58,12 +59,16 @@ def export_checkpoint(
         raise UserError(
             f"{files.path}: is not the trunk of {path}: fingerprint {found[:12]}, trained on {trained_on[:12]}"
         )
-    tensors = checkpoint.read_tensors(path, SGT)
+    tensors, described = checkpoint.read_tensors(path, SGT), sgt_config(config, state)
+    table_VD = files.embedding_table()
     if config.export.embeddings:
-        tensors["embed_tokens.weight"] = files.embedding_table()
+        tensors["embed_tokens.weight"] = table_VD
+    else:
+        # The client slices the table from a trunk of its own, and must know it for the right one.
+        described.fingerprints = {**described.fingerprints, "embeddings": fingerprint_tensor(table_VD)}
     return write_export(
         out_dir,
-        sgt_config(config, state),
+        described,
         tensors,
         tokenizer_dir=files.path,
         summary=summary(config, state),

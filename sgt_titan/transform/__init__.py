@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel
 
 from sgt_titan.transform.configuration import SGTConfig, estimator_config
 from sgt_titan.transform.export import load_export, write_export
+from sgt_titan.transform.fingerprint import fingerprint_tensor
 from sgt_titan.transform.gaussian import (
     Bounds,
     TableStatistics,
@@ -17,7 +18,7 @@ from sgt_titan.transform.gaussian import (
     obfuscate,
     table_statistics,
 )
-from sgt_titan.transform.modeling import SGTOutput, StainedGlassTransform, fingerprint_tensor
+from sgt_titan.transform.modeling import SGTOutput, StainedGlassTransform
 
 AutoConfig.register(SGTConfig.model_type, SGTConfig, exist_ok=True)
 AutoModel.register(SGTConfig, StainedGlassTransform, exist_ok=True)

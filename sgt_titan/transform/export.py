@@ -23,29 +23,19 @@ import torch
 from sgt_titan import __version__
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig
-from sgt_titan.transform.modeling import (
-    StainedGlassTransform,
-    check_finite,
-    check_shapes,
-    expected_shapes,
+from sgt_titan.transform.fingerprint import (
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    fingerprint_config,
     fingerprint_tensor,
+    fingerprint_tokenizer,
+    fingerprint_weights,
 )
+from sgt_titan.transform.modeling import StainedGlassTransform, check_finite, check_shapes, expected_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_SIZE = "5GB"
 
-# What a client needs in order to make the ids that the trunk was trained on, whichever kind the tokenizer is.
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_TOKENIZER_FILES = (
-    *_VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
 # The embedding table is a part of the trunk, and most licences ask that their text travels with the parts.
 _LICENCE_PATTERN = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 _WEIGHTS_PATTERN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -98,9 +88,15 @@ def write_export(
     config = copy.deepcopy(config)
     config.training = config.training or dict(summary)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
+    digests = {name: fingerprint_tensor(tensor) for name, tensor in weights.items()}
     if config.embeddings:
-        fingerprint = fingerprint_tensor(weights["embed_tokens.weight"])
-        config.fingerprints = {**config.fingerprints, "embeddings": fingerprint}
+        config.fingerprints = {**config.fingerprints, "embeddings": digests.pop("embed_tokens.weight")}
+    config.fingerprints = {
+        **config.fingerprints,
+        "weights": fingerprint_weights(digests),
+        "tokenizer": fingerprint_tokenizer(tokenizer_dir),
+        "config": fingerprint_config(config),
+    }
 
     parent.mkdir(parents=True, exist_ok=True)
     work_dir = parent / f".{out_dir.name}.{secrets.token_hex(4)}.tmp"
@@ -151,7 +147,7 @@ def _is_export(directory: Path) -> bool:
 
 def _is_export_file(name: str) -> bool:
     return (
-        name in ("config.json", "README.md", *_TOKENIZER_FILES)
+        name in ("config.json", "README.md", *TOKENIZER_FILES)
         or _WEIGHTS_PATTERN.fullmatch(name) is not None
         or _LICENCE_PATTERN.fullmatch(name) is not None
     )
@@ -166,9 +162,9 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _files_to_copy(tokenizer_dir: Path) -> list[Path]:
-    if not any((tokenizer_dir / name).is_file() for name in _VOCABULARIES):
-        raise UserError(f"{tokenizer_dir}: no tokenizer there ({', '.join(_VOCABULARIES)}); give the trunk's directory")
-    tokenizer = [tokenizer_dir / name for name in _TOKENIZER_FILES if (tokenizer_dir / name).exists()]
+    if not any((tokenizer_dir / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"{tokenizer_dir}: no tokenizer there ({', '.join(VOCABULARIES)}); give the trunk's directory")
+    tokenizer = [tokenizer_dir / name for name in TOKENIZER_FILES if (tokenizer_dir / name).exists()]
     licences = [path for path in tokenizer_dir.iterdir() if path.is_file() and _LICENCE_PATTERN.fullmatch(path.name)]
     return tokenizer + sorted(licences)
 

@@ -107,13 +107,22 @@ def secure_noise(shape: tuple[int, ...] | torch.Size, *, device: torch.device | 
     noise_N = torch.empty(count, dtype=torch.float32)
     for start in range(0, count, _CHUNK_ELEMENTS):
         size = min(_CHUNK_ELEMENTS, count - start)
-        pairs = (size + 1) // 2
-        words = torch.frombuffer(bytearray(os.urandom(8 * pairs)), dtype=torch.int32).double().view(2, pairs)
-        uniform = (words + (2.0**31 + 0.5)) / 2.0**32
-        radius, angle = torch.sqrt(-2 * torch.log(uniform[0])), 2 * math.pi * uniform[1]
-        normals = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
-        noise_N[start : start + size] = normals[:size].float()
+        noise_N[start : start + size] = normals(os.urandom(8 * ((size + 1) // 2)), 1)[0, :size]
     return noise_N.view(shape).to(device)
+
+
+def normals(random_bytes: bytes | bytearray, rows: int) -> torch.Tensor:
+    """N(0, 1) float32 ``(rows, bytes / 4 / rows)`` from uniform bytes, each row from its own share of them.
+
+    Box-Muller: the first half of a row's 32-bit words are radii, the second half angles. Raises ValueError unless every
+    row gets a whole number of pairs of words.
+    """
+    if len(random_bytes) % (8 * rows):
+        raise ValueError(f"{len(random_bytes)} bytes do not make {rows} rows of pairs of 32-bit words")
+    words = torch.frombuffer(bytearray(random_bytes), dtype=torch.int32).double().view(rows, 2, -1)
+    uniform = (words + (2.0**31 + 0.5)) / 2.0**32
+    radius, angle = torch.sqrt(-2 * torch.log(uniform[:, 0])), 2 * math.pi * uniform[:, 1]
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).float()
 
 
 @torch.no_grad()

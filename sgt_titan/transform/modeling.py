@@ -13,10 +13,8 @@ Shapes: B batch, T sequence, D model width, V vocabulary, S past + T.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +30,11 @@ from transformers.utils import ModelOutput
 
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig, check_config, decoder_config
+from sgt_titan.transform.fingerprint import (
+    check_config_fingerprint,
+    check_weights_fingerprint,
+    fingerprint_tensor,
+)
 from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, obfuscate, secure_noise
 
 Caches = tuple[DynamicCache, ...]
@@ -231,18 +234,6 @@ def _noise(like: torch.Tensor, generator: torch.Generator | None, seed: int | No
     return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 
-def fingerprint_tensor(tensor: torch.Tensor) -> str:
-    """sha256 (hex) over dtype, shape and little-endian bytes of a tensor of any dtype and device."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    array = flat.view(torch.uint8).numpy()
-    if sys.byteorder == "big":
-        array = array.reshape(-1, tensor.element_size())[:, ::-1].copy()
-    name = str(tensor.dtype).removeprefix("torch.")
-    digest = hashlib.sha256(f"{name} {list(tensor.shape)}\n".encode())
-    digest.update(memoryview(array).cast("B") if array.size else b"")
-    return digest.hexdigest()
-
-
 def expected_shapes(config: SGTConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint of this configuration; allocates nothing."""
     with torch.device("meta"):
@@ -276,10 +267,11 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
 def check_checkpoint(directory: Path, config: SGTConfig) -> None:
     """Raise UserError unless the safetensors in ``directory`` are exactly what ``config`` describes.
 
-    Compares names and shapes first, from the headers alone; then reads each tensor once for NaN and infinity, and
-    the embedding table for its fingerprint, on the stored bytes, so that a later cast to another dtype is allowed.
+    Compares names and shapes first, from the headers alone; then reads each tensor once for NaN and infinity, and for
+    the fingerprints in config.json, on the stored bytes, so that a later cast to another dtype is allowed.
     """
     check_config(config)
+    check_config_fingerprint(config, directory)
     files = _weight_files(directory)
     try:
         with ExitStack() as stack:
@@ -291,12 +283,16 @@ def check_checkpoint(directory: Path, config: SGTConfig) -> None:
                         raise UserError(f"{file}: {name} is also in another shard")
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
             check_shapes(shapes, expected_shapes(config), str(directory))
+            digests: dict[str, str] = {}
             for file, handle in handles.items():
                 for name in handle.keys():  # noqa: SIM118
                     tensor = handle.get_tensor(name)
                     check_finite(name, tensor, str(file))
                     if name == "embed_tokens.weight":
                         _check_embeddings(tensor, config, file)
+                    elif "weights" in config.fingerprints:
+                        digests[name] = fingerprint_tensor(tensor)
+            check_weights_fingerprint(digests, config, directory)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{directory}: cannot read the weights: {error}; copy the export again") from error
 

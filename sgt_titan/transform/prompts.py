@@ -145,7 +145,7 @@ def _encode_chat(
         # special token (Llama 2 puts a space before it). Without one, nothing is known to end the turn.
         tail = next((t for t, (start, end) in enumerate(encoding["offset_mapping"])
                      if owners[t] < 0 and start >= spans[-1][1] and end > start), len(ids))  # fmt: skip
-        special = _special_ids(tokenizer)
+        special = special_ids(tokenizer)
         stop = next((t for t in range(tail, len(ids)) if ids[t] in special), None)
         if stop is not None:
             roles[tail : stop + 1] = [RESPONSE] * (stop + 1 - tail)
@@ -158,18 +158,23 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs: bool):
 
 
 @lru_cache(maxsize=4)
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all special tokens, those among the added tokens too."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation: bool) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation: bool, *, private: bool = False
+) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
     except Exception as error:  # templates call raise_exception() with their own words, jinja has its own errors
         if type(error).__module__.split(".")[0] != "jinja2":
             raise
         roles = ", ".join(m["role"] for m in messages)
+        if private:
+            raise UserError(f"chat template: refuses the content of a turn ({roles})") from None
         raise UserError(f"chat template: refuses turns ({roles}): {error}") from error
 
 
@@ -182,8 +187,9 @@ def _render(
     marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
     for attempt in range(2):
         # Twice, since some templates print the date and midnight may fall between the two renderings.
-        rendered = _apply(tokenizer, messages, generation)
+        # The placeholders first: what a template says when it refuses them cannot repeat the prompt.
         skeleton = _apply(tokenizer, marked, generation)
+        rendered = _apply(tokenizer, messages, generation, private=True)
         pieces = _split(skeleton, marks, messages)
         try:
             return rendered, _match(rendered, pieces, messages)

@@ -25,11 +25,13 @@ MAY_IMPORT = {
     "export": {"errors", "config", "transform", "checkpoint"},
     "plan": {"errors", "arguments", "config"},
     "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data"},
+    "client": {"errors", "arguments", "transform", "metrics"},
+    "serving": {"errors", "arguments", "client"},
     "titan": CLIENT - {"demo"} | {"cluster"},
     "train": {"errors", "config", "cluster", "titan"},
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan", "doctor"},
+    "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan", "doctor", "client", "serving"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 

@@ -125,7 +125,8 @@ def test_directory(written, tokenizer_dir):
     ]
     fields = json.loads((path / "config.json").read_text())
     assert fields["model_type"] == "stained_glass_transform"
-    assert fields["fingerprints"] == {"embeddings": fingerprint_tensor(state["embed_tokens.weight"])}
+    assert fields["fingerprints"].keys() == {"embeddings", "weights", "tokenizer", "config"}
+    assert fields["fingerprints"]["embeddings"] == fingerprint_tensor(state["embed_tokens.weight"])
     assert fields["training"]["steps"] == 1200
     assert str(path.parent) not in (path / "config.json").read_text()
     assert config.fingerprints == {} and config.training == {}
@@ -176,7 +177,7 @@ def test_without_embeddings(tmp_path, tokenizer_dir):
     assert "embed_tokens.weight" not in state
     path = write_export(tmp_path / "out", config, state, tokenizer_dir=tokenizer_dir, summary={})
     loaded = load_export(path)
-    assert loaded.embed_tokens is None and loaded.config.fingerprints == {"embeddings": "of the trunk"}
+    assert loaded.embed_tokens is None and loaded.config.fingerprints["embeddings"] == "of the trunk"
     assert loaded(inputs_embeds=torch.zeros(1, 3, WIDTH)).mean_BTD.shape == (1, 3, WIDTH)
 
 

@@ -1,0 +1,157 @@
+"""What is asked of a backend and what comes back: the one small interface of vLLM, SGLang and transformers.
+
+A backend has ``stream(embeds_TD, options)``, which yields a ``Delta`` for every piece of text of every choice. What is
+sent of the options is numbers, so that nothing a user wrote can reach the server besides the embeddings; stop strings
+are looked for on this side (stops.py).
+
+Shapes: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Protocol
+
+from sgt_titan.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UpstreamError(UserError):
+    """The server refused, failed or cannot be reached. ``status``: HTTP status to hand on; ``code``: a short name."""
+
+    def __init__(self, message: str, *, status: int = 502, code: str = "upstream_error"):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate. None: the server's own default.
+
+    max_tokens: of one choice. n: choices. logprobs: how many alternatives to report per token (0: none but the token).
+    seed: of the server's sampling; it has nothing to do with the noise. stop: looked for on this side, never sent.
+    Raises UserError for a value outside its range.
+    """
+
+    max_tokens: int = 256
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                raise UserError(f"{name}: {value}, must be between {low} and {high}")
+        if not all(self.stop):
+            raise UserError("stop: an empty string; leave it out")
+
+    def numbers(self) -> dict[str, int | float]:
+        """Every option that is sent and set, under its own name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stop", "max_tokens", "n")}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+_RANGES = {
+    "max_tokens": (1, 1_000_000),
+    "n": (1, 128),
+    "temperature": (0.0, 10.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 1_000_000),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 10.0),
+    "seed": (-(2**63), 2**63 - 1),
+    "logprobs": (0, 20),
+}
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token's text, its log probability in nats, and the alternatives' (text, log probability)."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of choice ``index``. ``tokens``: how many of this choice are generated so far, if known."""
+
+    index: int = 0
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+    tokens: int | None = None
+
+
+@dataclass
+class Choice:
+    """One answer: ``finish_reason`` is stop or length."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    tokens: int = 0
+
+
+@dataclass
+class Answer:
+    """All choices of a request."""
+
+    choices: list[Choice]
+    prompt_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.tokens for choice in self.choices)
+
+    def add(self, delta: Delta) -> None:
+        choice = self.choices[delta.index]
+        choice.text += delta.text
+        choice.logprobs += delta.logprobs
+        choice.finish_reason = delta.finish_reason or choice.finish_reason
+        choice.tokens = max(choice.tokens, delta.tokens or 0)
+
+
+class Backend(Protocol):
+    """Where embeddings are answered."""
+
+    def stream(self, embeds_TD: torch.Tensor, options: Options) -> Iterator[Delta]: ...
+
+
+def gather(deltas: Iterable[Delta], options: Options, prompt_tokens: int) -> Answer:
+    """The whole answer of a stream."""
+    answer = Answer([Choice() for _ in range(options.n)], prompt_tokens)
+    for delta in deltas:
+        answer.add(delta)
+    return answer
+
+
+def check_embeddings(embeds_TD: torch.Tensor) -> None:
+    """Raise UserError unless these are finite embeddings of one prompt, ``(T, D)`` floating point with T > 0."""
+    if embeds_TD.ndim != 2 or not embeds_TD.is_floating_point() or embeds_TD.shape[0] == 0:
+        raise UserError(
+            f"embeddings: shape {tuple(embeds_TD.shape)}, {embeds_TD.dtype}; expected (tokens, width), floating point"
+        )
+    if not bool(embeds_TD.isfinite().all()):
+        raise UserError("embeddings: NaN or infinite values; the export is damaged or its weights overflow this type")

@@ -1,0 +1,234 @@
+"""The transform with its tokenizer: a prompt goes in, the embeddings that leave the machine come out.
+
+Shapes: T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sgt_titan import transform
+from sgt_titan.client.int8 import quantize
+from sgt_titan.client.noise import HeldNoise
+from sgt_titan.client.prompt import Message, Prompt, make_prompt
+from sgt_titan.errors import UserError
+from sgt_titan.transform.fingerprint import check_tokenizer_fingerprint, fingerprint_tensor
+from sgt_titan.transform.gaussian import obfuscate, secure_noise
+from sgt_titan.transform.trunk_files import TrunkFiles
+
+PIECE = 2048
+_SEED_WARNING = (
+    "a fixed seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it across "
+    "prompts ties them together; leave it out except in tests"
+)
+
+
+class StainedGlassTransform(transform.StainedGlassTransform):
+    """An exported transform with tokenizer and embedding table."""
+
+    tokenizer: PreTrainedTokenizerBase
+    held_noise: HeldNoise | None
+    piece: int
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *args: Any,
+        trunk: str | os.PathLike | None = None,
+        weights: Literal["stored", "float32", "bfloat16", "int8"] = "stored",
+        hold_noise: bool = False,
+        piece: int = PIECE,
+        **kwargs: Any,
+    ) -> StainedGlassTransform:
+        """The transform in an export directory, ready to encode.
+
+        Args:
+            path: directory of an export.
+            trunk: checkpoint directory of the trunk, for an export without an embedding table; only the table is read.
+            weights: type of the estimator's weights in memory. int8: the bodies' linear layers, by rows;
+                docs/SERVING.md has what each does to mean and std.
+            hold_noise: the same prompt, and a shared beginning, keeps its noise while this object lives (see noise.py).
+            piece: tokens that go through the estimator at a time; longer prompts are streamed through its cache.
+            kwargs: as ``PreTrainedModel.from_pretrained`` (``device_map``, ``attn_implementation``).
+
+        Raises:
+            UserError: not an export, damaged, changed by hand, NaN weights; another tokenizer or table than it was
+                trained with; no table here and none given.
+        """
+        if weights not in ("stored", "float32", "bfloat16", "int8"):
+            raise UserError(f"weights: {weights!r}, must be stored, float32, bfloat16 or int8")
+        if piece < 1:
+            raise UserError(f"piece: {piece}, must be at least 1")
+        directory = Path(path)
+        if not directory.is_dir():
+            raise UserError(f"{path}: no such directory; give the directory of an export")
+        if weights in ("float32", "bfloat16"):
+            kwargs["dtype"] = getattr(torch, weights)
+        model, info = super().from_pretrained(directory, *args, **kwargs | {"output_loading_info": True})
+        model.tokenizer = _load_tokenizer(directory, model.config)
+        model.held_noise = HeldNoise() if hold_noise else None
+        model.piece = piece
+        if model.embed_tokens is None:
+            model.embed_tokens = _table(model.config, trunk).to(model.device)
+        if weights == "int8":
+            quantize(model.bodies)
+        model.eval().requires_grad_(False)
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a prompt and its answer: what the trunk was made for."""
+        return self.config.trunk_config.get("max_position_embeddings")
+
+    def prompt(
+        self, what: str | Sequence[Message] | Sequence[int] | Prompt, *, tools: Sequence[dict[str, Any]] = ()
+    ) -> Prompt:
+        """Token ids and mask of text, messages or token ids. Raises UserError as ``make_prompt``."""
+        if isinstance(what, Prompt):
+            return what
+        return make_prompt(self.tokenizer, self.config, what, tools=tools, limit=self.limit)
+
+    def encode(
+        self,
+        what: str | Sequence[Message] | Sequence[int] | Prompt,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        seed: int | None = None,
+    ) -> torch.Tensor:
+        """What may leave the machine for this prompt: ``(T, D)`` in the embedding table's dtype, on the CPU.
+
+        Positions outside the trained mask (template and special tokens) are the trunk's clean embeddings. Noise comes
+        from the operating system and differs with every call, unless it is held; ``seed`` is for tests and warns.
+
+        Raises:
+            UserError: empty or over-long prompt, unknown role, tools the template cannot render, invalid Unicode.
+        """
+        pieces = list(self.encode_pieces(what, tools=tools, seed=seed))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def encode_batch(
+        self, many: Iterable[str | Sequence[Message] | Sequence[int] | Prompt], *, seed: int | None = None
+    ) -> list[torch.Tensor]:
+        """``encode`` of several prompts in one pass, right-padded inside; one ``(T_i, D)`` each.
+
+        With ``seed`` the i-th prompt gets ``seed + i``, so that a batch is what its prompts are alone. Raises UserError
+        as ``encode``.
+        """
+        prompts = [self.prompt(what) for what in many]
+        if not prompts:
+            return []
+        if seed is not None:
+            warnings.warn(_SEED_WARNING, stacklevel=2)
+        longest = max(map(len, prompts))
+        ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        real_BT = torch.zeros_like(ids_BT)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, : len(prompt)] = torch.tensor(prompt.ids)
+            real_BT[row, : len(prompt)] = 1
+        with torch.inference_mode():
+            x_BTD = self.embed_tokens(ids_BT.to(self.device))
+            out = self(inputs_embeds=x_BTD, attention_mask=real_BT.to(self.device))
+            encoded = []
+            for row, prompt in enumerate(prompts):
+                own = slice(0, len(prompt))
+                eps_TD = self._noise(prompt, None if seed is None else seed + row)
+                encoded.append(
+                    _hide(x_BTD[row, own], out.mean_BTD[row, own], out.log_std_BTD[row, own], eps_TD, prompt)
+                )
+        return encoded
+
+    def encode_pieces(
+        self,
+        what: str | Sequence[Message] | Sequence[int] | Prompt,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        seed: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """``encode`` in pieces of at most ``piece`` tokens, each when it is ready; causal, so equal to one pass."""
+        prompt = self.prompt(what, tools=tools)
+        if seed is not None:
+            warnings.warn(_SEED_WARNING, stacklevel=2)
+        eps_TD = self._noise(prompt, seed)
+        caches = self.new_caches() if len(prompt) > self.piece else None
+        for start in range(0, len(prompt), self.piece):
+            part = Prompt(prompt.ids[start : start + self.piece], prompt.mask[start : start + self.piece])
+            # Not around the yield: the mode would leak into the caller's code.
+            with torch.inference_mode():
+                x_TD = self.embed_tokens(torch.tensor(part.ids, device=self.device))
+                out = self(inputs_embeds=x_TD[None], past_key_values=caches)
+                hidden = _hide(x_TD, out.mean_BTD[0], out.log_std_BTD[0], eps_TD[start : start + self.piece], part)
+            yield hidden
+
+    def _noise(self, prompt: Prompt, seed: int | None) -> torch.Tensor:
+        width = self.config.hidden_size
+        if seed is not None:
+            return torch.randn(len(prompt), width, generator=torch.Generator().manual_seed(seed))
+        if self.held_noise is not None:
+            return self.held_noise(prompt.ids, prompt.mask, width)
+        return secure_noise((len(prompt), width))
+
+
+def _hide(
+    x_TD: torch.Tensor, mean_TD: torch.Tensor, log_std_TD: torch.Tensor, eps_TD: torch.Tensor, prompt: Prompt
+) -> torch.Tensor:
+    mask_T = torch.from_numpy(prompt.mask).to(x_TD.device)
+    hidden_TD = obfuscate(x_TD, mean_TD, log_std_TD, eps_TD.to(x_TD.device), mask_T).cpu()
+    if not bool(hidden_TD.isfinite().all()):
+        # Never silently: a NaN row would be refused or, worse, answered.
+        raise UserError("the transform gave NaN or infinite values for this prompt; load it with weights=float32")
+    return hidden_TD
+
+
+def _load_tokenizer(directory: Path, config: transform.SGTConfig) -> PreTrainedTokenizerBase:
+    check_tokenizer_fingerprint(directory, config)
+    if "tokenizer" not in config.fingerprints:
+        warnings.warn(
+            f"{directory}: exported before exports had fingerprints of tokenizer and configuration; they are not "
+            "checked. Export again to have them",
+            stacklevel=3,
+        )
+    try:
+        # trust_remote_code is said aloud: transformers would otherwise ask on a terminal.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{directory}: no readable tokenizer ({type(error).__name__}); copy the export again"
+        ) from error
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the embedding table {config.vocab_size} rows; "
+            "they are not of one trunk"
+        )
+    return tokenizer
+
+
+def _table(config: transform.SGTConfig, trunk: str | os.PathLike | None) -> nn.Embedding:
+    """The embedding table out of a trunk's checkpoint, and nothing else of it."""
+    if trunk is None:
+        raise UserError("this export ships no embedding table; give trunk=, the checkpoint directory of its trunk")
+    table_VD = TrunkFiles(trunk).embedding_table()
+    wanted = (config.vocab_size, config.hidden_size)
+    if tuple(table_VD.shape) != wanted:
+        raise UserError(f"{trunk}: its embedding table is {tuple(table_VD.shape)}, the transform's trunk had {wanted}")
+    expected = config.fingerprints.get("embeddings")
+    if expected is not None and fingerprint_tensor(table_VD) != expected:
+        raise UserError(f"{trunk}: not the embedding table this transform was trained with (fingerprints.embeddings)")
+    if expected is None:
+        _check_trunk(config, trunk)
+    return nn.Embedding.from_pretrained(table_VD, freeze=True)
+
+
+def _check_trunk(config: transform.SGTConfig, trunk: str | os.PathLike) -> None:
+    """For exports that name the trunk but not its table."""
+    expected = config.fingerprints.get("trunk")
+    if expected is None or TrunkFiles(trunk).fingerprint() != expected:
+        raise UserError(f"{trunk}: cannot be told for the trunk this transform was trained with (fingerprints.trunk)")

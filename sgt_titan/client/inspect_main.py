@@ -1,0 +1,81 @@
+"""``sgt-titan inspect``: what a nearest-neighbour observer would read from a text of yours."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sgt_titan.arguments import Parser
+from sgt_titan.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``sgt-titan inspect EXPORT [FILE] [--messages] [--results FILE] [--trunk DIR] [--json]``; text: FILE or stdin.
+
+    Raises:
+        UserError: as ``StainedGlassTransform.from_pretrained`` and ``encode``; a file that cannot be read.
+    """
+    parser = Parser(
+        prog="sgt-titan inspect",
+        description="What a nearest-neighbour observer would read from a text of yours. Nothing is sent anywhere.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("export", metavar="EXPORT", help="an exported directory")
+    # No --text: arguments can be seen by every user of a machine and stay in the shell's history.
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="the text (default: standard input)")
+    parser.add_argument(
+        "--messages", action="store_true", help="the text is a JSON list of messages, as in a chat request"
+    )
+    parser.add_argument("--results", metavar="FILE", help="results.json of `sgt-titan evaluate` on this export")
+    parser.add_argument(
+        "--trunk", metavar="DIR", help="the trunk's checkpoint, for an export without an embedding table"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    from sgt_titan.client.inspect import WARNING, best_attacker, read_nearest
+
+    best = best_attacker(arguments.results)
+    what = _read(arguments.file)
+    if arguments.messages:
+        try:
+            what = json.loads(what)
+        except ValueError:
+            raise UserError("--messages: the text is not JSON") from None
+    from sgt_titan.client.encoder import StainedGlassTransform
+    from sgt_titan.client.quiet import quiet
+
+    with quiet(lambda text: print(f"sgt-titan: {text}", file=sys.stderr)):
+        sgt = StainedGlassTransform.from_pretrained(arguments.export, trunk=arguments.trunk)
+    prompt = sgt.prompt(what)
+    reading = read_nearest(sgt, prompt, sgt.encode(prompt))
+    if arguments.json:
+        facts = {"tokens": reading.tokens, "obfuscated_tokens": reading.hidden, "read_right": reading.right}
+        print(json.dumps({"nearest_neighbour_reads": reading.text, **facts, "warning": WARNING, "best_attacker": best}))
+        return 0
+    print("A nearest-neighbour observer reads:\n")
+    print(_printable(reading.text))
+    if reading.hidden:
+        print(f"\n{reading.right} of {reading.hidden} obfuscated tokens right ({100 * reading.share:.1f}%)")
+    else:
+        print("\nno token of this prompt is obfuscated: all of it is sent in clear")
+    if reading.tokens > reading.hidden:
+        print(f"{reading.tokens - reading.hidden} tokens (template and special tokens) are sent in clear")
+    print(f"{best}\n{WARNING}")
+    return 0
+
+
+def _read(file: Path | None) -> str:
+    try:
+        content = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        return content.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file or 'standard input'}: is not valid UTF-8") from None
+
+
+def _printable(text: str) -> str:
+    """Without control characters: any token may be read, and a terminal obeys some."""
+    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)

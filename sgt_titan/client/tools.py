@@ -1,0 +1,55 @@
+"""Tool definitions in a chat: rendered by the template, and obfuscated, since they tell what an application does.
+
+The chat is rendered with and without the tools. Where the template's own words differ, between the beginning and the
+end that both share, is what the tools brought in; its tokens count as prompt. Special tokens inside stay template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sgt_titan.errors import UserError
+from sgt_titan.transform.prompts import PROMPT, TEMPLATE, EncodedPrompt, encode_turns, special_ids
+
+
+def encode_with_tools(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]
+) -> EncodedPrompt:
+    """``encode_turns`` of a chat whose template is given ``tools``. Raises UserError if it does not render them."""
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools: every tool must be an object")
+    without = encode_turns(tokenizer, turns, template="chat", add_generation_prompt=True)
+    with_tools = encode_turns(_WithTools(tokenizer, list(tools)), turns, template="chat", add_generation_prompt=True)
+    if with_tools.ids == without.ids:
+        raise UserError("tools: the chat template of this model does not render them; leave them out")
+    start = _shared(without.ids, with_tools.ids)
+    end = len(with_tools.ids) - _shared(without.ids[start:][::-1], with_tools.ids[start:][::-1])
+    special = special_ids(tokenizer)
+    roles = [
+        PROMPT if role == TEMPLATE and start <= t < end and token not in special else role
+        for t, (token, role) in enumerate(zip(with_tools.ids, with_tools.roles, strict=True))
+    ]
+    return EncodedPrompt(with_tools.ids, roles)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class _WithTools:
+    """The tokenizer, whose chat template is always given the tools."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]]):
+        self._tokenizer, self._tools = tokenizer, tools
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **kwargs)
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
+        return self._tokenizer.apply_chat_template(messages, tools=self._tools, **kwargs)

@@ -1,0 +1,1 @@
+"""The local proxy: OpenAI's API in front, obfuscated embeddings behind."""

@@ -1,0 +1,36 @@
+"""Prometheus metrics. Labels are routes and statuses, never anything a client wrote."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """Of one proxy, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "sgt_requests_total", "Requests by route and status", ("route", "status"), registry=registry
+        )
+        self.seconds = Histogram(
+            "sgt_request_seconds", "From the request's head to the end of its answer", ("route",), buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.encode = Histogram(
+            "sgt_encode_seconds", "Tokenize, obfuscate and serialise one prompt", buckets=_SECONDS, registry=registry
+        )
+        self.first = Histogram(
+            "sgt_first_delta_seconds", "From sending a prompt to the first piece of its answer", buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.prompt_tokens = Counter("sgt_prompt_tokens_total", "Tokens of prompts", registry=registry)
+        self.completion_tokens = Counter("sgt_completion_tokens_total", "Tokens of answers", registry=registry)
+        self.sent = Counter("sgt_upstream_bytes_total", "Bytes of requests to the upstream", registry=registry)
+        self.active = Gauge("sgt_active_requests", "Requests being answered", registry=registry)
+        self.waiting = Gauge("sgt_waiting_requests", "Requests waiting for a slot", registry=registry)
+        self.upstream_errors = Counter(
+            "sgt_upstream_errors_total", "Upstream failures by code", ("code",), registry=registry
+        )

@@ -1,0 +1,216 @@
+"""Every backend over the same real trunk: the same embeddings must get the same answer."""
+
+import base64
+import io
+import subprocess
+import time
+
+import httpx
+import pytest
+import torch
+
+from sgt_titan.client import VLLM, Options, SGLang, StainedGlassTransform, Transformers, UpstreamError
+from sgt_titan.errors import UserError
+from tests.serving_kit import load_trunk
+from tests.stub_servers import running, sglang_app, vllm_app
+
+
+def encoded(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+GREEDY = {"max_tokens": 12, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def trunk(chat_trunk):
+    return load_trunk(chat_trunk)
+
+
+@pytest.fixture(scope="module")
+def servers(trunk):
+    with running(vllm_app(trunk)) as vllm, running(sglang_app(trunk)) as sglang:
+        yield {"vllm": VLLM(vllm, model="trunk"), "sglang": SGLang(sglang)}
+
+
+@pytest.fixture(scope="module")
+def local(trunk):
+    return Transformers(trunk.model, trunk.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def backends(servers, local):
+    return {**servers, "transformers": local}
+
+
+@pytest.fixture(scope="module")
+def embeds_TD(chat_export):
+    return StainedGlassTransform.from_pretrained(chat_export).encode("where is Zorblax?")
+
+
+def test_all_answer_alike_and_see_the_same(backends, embeds_TD, trunk):
+    trunk.received.clear()
+    answers = {name: backend.generate(embeds_TD, **GREEDY) for name, backend in backends.items()}
+    assert len({answer.text for answer in answers.values()}) == 1 and answers["vllm"].text
+    for answer in answers.values():
+        assert (answer.prompt_tokens, answer.completion_tokens) == (len(embeds_TD), 12)
+        assert answer.choices[0].finish_reason == "length"
+    for received in trunk.received:
+        assert torch.equal(received, embeds_TD)  # the wire changes nothing
+
+
+def test_the_identity_is_the_bare_trunk(identity_export, trunk, backends):
+    """What is answered to the client is what the trunk answers to the text."""
+    sgt = StainedGlassTransform.from_pretrained(identity_export)
+    chat = [{"role": "user", "content": "tell me something"}]
+    ids = torch.tensor([trunk.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)])
+    assert sgt.prompt(chat).ids == ids[0].tolist()
+    bare = trunk.model.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
+    wanted = trunk.tokenizer.decode(bare[0, ids.shape[1] :], skip_special_tokens=True)
+    for name, backend in backends.items():
+        assert backend.generate(sgt.encode(chat), **GREEDY).text == wanted, name
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang", "transformers"])
+def test_streams_choices_and_stops(backends, embeds_TD, name):
+    backend = backends[name]
+    whole = backend.generate(embeds_TD, **GREEDY).text
+    deltas = list(backend.stream(embeds_TD, **GREEDY))
+    assert "".join(d.text for d in deltas) == whole and len(deltas) > 3
+    many = backend.generate(embeds_TD, max_tokens=5, n=3, temperature=1.0)
+    assert len(many.choices) == 3 and all(0 < c.tokens <= 5 for c in many.choices)
+    stop = whole[4:6]
+    stopped = backend.generate(embeds_TD, stop=(stop,), **GREEDY)
+    assert stopped.text == whole[: whole.index(stop)] and stopped.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_agree(servers, embeds_TD):
+    found = [s.generate(embeds_TD, logprobs=2, **GREEDY).choices[0].logprobs for s in servers.values()]
+    assert len(found[0]) == 12 and all(1 <= len(token.top) <= 2 for token in found[0])
+    assert [t.token for t in found[0]] == [t.token for t in found[1]]
+    for a, b in zip(*found, strict=True):
+        assert a.logprob == pytest.approx(b.logprob) and a.logprob < 0
+        if a.token != "\ufffd":  # half a character: alternatives of the same text overwrite each other in vLLM's format
+            assert a.logprob == pytest.approx(a.top[0][1])  # greedy
+
+
+def test_leaving_the_loop_stops_generation(chat_trunk, embeds_TD):
+    trunk = load_trunk(chat_trunk, delay_s=0.02)
+    with running(vllm_app(trunk)) as url:
+        for _ in VLLM(url).stream(embeds_TD, max_tokens=100, temperature=1.0):
+            break
+        deadline = time.monotonic() + 5
+        while not trunk.cancelled and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert trunk.cancelled == 1 and trunk.steps < 50
+
+
+def test_leaving_the_loop_stops_a_local_model(local, embeds_TD):
+    stream = local.stream(embeds_TD, max_tokens=100)
+    next(stream)
+    started = time.monotonic()
+    stream.close()  # waits for the thread
+    assert time.monotonic() - started < 5
+
+
+def test_half_the_bytes_in_bfloat16(servers, embeds_TD, trunk):
+    trunk.bodies.clear()
+    small = VLLM(servers["vllm"]._url.removesuffix("/v1/completions"), dtype="bfloat16")
+    small.generate(embeds_TD, max_tokens=1)
+    servers["vllm"].generate(embeds_TD, max_tokens=1)
+    sizes = [len(body["prompt_embeds"]) for body in trunk.bodies]
+    assert sizes[1] - sizes[0] == pytest.approx(embeds_TD.numel() * 2 * 4 / 3, rel=0.05)
+    assert torch.equal(trunk.received[-2], embeds_TD.bfloat16().float())
+
+
+def refusal(url, embeds_TD, kind=VLLM, **options):
+    with pytest.raises(UpstreamError) as refused:
+        kind(url, timeout=0.3, **options).generate(embeds_TD, max_tokens=4)
+    assert "\n" not in str(refused.value)
+    return refused.value
+
+
+def test_what_a_server_refuses_is_explained(chat_trunk, embeds_TD):
+    trunk = load_trunk(chat_trunk, embeds=False)
+    with running(vllm_app(trunk)) as vllm, running(sglang_app(trunk)) as sglang:
+        assert "--enable-prompt-embeds" in str(refusal(vllm, embeds_TD))
+        assert "--disable-radix-cache" in str(refusal(sglang, embeds_TD, SGLang))
+        trunk.embeds = True
+        assert refusal(vllm, embeds_TD, model="another").code == "upstream_not_found"
+        assert refusal(vllm, embeds_TD[:, :8]).code == "upstream_wrong_model"
+        assert refusal(sglang, embeds_TD[:, :8], SGLang).code == "upstream_wrong_model"
+        assert refusal(vllm, embeds_TD.repeat(20, 1)).code == "context_length_exceeded"
+        trunk.key = "k"
+        assert refusal(vllm, embeds_TD, api_key="wrong").code == "upstream_unauthorized"
+        assert VLLM(vllm, api_key="k").generate(embeds_TD, max_tokens=1).text is not None
+        trunk.key, trunk.break_after = None, 2
+        assert refusal(vllm, embeds_TD).code == "upstream_error"
+        trunk.break_after, trunk.delay_s = None, 1.0
+        slow = refusal(vllm, embeds_TD)
+        assert (slow.code, slow.status) == ("upstream_timeout", 504)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt_embeds": "!"}, ""),
+        ({"prompt_embeds": base64.b64encode(b"no tensor").decode()}, "could not be deserialized"),
+        ({"prompt_embeds": encoded(subprocess.Popen)}, "could not be deserialized"),
+        ({"prompt_embeds": encoded(torch.zeros(3))}, "must be a 2D tensor"),
+        ({"prompt_embeds": encoded(torch.zeros(3, 32, dtype=torch.int64))}, "not a floating-point type"),
+        ({"prompt_embeds": encoded(torch.zeros(3, 31))}, "hidden_size 31 does not match"),
+        ({"prompt_embeds": None}, "Either prompt or prompt_embeds"),
+        ({"echo": True}, "Echo is unsupported"),
+        ({"suffix": "x"}, "suffix is not supported"),
+        ({"prompt_logprobs": 1}, "not compatible"),
+        ({"stream": False}, "Stream options"),
+        ({"model": "x"}, "does not exist"),
+    ],
+)
+def test_the_stub_is_as_strict_as_vllm(servers, embeds_TD, change, message):
+    body = {**servers["vllm"].wire.body(embeds_TD, Options(), "trunk"), **change}
+    response = httpx.post(servers["vllm"]._url, json=body)
+    assert response.status_code in (400, 404) and message in response.json()["error"]["message"]
+
+
+def test_no_server(embeds_TD):
+    assert refusal("http://127.0.0.1:9", embeds_TD).code == "upstream_down"
+    assert refusal("no url", embeds_TD).code == "upstream_cut_off"
+
+
+def test_an_answer_cut_off_is_no_answer(embeds_TD):
+    from fastapi import FastAPI
+    from starlette.responses import Response
+
+    app = FastAPI()
+    bodies = iter(
+        [
+            'data: {"choices": [{"index": 0, "text": "half"}]}\n\n',
+            'data: {"choices": [{"index": 0, "text": "half"}]}\n\ndata: [DONE]\n\n',
+            "data: not json\n\n",
+            'data: {"choices": [{"index": 5, "text": "x"}]}\n\n',
+            "data: [1]\n\n",
+        ]
+    )
+
+    @app.post("/v1/completions")
+    async def cut():
+        return Response(next(bodies), media_type="text/event-stream")
+
+    with running(app) as url:
+        codes = [refusal(url, embeds_TD).code for _ in range(5)]
+    assert codes == ["upstream_cut_off"] * 2 + ["upstream_malformed"] * 3
+
+
+def test_what_transformers_cannot_do(local, embeds_TD):
+    with pytest.raises(UserError, match="logprobs"):
+        local.generate(embeds_TD, logprobs=1)
+    with pytest.raises(UserError, match="another trunk"):
+        local.generate(embeds_TD[:, :8])
+    with pytest.raises(UserError, match="same answer"):
+        local.generate(embeds_TD, n=2, temperature=0)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Transformers.from_pretrained("/nowhere")
+    assert "logprobs" in Options.__doc__

@@ -1,0 +1,43 @@
+import io
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.serving_kit import load_trunk
+from tests.stub_servers import running, vllm_app
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+
+
+@pytest.fixture(scope="module")
+def trunk(chat_trunk):
+    return load_trunk(chat_trunk, context=600)
+
+
+def run(monkeypatch, name, *words, stdin=""):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_chat(monkeypatch, capsys, chat_export, trunk):
+    with running(vllm_app(trunk)) as url:
+        run(monkeypatch, "chat.py", chat_export, url, stdin="hello\n")
+    assert len(trunk.received) == 1 and capsys.readouterr().out.strip()
+
+
+def test_rag(monkeypatch, capsys, chat_export, trunk, tmp_path):
+    (tmp_path / "a.txt").write_text("cats purr\n\nthe code is 7\n\ndogs bark")
+    rag = runpy.run_path(str(EXAMPLES / "rag.py"))
+    paragraphs = ["cats purr", "the code is 7", "the dogs bark"]
+    assert rag["best"](paragraphs, "what is the code?", 1) == ["the code is 7"]
+    with running(vllm_app(trunk)) as url:
+        run(monkeypatch, "rag.py", chat_export, url, tmp_path, "code?")
+    assert capsys.readouterr().out.strip() and trunk.bodies[-1]["temperature"] == 0
+
+
+def test_shell_syntax():
+    subprocess.run(["bash", "-n", str(EXAMPLES / "proxy.sh")], check=True)
