@@ -37,13 +37,16 @@ def test_soak(cluster, submit):
         seen = len(run.attempts)
         time.sleep(chance.uniform(0, LONGEST))
         victims = cluster.processes(command="sgt_titan.train")
+        if not victims:  # between attempts, or not yet begun: look again
+            seen -= 1
+            continue
         before = run.step
-        if chance.random() < 0.2 and victims:  # a node's power
+        if chance.random() < 0.2:  # a node's power
             node = chance.choice(nodes(cluster, run))
             cluster.kill_node(node)
             cluster.start_node(node)
             kills.append((node, before))
-        elif victims:
+        else:
             with suppress(ProcessLookupError):
                 os.kill(chance.choice(victims), signal.SIGKILL)
                 kills.append(("process", before))
