@@ -1,7 +1,7 @@
 """One gather for both streams against a walk for each, on gloo ranks of this machine: ``python benchmarks/ranks.py``.
 
-Both ways run in the same processes, alternating. The network is loopback and the ranks share the cores: what carries over
-to a cluster is the number of gathers and their bytes, not the seconds.
+Both ways run in the same processes, alternating. The network is loopback and the ranks share the cores: what carries
+over to a cluster is the number of gathers and their bytes, not the seconds.
 """
 
 from __future__ import annotations

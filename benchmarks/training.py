@@ -1,4 +1,4 @@
-"""A training step: the naive way, ours with each optimisation added, torchtitan's pretraining, and the bound, in one run.
+"""A training step: the naive way, ours with each optimisation added, torchtitan's pretraining, and the bound.
 
     python benchmarks/training.py                         sizes for any CPU, minutes
     python benchmarks/training.py --gpu --json FILE       Llama 1B and 8B shapes in bf16 on one GPU
