@@ -14,6 +14,16 @@ from typing import NamedTuple
 import torch
 
 
+def clock() -> float:
+    """Seconds: of a GPU's work, after it is done; of this process's own work where it has one thread on a CPU, which is
+    what the wall would say were the machine not shared; else the wall's.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class Timing(NamedTuple):
     """Seconds."""
 
@@ -22,15 +32,17 @@ class Timing(NamedTuple):
     high: float
 
 
-def compare(cases: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, Timing]:
+def compare(
+    cases: Mapping[str, Callable[[], object]], repeats: int = 5, *, now: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
     """Every case ``repeats`` times, in turn, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(repeats + 1):
         for name, case in cases.items():
-            started = time.perf_counter()
+            started = now()
             case()
             if round_:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(now() - started)
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
 
 

@@ -5,7 +5,8 @@
 
 Each arm lives in a process of its own, which steps when told to, so that arms alternate step by step and memory is an
 arm's own. On a GPU the processes take turns instead: two 8B trunks do not fit. HFU is the work of an arm's matrix
-products over what the machine reaches on the best of a few of them, measured in the same run.
+products over what the machine reaches on the best of a few of them, measured in the same run. Seconds are those of
+``timing.clock``: with OMP_NUM_THREADS=1 a busy CPU does not count.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, arms, device  # noqa: E402
-from benchmarks.timing import machine  # noqa: E402
+from benchmarks.timing import clock, machine  # noqa: E402
 
 SIZES = {
     "cpu": {"D 256, 4 layers, V 32,000": CPU, "D 256, 4 layers, V 128,256": replace(CPU, vocab=128_256)},
@@ -38,11 +39,6 @@ SIZES = {
 }
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def ceiling(size: Size) -> float:
     """Flops per second of the fastest of a layer's products and a square one, median of five each."""
     best = 0.0
@@ -51,11 +47,9 @@ def ceiling(size: Size) -> float:
         a, b = (torch.randn(shape, device=device(), dtype=size.dtype) for shape in ((m, k), (k, n)))
         times = []
         for _ in range(6):
-            synchronize()
-            started = time.perf_counter()
+            started = clock()
             a @ b
-            synchronize()
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
         best = max(best, 2.0 * m * n * k / statistics.median(times[1:]))
     return best
 
@@ -85,11 +79,9 @@ def serve(family: str, name: str, arm: str) -> None:
     Path("/proc/self/clear_refs").write_text("5") if not cuda else torch.cuda.reset_peak_memory_stats()
     print(json.dumps({"flops": built.flops}), file=answers, flush=True)
     for _ in sys.stdin:
-        synchronize()
-        started = time.perf_counter()
+        started = clock()
         built.step()
-        synchronize()
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         peak = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
         print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
 
