@@ -1,7 +1,7 @@
 """How time and memory of a step grow with each dimension, ours beside the naive way: ``python benchmarks/growth.py``.
 
-From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is the
-peak of the process above what it holds between steps, so below some ten MiB it shows the allocator more than the step.
+From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is
+what torch holds at most during a step beyond what it holds between steps.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arms import Arm, Size, device, naive, ours
-from benchmarks.timing import clock, machine
-from benchmarks.training import resident
+from benchmarks.timing import clock, machine, peak_bytes
 
 BASE = Size(width=128, layers=4, hidden=344, heads=4, kv_heads=2, vocab=16_000, rows=4, length=128)
 AXES: dict[str, tuple[str, list[int]]] = {
@@ -44,18 +42,11 @@ def measure(arm: Arm, repeats: int) -> tuple[list[float], float]:
     """Seconds of each step, and the peak above what is held between steps, MiB."""
     arm.step()
     seconds = []
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     for _ in range(repeats):
         started = clock()
         arm.step()
         seconds.append(clock() - started)
-    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-    return seconds, (peak - before) / 2**20
+    return seconds, peak_bytes(arm.step) / 2**20
 
 
 def draw(found: dict, folder: Path) -> None:

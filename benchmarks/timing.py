@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,27 @@ def compare(
             if round_:
                 seconds[name].append(now() - started)
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def peak_bytes(case: Callable[[], object]) -> int:
+    """Most that torch's allocator held during ``case`` beyond what it held before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        case()
+    events = list(profile.profiler.kineto_results.experimental_event_tree())
+    found = []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.name == "[memory]":
+            found.append((event.start_time_ns, event.typed[1].alloc_size))
+    return max(accumulate((size for _, size in sorted(found)), initial=0))
 
 
 def peak_mib(code: str) -> float:

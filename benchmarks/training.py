@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, arms, device  # noqa: E402
-from benchmarks.timing import clock, machine  # noqa: E402
+from benchmarks.timing import clock, machine, peak_bytes  # noqa: E402
 
 SIZES = {
     "cpu": {"D 256, 4 layers, V 32,000": CPU, "D 256, 4 layers, V 128,256": replace(CPU, vocab=128_256)},
@@ -57,12 +57,6 @@ def ceiling(size: Size) -> float:
 # -- the process of an arm ---------------------------------------------------------------------------------------------
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
 def serve(family: str, name: str, arm: str) -> None:
     """Build an arm, then make a step for every line read; answer in JSON lines."""
     import torch.distributed as dist
@@ -75,15 +69,14 @@ def serve(family: str, name: str, arm: str) -> None:
     size = SIZES[family][name]
     built = ARMS[arm](size)
     cuda = torch.cuda.is_available()
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5") if not cuda else torch.cuda.reset_peak_memory_stats()
-    print(json.dumps({"flops": built.flops}), file=answers, flush=True)
+    built.step()  # what is made once: the optimizer's state, compiled code
+    peak = peak_bytes(built.step)
+    print(json.dumps({"flops": built.flops, "peak": peak}), file=answers, flush=True)
     for _ in sys.stdin:
         started = clock()
         built.step()
         seconds = clock() - started
-        peak = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
-        print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
+        print(json.dumps({"seconds": seconds}), file=answers, flush=True)
 
 
 class Worker:
@@ -95,8 +88,8 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
         )
         self.seconds: list[float] = []
-        self.peak = 0
-        self.flops = self._answer()["flops"]
+        first = self._answer()
+        self.flops, self.peak = first["flops"], first["peak"]
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
@@ -109,7 +102,6 @@ class Worker:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         answer = self._answer()
-        self.peak = max(self.peak, answer["peak"])
         if count:
             self.seconds.append(answer["seconds"])
 
