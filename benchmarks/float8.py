@@ -1,4 +1,6 @@
-"""What rounding a trunk's matrices to 8 bits does to its logits: ``python benchmarks/float8.py --trunk DIR --data FILE``.
+"""What rounding a trunk's matrices to 8 bits does to its logits:
+
+    python benchmarks/float8.py --trunk DIR --data FILE.jsonl
 
 Weights of all decoder layers go to float8 e4m3 and back, activations stay as they are; with one scale for everything (a
 power of two, which no rank has to agree on with others) and with one a row. No speed is measured: CPUs have no float8

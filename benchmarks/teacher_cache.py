@@ -2,8 +2,8 @@
 
     python benchmarks/teacher_cache.py --trunk DIR --export DIR --data FILE.jsonl
 
-Texts of a JSONL file with a "text" column, 128 tokens of each, the first 48 obfuscated. The error of the gradient is that
-of the student's hidden states before lm_head, relative to its norm, and the cosine between the two.
+Texts of a JSONL file with a "text" column, 128 tokens of each, the first 48 obfuscated. The error of the gradient is
+that of the student's hidden states before lm_head, relative to its norm, and the cosine between the two.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
         targets = distil(student, teacher, weight, keep=k).targets
         found = distil(student, None, weight, targets=targets)
         kl = (found.cross_entropy_N - found.teacher_entropy_N).mean().item()
-        a, b = found.gradient_ND.flatten(), exact.gradient_ND.flatten()
+        a, b = found.gradient_ND.flatten().double(), exact.gradient_ND.flatten().double()
         error, cosine = ((a - b).norm() / b.norm()).item(), torch.cosine_similarity(a, b, dim=0).item()
         size = k * (4 + (2 if vocabulary <= 2**16 else 4)) + 4
         print(

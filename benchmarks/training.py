@@ -68,7 +68,6 @@ def serve(family: str, name: str, arm: str) -> None:
     )
     size = SIZES[family][name]
     built = ARMS[arm](size)
-    cuda = torch.cuda.is_available()
     built.step()  # what is made once: the optimizer's state, compiled code
     peak = peak_bytes(built.step)
     print(json.dumps({"flops": built.flops, "peak": peak}), file=answers, flush=True)
