@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -176,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="Llama 1B and 8B shapes in bf16")
     parser.add_argument("--sizes", default="", help="only sizes whose name contains this")
-    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--arms", default="", help="only arms that this regular expression is found in")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", help="write the figures here")
@@ -186,7 +187,7 @@ def main() -> int:
         serve(*words.serve)
         return 0
     family = "gpu" if words.gpu else "cpu"
-    wanted = [arm for arm in arms() if words.arms in arm]
+    wanted = [arm for arm in arms() if re.search(words.arms, arm)]
     about = f"{machine()}; {time.strftime('%Y-%m-%d')}"
     print(about)
     everything = {}
