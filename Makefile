@@ -13,7 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-slurm test-all lint clean
+.PHONY: help setup demo test test-slurm test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,6 +39,9 @@ test-slurm: $(READY) ## what a cluster does to a run, on a real Slurm of four vi
 
 test-all: $(READY) ## also the tests that need a GPU or a Slurm cluster
 	$(PYTHON) -m pytest
+
+bench: $(READY) ## a training step against the naive way, torchtitan and the bound, in minutes (GPU=1: Llama shapes)
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py $(if $(GPU),--gpu)
 
 lint: $(READY) ## ruff: errors, imports, format
 	$(PYTHON) -m ruff check .

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import compare, machine, peak_mib
+from benchmarks.timing import clock, compare, machine, peak_mib
 from sgt_titan.objectives.distillation import attach, chunk_size, distil
 from sgt_titan.objectives.mutual_information import group_loss, shifts
 
@@ -33,6 +33,10 @@ def whole_logits(student_ND: torch.Tensor, teacher_ND: torch.Tensor, weight_VD: 
 def in_chunks(student_ND, teacher_ND, weight_VD, chunk: int = 0) -> None:
     student_ND = student_ND.detach().requires_grad_()
     attach(distil(student_ND, teacher_ND, weight_VD, chunk=chunk), student_ND).cross_entropy_N.mean().backward()
+
+
+def small_chunks(student_ND, teacher_ND, weight_VD) -> None:
+    in_chunks(student_ND, teacher_ND, weight_VD, 64)
 
 
 def all_pairs(x_tilde, log_std, center) -> None:
@@ -66,7 +70,7 @@ small = [torch.randn(s) for s in {small}]
 def compared(cases: dict, shapes: list[tuple[int, ...]], small: list[tuple[int, ...]], repeats: int) -> dict:
     """(seconds, low, high, peak MiB) of each case."""
     inputs = [torch.randn(shape) for shape in shapes]
-    times = compare({name: lambda case=case: case(*inputs) for name, case in cases.items()}, repeats)
+    times = compare({name: lambda case=case: case(*inputs) for name, case in cases.items()}, repeats, now=clock)
     threads = torch.get_num_threads()
     code = {n: CODE.format(threads=threads, shapes=shapes, small=small, call=c.__name__) for n, c in cases.items()}
     return {name: (*times[name], peak_mib(code[name])) for name in cases}
@@ -84,6 +88,7 @@ def main() -> None:
     rows = {}
     for vocab in (32_000, 128_256, 152_064):
         cases = {"whole logits": whole_logits, f"chunks of {chunk_size(vocab)} tokens": in_chunks}
+        cases["chunks of 64 tokens"] = small_chunks
         shapes = [(N, D), (N, D), (vocab, D)]
         rows[f"V {vocab:,}"] = compared(cases, shapes, [(2, 8), (2, 8), (16, 8)], 3)
     table(f"loss: {N} tokens, D {D}, float32", rows)

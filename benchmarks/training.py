@@ -1,17 +1,19 @@
-"""A training step: the naive way, ours with each optimisation added, torchtitan's pretraining, the bound, in one run.
+"""A training step: the naive way, ours with each optimisation added, torchtitan's pretraining, and the bound.
 
     python benchmarks/training.py                         sizes for any CPU, minutes
     python benchmarks/training.py --gpu --json FILE       Llama 1B and 8B shapes in bf16 on one GPU
 
 Each arm lives in a process of its own, which steps when told to, so that arms alternate step by step and memory is an
 arm's own. On a GPU the processes take turns instead: two 8B trunks do not fit. HFU is the work of an arm's matrix
-products over what the machine reaches on the best of a few of them, measured in the same run.
+products over what the machine reaches on the best of a few of them, measured in the same run. Seconds are those of
+``timing.clock``: with OMP_NUM_THREADS=1 a busy CPU does not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, arms, device  # noqa: E402
-from benchmarks.timing import machine  # noqa: E402
+from benchmarks.timing import clock, machine, peak_bytes  # noqa: E402
 
 SIZES = {
     "cpu": {"D 256, 4 layers, V 32,000": CPU, "D 256, 4 layers, V 128,256": replace(CPU, vocab=128_256)},
@@ -38,11 +40,6 @@ SIZES = {
 }
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def ceiling(size: Size) -> float:
     """Flops per second of the fastest of a layer's products and a square one, median of five each."""
     best = 0.0
@@ -51,22 +48,14 @@ def ceiling(size: Size) -> float:
         a, b = (torch.randn(shape, device=device(), dtype=size.dtype) for shape in ((m, k), (k, n)))
         times = []
         for _ in range(6):
-            synchronize()
-            started = time.perf_counter()
+            started = clock()
             a @ b
-            synchronize()
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
         best = max(best, 2.0 * m * n * k / statistics.median(times[1:]))
     return best
 
 
 # -- the process of an arm ---------------------------------------------------------------------------------------------
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def serve(family: str, name: str, arm: str) -> None:
@@ -80,18 +69,14 @@ def serve(family: str, name: str, arm: str) -> None:
     )
     size = SIZES[family][name]
     built = ARMS[arm](size)
-    cuda = torch.cuda.is_available()
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5") if not cuda else torch.cuda.reset_peak_memory_stats()
-    print(json.dumps({"flops": built.flops}), file=answers, flush=True)
+    built.step()  # what is made once: the optimizer's state, compiled code
+    peak = peak_bytes(built.step)
+    print(json.dumps({"flops": built.flops, "peak": peak}), file=answers, flush=True)
     for _ in sys.stdin:
-        synchronize()
-        started = time.perf_counter()
+        started = clock()
         built.step()
-        synchronize()
-        seconds = time.perf_counter() - started
-        peak = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
-        print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
+        seconds = clock() - started
+        print(json.dumps({"seconds": seconds}), file=answers, flush=True)
 
 
 class Worker:
@@ -103,8 +88,8 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
         )
         self.seconds: list[float] = []
-        self.peak = 0
-        self.flops = self._answer()["flops"]
+        first = self._answer()
+        self.flops, self.peak = first["flops"], first["peak"]
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
@@ -117,7 +102,6 @@ class Worker:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         answer = self._answer()
-        self.peak = max(self.peak, answer["peak"])
         if count:
             self.seconds.append(answer["seconds"])
 
@@ -193,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="Llama 1B and 8B shapes in bf16")
     parser.add_argument("--sizes", default="", help="only sizes whose name contains this")
-    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--arms", default="", help="only arms that this regular expression is found in")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", help="write the figures here")
@@ -203,7 +187,7 @@ def main() -> int:
         serve(*words.serve)
         return 0
     family = "gpu" if words.gpu else "cpu"
-    wanted = [arm for arm in arms() if words.arms in arm]
+    wanted = [arm for arm in arms() if re.search(words.arms, arm)]
     about = f"{machine()}; {time.strftime('%Y-%m-%d')}"
     print(about)
     everything = {}

@@ -19,7 +19,7 @@ from sgt_titan.config.keys import get
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 from sgt_titan.errors import UserError
 
-_PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir")
+_PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages")
 
@@ -46,6 +46,7 @@ _RANGES = {
     "data.min_prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.max_samples": ("0 (all) or more", lambda v: v >= 0),
     "data.validation_samples": ("0 or more", lambda v: v >= 0),
+    "teacher_cache.top_k": ("0 (off) or at least 1", lambda v: v >= 0),
     "training.steps": ("0 (from epochs) or more", lambda v: v >= 0),
     "training.seq_len": ("at least 2", lambda v: v >= 2),
     "training.local_batch_size": ("at least 1", lambda v: v >= 1),
@@ -339,6 +340,11 @@ def _trunk_problems(config: Config, trunk_config: dict[str, Any]) -> Iterator[st
     ):
         if count and count % tp:
             yield f"parallelism.tensor_parallel_degree {tp} does not divide the trunk's {name} {count}"
+    if ep > 1 and config.teacher_cache.top_k:
+        yield (
+            f"teacher_cache.top_k {config.teacher_cache.top_k}: with expert parallelism all ranks must run the teacher "
+            "or none; set it to 0"
+        )
     if ep > 1 and not experts:
         yield f"parallelism.expert_parallel_degree {ep}: the trunk has no experts; it must be 1"
     elif ep > 1 and experts % ep:

@@ -144,6 +144,15 @@ class Data:
 
 
 @dataclass(kw_only=True)
+class TeacherCache:
+    top_k: int = opt(0, "Store this many of the teacher's most probable tokens, and the mass of all others, when a sample "
+                        "is first met, and read them when it is met again: a third less work from the second epoch on. "
+                        "The vocabulary's size is exact; less changes the objective a little (docs/PERFORMANCE.md). 0: "
+                        "off.")  # fmt: skip
+    dir: str = opt("", "Where, on storage that all ranks share; as confidential as the data. Empty: in data.cache_dir.")
+
+
+@dataclass(kw_only=True)
 class Training:
     steps: int = opt(0, "Optimizer steps; 0: from `epochs`.")
     epochs: float = opt(1.0, "Passes over the data when `steps` is 0.")
@@ -245,6 +254,7 @@ class Config:
     estimator: Estimator = section(Estimator, "The trainable Stained Glass Transform (METHOD: a short trunk).")
     objective: Objective = section(Objective, "Utility and obfuscation losses (Eq. 3 and 11).")
     data: Data = section(Data, "Samples, and which of their tokens are obfuscated.")
+    teacher_cache: TeacherCache = section(TeacherCache, "The teacher's output on disk, for runs of several epochs.")
     training: Training = section(Training, "Batch, length, duration.")
     optimizer: Optimizer = section(Optimizer, "AdamW.")
     lr_scheduler: LRScheduler = section(LRScheduler, "Learning rate over the run.")

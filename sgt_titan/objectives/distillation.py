@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from .top_k import Targets, difference_from, top_k
 from .utility import SoftCrossEntropy, difference
 
 CHUNK_LOGITS = 2**26
@@ -29,6 +30,8 @@ class Distilled(NamedTuple):
     agree_N: torch.Tensor
     gradient_ND: torch.Tensor | None
     """d cross_entropy_N / d student_ND in its dtype; with ``group`` this rank's part of a sum over the group."""
+    targets: Targets | None
+    """What to store of the teacher, where it was asked for."""
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -39,9 +42,11 @@ def chunk_size(vocabulary: int) -> int:
 @torch.no_grad()
 def distil(
     student_ND: torch.Tensor,
-    teacher_ND: torch.Tensor,
+    teacher_ND: torch.Tensor | None,
     weight_VD: torch.Tensor,
     *,
+    targets: Targets | None = None,
+    keep: int = 0,
     chunk: int = 0,
     group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
@@ -51,6 +56,8 @@ def distil(
 
     Args:
         student_ND, teacher_ND: hidden states before lm_head, one dtype, the same on every rank of ``group``.
+        targets: the teacher's stored distributions, in place of ``teacher_ND``.
+        keep: how many of the teacher's most probable tokens to hand back as ``targets``.
         weight_VD: lm_head's weight, or this rank's rows of it, which start at ``vocab_start``; may be empty.
         chunk: tokens worked on at a time; 0: ``chunk_size``. Values do not depend on it but for the order in which a
             matrix product adds up.
@@ -58,10 +65,11 @@ def distil(
 
     Raises ValueError if shapes do not match or ``chunk`` is negative.
     """
-    if student_ND.ndim != 2 or student_ND.shape != teacher_ND.shape or student_ND.shape[1] != weight_VD.shape[1]:
+    teacher = tuple(teacher_ND.shape) if targets is None else (targets.tail_N.shape[0], student_ND.shape[-1])
+    if student_ND.ndim != 2 or student_ND.shape != teacher or student_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"student and teacher must both be (N, D) and the weight (V, D), got {tuple(student_ND.shape)}, "
-            f"{tuple(teacher_ND.shape)} and {tuple(weight_VD.shape)}"
+            f"{teacher} and {tuple(weight_VD.shape)}"
         )
     if chunk < 0:
         raise ValueError(f"chunk must be 0 or more, got {chunk}")
@@ -71,15 +79,24 @@ def distil(
     cross_entropy_N, entropy_N = (torch.empty(tokens, dtype=dtype, device=student_ND.device) for _ in range(2))
     agree_N = torch.empty(tokens, dtype=torch.bool, device=student_ND.device)
     gradient_ND = torch.empty_like(student_ND) if want_gradient else None
+    kept: list[Targets] = []
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
-        cross_entropy_N[part], entropy_N[part], agree_N[part], difference_CV = difference(
-            student_ND[part] @ weight_VD.T, teacher_ND[part] @ weight_VD.T, group, vocab_start, want_gradient
-        )
+        student_CV = student_ND[part] @ weight_VD.T
+        if targets is None:
+            teacher_CV = teacher_ND[part] @ weight_VD.T
+            found = difference(student_CV, teacher_CV, group, vocab_start, want_gradient)
+            if keep:
+                kept.append(top_k(teacher_CV, keep, group=group, vocab_start=vocab_start))
+            del teacher_CV
+        else:
+            found = difference_from(student_CV, targets.part(part), group, vocab_start, want_gradient)
+        cross_entropy_N[part], entropy_N[part], agree_N[part], difference_CV = found
         if gradient_ND is not None:
             torch.mm(difference_CV, weight_VD, out=gradient_ND[part])
-        del difference_CV  # before the next chunk's logits are made
-    return Distilled(cross_entropy_N, entropy_N, agree_N, gradient_ND)
+        del student_CV, found, difference_CV  # before the next chunk's logits are made
+    stored = Targets(*map(torch.cat, zip(*kept, strict=True))) if kept else None
+    return Distilled(cross_entropy_N, entropy_N, agree_N, gradient_ND, stored)
 
 
 def attach(distilled: Distilled, student_ND: torch.Tensor) -> SoftCrossEntropy:

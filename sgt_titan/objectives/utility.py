@@ -77,10 +77,10 @@ def difference(
     """
     dtype = torch.promote_types(student_NV.dtype, torch.float32)
     peaks_W4N = gather_ranks(
-        torch.stack((*_peak(student_NV, dtype, vocab_start), *_peak(teacher_NV, dtype, vocab_start))), group
+        torch.stack((*local_peak(student_NV, dtype, vocab_start), *local_peak(teacher_NV, dtype, vocab_start))), group
     )
-    student_max_N, student_argmax_N = _global_peak(peaks_W4N[:, 0], peaks_W4N[:, 1])
-    teacher_max_N, teacher_argmax_N = _global_peak(peaks_W4N[:, 2], peaks_W4N[:, 3])
+    student_max_N, student_argmax_N = global_peak(peaks_W4N[:, 0], peaks_W4N[:, 1])
+    teacher_max_N, teacher_argmax_N = global_peak(peaks_W4N[:, 2], peaks_W4N[:, 3])
 
     # In place where possible: at most three float32 (N, V) tensors are alive at a time.
     shifted_NV = teacher_NV - teacher_max_N[:, None]
@@ -109,7 +109,7 @@ def difference(
     return cross_entropy_N, teacher_entropy_N, agree_N, student_exp_NV.to(student_NV.dtype)
 
 
-def _peak(logits_NV: torch.Tensor, dtype: torch.dtype, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:
+def local_peak(logits_NV: torch.Tensor, dtype: torch.dtype, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This shard's maximum and its token id, both as ``dtype`` so that they travel in one collective.
 
     float32 holds every integer up to 2^24, well above any vocabulary.
@@ -131,7 +131,7 @@ def gather_ranks(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.
     return gathered.view(world_size, *local.shape)
 
 
-def _global_peak(max_WN: torch.Tensor, argmax_WN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def global_peak(max_WN: torch.Tensor, argmax_WN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The maximum over shards and the lowest token id that has it (inf where the maximum is NaN)."""
     max_N = max_WN.amax(0)
     return max_N, argmax_WN.masked_fill(max_WN != max_N, torch.inf).amin(0)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.protocols.module import Module
 
 from sgt_titan.objectives.distillation import Distilled, distil
+from sgt_titan.objectives.top_k import Targets
 
 
 class DistillationHead(Module):
@@ -31,12 +32,14 @@ class DistillationHead(Module):
     def forward(
         self,
         student_ND: torch.Tensor,
-        teacher_ND: torch.Tensor,
+        teacher_ND: torch.Tensor | None,
         *,
         chunk: int,
         group: dist.ProcessGroup | None,
         vocab_start: int,
         want_gradient: bool,
+        targets: Targets | None = None,
+        keep: int = 0,
     ) -> Distilled:
         """Local tensors in and out; ``group`` holds the ranks that share the vocabulary. See ``distil``."""
         weight_VD = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
@@ -48,4 +51,6 @@ class DistillationHead(Module):
             group=group,
             vocab_start=vocab_start,
             want_gradient=want_gradient,
+            targets=targets,
+            keep=keep,
         )

@@ -43,7 +43,8 @@ class SGTMetricsProcessor(MetricsProcessor):
 
     def __init__(self, config: Config, **kwargs):
         super().__init__(config, **kwargs)
-        self.num_hardware_flops_per_token = -1
+        self.num_hardware_flops_per_token = self.teacher_flops_per_token = -1
+        self.teacher_tokens_read = 0  # since the last log: the teacher's forward was not run for them
         self.sums: torch.Tensor | None = None
         self.started = time.perf_counter()
         self.first_step: int | None = None
@@ -97,8 +98,10 @@ class SGTMetricsProcessor(MetricsProcessor):
         }
         busy = ""
         if math.isfinite(self.gpu_peak_flops):
-            metrics["throughput/mfu_percent"] = 100 * per_rank * self.num_flops_per_token / self.gpu_peak_flops
-            metrics["throughput/hfu_percent"] = 100 * per_rank * self.num_hardware_flops_per_token / self.gpu_peak_flops
+            ranks_of_a_row = self.parallel_dims.non_data_parallel_size
+            saved = self.teacher_tokens_read * self.teacher_flops_per_token / (elapsed * ranks_of_a_row)
+            for name, flops in (("mfu", self.num_flops_per_token), ("hfu", self.num_hardware_flops_per_token)):
+                metrics[f"throughput/{name}_percent"] = 100 * (per_rank * flops - saved) / self.gpu_peak_flops
             busy = "  mfu {throughput/mfu_percent:.1f}%  hfu {throughput/hfu_percent:.1f}%".format(**metrics)
         self.logger.log(metrics, step)
         probe = "".join(f"  {name} {value:.1%}" for name, value in self.latest_probe.items() if name == "NN-FR")
@@ -110,7 +113,7 @@ class SGTMetricsProcessor(MetricsProcessor):
             f"data {metrics['throughput/data_loading_percent']:.2f}%  {memory.max_reserved_gib:.1f} GiB  "
             f"eta {self.eta(step)}"
         )
-        self.ntokens_since_last_log = 0
+        self.ntokens_since_last_log = self.teacher_tokens_read = 0
         self.data_loading_times.clear()
         self.time_last_log = now
         self.device_memory_monitor.reset_peak_stats()

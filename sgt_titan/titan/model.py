@@ -21,7 +21,8 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict, ModuleList
 from torchtitan.tools.utils import set_default_dtype
 
-from sgt_titan.objectives.distillation import attach
+from sgt_titan.objectives.distillation import Distilled, attach
+from sgt_titan.objectives.top_k import Targets
 from sgt_titan.objectives.utility import SoftCrossEntropy
 from sgt_titan.transform.gaussian import Bounds, bounded_log_std, bounded_mean, obfuscate
 
@@ -44,6 +45,7 @@ class Streams(NamedTuple):
     x_tilde_BTD: torch.Tensor
     soft: SoftCrossEntropy
     pairs: list[Exchange]
+    targets: Targets | None = None  # the teacher's top k, where they were asked for
 
 
 class DualStream(Module):
@@ -58,8 +60,9 @@ class DualStream(Module):
         self.block = block
 
     def forward(self, teacher_BTD, student_BTD, *args):
-        with torch.no_grad():
-            teacher_BTD = self.block(teacher_BTD, *args)
+        if teacher_BTD is not None:
+            with torch.no_grad():
+                teacher_BTD = self.block(teacher_BTD, *args)
         return teacher_BTD, self.block(student_BTD, *args)
 
 
@@ -190,6 +193,8 @@ class SGTModel(BaseModel):
         utility_BT: torch.Tensor,
         noise_BTD: torch.Tensor,
         pairs: PairGroups,
+        targets: Targets | None = None,
+        keep: int = 0,
     ) -> Streams:
         """One step of both streams.
 
@@ -200,6 +205,8 @@ class SGTModel(BaseModel):
             obfuscate_BT: bool, whole sequences; where x~ replaces x.
             utility_BT: bool, whole sequences; where Eq. 3 is wanted.
             noise_BTD: float32 standard normal, this rank's slice of the sequence.
+            targets: what the teacher said before at the positions of ``utility_BT``: it is not asked again.
+            keep: how many of the teacher's most probable tokens ``Streams.targets`` shall hold; 0: no targets.
             pairs: with whom rows are exchanged for the MI term; the exchange goes on while the trunk works.
         """
         trunk = self.trunk
@@ -215,28 +222,33 @@ class SGTModel(BaseModel):
 
         exchanges = pairs.start(obfuscate_BT.to(torch.uint8), x_BTD + mean_BTD, log_std_BTD)
 
-        teacher, student = embedded, like(x_tilde_BTD.to(embedded.dtype), embedded)
+        teacher = embedded if targets is None else None
+        student = like(x_tilde_BTD.to(embedded.dtype), embedded)
         for layer in trunk.layers.values():
             teacher, student = layer(teacher, student, attention_masks, positions_BT)
         teacher, student = trunk.norm(teacher, student)
-        soft = self.utility(whole(teacher)[utility_BT], whole(student)[utility_BT])
-        return Streams(x_BTD, mean_BTD, log_std_BTD, x_tilde_BTD, soft, exchanges)
+        student_ND = whole(student)[utility_BT]
+        distilled = self.distil(
+            None if teacher is None else whole(teacher)[utility_BT], student_ND, targets=targets, keep=keep
+        )
+        soft = attach(distilled, student_ND)
+        return Streams(x_BTD, mean_BTD, log_std_BTD, x_tilde_BTD, soft, exchanges, distilled.targets)
 
-    def utility(self, teacher_ND: torch.Tensor, student_ND: torch.Tensor) -> SoftCrossEntropy:
+    def distil(self, teacher_ND: torch.Tensor | None, student_ND: torch.Tensor, **options) -> Distilled:
         """Eq. 3 at some positions, in chunks of tokens and with the vocabulary split over tensor parallelism."""
         group, vocab_start = None, 0
         if self.tp_mesh is not None:
             shard = -(-self.config.trunk.vocab_size // self.tp_mesh.size())
             group, vocab_start = self.tp_mesh.get_group(), shard * self.tp_mesh.get_local_rank()
-        distilled = self.trunk.lm_head(
+        return self.trunk.lm_head(
             student_ND,
             teacher_ND,
             chunk=self.config.chunk_tokens,
             group=group,
             vocab_start=vocab_start,
             want_gradient=student_ND.requires_grad,
+            **options,
         )
-        return attach(distilled, student_ND)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

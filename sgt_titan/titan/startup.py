@@ -53,6 +53,7 @@ MAY_DIFFER = (
     "trunk.architecture",
     "data.cache_dir",
     "data.source",  # likewise
+    "teacher_cache.dir",
     "training.steps",
     "training.epochs",
     "training.local_batch_size",

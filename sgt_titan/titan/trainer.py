@@ -24,6 +24,7 @@ from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
 
 from .checkpoint import on_rank_zero
 from .dataloader import microbatch_inputs
+from .flops import matmul_parameters
 from .initialize import initialize_estimator, initialize_from_trunk
 from .interruption import Reason, StopRequest
 from .load_trunk import load_trunk
@@ -31,6 +32,7 @@ from .loss import REPORTED
 from .noise import draw
 from .pairs import make_pair_groups
 from .startup import Prepared, check_output_dir, claim_output_dir
+from .teacher_cache import open_teacher_cache
 from .watchdog import Watchdog
 
 
@@ -60,10 +62,13 @@ class SGTTrainer(Trainer):
             initialize_from_trunk(model.estimator, prepared.family, prepared.files)
         dims = self.parallel_dims
         self.tp_group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
+        tp_rank = self.tp_group.rank() if self.tp_group else 0
         batch_mesh = dims.get_optional_mesh("batch")
         self.dp_rank, self.dp_size = (batch_mesh.get_local_rank(), batch_mesh.size()) if batch_mesh else (0, 1)
         self.pairs = make_pair_groups(self.run.objective.mi_group, self.run.training.local_batch_size, batch_mesh)
         self.metrics_processor.num_hardware_flops_per_token = prepared.hardware_flops(model)
+        self.metrics_processor.teacher_flops_per_token = 2 * matmul_parameters(model.trunk)
+        self.teacher_cache = open_teacher_cache(prepared, model.config.trunk_dtype, writer=tp_rank == 0)
         self.uses_flex = any(isinstance(module, FlexAttention) for module in model.trunk.modules())
         prepared.timeline.mark("trunk")
 
@@ -156,6 +161,9 @@ class SGTTrainer(Trainer):
             device=self.device,
         )
         masks = model.trunk.get_attention_masks(batch["positions"]) if self.uses_flex else None
+        cache, targets = self.teacher_cache if model.training else None, None
+        if cache is not None:
+            targets = cache.lookup(batch["documents"], batch["utility_BT"], device=self.device, group=self.tp_group)
         streams = model(
             tokens_BT,
             positions_BT=batch["positions"],
@@ -164,7 +172,13 @@ class SGTTrainer(Trainer):
             utility_BT=batch["utility_BT"],
             noise_BTD=noise_BTD,
             pairs=self.pairs,
+            targets=targets,
+            keep=cache.k if cache is not None and targets is None else 0,
         )
+        if streams.targets is not None:
+            cache.store(batch["documents"], batch["utility_BT"], streams.targets)
+        if targets is not None:
+            self.metrics_processor.teacher_tokens_read += tokens_BT.numel()
         loss, terms = self.loss_fn(
             streams,
             None,

@@ -1,0 +1,106 @@
+"""How time and memory of a step grow with each dimension, ours beside the naive way: ``python benchmarks/growth.py``.
+
+From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is
+what torch holds at most during a step beyond what it holds between steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.arms import Arm, Size, device, naive, ours
+from benchmarks.timing import clock, machine, peak_bytes
+
+BASE = Size(width=128, layers=4, hidden=344, heads=4, kv_heads=2, vocab=16_000, rows=4, length=128)
+AXES: dict[str, tuple[str, list[int]]] = {
+    "T": ("tokens of a row", [64, 128, 256, 512]),
+    "V": ("vocabulary", [8_000, 16_000, 32_000, 64_000]),
+    "D": ("width", [64, 128, 256, 512]),
+    "layers": ("layers of the trunk", [2, 4, 8, 16]),
+    "B": ("rows, one pair group", [2, 4, 8, 16]),
+}
+WAYS = {"ours": lambda size: ours(size, chunk=64), "naive": naive}
+
+
+def at(axis: str, value: int) -> Size:
+    """The base shape with one dimension changed; the MLP's width follows D."""
+    if axis == "D":
+        return replace(BASE, width=value, hidden=value * 43 // 16)
+    return replace(BASE, **{{"T": "length", "V": "vocab", "layers": "layers", "B": "rows"}[axis]: value})
+
+
+def measure(arm: Arm, repeats: int) -> tuple[list[float], float]:
+    """Seconds of each step, and the peak above what is held between steps, MiB."""
+    arm.step()
+    seconds = []
+    for _ in range(repeats):
+        started = clock()
+        arm.step()
+        seconds.append(clock() - started)
+    return seconds, peak_bytes(arm.step) / 2**20
+
+
+def draw(found: dict, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for axis, (words, values) in AXES.items():
+        figure, panels = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        for panel, what, unit in zip(panels, ("seconds", "peak"), ("s a step", "peak MiB above rest"), strict=True):
+            for way, colour in zip(WAYS, ("tab:blue", "tab:orange"), strict=True):
+                points = [found[axis][str(value)][way] for value in values]
+                panel.plot(values, [p[what] for p in points], "o-", label=way, color=colour)
+                if what == "seconds":
+                    panel.fill_between(values, [p["low"] for p in points], [p["high"] for p in points], alpha=0.2)
+            panel.set(xlabel=f"{axis}: {words}", ylabel=unit, xscale="log", yscale="log", xticks=values)
+            panel.set_xticks([], minor=True)
+            panel.set_xticklabels([f"{value:,}" for value in values])
+            panel.grid(alpha=0.3)
+        panels[0].legend(frameon=False)
+        figure.savefig(folder / f"growth-{axis}.png", dpi=110)
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", help="write the figures here, or draw those that are there")
+    parser.add_argument("--plots", help="draw into this folder")
+    words = parser.parse_args()
+    file = Path(words.json) if words.json else None
+    if words.plots and file and file.exists():
+        draw(json.loads(file.read_text())["axes"], Path(words.plots))
+        return
+    dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    print(machine())
+    found: dict[str, dict] = {}
+    for axis, (about, values) in AXES.items():
+        print(f"\n| {axis}: {about} | way | s a step, median (spread) | peak MiB |\n|---:|---|---:|---:|")
+        for value in values:
+            for way, build in WAYS.items():
+                seconds, peak = measure(build(at(axis, value)), words.repeats)
+                figures = {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+                figures["peak"] = peak
+                found.setdefault(axis, {}).setdefault(str(value), {})[way] = figures
+                spread = f"({figures['low']:.3f} to {figures['high']:.3f})"
+                print(f"| {value:,} | {way} | {figures['seconds']:.3f} {spread} | {peak:,.0f} |", flush=True)
+    if file:
+        file.write_text(json.dumps({"machine": machine(), "axes": found}, indent=1))
+    if words.plots:
+        draw(found, Path(words.plots))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Where the time of a step goes, by part of the model: ``python benchmarks/operators.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import arms
+from benchmarks.timing import machine
+
+OPERATORS = 10
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    size = arms.LLAMA_1B if cuda else arms.CPU
+    step = arms.ours(size, chunk=arms.chunk(size)).step
+    step()
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
+        step()
+    events = profile.key_averages()
+    own = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
+    total = sum(map(own, events))
+    print(f"{machine()}\n\n| operator | calls | share |\n|---|---:|---:|")
+    for event in sorted(events, key=own, reverse=True)[:OPERATORS]:
+        print(f"| {event.key} | {event.count} | {own(event) / total:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
