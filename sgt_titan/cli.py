@@ -25,6 +25,7 @@ _FORWARDED = {
         "Print what an export costs and hides, in seconds: before and after.",
     ),
     "evaluate": ("sgt_titan.evaluation.evaluate", "Attack an export in every way we know, and report what is left."),
+    "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 

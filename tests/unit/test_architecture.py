@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "demo": {"errors", "transform", "config", "cli", "evaluation"},
     "data": {"errors", "config", "transform", "demo"},
     "export": {"errors", "config", "transform", "checkpoint"},
+    "conjformer": {"errors", "arguments", "transform"},
     "plan": {"errors", "config", "train"},
     "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data"},
     "titan": CLIENT - {"demo"} | {"cluster"},
