@@ -39,7 +39,7 @@ class Basis:
 
     @cached_property
     def residual_DD(self) -> torch.Tensor:
-        """U. For a LayerNorm it keeps the direction of all ones, in which the stream is zero: centring is then no-op."""
+        """U. For a LayerNorm it keeps the direction of all ones, in which the stream is zero: centring is no-op."""
         return residual_matrix(self.secret, self.sizes.width, centred=self.family.centred).to(self.device, self.dtype)
 
     def change(self, space: Space, layer: int | None, x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Basis:
         if not self.family.rope:
             return self.secret.orthogonal(f"{layer}.query", h, K).to(self.device, self.dtype)
         turn_KP = 2 * math.pi * self.secret.uniform(f"{layer}.query", K * h // 2).reshape(K, h // 2)
-        half_KP = torch.where(turn_KP < math.pi, 0.0, math.pi)
+        half_KP = math.pi * (turn_KP >= math.pi).double()
         turn_KP = torch.where(self.free_planes(layer), turn_KP, half_KP)
         cos_KPP, sin_KPP = turn_KP.cos().diag_embed(), turn_KP.sin().diag_embed()
         rows = torch.cat([cos_KPP, -sin_KPP], -1), torch.cat([sin_KPP, cos_KPP], -1)

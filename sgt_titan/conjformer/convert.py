@@ -4,7 +4,8 @@
     norms "mean"   every norm's gain becomes its mean (ConjFormer, arXiv 2606.16461): to be fine-tuned
 
 A LayerNorm's bias always goes into the linears behind it, and its centring into whatever writes the stream: both are
-exact. Without a secret the basis stays the plain one: the scalar-norm model itself, to fine-tune.
+exact. Without a secret the basis stays the plain one: the scalar-norm model itself, to fine-tune; its last norm keeps
+what only a client's head can absorb.
 
 Legend: D width, V vocabulary, h head dimension.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class Conversion:
             dtype = self.dtype or DTYPES[entry.dtype]
             if local in family.ignored or (self.basis and name in (self._embed, self._positions, "lm_head.weight")):
                 continue
-            yield Planned(out, entry.shape, dtype, lambda n=name, la=layer, lo=local, m=module: self._make(n, la, lo, m))
+            yield Planned(out, entry.shape, dtype, partial(self._make, name, layer, local, module))
         stored = self.dtype or DTYPES[self.files.entries[self._embed].dtype]
         if self.basis:
             # The server embeds no token and names none: its "vocabulary" are the D features, its logits the output.
@@ -95,8 +96,6 @@ class Conversion:
             if family.positions:
                 shape = self.files.entries[self._positions].shape
                 yield Planned(f"{prefix}{family.positions}.weight", shape, stored, lambda: torch.zeros(shape))
-        elif self.head_of_its_own and "lm_head.weight" not in self.files:
-            yield Planned("lm_head.weight", (self.sizes.vocab, D), stored, self._head)
 
     def server_config(self) -> dict[str, Any]:
         """config.json of the result."""
@@ -104,8 +103,6 @@ class Conversion:
         if self.basis:
             config |= {"vocab_size": self.sizes.width, "tie_word_embeddings": False}
             config |= {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        elif self.head_of_its_own:
-            config["tie_word_embeddings"] = False
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -125,18 +122,15 @@ class Conversion:
         if "lm_head.weight" in self.files and not self.sizes.tied:
             found["head"] = self.files.read("lm_head.weight")
         elif self.family.centred:
-            found["head"] = self.files.read(self._embed)  # centring the head would be exact but not the same in rounding
+            found["head"] = self.files.read(
+                self._embed
+            )  # centring the head would be exact but not the same in rounding
         final = f"{self.family.prefix}{self.family.final_norm}"
         gain_D = self.files.read(f"{final}.weight").float()
         found["gain"] = gain_D if self.norms == "fold" else torch.ones_like(gain_D)
         if f"{final}.bias" in self.files:
             found["bias"] = self.files.read(f"{final}.bias").float()
         return found
-
-    @cached_property
-    def head_of_its_own(self) -> bool:
-        """Plain basis only: a folded final gain goes into lm_head and not into the embeddings that it is tied to."""
-        return not self.sizes.tied or self.norms == "fold"
 
     @property
     def _embed(self) -> str:
@@ -150,19 +144,20 @@ class Conversion:
 
     def _make(self, name: str, layer: int | None, local: str, module: str) -> torch.Tensor:
         family = self.family
-        if name == "lm_head.weight":
-            return self._head()
-        if name in (self._embed, self._positions):
-            return self._centred(self.files.read(name), 1)
+        if name in (self._embed, self._positions, "lm_head.weight"):
+            return self.files.read(name)  # of a plain model
         if module in family.linears:
             return self._linear(layer, module, family.linears[module], bias=local.endswith(".bias"))
         tensor = self.files.read(name)
         if module in family.qk_norm:
             return self._planes(tensor)
-        if local.endswith(".bias"):  # of a norm: absorbed, except that a plain model's last one has nowhere to go
-            final = module == family.final_norm
-            return tensor if final and self.basis is None else torch.zeros_like(tensor)
-        return torch.ones_like(tensor) if self.norms == "fold" else self._mean(tensor)
+        # A plain model keeps what only a client's head could absorb.
+        kept = self.basis is None and module == family.final_norm
+        if local.endswith(".bias"):
+            return tensor if kept else torch.zeros_like(tensor)
+        if self.norms == "fold":
+            return tensor if kept else torch.ones_like(tensor)
+        return torch.full_like(tensor, tensor.double().mean().item())
 
     def _linear(self, layer: int | None, module: str, rule: Linear, *, bias: bool) -> torch.Tensor:
         """A projection's weight or bias in the new basis, as stored."""
@@ -177,9 +172,9 @@ class Conversion:
             x = self._weight(name)
             if norm and self.norms == "fold":
                 x = x * self._read(f"{norm}.weight")
-        if rule.out == ("residual",):
-            x = self._centred(x, 0)
         if self.basis is not None:
+            if rule.out == ("residual",):
+                x = self._centred(x, 0)
             parts = x.split(self._widths(rule), 0)
             x = torch.cat([self.basis.change(s, layer, p) for s, p in zip(rule.out, parts, strict=True)])
             if not bias:
@@ -197,22 +192,11 @@ class Conversion:
                  "value": s.kv_heads * s.head, "unit": s.units}  # fmt: skip
         return [width[space] for space in rule.out]
 
-    def _head(self) -> torch.Tensor:
-        """lm_head of a plain model."""
-        name = "lm_head.weight" if "lm_head.weight" in self.files and not self.sizes.tied else self._embed
-        head_VD = self._read(name)
-        if self.norms == "fold":
-            head_VD = head_VD * self._read(f"{self.family.prefix}{self.family.final_norm}.weight")
-        return head_VD
-
     def _centred(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """What a LayerNorm would subtract, taken out where it is written."""
         if not self.family.centred:
             return x
         return (x.double() - x.double().mean(dim, keepdim=True)).to(x.dtype)
-
-    def _mean(self, gain: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(gain, gain.double().mean().item())
 
     def _planes(self, gain_h: torch.Tensor) -> torch.Tensor:
         """Gains of queries or keys. RoPE stands between them, so none can be folded; with ``mean`` the two of a RoPE
@@ -256,7 +240,9 @@ class Conversion:
             else:
                 known |= local.rpartition(".")[0] in modules and local.rpartition(".")[2] in _KINDS
             if not known:
-                raise UserError(f"{self.files.path}: tensor {name} has no place in the {self.config['model_type']} family")
+                raise UserError(
+                    f"{self.files.path}: tensor {name} has no place in the {self.config['model_type']} family"
+                )
             if entry.dtype not in DTYPES and local not in family.ignored:
                 raise UserError(f"{self.files.path}: {name} is {entry.dtype}; expected {', '.join(DTYPES)}")
 

@@ -104,7 +104,7 @@ FAMILIES: dict[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one checkpoint. D width, H query heads, KV heads of keys and values, head their dimension, units of the MLP."""
+    """Of one checkpoint: stream, layers, query heads, heads of keys and values, a head's dimension, MLP units."""
 
     width: int
     layers: int

@@ -64,6 +64,7 @@ def write_server(
             save_file(tensors, work / file, metadata={"format": "pt"})
             names |= dict.fromkeys(tensors, file)
             del tensors
+            conversion.files.close()
             if say:
                 say(f"[{i}/{len(shards)}] {file}")
         if len(shards) > 1:

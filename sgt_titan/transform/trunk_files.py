@@ -129,6 +129,10 @@ class TrunkFiles:
             scale = scale.index_select(dim, torch.arange(part.start, part.stop) // FP8_BLOCK)
         return tensor.float() * scale
 
+    def close(self) -> None:
+        """Unmap the files; reading opens them again. A process that walks a whole checkpoint else keeps it resident."""
+        self._open.clear()
+
     def embedding_table(self) -> torch.Tensor:
         """The embedding table (V, D) in its stored dtype."""
         self.check({EMBEDDING: self.entries[EMBEDDING].shape if EMBEDDING in self else ()})
