@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from sgt_titan.conjformer.convert import Conversion, Planned
 from sgt_titan.errors import UserError
+from sgt_titan.transform.trunk_files import tokenizer_files
 
 CLIENT_FILE, CLIENT_WEIGHTS, CLIENT_FORMAT = "client.json", "client.safetensors", 1
-_TOKENIZER = ("tokenizer", "special_tokens_map", "vocab.json", "merges.txt", "added_tokens", "chat_template")
 
 
 def check_target(path: Path, option: str) -> None:
@@ -108,9 +108,8 @@ def write_client(conversion: Conversion, out: Path) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name.startswith(_TOKENIZER):
-            shutil.copyfile(file, out / file.name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, out / file.name)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -21,6 +21,12 @@ from sgt_titan.errors import UserError
 EMBEDDING = "model.embed_tokens.weight"
 FP8_BLOCK = 128  # rows and columns that share one scale in DeepSeek-V3's fp8 checkpoints
 SAMPLE_BYTES = 4096
+TOKENIZER = ("tokenizer", "special_tokens_map", "vocab.json", "merges.txt", "added_tokens", "chat_template")
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """What a client needs to make the ids that a checkpoint was trained on."""
+    return sorted(file for file in path.iterdir() if file.is_file() and file.name.startswith(TOKENIZER))
 
 
 @dataclass(frozen=True)
