@@ -147,7 +147,9 @@ class Conversion:
         if name in (self._embed, self._positions, "lm_head.weight"):
             return self.files.read(name)  # of a plain model
         if module in family.linears:
-            return self._linear(layer, module, family.linears[module], bias=local.endswith(".bias"))
+            bias = local.endswith(".bias")
+            x = self.linear(layer, module, bias=bias)
+            return x.T if family.transposed and not bias else x
         tensor = self.files.read(name)
         if module in family.qk_norm:
             return self._planes(tensor)
@@ -159,8 +161,9 @@ class Conversion:
             return tensor if kept else torch.ones_like(tensor)
         return torch.full_like(tensor, tensor.double().mean().item())
 
-    def _linear(self, layer: int | None, module: str, rule: Linear, *, bias: bool) -> torch.Tensor:
-        """A projection's weight or bias in the new basis, as stored."""
+    def linear(self, layer: int | None, module: str, *, bias: bool = False) -> torch.Tensor:
+        """A projection's weight (out, in) or bias (out,) in the new basis, with the gains that are folded into it."""
+        rule = self.family.linears[module]
         name = f"{self.family.prefix}{self.family.layer.format(layer)}{module}"
         norm = f"{self.family.prefix}{self.family.layer.format(layer)}{rule.norm}" if rule.norm else ""
         x = None
@@ -179,7 +182,7 @@ class Conversion:
             x = torch.cat([self.basis.change(s, layer, p) for s, p in zip(rule.out, parts, strict=True)])
             if not bias:
                 x = self.basis.change(rule.reads, layer, x.T).T
-        return x.T if self.family.transposed and not bias else x
+        return x
 
     def _weight(self, name: str) -> torch.Tensor:
         """(out, in)."""
