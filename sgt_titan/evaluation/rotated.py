@@ -62,7 +62,8 @@ def rotate(
     """The mechanism; all positions are rotated, clean ones too, since the server embeds nothing."""
 
     def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:
-        sent = before.obfuscate(batch, x_BTD, random)
+        # The client's own table: it is not the trunk's where the model was fine-tuned in private.
+        sent = before.obfuscate(batch, answer.client.embed(batch.tokens_BT), random)
         turned_BTD, center_BTD = (answer.client.rotate(t.float()) for t in (sent.x_tilde_BTD, sent.center_BTD))
         # In this basis the noise is no longer independent by feature; what it hides is measured before the rotation.
         return Obfuscated(turned_BTD.to(wire).float(), center_BTD, None)
