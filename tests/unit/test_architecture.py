@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "export": {"errors", "config", "transform", "checkpoint"},
     "conjformer": {"errors", "arguments", "transform"},
     "plan": {"errors", "config", "train"},
-    "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data"},
+    "evaluation": {"errors", "arguments", "config", "transform", "objectives", "metrics", "data", "conjformer"},
     "titan": CLIENT - {"demo"} | {"cluster"},
     "train": {"errors", "config", "titan"},
     "config_registry": {"errors", "config", "train", "titan"},

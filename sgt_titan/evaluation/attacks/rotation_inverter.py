@@ -111,9 +111,7 @@ def invariant_inverter(
     count = sum(p.numel() for p in reader.parameters())
     tokens = steps * batch_rows * max(len(h) for h in observation.hidden)
     best = max(range(len(marks)), key=shares.__getitem__)
-    note = (
-        f"of its own held-out text it reads {shares[best]:.1%}, at the best of {len(marks)} marks, step {marks[best]}"
-    )
+    note = f"on its own held-out text it reads {shares[best]:.1%} at its best step, {marks[best]}"
     return Guess(top[best], curve, 6.0 * tokens * count, (note,))
 
 
