@@ -100,7 +100,9 @@ def attacks(arguments: argparse.Namespace) -> None:
                 continue
             started = time.monotonic()
             run = table[key].run
-            guess = run(**world.granted(run), **(table[key].arguments("quick") or {}))
+            effort = table[key].arguments("quick") or {}
+            effort |= {"steps": arguments.steps} if "steps" in effort and arguments.steps else {}
+            guess = run(**world.granted(run), **effort)
             found = recovery.score(guess.top_NK, world, setting.tokenizer, frequent=frequent)
             top1, top10 = found["top1"]["value"], found["top10"]["value"]
             print(
@@ -180,6 +182,7 @@ def main() -> None:
     three.add_argument("--server", action="append", default=[])
     three.add_argument("--sgt", action="store_true")
     three.add_argument("--bare", action="store_true", help="also without a rotation")
+    three.add_argument("--steps", type=int, help="of the learned attacks (default: as the quick suite)")
     three.add_argument("--wire", default="float32")
     three.add_argument("--only", default="")
     three.add_argument("--seed", type=int, default=0)
