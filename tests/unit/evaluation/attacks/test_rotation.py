@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from worlds import pure_noise, random_rows, tiny_trunk, top1
 
 from sgt_titan.conjformer.client import Client
@@ -83,17 +84,16 @@ def test_pure_noise_is_not_read(name, converted, trunk, trunk_dir):
     assert top1(run(name, here), here) <= p + 3.3 * math.sqrt(p * (1 - p) / N) + 1 / N
 
 
-def test_another_trunk_s_weights_tell_nothing(converted, trunk, trunk_dir):
-    """Spectral matching and fingerprints against a served model of other weights: as good as guessing."""
-    server, client, secret = converted("llama")
-    mechanism = load_rotation(nothing(), server, client, secret, trunk_dir("llama"))
-    assert recover(TrunkFiles(server), TrunkFiles(trunk_dir("llama"))).agreement > 0.999
-    found = recover(TrunkFiles(server), TrunkFiles(trunk_dir("qwen2")))
-    here = world(mechanism, trunk)
-    x_ND = here.observation.x_tilde_ND.double() @ found.U_DD
-    from sgt_titan.evaluation.attacks.nearest import top_rows
-
-    assert (top_rows(x_ND, here.public_VD)[:, 0] == here.truth_N).double().mean() < 0.08
+def test_another_trunk_s_weights_tell_nothing(converted, trunk, trunk_dir, tmp_path):
+    """Matched with weights that have nothing to do with the served ones, spectral matching is as good as guessing."""
+    (tmp_path / "config.json").write_text((trunk_dir("llama") / "config.json").read_text())
+    random = torch.Generator().manual_seed(99)
+    weights = load_file(trunk_dir("llama") / "model.safetensors")
+    unlike = {name: torch.randn(tensor.shape, generator=random) for name, tensor in weights.items()}
+    save_file(unlike | {name: t for name, t in weights.items() if "norm" in name or "embed" in name},
+              tmp_path / "model.safetensors")  # fmt: skip
+    here = world(load_rotation(nothing(), *converted("llama"), tmp_path), trunk)
+    assert top1(run("spectral", here), here) < 0.08
 
 
 @pytest.mark.parametrize("name", ("llama-tied", "qwen2", "qwen3"))
@@ -108,8 +108,6 @@ def test_spectral_matching_finds_the_secret_itself(name, converted, trunk_dir):
 
 def test_spectral_matching_survives_a_small_change_of_the_weights(converted, trunk_dir, tmp_path):
     """A private fine-tuning that moves every weight by a tenth of its size hides the basis from no one."""
-    from safetensors.torch import load_file, save_file
-
     changed = tmp_path / "changed"
     changed.mkdir()
     (changed / "config.json").write_text((trunk_dir("llama") / "config.json").read_text())
@@ -190,3 +188,27 @@ def test_the_wire_s_type_rounds_what_is_sent(converted, trunk, trunk_dir):
     half = rotate(nothing(), whole.rotation.answer, whole.rotation.served, whole.rotation.public, wire=torch.bfloat16)
     a, b = (world(m, trunk).observation.x_tilde_ND for m in (whole, half))
     assert 1e-4 < ((a - b).norm() / a.norm()).item() < 1e-2
+
+
+def test_the_suites_run_them_where_there_is_a_rotation():
+    from sgt_titan.evaluation.suite import battery
+
+    assert set(ROTATION) <= set(battery("quick", "rotated", rotated=True))
+    assert not set(ROTATION) & set(battery("quick", "sgt"))
+    assert list(battery("quick", "rotated", ("spectral",), rotated=True)) == ["spectral"]
+    for suite in ("quick", "standard", "full"):
+        for attack in ROTATION.values():
+            assert attack.arguments(suite) is not None
+
+
+def test_utility_is_that_of_the_plain_model(exact, trunk):
+    """The report's numbers of a folded rotation are those of sending the prompt in clear."""
+    from sgt_titan.evaluation.samples import padded
+    from sgt_titan.evaluation.utility import measured, perplexity
+
+    if not exact.mechanism.rotation.served.read("model.layers.0.input_layernorm.weight").eq(1).all():
+        pytest.skip("means of gains are another model")
+    rows = [row._replace(target=(torch.arange(16) > 8).numpy()) for row in exact.rows]
+    batch = padded(rows, 0, torch.device("cpu"))
+    clean, ours = (measured(trunk, [batch], m, torch.Generator()) for m in (nothing(), exact.mechanism))
+    assert abs(perplexity(ours) / perplexity(clean) - 1) < 1e-4 and (ours.agree_N == 1).double().mean() > 0.99
