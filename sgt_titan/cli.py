@@ -18,7 +18,7 @@ from sgt_titan.errors import UserError, guarded
 
 _CONFIG_COMMANDS = ("train", "prepare")
 
-# Commands with arguments of their own: module whose main(argv) runs it, and what it does.
+# Commands with arguments of their own: module whose main(argv) (or the function named) runs it, and what it does.
 _FORWARDED = {
     "report": (
         "sgt_titan.evaluation.before_after",
@@ -35,6 +35,9 @@ _FORWARDED = {
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
     "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
+    "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
+    "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),
+    "conjgenerate": ("sgt_titan.conjformer.talk:generate", "Answer a prompt with a served rotated checkpoint."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 
@@ -47,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if argv and argv[0] in _FORWARDED:
-        return import_module(_FORWARDED[argv[0]][0]).main(argv[1:]) or 0
+        module, _, function = _FORWARDED[argv[0]][0].partition(":")
+        return getattr(import_module(module), function or "main")(argv[1:]) or 0
     parser = _parser()
     overrides: list[str] = []
     if argv and argv[0] in _CONFIG_COMMANDS:

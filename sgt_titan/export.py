@@ -6,8 +6,12 @@ torchtitan nor a GPU.
 
 from __future__ import annotations
 
+import json
+import secrets
+import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from sgt_titan import checkpoint
@@ -17,9 +21,9 @@ from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig, estimator_config
 from sgt_titan.transform.export import check_target, write_export
 from sgt_titan.transform.fingerprint import fingerprint_tensor
-from sgt_titan.transform.trunk_files import TrunkFiles
+from sgt_titan.transform.trunk_files import TOKENIZER, TrunkFiles, tokenizer_files
 
-SGT = "sgt."
+SGT, MODEL = "sgt.", "model."  # prefixes of the weights in checkpoints: a transform's, a fine-tuned trunk's
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -51,8 +55,10 @@ def export_checkpoint(
         UserError: no or a damaged checkpoint, another trunk than the one trained on, ``out_dir`` in use, no room.
     """
     path = resolve_checkpoint(path)
-    check_target(out_dir, overwrite=overwrite)
     state, config = checkpoint.read_state(path), load(str(path / checkpoint.CONFIG))
+    if config.run.task == "finetune":
+        return write_model(path, state, Path(trunk_path or config.trunk.path), Path(out_dir), overwrite=overwrite)
+    check_target(out_dir, overwrite=overwrite)
     files = TrunkFiles(trunk_path or config.trunk.path)
     trained_on, found = state["fingerprints"]["trunk"], files.fingerprint()
     if found != trained_on:
@@ -75,6 +81,40 @@ def export_checkpoint(
         dtype=config.export.dtype,
         overwrite=overwrite,
     )
+
+
+def write_model(path: Path, state: dict, trunk: Path, out_dir: Path, *, overwrite: bool) -> Path:
+    """The weights of a fine-tuning (``run.task``) as a Hugging Face checkpoint with the trunk's tokenizer."""
+    check_model_target(out_dir, overwrite=overwrite)
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read_tensors(path, MODEL).items()}
+    work = out_dir.parent / f".{out_dir.name}.{secrets.token_hex(4)}.tmp"
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir()
+        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        (work / "config.json").write_text(json.dumps(state["hf_config"], indent=2, default=str) + "\n")
+        for file in tokenizer_files(trunk):
+            shutil.copyfile(file, work / file.name)
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        work.rename(out_dir)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out_dir
+
+
+def check_model_target(out_dir: Path, *, overwrite: bool) -> None:
+    """Raises UserError unless the directory is missing, empty, or with ``overwrite`` a model and nothing else."""
+    if not out_dir.exists():
+        return
+    names = sorted(entry.name for entry in out_dir.iterdir()) if out_dir.is_dir() else [out_dir.name]
+    if not names:
+        return
+    if not overwrite or "config.json" not in names:
+        raise UserError(f"{out_dir}: not empty; choose another output directory")
+    foreign = [n for n in names if n not in ("config.json", "model.safetensors") and not n.startswith(TOKENIZER)]
+    if foreign:
+        raise UserError(f"{out_dir}: {foreign[0]} is not part of an exported model and would be lost; move it first")
 
 
 def sgt_config(config: Config, state: dict) -> SGTConfig:

@@ -226,6 +226,7 @@ def _problems(
     config: Config, world_size: int | None, trunk_config: dict[str, Any] | None, device: str | None
 ) -> Iterator[str]:
     yield from _range_problems(config)
+    yield from _task_problems(config)
     yield from _data_problems(config, device)
     if world_size is not None:
         yield from _degree_problems(config, world_size)
@@ -252,6 +253,16 @@ def _range_problems(config: Config) -> Iterator[str]:
             f"estimator: 0 < std_min < std_init < std_max must hold, got std_min {e.std_min}, std_init {e.std_init}, "
             f"std_max {e.std_max}"
         )
+
+
+def _task_problems(config: Config) -> Iterator[str]:
+    if config.run.task == "sgt":
+        return
+    for name in ("tensor_parallel_degree", "expert_parallel_degree"):
+        if getattr(config.parallelism, name) > 1:
+            yield f"parallelism.{name}: run.task finetune is data-parallel only; it must be 1"
+    if config.data.packing:
+        yield "data.packing: run.task finetune trains on unpacked rows; set it to false"
 
 
 def _data_problems(config: Config, device: str | None) -> Iterator[str]:

@@ -40,6 +40,10 @@ def section(cls: type, help: str) -> Any:
 @dataclass(kw_only=True)
 class Run:
     name: str = opt("sgt", "Name of the run in logs and in the exported card.")
+    task: Literal["sgt", "finetune"] = opt(
+        "sgt", "sgt: train a Stained Glass Transform against the frozen trunk. finetune: train the trunk itself on the "
+               "next token, all but its norms (docs/CONJFORMER.md); `estimator` and `objective` are not used then, "
+               "except objective.utility_positions, and the export is a Hugging Face checkpoint.")  # fmt: skip
     output_dir: str = opt("", "Checkpoints, logs and the resolved config go here. Empty: outputs/<run.name>.")
     seed: int = opt(0, "Decides the order of samples, the noise of each sample and the initial weights. Runs with "
                        "one seed and one config are the same run on any number of ranks.")  # fmt: skip

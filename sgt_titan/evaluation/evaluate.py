@@ -52,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
         "--judge", metavar="URL", help="OpenAI-compatible endpoint to judge PII leaks: it is SENT the private text"
     )
     found.add_argument("--judge-model", metavar="NAME", help="model of the judge (key: OPENAI_API_KEY)")
+    found.add_argument(
+        "--rotated", metavar="SERVER,CLIENT,SECRET",
+        help="what `sgt-titan conjform TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
+    )  # fmt: skip
     found.add_argument("--minutes", type=float, help="refuse to start what would take longer than this")
     found.add_argument(
         "--memory", type=float, metavar="GIB", help="refuse to start what would need more (default: free)"
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from sgt_titan.evaluation import runner
-    from sgt_titan.evaluation.attacks import ATTACKS
+    from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
     from sgt_titan.evaluation.parts import open_parts, write
     from sgt_titan.evaluation.report.html import page
     from sgt_titan.evaluation.report.terminal import render
@@ -82,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.evaluation.suite import SUITES
 
     only = tuple(filter(None, arguments.attacks.split(",")))
-    if unknown := [name for name in only if name not in ATTACKS]:
-        raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS)}")
+    if unknown := [name for name in only if name not in ATTACKS | ROTATION]:
+        raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS | ROTATION)}")
     benchmarks = benchmark_names(arguments)
     suite = SUITES[arguments.suite]
     disable_progress_bar()
@@ -100,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         benchmarks=benchmarks,
         benchmark_dir=arguments.benchmark_dir,
         judge=(arguments.judge, arguments.judge_model) if arguments.judge else None,
+        rotation=(*arguments.rotated.split(","), config.trunk.path) if arguments.rotated else None,
     )
     jobs = list(evaluation.jobs())
     seconds, size = runner.check_budget(jobs, minutes=arguments.minutes, memory=arguments.memory)
@@ -119,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": arguments.seed,
         "examples": arguments.examples,
         "judge": arguments.judge,
+        **({"rotated": arguments.rotated} if arguments.rotated else {}),
         "export": fingerprint_export(arguments.export),
         "data": setting.data_fingerprint,
         "rows": len(setting.rows),
@@ -153,6 +159,8 @@ def checked(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be positive, got {value:g}")
     if bool(arguments.judge) != bool(arguments.judge_model):
         raise UserError("--judge and --judge-model belong together")
+    if arguments.rotated and len(arguments.rotated.split(",")) != 3:
+        raise UserError("--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjform`")
     if arguments.benchmark_dir and not arguments.benchmarks:
         raise UserError("--benchmark-dir without --benchmarks: say which, or `paper` for the eight")
     if arguments.benchmark_dir and not Path(arguments.benchmark_dir).is_dir():

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sgt_titan.evaluation.samples import Padded
 from sgt_titan.transform import StainedGlassTransform
+from sgt_titan.transform.trunk_files import TrunkFiles
 
 
 class Obfuscated(NamedTuple):
@@ -30,17 +31,30 @@ class Obfuscated(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """A secret basis around a mechanism. before: what is done to the embeddings first. served, public: the rotated
+    checkpoint that the server runs, and the one it was made from as the world knows it. answer: a causal language model
+    for rotated embeddings: the server's half and the client's together."""
+
+    before: Mechanism
+    served: TrunkFiles
+    public: TrunkFiles
+    answer: Any
+
+
+@dataclass(frozen=True)
 class Mechanism:
     """``obfuscate(batch, x_BTD, random)``: embeddings of a batch, obfuscated where ``batch.obfuscate_BT``.
 
-    transform: the SGT, where it is one. std: of a constant noise, embedding units; 0 where there is none. facts: what
-    else a report states about it, by name.
+    transform: the SGT, where it is one. rotation: where what is sent is in a secret basis (rotated.py). std: of a
+    constant noise, embedding units; 0 where there is none. facts: what else a report states about it, by name.
     """
 
     name: str
     title: str
     obfuscate: Callable[[Padded, torch.Tensor, torch.Generator], Obfuscated] = field(repr=False)
     transform: StainedGlassTransform | None = field(default=None, repr=False)
+    rotation: Rotation | None = field(default=None, repr=False)
     std: float = 0.0
     facts: dict[str, float] = field(default_factory=dict)
 

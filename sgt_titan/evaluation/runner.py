@@ -22,6 +22,7 @@ from sgt_titan.evaluation import pii, privacy, recovery, utility
 from sgt_titan.evaluation.attacks import Attack
 from sgt_titan.evaluation.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.parts import Parts
+from sgt_titan.evaluation.rotated import load_rotation
 from sgt_titan.evaluation.samples import generator
 from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
@@ -54,6 +55,7 @@ class Evaluation:
     benchmarks: tuple[str, ...] = ()
     benchmark_dir: str | None = None
     judge: tuple[str, str] | None = None  # base URL, model
+    rotation: tuple[str, str, str, str] | None = None  # server, client, secret, public checkpoint
 
     @cached_property
     def mechanisms(self) -> dict[str, Mechanism]:
@@ -62,14 +64,15 @@ class Evaluation:
         std, norm = privacy.statistics(setting.transform, setting.trunk, setting.full_batches)
         sgt = learned(setting.transform)
         sgt.facts.update(std=std / config.scale, mean_norm=norm / config.median_norm)
+        rotated = [load_rotation(before, *self.rotation) for before in (nothing(), sgt)] if self.rotation else []
         if not self.baselines:
-            return {sgt.name: sgt}
+            return {mechanism.name: mechanism for mechanism in (sgt, *rotated)}
         table_VD = setting.trunk.get_input_embeddings().weight.detach().float()
         noise = noise_grid(table_VD, config.scale, (std / config.scale, *SUITES[self.suite].sigmas))
         found = [sgt, nothing()]
         if any(row.spans for row in setting.rows):
             found.append(redaction(table_VD[placeholder(setting.tokenizer)]))
-        found += noise
+        found += [*rotated, *noise]
         return {mechanism.name: mechanism for mechanism in found}
 
     def world(self, mechanism: Mechanism) -> World:
@@ -106,7 +109,8 @@ class Evaluation:
             yield Job(f"{name}/privacy", lambda m=mechanism: self._privacy(m), Cost(3 * one, 4 * logits))
             yield Job(f"{name}/utility", lambda m=mechanism: self._utility(m), Cost(6 * one, 4 * logits))
             world = self.world(mechanism)
-            for key, attack in battery(self.suite, name, self.only).items():
+            rotated = mechanism.rotation is not None
+            for key, attack in battery(self.suite, name, self.only, rotated=rotated).items():
                 cost = attack.cost(world.size, **(attack.arguments(self.suite) or {}))
                 run = lambda m=mechanism, k=key, a=attack: self._attack(m, k, a)  # noqa: E731
                 yield Job(f"{name}/attacks/{key}", run, cost)
@@ -130,9 +134,18 @@ class Evaluation:
         setting = self.setting
         calibration = setting.batches(setting.corpus[: max(2, len(setting.rows))])
         random = generator(self.seed, setting.device)
-        return privacy.measure_privacy(
+        part = privacy.measure_privacy(
             setting.trunk, setting.full_batches, calibration, mechanism, random, lm_top1=self.lm_top1
         )
+        if mechanism.rotation is None:
+            return part
+        # No rotation changes information: it is measured before it, where the noise is independent by feature.
+        random = generator(self.seed, setting.device)
+        before = privacy.measure_privacy(
+            setting.trunk, setting.full_batches, calibration, mechanism.rotation.before, random, lm_top1=self.lm_top1
+        )["privacy"]
+        kept = {key: before[key] for key in before if key.startswith(("mi", "pac_adv"))}
+        return part | {"privacy": part["privacy"] | kept}
 
     def _utility(self, mechanism: Mechanism) -> dict[str, Any]:
         setting = self.setting
@@ -143,7 +156,8 @@ class Evaluation:
             mechanism,
             generator(self.seed, setting.device),
             reference=self.reference,
-            greedy_prompts=SUITES[self.suite].greedy,
+            # An answer is the client's work here; what it is worth is measured with the response given.
+            greedy_prompts=0 if mechanism.rotation else SUITES[self.suite].greedy,
         )
 
     def _attack(self, mechanism: Mechanism, name: str, attack: Attack) -> dict[str, Any]:

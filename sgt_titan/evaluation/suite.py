@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgt_titan.evaluation.attacks import ATTACKS, Attack
+from sgt_titan.evaluation.attacks import ATTACKS, ROTATION, Attack
 
 # On baselines whose noise is known and constant these are as strong as any: maximum likelihood, alone and with a prior.
 EXACT = ("nearest_l2", "nearest_mahalanobis", "map_search")
+
+# Behind a secret rotation, those of the battery that do not presume to know the basis; and all of ``ROTATION``.
+BLIND = ("nearest_l2", "nearest_cosine", "known_plaintext", "inverter")
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,15 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def battery(suite: str, mechanism: str, only: Sequence[str] = ()) -> dict[str, Attack]:
+def battery(suite: str, mechanism: str, only: Sequence[str] = (), *, rotated: bool = False) -> dict[str, Attack]:
     """The attacks of a suite on a mechanism, by name, in the order of the table."""
+    if rotated:
+        table = {name: ATTACKS[name] for name in BLIND} | ROTATION
+        return {
+            name: attack
+            for name, attack in table.items()
+            if attack.arguments(suite) is not None and (not only or name in only)
+        }
     whole = mechanism == "sgt" or mechanism in SUITES[suite].whole
     return {
         name: attack

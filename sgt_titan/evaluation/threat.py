@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from sgt_titan.evaluation.mechanisms import Mechanism
 from sgt_titan.evaluation.samples import Sample
+from sgt_titan.transform.trunk_files import TrunkFiles
 
 UNKNOWN = -1
 
@@ -118,6 +119,30 @@ class Transform:
 
 
 @dataclass(frozen=True)
+class Served:
+    """The weights that the server runs, in the secret basis; server and client of a rotation know no others."""
+
+    title: typing.ClassVar[str] = "the rotated weights"
+    files: TrunkFiles = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Public:
+    """The public checkpoint that the rotated one was made from (before any fine-tuning that was kept private)."""
+
+    title: typing.ClassVar[str] = "the public checkpoint"
+    files: TrunkFiles = field(repr=False)
+
+
+@dataclass(frozen=True)
+class WithoutSecret:
+    """What happens to embeddings before they are rotated: an SGT with its weights, or nothing. Not the secret."""
+
+    title: typing.ClassVar[str] = "the SGT and its weights, not the secret"
+    mechanism: Mechanism
+
+
+@dataclass(frozen=True)
 class Seed:
     """Decides an attack's own randomness."""
 
@@ -125,7 +150,20 @@ class Seed:
     value: int
 
 
-Grant = Observation | Repeats | KnownPairs | Table | Trunk | Prior | Corpus | Transform | Seed
+Grant = (
+    Observation
+    | Repeats
+    | KnownPairs
+    | Table
+    | Trunk
+    | Prior
+    | Corpus
+    | Transform
+    | Served
+    | Public
+    | WithoutSecret
+    | Seed
+)
 
 
 @dataclass(frozen=True)

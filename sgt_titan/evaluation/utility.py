@@ -33,11 +33,11 @@ class Utility(NamedTuple):
 def measured(
     trunk: PreTrainedModel, batches: Sequence[Padded], mechanism: Mechanism, random: torch.Generator
 ) -> Utility:
-    """Utility of the rows as the mechanism sends them."""
-    parts = []
+    """Utility of the rows as the mechanism sends them, to the rotated trunk where they are rotated."""
+    server, parts = mechanism.rotation.answer if mechanism.rotation else trunk, []
     for batch in batches:
         sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)
-        parts.append(compare(trunk, batch, response_logits(trunk, batch, sent.x_tilde_BTD)))
+        parts.append(compare(trunk, batch, response_logits(server, batch, sent.x_tilde_BTD)))
     return joined(parts)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sgt_titan.data.order import hash64
-from sgt_titan.evaluation.mechanisms import Mechanism
+from sgt_titan.evaluation.mechanisms import Mechanism, Rotation
 from sgt_titan.evaluation.samples import Sample, batched, generator, padded
 from sgt_titan.evaluation.threat import (
     UNKNOWN,
@@ -23,12 +23,15 @@ from sgt_titan.evaluation.threat import (
     KnownPairs,
     Observation,
     Prior,
+    Public,
     Repeats,
     Seed,
+    Served,
     Size,
     Table,
     Transform,
     Trunk,
+    WithoutSecret,
     grants,
 )
 from sgt_titan.metrics.table import NearDuplicates, near_duplicates
@@ -50,6 +53,19 @@ class World:
     @cached_property
     def table_VD(self) -> torch.Tensor:
         return self.trunk.get_input_embeddings().weight.detach().float()
+
+    @property
+    def rotation(self) -> Rotation:
+        if self.mechanism.rotation is None:
+            raise ValueError(f"{self.mechanism.name} is no rotation: an attack on rotated weights has nothing to see")
+        return self.mechanism.rotation
+
+    @cached_property
+    def public_VD(self) -> torch.Tensor:
+        """The table that attackers have: the trunk's own, unless that was fine-tuned in private before a rotation."""
+        if self.mechanism.rotation is None:
+            return self.table_VD
+        return self.rotation.public.embedding_table().float().to(self.trunk.device)
 
     @cached_property
     def groups(self) -> NearDuplicates:
@@ -92,11 +108,14 @@ class World:
                 MAX_REPEATS, lambda k: observe(self.rows, self.mechanism, self.trunk, self._noise(1 + k))
             ),
             KnownPairs: lambda: known_pairs(self.corpus, self.mechanism, self.trunk, self._noise(-1)),
-            Table: lambda: Table(self.table_VD),
+            Table: lambda: Table(self.public_VD),
             Trunk: lambda: Trunk(self.trunk),
             Prior: lambda: Prior(self.trunk),
             Corpus: lambda: Corpus(self.corpus),
             Transform: lambda: Transform(self.mechanism),
+            Served: lambda: Served(self.rotation.served),
+            Public: lambda: Public(self.rotation.public),
+            WithoutSecret: lambda: WithoutSecret(self.rotation.before),
             Seed: lambda: Seed(self.seed),
         }
         return {name: make[kind]() for name, kind in grants(attack).items()}

@@ -57,7 +57,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.save_future = None
         self.config = config
         self.dataloader = dataloader
-        self.estimator = model_parts[0].estimator
+        self.model = model_parts[0]
         self.optimizers, self.lr_schedulers = optimizers, lr_schedulers
         self.trainer = states["train_state"]
         self.output_dir = Path(base_folder)
@@ -73,11 +73,13 @@ class SGTCheckpointManager(BaseCheckpointManager):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Live tensors by name; loading writes into them in place."""
-        family = self.config.family
-        named = named_weights(self.estimator).items()
-        weights = {SGT + export_name(family, name): tensor.detach() for name, tensor in named}
         moments = {OPTIMIZER + k: v for k, v in self.optimizers.state_dict().items() if isinstance(v, torch.Tensor)}
-        return {**weights, **moments, RNG: torch.get_rng_state()}
+        return {**self.weights(), **moments, RNG: torch.get_rng_state()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is trained."""
+        named = named_weights(self.model.estimator).items()
+        return {SGT + export_name(self.config.family, name): tensor.detach() for name, tensor in named}
 
     def state(self, step: int) -> dict[str, Any]:
         return {

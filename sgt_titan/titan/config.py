@@ -150,9 +150,14 @@ def trainer_config(config: Config, model: SGTModel.Config, prepared: Prepared | 
         prepared=prepared,
     )
     result.validator.enable = False
+    set_shared(result, config)
+    return result
+
+
+def set_shared(result: SGTTrainer.Config, config: Config) -> None:
+    """Write the options that are torchtitan's."""
     for ours, theirs in SHARED.items():
         _set(result, theirs, _get(config, ours))
-    return result
 
 
 def to_trainer_config(config: Config) -> SGTTrainer.Config:
@@ -162,6 +167,10 @@ def to_trainer_config(config: Config) -> SGTTrainer.Config:
         UserError: see ``startup.prepare``.
     """
     cpu_support.install()
+    if config.run.task == "finetune":
+        from . import finetune
+
+        return finetune.to_trainer_config(config)
     prepared = startup.prepare(config)
     model = model_config(prepared.config, prepared.hf, prepared.statistics.scale)
     return trainer_config(prepared.config, model, prepared)

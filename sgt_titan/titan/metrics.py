@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,10 @@ TAGS = {
 
 
 class SGTMetricsProcessor(MetricsProcessor):
-    """torchtitan's metrics with the terms of the step instead of one loss."""
+    """torchtitan's metrics with the terms of the step instead of one loss. reported, tags: their names, in a log."""
+
+    reported: tuple[str, ...] = REPORTED
+    tags: Mapping[str, str] = TAGS
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
@@ -60,14 +64,14 @@ class SGTMetricsProcessor(MetricsProcessor):
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
         """Terms of one microbatch on this rank."""
-        stacked = torch.stack([terms[name].detach().float() for name in REPORTED])
+        stacked = torch.stack([terms[name].detach().float() for name in self.reported])
         self.sums = stacked if self.sums is None else self.sums + stacked
 
     def reduced(self, sums: torch.Tensor) -> dict[str, float]:
         """Terms of the whole step: the sum over all ranks. Collective."""
         sums = sums.clone()
         dist.all_reduce(sums)
-        return dict(zip(REPORTED, sums.tolist(), strict=True))
+        return dict(zip(self.reported, sums.tolist(), strict=True))
 
     def log(
         self,
@@ -87,7 +91,7 @@ class SGTMetricsProcessor(MetricsProcessor):
         ranks = dist.get_world_size()
         memory = self.device_memory_monitor.get_peak_stats()
         metrics = {
-            **{TAGS[name]: value for name, value in terms.items()},
+            **{self.tags[name]: value for name, value in terms.items()},
             "optimizer/grad_norm": grad_norm,
             "optimizer/skipped_steps": float(self.optimizers.skipped),
             "throughput/tokens_per_second": per_rank * ranks,
@@ -107,9 +111,8 @@ class SGTMetricsProcessor(MetricsProcessor):
         probe = "".join(f"  {name} {value:.1%}" for name, value in self.latest_probe.items() if name == "NN-FR")
         self._clear_line()
         logger.info(
-            f"step {step}/{self.config.total_steps}  loss {terms['loss']:.4f}  kl {terms['kl']:.4f}  "
-            f"agree {terms['agreement']:.1%}  mi {terms['mi']:.3f}  |cos| {terms['abs_cos']:.3f}  "
-            f"std {terms['std']:.2f}{probe}  grad {grad_norm:.3f}  {per_rank * ranks:,.0f} tok/s{busy}  "
+            f"step {step}/{self.config.total_steps}  {self.line(terms)}{probe}  "
+            f"grad {grad_norm:.3f}  {per_rank * ranks:,.0f} tok/s{busy}  "
             f"data {metrics['throughput/data_loading_percent']:.2f}%  {memory.max_reserved_gib:.1f} GiB  "
             f"eta {self.eta(step)}"
         )
@@ -117,6 +120,13 @@ class SGTMetricsProcessor(MetricsProcessor):
         self.data_loading_times.clear()
         self.time_last_log = now
         self.device_memory_monitor.reset_peak_stats()
+
+    def line(self, terms: dict[str, float]) -> str:
+        """The step's terms in the log."""
+        return (
+            f"loss {terms['loss']:.4f}  kl {terms['kl']:.4f}  agree {terms['agreement']:.1%}  mi {terms['mi']:.3f}  "
+            f"|cos| {terms['abs_cos']:.3f}  std {terms['std']:.2f}"
+        )
 
     def log_probe(self, step: int, values: dict[str, float]) -> None:
         """Held-out measurements."""

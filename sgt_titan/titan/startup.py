@@ -130,6 +130,21 @@ def prepare(config: Config) -> Prepared:
             lambda: asdict(table_statistics(files.embedding_table())),
         )
     )
+    train_source, probe_source, data_fingerprint = sources(config, tokenizer)
+    return Prepared(
+        config=config,
+        hf=hf,
+        family=family,
+        files=files,
+        statistics=statistics,
+        train_source=train_source,
+        probe_source=probe_source,
+        fingerprints={"trunk": fingerprint, "data": data_fingerprint},
+    )
+
+
+def sources(config: Config, tokenizer: Any) -> tuple[BatchSource, BatchSource, str]:
+    """Batches to train on, batches to probe with, and the data's fingerprint; fills ``template`` and ``steps``."""
     dataset = wait_or_prepare(config, config.trunk.path, rank())
     config.data.template = dataset.meta["options"]["template"]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
@@ -148,16 +163,7 @@ def prepare(config: Config) -> Prepared:
     probe_source = source(held_out, global_batch_size=config.metrics.probe_samples)
     if config.training.steps == 0:
         config.training.steps = train_source.steps(config.training.epochs)
-    return Prepared(
-        config=config,
-        hf=hf,
-        family=family,
-        files=files,
-        statistics=statistics,
-        train_source=train_source,
-        probe_source=probe_source,
-        fingerprints={"trunk": fingerprint, "data": dataset.fingerprint},
-    )
+    return train_source, probe_source, dataset.fingerprint
 
 
 def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: TrunkFiles) -> None:

@@ -21,6 +21,12 @@ from sgt_titan.errors import UserError
 EMBEDDING = "model.embed_tokens.weight"
 FP8_BLOCK = 128  # rows and columns that share one scale in DeepSeek-V3's fp8 checkpoints
 SAMPLE_BYTES = 4096
+TOKENIZER = ("tokenizer", "special_tokens_map", "vocab.json", "merges.txt", "added_tokens", "chat_template")
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """What a client needs to make the ids that a checkpoint was trained on."""
+    return sorted(file for file in path.iterdir() if file.is_file() and file.name.startswith(TOKENIZER))
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,10 @@ class TrunkFiles:
         for dim, part in enumerate(region):
             scale = scale.index_select(dim, torch.arange(part.start, part.stop) // FP8_BLOCK)
         return tensor.float() * scale
+
+    def close(self) -> None:
+        """Unmap the files; reading opens them again. A process that walks a whole checkpoint else keeps it resident."""
+        self._open.clear()
 
     def embedding_table(self) -> torch.Tensor:
         """The embedding table (V, D) in its stored dtype."""

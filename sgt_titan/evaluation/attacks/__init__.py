@@ -19,6 +19,10 @@ from sgt_titan.evaluation.attacks import (
     known_plaintext,
     map_search,
     nearest,
+    rotation_invariants,
+    rotation_inverter,
+    rotation_procrustes,
+    rotation_spectral,
 )
 from sgt_titan.evaluation.threat import Cost, Guess
 
@@ -100,5 +104,37 @@ ATTACKS: dict[str, Attack] = {
             "standard": {"steps": 1500, "layers": 3, "width": 256},
             "full": {"steps": 10_000, "layers": 6, "width": 384},
         },
+    ),
+}  # fmt: skip
+
+CONJFORMER = "docs/CONJFORMER.md"
+
+# On what was sent in a secret basis, and only there.
+ROTATION: dict[str, Attack] = {
+    "norm_matching": Attack(
+        "norm matching", rotation_invariants.norm_matching, nearest.cost, FOLKLORE, EVERY
+    ),
+    "gram_matching": Attack(
+        "Gram matching, then Procrustes", rotation_invariants.gram_matching, rotation_invariants.cost, FOLKLORE,
+        _by_suite("candidates", 32, 64, 256),
+    ),
+    "fingerprints": Attack(
+        "attention-logit fingerprints", rotation_invariants.fingerprints, nearest.cost, CONJFORMER, EVERY
+    ),
+    "procrustes": Attack(
+        "Procrustes from known pairs", rotation_procrustes.procrustes, rotation_procrustes.cost, FOLKLORE,
+        _by_suite("most", 4_096, 4_096, 65_536),
+    ),
+    "invariant_inverter": Attack(
+        "learned inverter without the secret", rotation_inverter.invariant_inverter, rotation_inverter.cost, CONJFORMER,
+        _by_suite("steps", 300, 1_500, 10_000),
+    ),
+    "spectral": Attack(
+        "spectral weight matching", rotation_spectral.spectral, rotation_spectral.cost, CONJFORMER, EVERY
+    ),
+    "spectral_inverter": Attack(
+        "spectral matching, then learned inverter", rotation_spectral.spectral_inverter, rotation_spectral.cost,
+        CONJFORMER,
+        {"quick": {"steps": 300}, "standard": {"steps": 1500}, "full": {"steps": 10_000, "layers": 6, "width": 384}},
     ),
 }  # fmt: skip

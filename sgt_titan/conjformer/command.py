@@ -1,0 +1,113 @@
+"""``sgt-titan conjform``: a checkpoint into a secretly rotated basis, or into scalar norms for fine-tuning."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sgt_titan.arguments import Parser
+from sgt_titan.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; imports nothing heavy."""
+    found = Parser(
+        prog="sgt-titan conjform",
+        description="Write a checkpoint in a secretly rotated basis: OUT is for the server, --secret and --client for "
+        "the client. The server answers inputs_embeds with a rotated output and never sees a token.",
+        epilog="docs/CONJFORMER.md says what this protects against and what it does not: against a server that knows "
+        "the public checkpoint it does not protect.",
+        allow_abbrev=False,
+    )
+    found.add_argument("trunk", metavar="TRUNK", help="Hugging Face checkpoint: Llama, Qwen2, Qwen3 or GPT-2")
+    found.add_argument("out", metavar="OUT", type=Path, help="the server's directory, to be made")
+    found.add_argument("--secret", metavar="FILE", type=Path, help="where to write the secret (mode 0600), not in OUT")
+    found.add_argument("--client", metavar="DIR", type=Path, help="the client's directory (default: OUT-client)")
+    found.add_argument(
+        "--norms",
+        choices=("fold", "mean"),
+        default="fold",
+        help="gains folded into the next linears, exact (default); or their mean, as published, to be fine-tuned",
+    )
+    found.add_argument("--plain", action="store_true", help="scalar norms but no rotation: the start of a fine-tuning")
+    found.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
+    found.add_argument(
+        "--compute", choices=("float64", "float32"), default="float64", help="of the products (default float64)"
+    )
+    found.add_argument("--device", default="cpu", help="where the products are computed (default cpu)")
+    found.add_argument("--shard-size", type=float, default=2.0, metavar="GB", help="of a written file (default 2)")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0.
+
+    Raises:
+        UserError: bad options, a trunk that cannot be converted, targets in use, a disk without room.
+    """
+    arguments = parser().parse_args(argv)
+    out, file = arguments.out, arguments.secret
+    client = arguments.client or out.with_name(f"{out.name}-client")
+    _checked(arguments, client)
+    import torch
+
+    from sgt_titan.conjformer import secret as secrets
+    from sgt_titan.conjformer.convert import Conversion
+    from sgt_titan.conjformer.write import check_target, write_client, write_server
+
+    check_target(out, "OUT")
+    if not arguments.plain:
+        check_target(client, "--client")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {arguments.device}: torch finds no such device here") from None
+    secret = None if arguments.plain else secrets.Secret.fresh()
+    conversion = Conversion(
+        arguments.trunk,
+        secret,
+        norms=arguments.norms,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        compute=getattr(torch, arguments.compute),
+        device=arguments.device,
+    )
+    if secret is not None:
+        secrets.save(secret, file)  # first: a server without its secret is of no use
+    try:
+        if secret is not None:
+            write_client(conversion, client)
+        write_server(conversion, out, shard_bytes=int(arguments.shard_size * 1e9), say=_say)
+    except BaseException:
+        if secret is not None and not out.exists():
+            file.unlink(missing_ok=True)
+        raise
+    if secret is None:
+        print(f"scalar norms, plain basis: {out}")
+    else:
+        print(f"server: {out}\nclient: {client}\nsecret: {file} (give it to nobody who runs the server)")
+    return 0
+
+
+def _checked(arguments: argparse.Namespace, client: Path) -> None:
+    out, file = arguments.out, arguments.secret
+    if arguments.plain == (file is not None):
+        raise UserError("give --secret FILE to rotate, or --plain for scalar norms without a rotation")
+    if arguments.plain and arguments.client:
+        raise UserError("--client belongs to a rotation, not to --plain")
+    if arguments.shard_size <= 0:
+        raise UserError(f"--shard-size must be positive, got {arguments.shard_size:g}")
+    if file is not None:
+        if out.absolute() in file.absolute().parents:
+            raise UserError(f"--secret {file}: lies in {out}, which the server gets; keep the secret elsewhere")
+        if client.absolute() == out.absolute() or out.absolute() in client.absolute().parents:
+            raise UserError(f"--client {client}: lies in {out}, which the server gets; choose another directory")
+        if file.exists():
+            raise UserError(f"--secret {file}: exists; a conversion makes a new secret, choose another file")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,31 @@
+"""The shipped fine-tunings load and fit their cluster; what a fine-tuning cannot do is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from sgt_titan.config.load import load, resolve, validate
+from sgt_titan.errors import UserError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "train_configs" / "conjformer").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_valid(path, monkeypatch):
+    monkeypatch.setenv("SGT_TRUNKS", "/nothing")
+    monkeypatch.setenv("SGT_TITAN_CONJFORMER", "/nothing")
+    config = load(str(path))
+    size = config.cluster.nodes * config.cluster.gpus_per_node
+    config = resolve(config, world_size=size)
+    validate(config, size, None)
+    assert config.run.task == "finetune" and path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    "words", (("--parallelism.tensor_parallel_degree", "2"), ("--data.packing", "true")), ids=lambda words: words[0]
+)
+def test_refusals(words, monkeypatch):
+    monkeypatch.setenv("SGT_TITAN_CONJFORMER", "/nothing")
+    path = next(path for path in CONFIGS if path.stem == "stories3m")
+    with pytest.raises(UserError, match=r"run\.task finetune"):
+        validate(resolve(load(str(path), list(words)), world_size=2), 2, None)
