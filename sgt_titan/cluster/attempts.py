@@ -21,6 +21,8 @@ from sgt_titan.cluster import status
 FILE = "attempts.jsonl"
 WITHOUT_PROGRESS = 2  # restarts in a row that may die without a new checkpoint
 
+STOPPED = ("stopped", "unfit")  # ended before its time, and not by dying
+
 Decision = Literal["", "done", "requeue", "stop"]
 
 
@@ -88,7 +90,11 @@ def end(output_dir: str | Path, attempt: str, *, restarts: int, max_restarts: in
     state = "finished" if found.get("state") == "finished" else own.get("state", "")
     last = newest_step(output_dir)
     decision, reason = decide(
-        state, own.get("reason", ""), restarts, max_restarts, [*_died_in_vain(history), last <= begun.first_step]
+        state,
+        own.get("reason", ""),
+        restarts,
+        max_restarts,
+        [*_died_in_vain(history, attempt), last <= begun.first_step],
     )
     entry = Attempt(
         attempt,
@@ -128,12 +134,11 @@ def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: lis
     return "requeue", "died" if not tail else "died without a new checkpoint"
 
 
-def _died_in_vain(history: list[Attempt]) -> list[bool]:
-    return [
-        entry.last_step <= entry.first_step
-        for entry in history
-        if entry.ended and entry.state not in ("stopped", "unfit")
-    ]
+def _died_in_vain(history: list[Attempt], attempt: str) -> list[bool]:
+    """Of the earlier attempts of this job: somebody who submits again has seen the others."""
+    job = attempt.rpartition(".")[0]
+    own = [entry for entry in history if entry.attempt.rpartition(".")[0] == job]
+    return [entry.last_step <= entry.first_step for entry in own if entry.ended and entry.state not in STOPPED]
 
 
 def _append(output_dir: str | Path, entry: Attempt) -> None:

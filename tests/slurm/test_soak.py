@@ -17,7 +17,7 @@ from conftest import assert_same
 KILLS = int(os.environ.get("SGT_SOAK_KILLS", "3"))
 SEED = int(os.environ.get("SGT_SOAK_SEED", "0"))
 STEPS = int(os.environ.get("SGT_SOAK_STEPS", "40"))
-LONGEST = float(os.environ.get("SGT_SOAK_SECONDS", "30"))  # after an attempt's beginning that a kill may come
+LONGEST = float(os.environ.get("SGT_SOAK_SECONDS", "30"))  # between kills
 
 pytestmark = pytest.mark.slurm
 
@@ -26,19 +26,13 @@ def test_soak(cluster, submit):
     words = ("--training.steps", str(STEPS))
     whole = submit(*words).finish(600)
     chance = random.Random(SEED)
-    run, kills, seen = submit(*words, step_seconds=0.3), [], 0
-    while len(kills) < KILLS:
-        state = next_attempt(cluster, run, seen)
-        if state == "COMPLETED":
-            break
-        if state == "FAILED":  # too often in a row before a new checkpoint: it would be a person's turn
-            submit(*words, step_seconds=0.3, run=run)
-            continue
-        seen = len(run.attempts)
+    run, kills = submit(*words, step_seconds=0.3), []
+    while len(kills) < KILLS and cluster.state(run.jobs[-1]) != "COMPLETED":
         time.sleep(chance.uniform(0, LONGEST))
+        if cluster.state(run.jobs[-1]) == "FAILED":  # too often in a row before a new checkpoint: a person's turn
+            submit(*words, step_seconds=0.3, run=run)
         victims = cluster.processes(command="sgt_titan.train")
-        if not victims:  # between attempts, or not yet begun: look again
-            seen -= 1
+        if not victims:  # between attempts, or not yet begun
             continue
         before = run.step
         if chance.random() < 0.2:  # a node's power
@@ -51,21 +45,14 @@ def test_soak(cluster, submit):
                 os.kill(chance.choice(victims), signal.SIGKILL)
                 kills.append(("process", before))
     run.finish(600)
-    lost = [a.last_step - a.first_step for a in run.attempts]
+    new = [a.last_step - a.first_step for a in run.attempts]
     print(
         f"\nsoak: seed {SEED}, {len(kills)} kills ({sum(1 for k, _ in kills if k != 'process')} of nodes), "
-        f"{len(run.attempts)} attempts, {sum(1 for n in lost if n == 0)} of them without a new checkpoint, "
+        f"{len(run.attempts)} attempts, {sum(1 for n in new if n <= 0)} of them without a new checkpoint, "
         f"submitted {len(run.jobs)} times, {STEPS} steps"
     )
     assert len(kills) == KILLS or run.step == STEPS
     assert_same(run, whole)
-
-
-def next_attempt(cluster, run, seen: int) -> str:
-    """Wait until more attempts than ``seen`` have begun, or the job has ended; its state."""
-    ended = ("COMPLETED", "FAILED")
-    run.until(lambda: len(run.attempts) > seen or cluster.state(run.jobs[-1]) in ended, "an attempt", 180)
-    return cluster.state(run.jobs[-1])
 
 
 def nodes(cluster, run) -> list[str]:

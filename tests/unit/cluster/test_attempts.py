@@ -70,3 +70,11 @@ def test_a_cut_off_line_is_left_out(tmp_path):
     with (tmp_path / attempts.FILE).open("a") as file:
         file.write('{"attempt": "slurm-1.')
     assert [a.attempt for a in attempts.read(tmp_path)] == ["slurm-1.0"]
+
+
+def test_a_new_job_begins_to_count_anew(tmp_path):
+    for restart, decision in ((0, "requeue"), (1, "requeue"), (2, "stop")):
+        begin(tmp_path, f"slurm-1.{restart}", 4)
+        assert end(tmp_path, f"slurm-1.{restart}", restarts=restart, max_restarts=50).decision == decision
+    begin(tmp_path, "slurm-2.0", 4)
+    assert end(tmp_path, "slurm-2.0", restarts=0, max_restarts=50).decision == "requeue"
