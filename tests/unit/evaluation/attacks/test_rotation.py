@@ -12,6 +12,7 @@ from worlds import pure_noise, random_rows, tiny_trunk, top1
 from sgt_titan.conjformer.client import Client
 from sgt_titan.conjformer.command import main
 from sgt_titan.conjformer.secret import Secret, load
+from sgt_titan.errors import UserError
 from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
 from sgt_titan.evaluation.attacks.rotation_invariants import self_scores
 from sgt_titan.evaluation.attacks.rotation_inverter import InvariantReader
@@ -212,3 +213,25 @@ def test_utility_is_that_of_the_plain_model(exact, trunk):
     batch = padded(rows, 0, torch.device("cpu"))
     clean, ours = (measured(trunk, [batch], m, torch.Generator()) for m in (nothing(), exact.mechanism))
     assert abs(perplexity(ours) / perplexity(clean) - 1) < 1e-4 and (ours.agree_N == 1).double().mean() > 0.99
+
+
+def test_spectral_matching_finds_gpt2_s_secret(tmp_path):
+    """LayerNorm, fused and transposed projections, positions at the client: the weights tell the basis all the same."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=32, n_embd=24, n_layer=3, n_head=2))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.copy_(torch.randn(tensor.shape) * (0.3 if tensor.dim() == 1 else 1) + (".ln_" in name))
+    model.save_pretrained(tmp_path / "trunk")
+    (tmp_path / "trunk" / "tokenizer.json").write_text("{}")
+    server, key = tmp_path / "server", tmp_path / "key"
+    assert main([str(tmp_path / "trunk"), str(server), "--secret", str(key)]) == 0
+    found = recover(TrunkFiles(server), TrunkFiles(tmp_path / "trunk"))
+    client = Client.load(tmp_path / "server-client", load(key), dtype=torch.float64)
+    x_ND = client.embed(torch.arange(30)[None])[0]
+    undone = client.rotate(x_ND) @ found.U_DD
+    torch.testing.assert_close(undone, x_ND, atol=1e-3, rtol=1e-3)  # the direction of all ones is never used
+    with pytest.raises(UserError, match="positions are added"):
+        load_rotation(nothing(), server, tmp_path / "server-client", key, tmp_path / "trunk")
