@@ -14,13 +14,13 @@ class Admission:
 
     def __init__(self, active: int, waiting: int, wait_s: float):
         self._slots = asyncio.Semaphore(active)
-        self._most, self._wait_s = waiting, wait_s
+        self._most, self._wait_s = active + waiting, wait_s
         self.waiting = self.active = 0
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Raises RequestError (503) if too many wait already, or none came free in time."""
-        if self._slots.locked() and self.waiting >= self._most:
+        if self.active + self.waiting >= self._most:  # counted here: several may arrive before one has its slot
             raise RequestError("the proxy is overloaded; try again", status=503, code="overloaded")
         self.waiting += 1
         try:

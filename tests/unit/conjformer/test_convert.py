@@ -134,16 +134,16 @@ def test_shards_hold_the_same_tensors(rotated, tmp_path):
 
 
 def test_memory_is_bounded_by_a_shard(tmp_path):
-    """A checkpoint of 640 MB in shards converts in less memory than it has, beside what importing takes."""
+    """A checkpoint of 256 MB in shards converts in less memory than it has, beside what importing takes."""
     config = {
-        "model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 40,
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16,
         "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 64, "tie_word_embeddings": True,
     }  # fmt: skip
     trunk = tmp_path / "big"
     trunk.mkdir()
     (trunk / "config.json").write_text(json.dumps(config))
     names = {}
-    for layer in range(40):
+    for layer in range(16):
         start = f"model.layers.{layer}."
         shapes = {f"self_attn.{p}_proj": (512, 512) for p in "qkvo"}
         shapes |= {"mlp.gate_proj": (2048, 512), "mlp.up_proj": (2048, 512), "mlp.down_proj": (512, 2048)}
@@ -164,13 +164,13 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
         "main(sys.argv[1:])\n"
         "print('grown', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    words = [str(trunk), str(tmp_path / "out"), "--secret", str(tmp_path / "s"), "--shard-size", "0.05", "--compute",
+    words = [str(trunk), str(tmp_path / "out"), "--secret", str(tmp_path / "s"), "--shard-size", "0.02", "--compute",
              "float32"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     grown = int(done.stdout.split("grown")[1]) * 1024
-    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) > 600e6
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) > 240e6
     # Pages of mapped source files count as resident until the kernel wants them back, those written do not.
-    assert grown < 0.5 * 640e6, f"{grown / 1e6:.0f} MB"
+    assert grown < 0.75 * 256e6, f"{grown / 1e6:.0f} MB"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -237,8 +237,8 @@ def test_a_client_that_leaves_cancels_the_upstream(trunk, sgt, stream):
 
 
 def test_back_pressure(trunk, sgt):
-    trunk.delay_s = 0.05
-    with proxy(trunk, sgt, active=1, waiting=1, wait_s=5) as url:
+    trunk.delay_s = 0.15  # an answer takes longer than six requests take to arrive on a busy machine
+    with proxy(trunk, sgt, active=1, waiting=1, wait_s=15) as url:
 
         async def flood():
             async with httpx.AsyncClient(timeout=20) as client:
