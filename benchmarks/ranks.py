@@ -53,7 +53,7 @@ def worker(rank: int, world: int, port: int, queue) -> None:
         return original(params, *args, **kwargs)
 
     fsdp.foreach_all_gather = counted
-    size = replace(arms.CPU, rows=1)
+    size = replace(arms.CPU, rows=2)  # a pair needs two
     once = arms.ours(size)
     build = arms.model_of
 

@@ -314,7 +314,8 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("left", [0, 600_000])
 def test_disk_full_for_real(left, small, small_disk):
     """Somebody else fills the disk after the check of the free space: before the first file, and amid the shards."""
-    options = (*SHORT, "--training.local_batch_size", "2")
+    # Waiting for the save, since what training goes on to log would go to the same full disk.
+    options = (*SHORT, "--training.local_batch_size", "2", "--checkpoint.asynchronous", "false")
     _, outcome = small.run(2, *options, folder=small_disk, hooks=(launch.FillDisk(step=4, left=left),))
     (small_disk / "filler").unlink()
     assert_kept_step_2_and_goes_on(outcome, small_disk, small, options)
@@ -322,7 +323,8 @@ def test_disk_full_for_real(left, small, small_disk):
 
 def test_disk_full_before_the_save(small, small_disk):
     """Found by the check of the free space, before anything is written."""
-    options = (*SHORT, "--training.local_batch_size", "2")
+    # Waiting for the save, since what training goes on to log would go to the same full disk.
+    options = (*SHORT, "--training.local_batch_size", "2", "--checkpoint.asynchronous", "false")
     filler = launch.FillDisk(step=4, left=300_000, before_check=True)
     _, outcome = small.run(2, *options, folder=small_disk, hooks=(filler,))
     (small_disk / "filler").unlink()
