@@ -19,6 +19,7 @@ from .weights import (
     gathered_elements,
     head_dim,
     head_weights,
+    layer_weights,
     shard_elements,
     total,
     trunk_layers,
@@ -80,11 +81,15 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         saved += estimator_layers * size * 2 * tokens * width
     group = max(config.objective.mi_group, training.local_batch_size)
     pairs = PAIR_COPIES * group * own_tokens // training.local_batch_size
-    in_flight = LAYERS_IN_FLIGHT if degrees.fsdp > 1 or degrees.ep > 1 else 1
     norm, lm_head = end_weights(trunk)
     # A tied table is gathered from the embedding to the loss, an lm_head of its own during the loss alone.
     tied = bool(trunk.get("tie_word_embeddings"))
-    stay_gathered = [norm, *head_weights(trunk), *([lm_head] if tied else [])]
+    if degrees.gathers:
+        in_flight = LAYERS_IN_FLIGHT * layer_gathered
+        stay_gathered = [norm, *head_weights(trunk), *([lm_head] if tied else [])]
+    else:  # the estimator alone, cast to the type it computes in
+        in_flight = size * total(gathered_elements, layer_weights(trunk, experts=False), degrees)
+        stay_gathered = head_weights(trunk)
     vocabulary = ceil(trunk["vocab_size"] / tp)
     chunk = training.loss_chunk_tokens or max(128, 1 << (CHUNK_LOGITS // vocabulary).bit_length() - 1)
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
@@ -95,11 +100,11 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         estimator=FP32 * elements,
         optimizer=3 * FP32 * elements,
         buffers=FP32 * layers * training.seq_len * rope,
-        gathered=in_flight * layer_gathered + size * total(gathered_elements, stay_gathered, degrees),
+        gathered=in_flight + size * total(gathered_elements, stay_gathered, degrees),
         saved=saved,
         layer=size * _layer_passing(trunk, degrees, tokens) + (kept if recomputed else 0),
         transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows
-        logits=(0 if tied else size * gathered_elements(lm_head, degrees))
+        logits=(size * gathered_elements(lm_head, degrees) if degrees.gathers and not tied else 0)
         + HIDDEN_COPIES * size * tokens * width
         + (2 * size + 3 * FP32 + 1) * min(chunk, tokens) * vocabulary,
     )

@@ -46,6 +46,11 @@ class Degrees:
     def efsdp(self) -> int:
         return self.fsdp * self.tp // self.ep
 
+    @property
+    def gathers(self) -> bool:
+        """Whether frozen weights are split by FSDP, and so copied when they are used."""
+        return self.fsdp > 1 or self.ep > 1
+
 
 def column(rows: int, width: int) -> Weight:
     """A linear layer split over its outputs."""

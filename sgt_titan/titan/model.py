@@ -166,10 +166,14 @@ class SGTModel(BaseModel):
         self.trunk.eval()  # frozen: no router statistics, no dropout
         return self
 
-    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """Buffers only: the trunk's weights come from its checkpoint, the estimator's from ``initialize``."""
+    def tie(self) -> None:
+        """One parameter for a tied table and lm_head: sharding and ``to_empty`` make two of them."""
         if self.config.trunk.enable_weight_tying:
             self.trunk.tok_embeddings.weight = self.trunk.lm_head.weight
+
+    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
+        """Buffers only: the trunk's weights come from its checkpoint, the estimator's from ``initialize``."""
+        self.tie()
         for module in self.modules():
             if isinstance(module, Module):
                 module._param_init = {name: _leave for name, _ in module.named_parameters(recurse=False)}

@@ -49,9 +49,15 @@ def parallelize_sgt(
         model.parallelize(parallel_dims)
     if parallel_dims.tp_enabled:
         model.tp_mesh = parallel_dims.get_mesh("tp")
-        if model.trunk.enable_weight_tying:  # each got a DTensor of its own; tied again, they are gathered once
-            model.trunk.tok_embeddings.weight = model.trunk.lm_head.weight
+        model.tie()  # or FSDP gathers the table and lm_head one by one
 
+    wrap_blocks(model, compile_config=compile_config, ac_config=ac_config, dump_folder=dump_folder)
+    apply_fsdp(model, parallel_dims, training, parallelism)
+    return model
+
+
+def wrap_blocks(model, *, compile_config, ac_config, dump_folder: str) -> None:
+    """Recomputation and compilation, a block at a time; the teacher is never recomputed."""
     trunk, bodies = model.trunk, model.estimator.bodies
     if ac_config is not None:
         policy = ac_config.build(dump_folder=dump_folder)
@@ -65,30 +71,26 @@ def parallelize_sgt(
         for block in blocks:
             block.compile(backend=compile_config.backend, fullgraph=True)
 
-    apply_fsdp(model, parallel_dims, training, parallelism)
-    return model
-
 
 def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> None:
     """One FSDP unit per decoder layer; embeddings, final norm and lm_head, and the heads, as units of their own."""
-    replicated = parallel_dims.dp_replicate_enabled
-    mesh = parallel_dims.get_mesh(["dp_replicate", "fsdp"] if replicated else ["fsdp"])
+    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+    mesh = parallel_dims.get_mesh(names)
     reshard = get_fsdp_reshard_after_forward_policy(parallelism.fsdp_reshard_after_forward, pp_enabled=False)
     keep = parallelism.fsdp_reshard_after_forward == "always"
 
-    def shard(module, *, dtype: torch.dtype, reshard_after_forward: bool, **kwargs) -> None:
+    def shard(module, *, dtype: torch.dtype | None, reshard_after_forward: bool, **kwargs) -> None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
 
-    trunk, dtype = model.trunk, model.config.trunk_dtype
-    if trunk.enable_weight_tying:
-        shard([trunk.tok_embeddings, trunk.lm_head], dtype=dtype, reshard_after_forward=True)
-    else:
-        shard(trunk.tok_embeddings, dtype=dtype, reshard_after_forward=True)
-        shard(trunk.lm_head, dtype=dtype, reshard_after_forward=True)
-    shard(trunk.norm, dtype=dtype, reshard_after_forward=keep)
-    for dual in trunk.layers.values():
-        shard(dual, dtype=dtype, reshard_after_forward=reshard, **expert_placement(dual, parallel_dims, mesh))
+    trunk, whole = model.trunk, mesh["fsdp"].size() == 1 and not parallel_dims.ep_enabled
+    if not whole:  # frozen weights are stored in the type they are used in: None, no cast
+        table = [trunk.tok_embeddings, trunk.lm_head]
+        for unit in [table] if trunk.enable_weight_tying else table:
+            shard(unit, dtype=None, reshard_after_forward=True)
+        shard(trunk.norm, dtype=None, reshard_after_forward=keep)
+        for dual in trunk.layers.values():
+            shard(dual, dtype=None, reshard_after_forward=reshard, **expert_placement(dual, parallel_dims, mesh))
 
     estimator, dtype = model.estimator, TORCH_DTYPE_MAP[training.mixed_precision_param]
     for body in estimator.bodies:
@@ -96,7 +98,9 @@ def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> Non
             shard(layer, dtype=dtype, reshard_after_forward=reshard)
     heads = [*(body.norm for body in estimator.bodies), estimator.mean_head, estimator.log_std_head]
     shard(heads, dtype=dtype, reshard_after_forward=keep)
-    shard(model, dtype=dtype, reshard_after_forward=keep)
+    # A trunk that is not split has nobody to be gathered from: FSDP would only copy it, twice a step.
+    ignored = set(trunk.parameters()) if whole else None
+    shard(model, dtype=dtype, reshard_after_forward=keep, ignored_params=ignored)
 
     # FSDP prefetches, in the backward pass, what ran before in the forward pass: here the embedding table, which no
     # gradient reaches. A layer that prefetches itself prefetches nothing.
@@ -131,6 +135,6 @@ def expert_placement(dual, parallel_dims: ParallelDims, mesh) -> dict:
             )
 
         return {"shard_placement_fn": placement}
-    if mesh[mesh.mesh_dim_names[-1]].size() > experts.num_experts:
+    if mesh["fsdp"].size() > experts.num_experts:
         return {"shard_placement_fn": lambda param: Shard(1) if param in expert_params else None}
     return {}

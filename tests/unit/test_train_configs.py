@@ -128,7 +128,8 @@ def test_model_is_built_at_its_world_size(name, built):
     facts, (config, _, world_size) = built[name], resolved(name)
     assert facts["world_size"] == world_size
     assert facts["trunk_is_frozen"] and facts["estimator_is_trained"]
-    assert facts["every_parameter_is_sharded"]
+    # A process alone shards nothing but the estimator, which FSDP casts: a frozen trunk stays where it is.
+    assert all(world_size == 1 and parameter.startswith("trunk.") for parameter in facts["unsharded_parameters"])
     recomputed = config.activation_checkpoint.mode == "full"
     assert facts["recomputed_blocks"] == (facts["blocks"] if recomputed else 0)
     assert facts["trunk_dtype"] == ("torch.bfloat16" if name in SHIPPED else "torch.float32")
@@ -261,10 +262,12 @@ def _facts(name: str) -> dict:
         )
 
         def local_bytes(module) -> int:
-            return sum(p.to_local().numel() * p.element_size() for p in module.parameters())
+            return sum(getattr(p, "_local_tensor", p).numel() * p.element_size() for p in module.parameters())
 
-        def gathered(p: DTensor) -> int:
+        def gathered(p: torch.Tensor) -> int:
             """Bytes once FSDP has gathered it: what tensor and expert parallelism leave to a rank."""
+            if not isinstance(p, DTensor):
+                return p.numel() * p.element_size()
             split = [
                 p.device_mesh.size(i)
                 for i, (axis, placement) in enumerate(zip(p.device_mesh.mesh_dim_names, p.placements, strict=True))
@@ -277,7 +280,7 @@ def _facts(name: str) -> dict:
         facts |= {
             "trunk_is_frozen": not any(p.requires_grad for p in model.trunk.parameters()),
             "estimator_is_trained": all(p.requires_grad for p in model.estimator.parameters()),
-            "every_parameter_is_sharded": all(isinstance(p, DTensor) for p in parameters.values()),
+            "unsharded_parameters": [n for n, p in parameters.items() if not isinstance(p, DTensor)],
             "recomputed_blocks": sum(isinstance(m, CheckpointWrapper) for m in model.modules()),
             "trunk_dtype": str(model.trunk.norm.block.weight.dtype),
             "estimator_dtype": str(model.estimator.mean_head.weight.dtype),

@@ -146,6 +146,7 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
         rows, length, width = config.training.local_batch_size, config.training.seq_len, trunk["hidden_size"]
         with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
             model.to_empty(device="cpu").train()
+            model.tie()
             for tensor in (*model.parameters(), *model.buffers()):
                 storages.add(tensor)
             before, storages.peak = storages.total(), 0

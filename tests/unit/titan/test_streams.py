@@ -6,6 +6,8 @@ import weakref
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.dataloader import microbatch_inputs
@@ -80,7 +82,12 @@ def test_one_call_is_two_forwards(trainer):
         stop()
         for module, (teacher, student, *rest), (teacher_out, student_out) in seen:
             assert not torch.equal(teacher, student)
-            module.unshard()
             assert torch.equal(module.block(teacher, *rest), teacher_out)
             assert torch.equal(module.block(student, *rest), student_out)
-            module.reshard()
+
+
+def test_a_trunk_that_is_not_split_is_not_copied(trainer):
+    """One process has nobody to gather from: its frozen weights are used where they lie."""
+    trunk = trainer.model_parts[0].trunk
+    assert not any(isinstance(module, FSDPModule) for module in trunk.modules())
+    assert not any(isinstance(weight, DTensor) for weight in trunk.parameters())
