@@ -263,6 +263,8 @@ def _task_problems(config: Config) -> Iterator[str]:
             yield f"parallelism.{name}: run.task finetune is data-parallel only; it must be 1"
     if config.data.packing:
         yield "data.packing: run.task finetune trains on unpacked rows; set it to false"
+    if config.trunk.float8 != "none":
+        yield "trunk.float8: run.task finetune trains the trunk, which needs its own type; set it to none"
 
 
 def _data_problems(config: Config, device: str | None) -> Iterator[str]:
@@ -356,10 +358,34 @@ def _trunk_problems(config: Config, trunk_config: dict[str, Any]) -> Iterator[st
             f"teacher_cache.top_k {config.teacher_cache.top_k}: with expert parallelism all ranks must run the teacher "
             "or none; set it to 0"
         )
+    if config.trunk.float8 != "none" and experts:
+        yield (
+            f"trunk.float8 {config.trunk.float8}: the weights of experts, most of this trunk, cannot be in float8; set it "
+            "to none"
+        )
+    elif config.trunk.float8 == "products":
+        yield from _float8_problems(trunk, tp)
     if ep > 1 and not experts:
         yield f"parallelism.expert_parallel_degree {ep}: the trunk has no experts; it must be 1"
     elif ep > 1 and experts % ep:
         yield f"parallelism.expert_parallel_degree {ep} does not divide the trunk's {experts} experts"
+
+
+def _float8_problems(trunk: dict[str, Any], tp: int) -> Iterator[str]:
+    heads, width = trunk.get("num_attention_heads") or 1, trunk.get("hidden_size") or 0
+    head_dim = trunk.get("head_dim") or width // heads
+    for name, size in (
+        ("hidden_size", width),
+        ("intermediate_size", (trunk.get("intermediate_size") or 0) // tp),
+        ("num_attention_heads * head_dim", heads * head_dim // tp),
+        ("num_key_value_heads * head_dim", (trunk.get("num_key_value_heads") or heads) * head_dim // tp),
+    ):
+        if size % 16:
+            part = f" / tensor_parallel_degree {tp}" if tp > 1 and name != "hidden_size" else ""
+            yield (
+                f"trunk.float8 products: the trunk's {name}{part} is {size}, and float8 products need multiples of 16; "
+                "set it to weights or none"
+            )
 
 
 def _multiples(value: int, unit: int) -> str:

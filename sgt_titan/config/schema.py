@@ -66,6 +66,11 @@ class Trunk:
                                 "relative to the YAML file. If both exist they must agree.")  # fmt: skip
     dtype: Literal["auto", "bfloat16", "float32"] = opt(
         "auto", "Storage and compute type of the frozen weights. auto: bfloat16 on GPU, float32 on CPU.")  # fmt: skip
+    float8: Literal["none", "weights", "products"] = opt(
+        "none", "Matrices of the decoder layers in float8 (e4m3, a scale a row). weights: half the memory of the shards and "
+                "half the bytes of FSDP's gathers, products as before. products: they too, with activations rounded; GPUs "
+                "of compute capability 8.9 and newer (not A100). Either trains against a rounded trunk, teacher and "
+                "student alike: measure what that costs first (docs/PERFORMANCE.md).")  # fmt: skip
 
 
 @dataclass(kw_only=True)

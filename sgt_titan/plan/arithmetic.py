@@ -19,7 +19,8 @@ from .weights import (
     end_weights,
     estimator_weights,
     gathered_elements,
-    total,
+    stored_layers,
+    total_bytes,
     trunk_layers,
 )
 
@@ -119,7 +120,7 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
     work = sum(_work(w, trunk) for w in weights) + sum(_work(w, trunk) for w in estimator)
     recompute = 2 * work if config.activation_checkpoint.mode == "full" else 0
     size = item_size(config)
-    layer_bytes = [size * total(gathered_elements, layer, degrees) for layer in layers]
+    layer_bytes = [total_bytes(gathered_elements, layer, degrees, size) for layer in stored_layers(config, trunk)]
     microbatches = training.global_batch_size // (training.local_batch_size * degrees.dp)
     return Plan(
         degrees=degrees,

@@ -21,8 +21,9 @@ from .weights import (
     head_weights,
     layer_weights,
     shard_elements,
+    stored_layers,
     total,
-    trunk_layers,
+    total_bytes,
 )
 
 BF16, FP32 = 2, 4
@@ -41,7 +42,7 @@ CHUNK_LOGITS = 2**26  # as in objectives/distillation.py, which needs torch
 class Memory:
     """Bytes on the fullest GPU. The first four stay for the whole run; ``peak`` says which of the others coincide."""
 
-    trunk: int  # shard of the frozen weights, bf16 on a GPU
+    trunk: int  # shard of the frozen weights, bf16 on a GPU, or layers in float8
     estimator: int  # float32 shard of the weights
     optimizer: int  # float32 shards of the gradients and of Adam's two moments
     buffers: int  # rotary caches, one a layer
@@ -70,7 +71,8 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
     own_tokens = tokens // tp if degrees.sp else tokens
     estimator = estimator_weights(config, trunk)
     estimator_layers = config.estimator.layers * (2 if config.estimator.body == "separate" else 1)
-    everything = [*embedding_weights(trunk), *end_weights(trunk), *(w for layer in trunk_layers(trunk) for w in layer)]
+    layers_stored = stored_layers(config, trunk)
+    everything = [*embedding_weights(trunk), *end_weights(trunk), *(w for layer in layers_stored for w in layer)]
 
     kept = size * max(_layer_kept(trunk, degrees, tokens, own_tokens, experts) for experts in _kinds(trunk))
     layers = trunk["num_hidden_layers"] + estimator_layers
@@ -95,12 +97,14 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
     rope = trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk)
     elements = total(shard_elements, estimator, degrees)
+    # A float8 matrix is multiplied by way of a copy in the trunk's type, one at a time.
+    copied = max(gathered_elements(w, degrees) for w in layers_stored[0]) if config.trunk.float8 == "weights" else 0
     return Memory(
-        trunk=size * total(shard_elements, everything, degrees),
+        trunk=total_bytes(shard_elements, everything, degrees, size),
         estimator=FP32 * elements,
         optimizer=3 * FP32 * elements,
         buffers=FP32 * layers * training.seq_len * rope,
-        gathered=in_flight + size * total(gathered_elements, stay_gathered, degrees),
+        gathered=in_flight + size * (copied + total(gathered_elements, stay_gathered, degrees)),
         saved=saved,
         layer=size * _layer_passing(trunk, degrees, tokens) + (kept if recomputed else 0),
         transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows

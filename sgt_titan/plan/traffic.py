@@ -20,8 +20,9 @@ from .weights import (
     estimator_weights,
     gathered_elements,
     shard_elements,
+    stored_layers,
     total,
-    trunk_layers,
+    total_bytes,
 )
 
 Link = Literal["nvlink", "network"]
@@ -48,11 +49,9 @@ def gathered_per_microbatch(config: Config, trunk: dict[str, Any], degrees: Degr
 
     Layers are gathered in the forward and in the backward pass, the ends in the forward pass alone.
     """
-    size, layers = item_size(config), [w for layer in trunk_layers(trunk) for w in layer]
-    once = [*end_weights(trunk), *embedding_weights(trunk)]
-    received = 2 * total(gathered_elements, layers, degrees) + total(gathered_elements, once, degrees)
-    own = 2 * total(shard_elements, layers, degrees) + total(shard_elements, once, degrees)
-    return size * (received - own)
+    size, layers = item_size(config), [w for layer in stored_layers(config, trunk) for w in layer]
+    used = [*layers, *layers, *end_weights(trunk), *embedding_weights(trunk)]
+    return total_bytes(gathered_elements, used, degrees, size) - total_bytes(shard_elements, used, degrees, size)
 
 
 def traffic(config: Config, trunk: dict[str, Any], degrees: Degrees, microbatches: int) -> list[Traffic]:

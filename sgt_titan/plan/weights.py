@@ -6,7 +6,7 @@ Letters: B rows of a rank, T tokens of a row, D width, V vocabulary, E experts, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
@@ -21,6 +21,7 @@ class Weight:
     tp_dim: int | None = None
     expert: bool = False
     matmul: bool = True  # takes part in every token's work; False: a lookup table
+    itemsize: int | None = None  # bytes of an element, where it is not of the trunk's type
 
     @property
     def numel(self) -> int:
@@ -114,6 +115,21 @@ def trunk_layers(trunk: dict[str, Any]) -> list[list[Weight]]:
     return [layer_weights(trunk, experts=index >= dense) for index in range(trunk["num_hidden_layers"])]
 
 
+def stored_layers(config: Config, trunk: dict[str, Any]) -> list[list[Weight]]:
+    """The layers as a rank keeps and gathers them: matrices a byte each under ``trunk.float8``, and a scale a row."""
+    layers = trunk_layers(trunk)
+    if config.trunk.float8 == "none":
+        return layers
+    return [[stored for weight in layer for stored in _in_float8(weight)] for layer in layers]
+
+
+def _in_float8(weight: Weight) -> list[Weight]:
+    if len(weight.shape) != 2:
+        return [weight]
+    scale = Weight((weight.shape[0], 1), tp_dim=0 if weight.tp_dim == 0 else None, matmul=False, itemsize=4)
+    return [replace(weight, itemsize=1), scale]
+
+
 def end_weights(trunk: dict[str, Any]) -> list[Weight]:
     """Final norm and lm_head."""
     return [Weight((trunk["hidden_size"],)), column(trunk["vocab_size"], trunk["hidden_size"])]
@@ -172,3 +188,8 @@ def _local_shape(weight: Weight, degrees: Degrees) -> tuple[int, ...]:
 
 def total(count, weights: Iterable[Weight], degrees: Degrees) -> int:
     return sum(count(weight, degrees) for weight in weights)
+
+
+def total_bytes(count, weights: Iterable[Weight], degrees: Degrees, size: int) -> int:
+    """Like ``total``, in bytes; ``size`` is that of an element of the trunk's type."""
+    return sum(count(weight, degrees) * (weight.itemsize or size) for weight in weights)

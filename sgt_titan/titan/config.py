@@ -26,6 +26,7 @@ from sgt_titan.transform.gaussian import Bounds
 from . import cpu_support, startup
 from .checkpoint import SGTCheckpointManager
 from .dataloader import SGTDataLoader
+from .float8 import to_float8_layers
 from .loss import SGTLoss
 from .metrics import SGTMetricsProcessor
 from .model import SGTModel
@@ -94,8 +95,11 @@ def model_config(config: Config, hf: PretrainedConfig, scale: float) -> SGTModel
     options = config.estimator
     # Packed rows need a document mask, which SDPA cannot express and FlexAttention has no CPU backward for.
     attention = "flex" if config.data.packing else "sdpa"
+    trunk = build(hf, attention)
+    if config.trunk.float8 != "none":
+        trunk = to_float8_layers(trunk, config.trunk.float8)
     return SGTModel.Config(
-        trunk=build(hf, attention),
+        trunk=trunk,
         body=build_body(hf, options.layers, attention),
         separate_bodies=options.body == "separate",
         bounds=Bounds(options.std_min, options.std_max, options.std_init, options.mean_bound, scale),

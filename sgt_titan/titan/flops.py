@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from .float8 import SCALE
+
 
 def matmul_parameters(module: nn.Module) -> int:
     """Parameters that multiply every token: all but embedding tables; of experts, the share a token visits."""
     total = 0
     for name, child in module.named_modules():
-        own = sum(p.numel() for p in child.parameters(recurse=False))
+        own = sum(p.numel() for n, p in child.named_parameters(recurse=False) if n != SCALE)
         if isinstance(child, nn.Embedding):
             continue
         if type(child).__name__ == "GroupedExperts":

@@ -10,6 +10,7 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from sgt_titan.transform.trunk_files import TrunkFiles
 
+from .float8 import E4M3, SCALE, to_float8
 from .trunks import Family, hf_name
 
 
@@ -33,6 +34,8 @@ def hf_shapes(trunk: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
     """Every tensor that the checkpoint must hold, with its shape."""
     shapes = {}
     for name, tensor in named_weights(trunk).items():
+        if name.endswith(SCALE):
+            continue
         target = hf_name(family, name)
         if "{}" in target:
             shapes |= {target.format(e): tuple(tensor.shape[1:]) for e in range(tensor.shape[0])}
@@ -62,14 +65,22 @@ def load_trunk(trunk: nn.Module, family: Family, files: TrunkFiles) -> None:
     """
     check_trunk(trunk, family, files)
     tied = getattr(trunk, "enable_weight_tying", False)
-    for name, tensor in named_weights(trunk).items():
+    weights = named_weights(trunk)
+    for name, tensor in weights.items():
+        if name.endswith(SCALE):
+            continue  # comes with the weight it belongs to
         target = hf_name(family, name)
         if tied and target == "lm_head.weight":
             continue  # the same parameter as the embedding table
         local, region = local_region(tensor)
         if local.numel() == 0:
             continue
-        if "{}" in target:
+        if tensor.dtype == E4M3:
+            # A scale is of a whole row, also where tensor parallelism splits rows.
+            rounded, scale = to_float8(files.read(target, (region[0], slice(0, tensor.shape[1]))))
+            local.copy_(rounded[:, region[1]])
+            local_region(weights[name.removesuffix("weight") + SCALE])[0].copy_(scale)
+        elif "{}" in target:
             for row, expert in enumerate(range(region[0].start, region[0].stop)):
                 local[row].copy_(files.read(target.format(expert), region[1:]))
         else:

@@ -116,6 +116,7 @@ def prepare(config: Config) -> Prepared:
     """
     config = copy.deepcopy(config)
     read_trunk(config)
+    check_device(config)
     files = TrunkFiles(config.trunk.path)
     hf = load_hf_config(files.path)
     family = family_of(hf)
@@ -141,6 +142,18 @@ def prepare(config: Config) -> Prepared:
         probe_source=probe_source,
         fingerprints={"trunk": fingerprint, "data": data_fingerprint},
     )
+
+
+def check_device(config: Config) -> None:
+    """Raises UserError if this machine's GPU has no float8 products; a CPU computes them, slowly."""
+    if config.trunk.float8 != "products" or device_type() == "cpu":
+        return
+    found = torch.cuda.get_device_capability()
+    if found < (8, 9):
+        raise UserError(
+            f"trunk.float8 products: {torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}, and "
+            "float8 products need 8.9; set it to weights or none"
+        )
 
 
 def sources(config: Config, tokenizer: Any) -> tuple[BatchSource, BatchSource, str]:

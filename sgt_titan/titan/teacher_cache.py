@@ -67,6 +67,7 @@ def open_teacher_cache(prepared: Prepared, dtype: torch.dtype, *, writer: bool) 
         "fingerprints": prepared.fingerprints,
         "utility_positions": config.objective.utility_positions,
         "trunk_dtype": str(dtype),
+        "trunk_float8": config.trunk.float8,
     }
     vocabulary = prepared.hf.vocab_size
     cache = TeacherCache(

@@ -116,6 +116,21 @@ def test_another_estimator_and_objective_with_recomputation(small):
     assert_same_terms(small.finish(4, *OTHER, *layout).scalars, expected.scalars)
 
 
+def test_a_trunk_in_float8(reference, small):
+    """Split rows have the scale of the whole row; gathers and recomputation find the same numbers."""
+    alone = small.finish(1, "--trunk.float8", "weights")
+    layout = (*TP2, ROWS, "2", "--activation_checkpoint.mode", "full")
+    assert_same_terms(small.finish(4, "--trunk.float8", "weights", *layout).scalars, alone.scalars)
+    kl = [run.scalars[1]["utility/kl_nats"] for run in (alone, reference)]
+    assert TOLERANCE < relative(*kl) < 0.1  # another trunk, but not by much
+
+
+def test_products_in_float8(small):
+    """The first step: later ones drift, because a last bit of difference can round to another float8 number."""
+    alone, two = (small.finish(n, "--trunk.float8", "products", ROWS, rows) for n, rows in ((1, "4"), (2, "2")))
+    assert_same_terms(two.scalars, alone.scalars, steps=[1])
+
+
 def assert_same_terms(found, expected, steps=range(1, 11)) -> None:
     """Each term within 1e-4 relative; the agreement within one of the few hundred tokens of a step."""
     differences = {}

@@ -215,6 +215,17 @@ P = "parallelism"
             2,
             "parallelism.expert_parallel_degree 2: the trunk has no experts; it must be 1",
         ),
+        (
+            ["trunk.float8=products", f"{P}.tensor_parallel_degree=2"],
+            2,
+            "trunk.float8 products: the trunk's num_key_value_heads * head_dim / tensor_parallel_degree 2 is 8, and "
+            "float8 products need multiples of 16; set it to weights or none",
+        ),
+        (
+            ["trunk.float8=weights", "run.task=finetune"],
+            1,
+            "trunk.float8: run.task finetune trains the trunk, which needs its own type; set it to none",
+        ),
         (["estimator.layers=0"], 1, "estimator.layers must be at least 1, got 0"),
         (
             ["estimator.layers=5", "estimator.init_from_trunk=true"],
@@ -302,6 +313,8 @@ def test_experts():
         "parallelism.expert_parallel_degree 4 does not divide the trunk's 6 experts"
     )
     accepts(f"{P}.expert_parallel_degree=2", world_size=4, trunk=moe)
+    with pytest.raises(UserError, match="trunk.float8 weights: the weights of experts, most of this trunk, cannot be"):
+        validate(resolve(config_of("trunk.float8=weights"), world_size=1), 1, moe)
 
 
 def test_neighbours_of_the_mistakes_are_accepted():

@@ -25,6 +25,8 @@ CASES = {  # name -> config, overrides, layers
     "one GPU, 1": ("llama3_1b", [], 1),
     "one GPU, 3": ("llama3_1b", [], 3),
     "512 GPUs, recomputed, 2": ("llama3_70b_64x8", [], 2),
+    "512 GPUs, recomputed, float8, 2": ("llama3_70b_64x8", ["--trunk.float8", "weights"], 2),
+    "one GPU, float8, 1": ("llama3_1b", ["--trunk.float8", "weights"], 1),
     "512 GPUs, 1": ("llama3_70b_64x8", KEEP_ALL, 1),
     "512 GPUs, 3": ("llama3_70b_64x8", KEEP_ALL, 3),
 }

@@ -8,15 +8,18 @@ import math
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from sgt_titan import checkpoint
 from sgt_titan.config.keys import keys
+from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 from sgt_titan.titan.startup import (
     CONFIG_FILE,
     MAY_DIFFER,
     RUN_FILE,
+    check_device,
     check_output_dir,
     claim_output_dir,
     once,
@@ -209,3 +212,21 @@ def test_once_builds_once_and_others_wait_for_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert once(file, build) == {"a": 1.5}
     assert calls == [1]
+
+
+def test_float8_products_need_a_gpu_that_has_them(monkeypatch):
+    config = Config()
+    config.trunk.float8 = "products"
+    check_device(config)  # a CPU computes them
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    for found, fits in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=found: found)
+        if fits:
+            check_device(config)
+            continue
+        with pytest.raises(UserError, match=r"A100-SXM4-80GB has compute capability 8\.0, and .* need 8\.9; set it to"):
+            check_device(config)
+    config.trunk.float8 = "weights"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    check_device(config)
