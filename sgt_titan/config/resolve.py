@@ -360,8 +360,8 @@ def _trunk_problems(config: Config, trunk_config: dict[str, Any]) -> Iterator[st
         )
     if config.trunk.float8 != "none" and experts:
         yield (
-            f"trunk.float8 {config.trunk.float8}: the weights of experts, most of this trunk, cannot be in float8; set it "
-            "to none"
+            f"trunk.float8 {config.trunk.float8}: the weights of experts, most of this trunk, cannot be in float8; "
+            "set it to none"
         )
     elif config.trunk.float8 == "products":
         yield from _float8_problems(trunk, tp)

@@ -68,9 +68,9 @@ def difference_from(
     targets: Targets,
     group: dist.ProcessGroup | None,
     vocab_start: int,
-    want_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``utility.difference`` against stored targets: loss, entropy of (p_K, t), agreement (N,), gradient (N, V)."""
+    into_NV: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``utility.difference`` against stored targets: loss, entropy of (p_K, t) and agreement (N,)."""
     dtype = torch.promote_types(student_NV.dtype, torch.float32)
     width = student_NV.shape[1]
     peaks_W2N = gather_ranks(torch.stack(local_peak(student_NV, dtype, vocab_start)), group)
@@ -102,12 +102,13 @@ def difference_from(
     # Ties of the teacher's maximum go to the lowest id, as where the teacher is asked itself.
     first_N = targets.ids_NK.masked_fill(p_NK != p_NK.amax(-1, keepdim=True), torch.iinfo(torch.int64).max).amin(-1)
     agree_N = argmax_N == first_N.to(dtype)
-    if not want_gradient:
-        return loss_N, entropy_N, agree_N, None
+    if into_NV is None:
+        return loss_N, entropy_N, agree_N
     # q_v (p_K's mass + t) - p_v for stored tokens; for others q_v less t in the proportions of the student's own tail.
     ratio_N = torch.where(no_tail_N, 0.0, tail_N / tail_sum_N.clamp_min(torch.finfo(dtype).tiny))
     tail_NV = (exp_NV * ratio_N[:, None]).masked_fill_(stored_NV, 0.0)
     gradient_NV = exp_NV.mul_(((top_N + tail_N) / sum_N)[:, None]).sub_(tail_NV)
     if width:
         gradient_NV.scatter_add_(1, at_NK, torch.where(here_NK, -p_NK, 0.0))
-    return loss_N, entropy_N, agree_N, gradient_NV.to(student_NV.dtype)
+    into_NV.copy_(gradient_NV)
+    return loss_N, entropy_N, agree_N

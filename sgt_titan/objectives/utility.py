@@ -50,9 +50,10 @@ def soft_cross_entropy(
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_NV, teacher_NV, group, vocab_start):
-        *values, difference_NV = difference(student_NV, teacher_NV, group, vocab_start, ctx.needs_input_grad[0])
-        if difference_NV is not None:
-            ctx.save_for_backward(difference_NV)
+        into_NV = torch.empty_like(student_NV) if ctx.needs_input_grad[0] else None
+        values = difference(student_NV, teacher_NV, group, vocab_start, into_NV)
+        if into_NV is not None:
+            ctx.save_for_backward(into_NV)
         ctx.mark_non_differentiable(*values[1:])
         return tuple(values)
 
@@ -70,10 +71,12 @@ def difference(
     teacher_NV: torch.Tensor,
     group: dist.ProcessGroup | None,
     vocab_start: int,
-    want_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Cross-entropy, teacher's entropy and agreement (N,), and softmax(student) - softmax(teacher) (N, V), the
-    gradient with respect to the student's logits, in their dtype. Logits and ``group`` as in ``soft_cross_entropy``.
+    into_NV: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy, teacher's entropy and agreement (N,). Logits and ``group`` as in ``soft_cross_entropy``.
+
+    ``into_NV``, if given, is filled with softmax(student) - softmax(teacher), the gradient with respect to the
+    student's logits; it shares no memory with them. Under ``torch.compile`` nothing else of this size exists.
     """
     dtype = torch.promote_types(student_NV.dtype, torch.float32)
     peaks_W4N = gather_ranks(
@@ -82,7 +85,7 @@ def difference(
     student_max_N, student_argmax_N = global_peak(peaks_W4N[:, 0], peaks_W4N[:, 1])
     teacher_max_N, teacher_argmax_N = global_peak(peaks_W4N[:, 2], peaks_W4N[:, 3])
 
-    # In place where possible: at most three float32 (N, V) tensors are alive at a time.
+    # In place where possible: at most three float32 (N, V) tensors of ours are alive at a time.
     shifted_NV = teacher_NV - teacher_max_N[:, None]
     teacher_exp_NV = shifted_NV.exp()
     # 0 * -inf is NaN; a token the teacher rules out contributes 0. NaN logits still come out as NaN.
@@ -101,12 +104,12 @@ def difference(
     cross_entropy_N = student_sum_N.log() - cross_dot_N / teacher_sum_N
     teacher_entropy_N = teacher_sum_N.log() - teacher_dot_N / teacher_sum_N
     agree_N = (student_argmax_N == teacher_argmax_N) & student_argmax_N.isfinite()
-    if not want_gradient:
-        return cross_entropy_N, teacher_entropy_N, agree_N, None
+    if into_NV is None:
+        return cross_entropy_N, teacher_entropy_N, agree_N
     # The difference is taken before rounding to the student's dtype: where the two agree it is far smaller than
     # either probability.
-    student_exp_NV.div_(student_sum_N[:, None]).sub_(teacher_exp_NV.div_(teacher_sum_N[:, None]))
-    return cross_entropy_N, teacher_entropy_N, agree_N, student_exp_NV.to(student_NV.dtype)
+    into_NV.copy_(student_exp_NV.div_(student_sum_N[:, None]).sub_(teacher_exp_NV.div_(teacher_sum_N[:, None])))
+    return cross_entropy_N, teacher_entropy_N, agree_N
 
 
 def local_peak(logits_NV: torch.Tensor, dtype: torch.dtype, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:

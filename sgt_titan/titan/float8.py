@@ -85,7 +85,7 @@ def _product(a_NK: torch.Tensor, b_KM: torch.Tensor, scale_1M: torch.Tensor, *, 
 def frozen_linear(
     x: torch.Tensor, weight_OI: torch.Tensor, scale_O1: torch.Tensor, bias_O: torch.Tensor | None, mode: Mode
 ) -> torch.Tensor:
-    """``F.linear(x, scale * weight, bias)`` for frozen float8 weights; differentiable with respect to ``x`` (..., I)."""
+    """``F.linear(x, scale * weight, bias)`` for frozen float8 weights; differentiable with respect to x (..., I)."""
     y_NO = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), weight_OI, scale_O1, mode == "products")
     y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
     return y if bias_O is None else y + bias_O

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.protocols.module import Module
 
-from sgt_titan.objectives.distillation import Distilled, distil
+from sgt_titan.objectives.distillation import EAGER, Distilled, distil
 from sgt_titan.objectives.top_k import Targets
 
 
@@ -21,7 +21,7 @@ class DistillationHead(Module):
 
     def __init__(self, block: Module):
         super().__init__()
-        self.block = block
+        self.block, self.kernels = block, EAGER
 
     @property
     def weight(self) -> torch.Tensor:
@@ -53,4 +53,5 @@ class DistillationHead(Module):
             want_gradient=want_gradient,
             targets=targets,
             keep=keep,
+            kernels=self.kernels,
         )

@@ -22,6 +22,8 @@ from torchtitan.models.common.decoder_sharding import (
 )
 from torchtitan.protocols.sharding import ShardingConfig
 
+from sgt_titan.objectives.distillation import compiled_kernels
+
 
 def head_sharding(enable_sp: bool) -> ShardingConfig:
     """Heads: replicated weights on sequence shards. They are D x D; splitting them would cost a collective each."""
@@ -70,6 +72,7 @@ def wrap_blocks(model, *, compile_config, ac_config, dump_folder: str) -> None:
         blocks += [layer for body in bodies for layer in body.layers.values()]
         for block in blocks:
             block.compile(backend=compile_config.backend, fullgraph=True)
+        trunk.lm_head.kernels = compiled_kernels(compile_config.backend)
 
 
 def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> None:

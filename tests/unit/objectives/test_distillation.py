@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgt_titan.objectives.distillation import attach, chunk_size, distil
+from sgt_titan.objectives.distillation import EAGER, attach, chunk_size, compiled_kernels, distil
 from sgt_titan.objectives.utility import soft_cross_entropy
 
 N, D, V = 23, 7, 31
@@ -78,13 +78,13 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_tokens_times_vocabulary():
-    """The largest is a chunk of logits, or lm_head's own weight seen the other way round."""
+    """The largest is a chunk of both streams' logits, or lm_head's own weight seen the other way round."""
     for tokens in (64, 640):
         student, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(500, 4)
         with Largest() as largest:
             soft = attach(distil(student, torch.randn(tokens, 4), weight, chunk=8), student)
             soft.cross_entropy_N.sum().backward()
-        assert largest.numel == 8 * 500
+        assert largest.numel == 2 * 8 * 500
 
 
 def test_without_gradient_nothing_is_kept():
@@ -128,7 +128,7 @@ def test_bad_arguments():
         distil(student, teacher, weight, chunk=-1)
 
 
-SPLITS = {"even-ish": (0, 16, 31), "uneven": (0, 29, 31), "empty": (0, 31, 31)}
+SPLITS = {"even-ish": (0, 16, 31), "uneven": (0, 29, 31), "empty": (0, 31, 31), "compiled": (0, 16, 31)}
 
 
 def worker(rank: int, init_file: str, folder: str) -> None:
@@ -137,10 +137,16 @@ def worker(rank: int, init_file: str, folder: str) -> None:
     for name, bounds in SPLITS.items():
         student, teacher, weight, token_weight = case()
         shard = slice(bounds[rank], bounds[rank + 1])
-        *values, gradient = fused(
-            student, teacher, weight[shard], token_weight, chunk=5, group=dist.group.WORLD, vocab_start=bounds[rank]
+        found[name] = fused(
+            student,
+            teacher,
+            weight[shard],
+            token_weight,
+            chunk=5,
+            group=dist.group.WORLD,
+            vocab_start=bounds[rank],
+            kernels=compiled_kernels("aot_eager") if name == "compiled" else EAGER,
         )
-        found[name] = (*values, gradient)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -154,3 +160,20 @@ def test_vocabulary_sharded_over_two_processes(tmp_path):
             assert torch.equal(of_one, of_other)
             torch.testing.assert_close(of_one, whole, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(first[name][3] + second[name][3], expected[3], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_compiled_kernels_change_no_number(stored):
+    """Chunks of 5 and a last one of 3: one compilation for both."""
+    student, teacher, weight, token_weight = case()
+    targets = distil(student, teacher, weight, keep=6).targets if stored else None
+    inputs = student, None if stored else teacher, weight, token_weight
+    expected = fused(*inputs, chunk=5, targets=targets)
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    found = fused(*inputs, chunk=5, targets=targets, kernels=compiled_kernels("aot_eager"))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    torch._dynamo.reset()
