@@ -158,7 +158,7 @@ def naive(size: Size) -> Arm:
 # -- (b) this project --------------------------------------------------------------------------------------------------
 
 
-def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool):
+def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: str):
     """Model, loss and pair groups of a config of these shapes; random weights, sharded where there are ranks."""
     from torchtitan.distributed import ParallelDims
 
@@ -166,6 +166,7 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool):
     from sgt_titan.config.schema import Config
     from sgt_titan.titan import cpu_support
     from sgt_titan.titan.config import model_config, trainer_config
+    from sgt_titan.titan.float8 import E4M3, SCALE
     from sgt_titan.titan.initialize import initialize_estimator
     from sgt_titan.titan.parallelize import parallelize_sgt
 
@@ -173,6 +174,7 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool):
     world = torch.distributed.get_world_size()
     config = Config()
     config.trunk.dtype = "float32" if size.dtype == torch.float32 else "bfloat16"
+    config.trunk.float8 = float8
     config.training.seq_len, config.training.local_batch_size = size.length, size.rows
     config.training.loss_chunk_tokens = chunk
     config.estimator.layers = ESTIMATOR_LAYERS
@@ -187,35 +189,45 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool):
     dims.build_mesh()
     with torch.device("meta"):
         model = options.build()
-    if torch.__version__ >= "2.13":
-        parallelize_sgt(
-            model,
-            parallel_dims=dims,
-            training=trainer.training,
-            parallelism=trainer.parallelism,
-            compile_config=trainer.compile,
-            ac_config=trainer.activation_checkpoint,
-            dump_folder="",
-        )
-    else:
-        assert world == 1 and recompute == "none" and not compiled, "older torch: one process, nothing wrapped"
+    parallelize_sgt(
+        model,
+        parallel_dims=dims,
+        training=trainer.training,
+        parallelism=trainer.parallelism,
+        compile_config=trainer.compile,
+        ac_config=trainer.activation_checkpoint,
+        dump_folder="",
+    )
     model.to_empty(device=device())
     with torch.no_grad():
         model.init_states(buffer_device=device())
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             local = getattr(parameter, "_local_tensor", parameter)
-            local.normal_(std=0.02) if parameter.dim() > 1 else local.fill_(1.0)
+            if name.endswith(SCALE):
+                local.fill_(0.02)
+            elif local.dtype == E4M3:
+                local.copy_(torch.randn(local.shape, device=local.device, dtype=size.dtype))
+            else:
+                local.normal_(std=0.02) if parameter.dim() > 1 else local.fill_(1.0)
         initialize_estimator(model.estimator, 0)
     return model.train(), trainer.loss.build(), config
 
 
-def ours(size: Size, *, chunk: int = 0, recompute: str = "none", compiled: bool = False, stored: int = 0) -> Arm:
+def ours(
+    size: Size,
+    *,
+    chunk: int = 0,
+    recompute: str = "none",
+    compiled: bool = False,
+    stored: int = 0,
+    float8: str = "none",
+) -> Arm:
     """A step of the composite model; ``stored``: with this many of the teacher's probabilities known beforehand."""
     from sgt_titan.titan.loss import Counts
     from sgt_titan.titan.pairs import PairGroups
 
     torch.manual_seed(0)
-    model, loss_fn, config = model_of(size, chunk=chunk, recompute=recompute, compiled=compiled)
+    model, loss_fn, config = model_of(size, chunk=chunk, recompute=recompute, compiled=compiled, float8=float8)
     fused = torch.cuda.is_available()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused)
     tokens_BT, obfuscate_BT, utility_BT = batch(size)
@@ -333,18 +345,17 @@ ARMS: dict[str, Callable[[Size], Arm]] = {
     "(b) one pass for both streams": lambda size: ours(size, chunk=2**30),
     "(b) + loss in chunks of tokens": lambda size: ours(size, chunk=chunk(size)),
     "(b) + torch.compile": lambda size: ours(size, chunk=chunk(size), compiled=True),
-    "(b) chunks, teacher read from its cache (k 64)": lambda size: ours(size, chunk=chunk(size), stored=64),
-    "(b) chunks, selective recomputation": lambda size: ours(size, chunk=chunk(size), recompute="selective"),
-    "(b) chunks, full recomputation": lambda size: ours(size, chunk=chunk(size), recompute="full"),
+    "(b) compiled, teacher read from its cache (k 64)": lambda size: ours(
+        size, chunk=chunk(size), compiled=True, stored=64
+    ),
+    "(b) compiled, selective recomputation": lambda size: ours(
+        size, chunk=chunk(size), compiled=True, recompute="selective"
+    ),
+    "(b) compiled, full recomputation": lambda size: ours(size, chunk=chunk(size), compiled=True, recompute="full"),
+    "(b) compiled, layers in float8": lambda size: ours(size, chunk=chunk(size), compiled=True, float8="weights"),
+    "(b) compiled, products in float8": lambda size: ours(size, chunk=chunk(size), compiled=True, float8="products"),
     "(c) torchtitan pretraining": pretraining,
 }
-NEEDS_NEW_TORCH = ("compile", "recomputation")
-
-
-def arms() -> list[str]:
-    """Names of the arms that this torch can run."""
-    new = torch.__version__ >= "2.13"
-    return [name for name in ARMS if new or not any(word in name for word in NEEDS_NEW_TORCH)]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     loss      Eq. 3 from hidden states in chunks of tokens, against whole logits
     pairs     the MI term over all pairs shift by shift, against a (B, B, T, D) tensor
 
-Times alternate and are medians; peak memory is that of a process each, beyond its inputs. Minutes on two CPU cores.
+Times alternate and are medians; memory is what torch holds at most beyond the inputs. Minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import clock, compare, machine, peak_mib
-from sgt_titan.objectives.distillation import attach, chunk_size, distil
+from benchmarks.timing import clock, compare, machine, peak_bytes
+from sgt_titan.objectives.distillation import EAGER, attach, chunk_size, compiled_kernels, distil
 from sgt_titan.objectives.mutual_information import group_loss, shifts
 
 N, D = 1024, 256
@@ -30,13 +30,10 @@ def whole_logits(student_ND: torch.Tensor, teacher_ND: torch.Tensor, weight_VD: 
     torch.nn.functional.cross_entropy((student_ND @ weight_VD.T).float(), target_NV).backward()
 
 
-def in_chunks(student_ND, teacher_ND, weight_VD, chunk: int = 0) -> None:
+def in_chunks(student_ND, teacher_ND, weight_VD, chunk: int = 0, kernels=EAGER) -> None:
     student_ND = student_ND.detach().requires_grad_()
-    attach(distil(student_ND, teacher_ND, weight_VD, chunk=chunk), student_ND).cross_entropy_N.mean().backward()
-
-
-def small_chunks(student_ND, teacher_ND, weight_VD) -> None:
-    in_chunks(student_ND, teacher_ND, weight_VD, 64)
+    soft = attach(distil(student_ND, teacher_ND, weight_VD, chunk=chunk, kernels=kernels), student_ND)
+    soft.cross_entropy_N.mean().backward()
 
 
 def all_pairs(x_tilde, log_std, center) -> None:
@@ -56,24 +53,12 @@ def by_shifts(x_tilde, log_std, center) -> None:
     group_loss(x_tilde, log_std, mask, center, log_std, mask, first=0, shifts=steps).mean().backward()
 
 
-CODE = """
-import torch
-torch.set_num_threads({threads})
-from benchmarks.pieces import *
-inputs = [torch.randn(s) for s in {shapes}]
-small = [torch.randn(s) for s in {small}]
-{call}(*small); start()
-{call}(*inputs)
-"""
-
-
-def compared(cases: dict, shapes: list[tuple[int, ...]], small: list[tuple[int, ...]], repeats: int) -> dict:
-    """(seconds, low, high, peak MiB) of each case."""
+def compared(cases: dict, shapes: list[tuple[int, ...]], repeats: int) -> dict:
+    """(median, low, high, peak MiB) of each case: seconds, and what torch holds at most beyond the inputs."""
     inputs = [torch.randn(shape) for shape in shapes]
-    times = compare({name: lambda case=case: case(*inputs) for name, case in cases.items()}, repeats, now=clock)
-    threads = torch.get_num_threads()
-    code = {n: CODE.format(threads=threads, shapes=shapes, small=small, call=c.__name__) for n, c in cases.items()}
-    return {name: (*times[name], peak_mib(code[name])) for name in cases}
+    calls = {name: lambda case=case: case(*inputs) for name, case in cases.items()}
+    times = compare(calls, repeats, now=clock)
+    return {name: (*times[name], peak_bytes(call) / 2**20) for name, call in calls.items()}
 
 
 def table(title: str, rows: dict[str, dict]) -> None:
@@ -86,16 +71,18 @@ def table(title: str, rows: dict[str, dict]) -> None:
 def main() -> None:
     print(machine())
     rows = {}
+    fused = compiled_kernels()
     for vocab in (32_000, 128_256, 152_064):
-        cases = {"whole logits": whole_logits, f"chunks of {chunk_size(vocab)} tokens": in_chunks}
-        cases["chunks of 64 tokens"] = small_chunks
-        shapes = [(N, D), (N, D), (vocab, D)]
-        rows[f"V {vocab:,}"] = compared(cases, shapes, [(2, 8), (2, 8), (16, 8)], 3)
+        cases = {"whole logits": whole_logits}
+        for chunk in (chunk_size(vocab), 64):
+            cases[f"chunks of {chunk}"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk)
+            cases[f"chunks of {chunk}, compiled"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk, fused)
+        rows[f"V {vocab:,}"] = compared(cases, [(N, D), (N, D), (vocab, D)], 3)
     table(f"loss: {N} tokens, D {D}, float32", rows)
     rows = {}
     for count in (4, 8, 16):
         cases = {"(B, B, T, D)": all_pairs, "shift by shift": by_shifts}
-        rows[f"B {count}"] = compared(cases, [(count, 256, 256)] * 3, [(2, 4, 4)] * 3, 5)
+        rows[f"B {count}"] = compared(cases, [(count, 256, 256)] * 3, 5)
     table("pairs: T 256, D 256, float32", rows)
 
 

@@ -1,11 +1,13 @@
-"""One gather for both streams against a walk for each, on gloo ranks of this machine: ``python benchmarks/ranks.py``.
+"""What more ranks bring and cost, on gloo processes of this machine: ``python benchmarks/ranks.py``.
 
-Both ways run in the same processes, alternating. The network is loopback and the ranks share the cores: what carries
-over to a cluster is the number of gathers and their bytes, not the seconds.
+First one gather for both streams against a walk for each, both in the same processes, alternating. Then how a step
+grows with the ranks, each with rows of its own. The network is loopback and the ranks share the cores: what carries
+over to a cluster are memory, the number of gathers and their bytes, not the seconds. ``--plots FOLDER`` draws.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from dataclasses import replace
@@ -18,7 +20,11 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import compare, machine
+from benchmarks import arms
+from benchmarks.timing import clock, compare, machine, peak_bytes
+
+SIZE = replace(arms.CPU, layers=8, vocab=16_000)  # two rows a rank: a pair needs two
+RANKS = (1, 2, 4, 8)
 
 
 def walk_twice(model):
@@ -37,24 +43,31 @@ def one_stream(self, teacher_BTD, student_BTD, *args):
     return teacher_BTD, self.block(student_BTD, *args)
 
 
-def worker(rank: int, world: int, port: int, queue) -> None:
+def join(rank: int, world: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def count_gathers() -> list[int]:
+    """Bytes of each of FSDP's gathers from now on, whole."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
 
-    from benchmarks import arms
-
-    gathers = []
+    gathers: list[int] = []
     original = fsdp.foreach_all_gather
 
     def counted(params, *args, **kwargs):
-        gathers.append(sum(p._orig_size.numel() for p in params))
+        gathers.append(sum(p._orig_size.numel() * p.sharded_param.element_size() for p in params))
         return original(params, *args, **kwargs)
 
     fsdp.foreach_all_gather = counted
-    size = replace(arms.CPU, rows=2)  # a pair needs two
-    once = arms.ours(size)
+    return gathers
+
+
+def gather_once_or_twice(rank: int, world: int, port: int, queue) -> None:
+    join(rank, world, port)
+    gathers = count_gathers()
+    once = arms.ours(SIZE)
     build = arms.model_of
 
     def separate(*args, **kwargs):
@@ -62,7 +75,7 @@ def worker(rank: int, world: int, port: int, queue) -> None:
         return walk_twice(model), *rest
 
     arms.model_of = separate
-    twice = arms.ours(size)
+    twice = arms.ours(SIZE)
     found = {}
     cases = {"a gather for both streams": once.step, "a gather for each stream": twice.step}
     for name, step in cases.items():
@@ -76,15 +89,95 @@ def worker(rank: int, world: int, port: int, queue) -> None:
     dist.destroy_process_group()
 
 
+def step_of(rank: int, world: int, port: int, queue, float8: str) -> None:
+    """A rank's own CPU seconds, gathers and their bytes, bytes of frozen weights it keeps, and the peak above rest."""
+    join(rank, world, port)
+    gathers = count_gathers()
+    built = []
+    build = arms.model_of
+    arms.model_of = lambda *args, **kwargs: built.append(build(*args, **kwargs)) or built[0]
+    arm = arms.ours(SIZE, chunk=64, float8=float8)
+    arm.step()
+    gathers.clear()
+    arm.step()
+    found = len(gathers), sum(gathers)
+    timing = compare({"step": lambda: (dist.barrier(), arm.step())}, 5, now=clock)["step"]
+    dist.barrier()
+    peak = peak_bytes(arm.step)
+    frozen = [getattr(p, "_local_tensor", p) for p in built[0][0].trunk.parameters()]
+    if rank == 0:
+        kept = sum(p.numel() * p.element_size() for p in frozen)
+        queue.put((*found, kept / 2**20, peak / 2**20, *timing))
+    dist.destroy_process_group()
+
+
+def on_ranks(function, world: int, *arguments):
+    """What rank 0 of ``world`` processes puts into the queue."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    port = 29500 + os.getpid() % 1000 + world
+    processes = mp.start_processes(function, (world, port, queue, *arguments), nprocs=world, join=False)
+    found = queue.get(timeout=600)
+    processes.join()
+    return found
+
+
+def draw(found: dict[str, dict[int, tuple]], naive: float, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
+    for (name, rows), colour in zip(found.items(), ("tab:blue", "tab:green"), strict=True):
+        worlds = list(rows)
+        panels[0].plot(worlds, [r[4] for r in rows.values()], "o-", label=name, color=colour)
+        panels[0].fill_between(
+            worlds, [r[5] for r in rows.values()], [r[6] for r in rows.values()], alpha=0.2, color=colour
+        )
+        panels[1].plot(worlds, [r[2] for r in rows.values()], "o-", color=colour, label=f"{name}: frozen shard")
+        panels[1].plot(worlds, [r[3] for r in rows.values()], "s:", color=colour, label=f"{name}: peak above rest")
+        panels[2].plot(worlds, [r[1] * (n - 1) / n / 1e6 for n, r in rows.items()], "o-", color=colour, label=name)
+    panels[1].axhline(naive, color="tab:orange", label="naive: a copy a rank")
+    labels = ("s of a rank's own work a step", "MiB a rank", "MB received a step")
+    for panel, label in zip(panels, labels, strict=True):
+        panel.set(xlabel="ranks, 2 rows each", ylabel=label, xscale="log", xticks=RANKS, ylim=(0, None))
+        panel.set_xticks([], minor=True)
+        panel.set_xticklabels(RANKS)
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=7)
+    figure.savefig(folder / "growth-ranks.png", dpi=110)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plots", help="draw into this folder")
+    words = parser.parse_args()
     print(machine())
     print("\n| ranks | way | gathers a step | gathered, MB | s a step, median (spread) |\n|---:|---|---:|---:|---:|")
     for world in (2, 4):
-        context = mp.get_context("spawn")
-        queue = context.Queue()
-        mp.start_processes(worker, (world, 29500 + os.getpid() % 1000 + world, queue), nprocs=world, join=True)
-        for name, (count, numbers, median, low, high) in queue.get().items():
-            print(f"| {world} | {name} | {count} | {4 * numbers / 1e6:.0f} | {median:.3f} ({low:.3f} to {high:.3f}) |")
+        for name, (count, size, median, low, high) in on_ranks(gather_once_or_twice, world).items():
+            print(
+                f"| {world} | {name} | {count} | {size / 1e6:.0f} | {median:.3f} ({low:.3f} to {high:.3f}) |",
+                flush=True,
+            )
+    print(
+        "\n| ranks | layers | gathers a step | received a rank, MB | frozen shard, MiB | peak above rest, MiB | "
+        "s of a rank's own work, median (spread) |\n|---:|---|---:|---:|---:|---:|---:|"
+    )
+    found: dict[str, dict[int, tuple]] = {}
+    for float8, name in (("none", "float32"), ("weights", "float8")):
+        for world in RANKS:
+            row = found.setdefault(name, {})[world] = on_ranks(step_of, world, float8)
+            count, size, kept, peak, median, low, high = row
+            print(
+                f"| {world} | {name} | {count} | {size * (world - 1) / world / 1e6:.0f} | {kept:.0f} | {peak:.0f} | "
+                f"{median:.3f} ({low:.3f} to {high:.3f}) |",
+                flush=True,
+            )
+    if words.plots:
+        draw(found, found["float32"][1][2], Path(words.plots))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, arms, device  # noqa: E402
+from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, device  # noqa: E402
 from benchmarks.timing import clock, machine, peak_bytes  # noqa: E402
 
 SIZES = {
@@ -187,7 +187,7 @@ def main() -> int:
         serve(*words.serve)
         return 0
     family = "gpu" if words.gpu else "cpu"
-    wanted = [arm for arm in arms() if re.search(words.arms, arm)]
+    wanted = [arm for arm in ARMS if re.search(words.arms, arm)]
     about = f"{machine()}; {time.strftime('%Y-%m-%d')}"
     print(about)
     everything = {}

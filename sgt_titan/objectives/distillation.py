@@ -21,8 +21,7 @@ from .top_k import Targets, difference_from, top_k
 from .utility import SoftCrossEntropy, difference
 
 CHUNK_LOGITS = 2**26
-"""Logits of a chunk where its size is not given: 64 Mi of them take about 1 GiB in bfloat16, temporaries included;
-compiled, 0.4."""
+"""Logits of a chunk where its size is not given: 64 Mi of them take about 1 GiB in bfloat16, temporaries included."""
 
 
 class Distilled(NamedTuple):
@@ -49,10 +48,7 @@ EAGER = Kernels()
 
 @cache
 def compiled_kernels(backend: str = "inductor") -> Kernels:
-    """``Kernels`` by torch.compile: the same arithmetic in a few passes, with no float32 copies of the logits.
-
-    About 20 passes over a chunk become 3: the maxima, the sums, and the gradient.
-    """
+    """``Kernels`` by torch.compile: the same arithmetic in a few passes over the logits instead of about 20."""
 
     def compiled(function: Callable) -> Callable:
         fused = torch.compile(function, backend=backend)
