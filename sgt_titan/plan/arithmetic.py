@@ -17,6 +17,7 @@ from .weights import (
     Weight,
     embedding_weights,
     end_weights,
+    estimator_layers,
     estimator_weights,
     gathered_elements,
     stored_layers,
@@ -118,7 +119,9 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
 
     # 2 forward of the teacher, 2 of the student, 2 backward for activations; the estimator as any trained model.
     work = sum(_work(w, trunk) for w in weights) + sum(_work(w, trunk) for w in estimator)
-    recompute = 2 * work if config.activation_checkpoint.mode == "full" else 0
+    recompute = 0
+    if config.activation_checkpoint.mode == "full":
+        recompute = 2 * sum(_work(w, trunk) for layer in (*layers, *estimator_layers(config, trunk)) for w in layer)
     size = item_size(config)
     layer_bytes = [total_bytes(gathered_elements, layer, degrees, size) for layer in stored_layers(config, trunk)]
     microbatches = training.global_batch_size // (training.local_batch_size * degrees.dp)

@@ -15,6 +15,7 @@ from .weights import (
     Degrees,
     embedding_weights,
     end_weights,
+    estimator_layers,
     estimator_weights,
     gathered_elements,
     head_dim,
@@ -69,17 +70,17 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
     tokens = training.local_batch_size * training.seq_len
     own_tokens = tokens // tp if degrees.sp else tokens
     estimator = estimator_weights(config, trunk)
-    estimator_layers = config.estimator.layers * (2 if config.estimator.body == "separate" else 1)
+    trained_layers = len(estimator_layers(config, trunk))
     layers_stored = stored_layers(config, trunk)
     everything = [*embedding_weights(trunk), *end_weights(trunk), *(w for layer in layers_stored for w in layer)]
 
     kept = size * max(_layer_kept(trunk, degrees, tokens, own_tokens, experts) for experts in _kinds(trunk))
-    layers = trunk["num_hidden_layers"] + estimator_layers
+    layers = trunk["num_hidden_layers"] + trained_layers
     recomputed = config.activation_checkpoint.mode == "full"
     # Selective recomputation saves between a third and all of a layer, by operation: counted as all of it.
     saved = layers * (size * own_tokens * width if recomputed else kept)
     if not recomputed:  # trained matrices keep their inputs too, gathered along the sequence
-        saved += estimator_layers * size * 2 * tokens * width
+        saved += trained_layers * size * 2 * tokens * width
     group = max(config.objective.mi_group, training.local_batch_size)
     pairs = PAIR_COPIES * group * own_tokens // training.local_batch_size
     norm, lm_head = end_weights(trunk)

@@ -148,10 +148,17 @@ def head_weights(trunk: dict[str, Any]) -> list[Weight]:
     return 2 * [Weight((width, width)), Weight((width,))]
 
 
-def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+def estimator_layers(config: Config, trunk: dict[str, Any]) -> list[list[Weight]]:
+    """Of all bodies."""
     bodies = 2 if config.estimator.body == "separate" else 1
-    body = config.estimator.layers * layer_weights(trunk, experts=False) + [Weight((trunk["hidden_size"],))]
-    return bodies * body + head_weights(trunk)
+    return bodies * config.estimator.layers * [layer_weights(trunk, experts=False)]
+
+
+def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+    """Layers, a final norm for each body, and the heads."""
+    layers = estimator_layers(config, trunk)
+    norms = len(layers) // config.estimator.layers * [Weight((trunk["hidden_size"],))]
+    return [*(w for layer in layers for w in layer), *norms, *head_weights(trunk)]
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Per token and trunk parameter in a matrix product: teacher forward 2, student forward 2, activation backward 2;
 frozen weights need no weight gradient. The estimator is trained like any model: 6. Full recomputation repeats the
-student's and the estimator's forward: 2 more. Attention's quadratic part is left out, as in the "6N" convention.
+forward of the student's and the estimator's layers: 2 more of these. Attention's quadratic part is left out, as in the
+"6N" convention.
 """
 
 from __future__ import annotations
@@ -33,5 +34,5 @@ def model_flops_per_token(model) -> int:
 
 def hardware_flops_per_token(model, *, full_recompute: bool) -> int:
     """What HFU counts: MFU's work and recomputation."""
-    recomputed = 2 * matmul_parameters(model.trunk) + 2 * matmul_parameters(model.estimator)
-    return model_flops_per_token(model) + (recomputed if full_recompute else 0)
+    layers = (model.trunk.layers, *(body.layers for body in model.estimator.bodies))
+    return model_flops_per_token(model) + (2 * sum(map(matmul_parameters, layers)) if full_recompute else 0)

@@ -193,8 +193,9 @@ def test_plan_of_one_config_by_hand():
     assert result.memory.saved == 82 * 2 * (8 * 2048 * width) // 8
     assert (result.microbatches, result.tokens_per_step) == (1, 512 * 2048)
     matmul = 80 * layer + vocabulary * width + width + result.estimator_parameters
-    assert (result.model_flops_per_token, result.hardware_flops_per_token) == (6 * matmul, 8 * matmul)
-    assert result.seconds_per_step == pytest.approx(8 * matmul * 512 * 2048 / (512 * 312e12 * 0.4))
+    work = 6 * matmul + 2 * (80 + 2) * layer  # all layers are recomputed, lm_head and the heads are not
+    assert (result.model_flops_per_token, result.hardware_flops_per_token) == (6 * matmul, work)
+    assert result.seconds_per_step == pytest.approx(work * 512 * 2048 / (512 * 312e12 * 0.4))
 
 
 def test_70b_does_not_fit_one_node_without_sharing_it():

@@ -44,10 +44,11 @@ def test_by_hand(make_run, name, trunk, body_layer, body):
     estimator = bodies * (2 * body_layer + D) + HEADS
     assert matmul_parameters(model.trunk) == trunk
     assert matmul_parameters(model.estimator) == estimator
-    # teacher forward 2N, student forward 2N, activations backward 2N; estimator 6N; recompute 2N each
+    ends = (D + V * D) + (bodies * D + HEADS)  # final norms, lm_head, the two heads
+    # teacher forward 2N, student forward 2N, activations backward 2N; estimator 6N; 2N of all layers to recompute
     assert model_flops_per_token(model) == 6 * trunk + 6 * estimator
     assert hardware_flops_per_token(model, full_recompute=False) == 6 * trunk + 6 * estimator
-    assert hardware_flops_per_token(model, full_recompute=True) == 8 * trunk + 8 * estimator
+    assert hardware_flops_per_token(model, full_recompute=True) == 8 * trunk + 8 * estimator - 2 * ends
 
 
 def test_model_reports_it_to_torchtitan(make_run):
@@ -68,10 +69,11 @@ def test_recomputation_wrappers_change_nothing(make_run, one_process):
             trainer.metrics_processor.num_hardware_flops_per_token,
             matmul_parameters(model.trunk),
             matmul_parameters(model.estimator),
+            sum(map(matmul_parameters, (model.trunk.layers, *(body.layers for body in model.estimator.bodies)))),
         )
         trainer.close()
         return counted
 
-    flops, hardware, trunk, estimator = count()
+    flops, hardware, trunk, estimator, layers = count()
     assert (flops, hardware) == (6 * (trunk + estimator),) * 2
-    assert count("--activation_checkpoint.mode=full") == (flops, 8 * (trunk + estimator), trunk, estimator)
+    assert count("--activation_checkpoint.mode=full") == (flops, flops + 2 * layers, trunk, estimator, layers)
