@@ -160,15 +160,12 @@ def naive(size: Size) -> Arm:
 
 def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: str):
     """Model, loss and pair groups of a config of these shapes; random weights, sharded where there are ranks."""
-    from torchtitan.distributed import ParallelDims
-
     from sgt_titan.config.resolve import resolve
     from sgt_titan.config.schema import Config
     from sgt_titan.titan import cpu_support
-    from sgt_titan.titan.config import model_config, trainer_config
+    from sgt_titan.titan.build import meta_model, parallelize
     from sgt_titan.titan.float8 import E4M3, SCALE
     from sgt_titan.titan.initialize import initialize_estimator
-    from sgt_titan.titan.parallelize import parallelize_sgt
 
     cpu_support.install()
     world = torch.distributed.get_world_size()
@@ -182,22 +179,8 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: 
     for name, weight in WEIGHTS.items():
         getattr(config.objective, name).weight = weight
     config = resolve(config, world_size=world)
-    options = model_config(config, size.hf(), scale=0.02)
-    trainer = trainer_config(config, options, prepared=None)
-    options.update_from_config(config=trainer)
-    dims = ParallelDims.from_config(trainer.parallelism, world)
-    dims.build_mesh()
-    with torch.device("meta"):
-        model = options.build()
-    parallelize_sgt(
-        model,
-        parallel_dims=dims,
-        training=trainer.training,
-        parallelism=trainer.parallelism,
-        compile_config=trainer.compile,
-        ac_config=trainer.activation_checkpoint,
-        dump_folder="",
-    )
+    model, trainer, dims = meta_model(config, size.hf(), scale=0.02, world_size=world)
+    parallelize(model, trainer, dims)
     model.to_empty(device=device())
     with torch.no_grad():
         model.init_states(buffer_device=device())
@@ -223,7 +206,7 @@ def ours(
     float8: str = "none",
 ) -> Arm:
     """A step of the composite model; ``stored``: with this many of the teacher's probabilities known beforehand."""
-    from sgt_titan.titan.loss import Counts
+    from sgt_titan.data.batch import Counts
     from sgt_titan.titan.pairs import PairGroups
 
     torch.manual_seed(0)
@@ -233,7 +216,7 @@ def ours(
     tokens_BT, obfuscate_BT, utility_BT = batch(size)
     positions_BT = torch.arange(size.length, device=device()).expand(size.rows, -1)
     pairs = PairGroups(config.objective.mi_group)
-    counts = Counts(int(utility_BT.sum()), int(obfuscate_BT.sum()), size.rows)
+    counts = Counts(int(utility_BT.sum()), int(obfuscate_BT.sum()), size.rows, size.tokens)
 
     def forward(keep: int = 0):
         return model(

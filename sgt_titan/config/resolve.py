@@ -10,17 +10,16 @@ import copy
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sgt_titan.config.keys import get
+from sgt_titan.config.paths import expand
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 from sgt_titan.errors import UserError
 
 _PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
-_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages")
 
 # Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
@@ -97,7 +96,7 @@ def resolve(config: Config, *, world_size: int | None) -> Config:
     run, data, training = config.run, config.data, config.training
     for key in _PATHS:
         section, name = key.split(".")
-        setattr(getattr(config, section), name, _expand(get(config, key), key))
+        setattr(getattr(config, section), name, expand(get(config, key), key))
     if config.trunk.path == "demo":
         config.trunk.path = str(Path(__file__).resolve().parents[1] / "demo" / "trunk")
     if config.trunk.architecture:
@@ -205,21 +204,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return content
-
-
-def _expand(value: str, key: str) -> str:
-    """``value`` with environment variables and a leading ``~`` expanded."""
-
-    def variable(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if not os.environ.get(name):
-            raise UserError(f"{key}: environment variable {name} is not set (in {value!r})")
-        return os.environ[name]
-
-    expanded = os.path.expanduser(_VARIABLE.sub(variable, value))
-    if _VARIABLE.search(expanded):  # would be expanded once more on the next call
-        raise UserError(f"{key}: {value!r} expands to {expanded!r}, which still holds a $; use a path without one")
-    return expanded
 
 
 def _problems(

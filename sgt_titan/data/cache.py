@@ -33,7 +33,8 @@ from typing import IO, Any
 import numpy as np
 
 from sgt_titan.config import schema
-from sgt_titan.data.sources import Rows, expand, load_rows
+from sgt_titan.config.paths import expand
+from sgt_titan.data.sources import Rows, load_rows
 from sgt_titan.data.tokenization import (
     COUNTS,
     DROPS,

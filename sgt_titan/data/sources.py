@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from sgt_titan.config import schema
+from sgt_titan.config.paths import expand
 from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, FIELDS, PRESETS, ROLES, SUFFIXES, USUAL_COLUMNS
 from sgt_titan.errors import UserError
 
@@ -134,19 +135,6 @@ class GeneratedRows:
         if not 0 <= i < self.count:
             raise IndexError(i)
         return next(iter(conversations(1, seed=DEMO_SEED, start=i)))
-
-
-def expand(path: str, key: str) -> str:
-    """``path`` with environment variables and ``~`` expanded.
-
-    Raises:
-        UserError: a variable is not set.
-    """
-    for name in re.findall(r"\$(?:\{(\w+)\}|(\w+))", path):
-        variable = name[0] or name[1]
-        if variable not in os.environ:
-            raise UserError(f"{key}: environment variable {variable} in {path!r} is not set")
-    return os.path.expanduser(os.path.expandvars(path))
 
 
 def load_rows(data: schema.Data) -> Rows:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sgt_titan.config import schema
-from sgt_titan.data.sources import Rows, expand
+from sgt_titan.config.paths import expand
+from sgt_titan.data.sources import Rows
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
 

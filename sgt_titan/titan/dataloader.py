@@ -15,8 +15,6 @@ from torchtitan.tools.logging import logger
 
 from sgt_titan.data.batch import BatchSource, local_positions
 
-from .loss import Counts
-
 
 class SGTDataLoader(BaseDataLoader):
     """Microbatches in the order in which torchtitan's trainer asks for them.
@@ -81,5 +79,5 @@ def microbatch_inputs(source: BatchSource, step: int, positions: Sequence[int]) 
         "obfuscate_BT": batch.obfuscate_BT,
         "utility_BT": batch.utility_BT,
         "documents": batch.documents,
-        "counts": Counts(counts.utility_tokens, counts.obfuscated_tokens, counts.rows),
+        "counts": counts,
     }

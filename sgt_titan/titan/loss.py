@@ -20,6 +20,7 @@ from torchtitan.components.loss import BaseLoss
 from torchtitan.config import CompileConfig
 
 from sgt_titan.config.schema import TERMS, Objective
+from sgt_titan.data.batch import Counts
 from sgt_titan.objectives.geometry import absolute_cosine, component_entropy, cosine, norm_deviation
 from sgt_titan.objectives.mutual_information import common_positions, group_loss, group_offset, shifts
 from sgt_titan.objectives.schedule import weight_at
@@ -30,15 +31,6 @@ from .pairs import PairGroups
 
 # What is logged: name -> how ranks of a tensor-parallel group combine. Order is the order in the log.
 REPORTED = ("loss", "utility", "kl", "agreement", *TERMS, "std", "std_spread", "std_saturated", "mean_norm")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Denominators of one optimizer step over all ranks."""
-
-    utility_tokens: int
-    obfuscated_tokens: int
-    rows: int
 
 
 class SGTLoss(BaseLoss):

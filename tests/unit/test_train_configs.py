@@ -220,14 +220,12 @@ def _facts(name: str) -> dict:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
-    from torchtitan.distributed import ParallelDims
     from torchtitan.distributed import utils as dist_utils
     from transformers import CONFIG_MAPPING
 
     from sgt_titan.titan import cpu_support
-    from sgt_titan.titan.config import model_config, trainer_config
+    from sgt_titan.titan.build import meta_model, parallelize
     from sgt_titan.titan.flops import hardware_flops_per_token, model_flops_per_token
-    from sgt_titan.titan.parallelize import parallelize_sgt
 
     cpu_support.install()
     config, trunk, world_size = resolved(name)
@@ -236,13 +234,7 @@ def _facts(name: str) -> dict:
     hf = CONFIG_MAPPING[trunk["model_type"]].from_dict(trunk)
     dist_utils.init_fake_mode(world_size)
     try:
-        options = model_config(config, hf, scale=1.0)
-        trainer = trainer_config(config, options, prepared=None)
-        options.update_from_config(config=trainer)
-        dims = ParallelDims.from_config(trainer.parallelism, world_size)
-        dims.build_mesh()
-        with torch.device("meta"):
-            model = options.build()
+        model, trainer, dims = meta_model(config, hf, scale=1.0, world_size=world_size)
         recomputed = config.activation_checkpoint.mode == "full"
         facts = {
             "world_size": dist.get_world_size(),
@@ -252,15 +244,7 @@ def _facts(name: str) -> dict:
             "hardware_flops": hardware_flops_per_token(model, full_recompute=recomputed),
             "blocks": len(model.trunk.layers) + sum(len(body.layers) for body in model.estimator.bodies),
         }
-        parallelize_sgt(
-            model,
-            parallel_dims=dims,
-            training=trainer.training,
-            parallelism=trainer.parallelism,
-            compile_config=trainer.compile,
-            ac_config=trainer.activation_checkpoint,
-            dump_folder="",
-        )
+        parallelize(model, trainer, dims)
 
         def local_bytes(module) -> int:
             return sum(getattr(p, "_local_tensor", p).numel() * p.element_size() for p in module.parameters())

@@ -8,7 +8,7 @@ import pytest
 
 from sgt_titan.config.schema import Data
 from sgt_titan.data.presets import PRESETS
-from sgt_titan.data.sources import JsonLines, expand, load_rows, turns
+from sgt_titan.data.sources import JsonLines, load_rows, turns
 from sgt_titan.errors import UserError
 
 
@@ -153,7 +153,7 @@ def test_fingerprint_follows_content_not_place(write, tmp_path):
         (lambda d: "", "data.source: is empty; name a preset (openorca, alpaca"),
         (lambda d: f"{d}/nothing.jsonl", "nothing.jsonl does not exist"),
         (lambda d: "nothing.jsonl", "data.source: nothing.jsonl does not exist"),
-        (lambda d: "${SGT_TEST_UNSET}/x.jsonl", "environment variable SGT_TEST_UNSET in '${SGT_TEST"),
+        (lambda d: "${SGT_TEST_UNSET}/x.jsonl", "environment variable SGT_TEST_UNSET is not set (in '${SGT_TEST"),
         (lambda d: touch(d, "x.txt", "hello"), "x.txt: unknown kind of file; known are .jsonl"),
         (lambda d: touch(d, "x.jsonl", ""), "x.jsonl: no usable rows: the source is empty"),
         (lambda d: touch(d, "x.jsonl", "{not json"), "x.jsonl: row 1: cannot be read as JSON (Expecting"),
@@ -221,11 +221,6 @@ def test_demo_rows_are_made_on_demand():
     assert rows.messages(4) == rows.messages(4) != rows.messages(3)
     with pytest.raises(IndexError):
         rows[5]
-
-
-def test_expand(monkeypatch):
-    monkeypatch.setenv("SGT_TEST_DIR", "/d")
-    assert expand("$SGT_TEST_DIR/${SGT_TEST_DIR}x", "k") == "/d//dx"
 
 
 def test_presets_are_complete():

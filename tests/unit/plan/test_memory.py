@@ -85,15 +85,13 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-    from torchtitan.distributed import ParallelDims
     from torchtitan.distributed import utils as dist_utils
     from transformers import CONFIG_MAPPING
 
+    from sgt_titan.data.batch import Counts
     from sgt_titan.titan import cpu_support
-    from sgt_titan.titan.config import model_config, trainer_config
-    from sgt_titan.titan.loss import Counts
+    from sgt_titan.titan.build import meta_model, parallelize
     from sgt_titan.titan.pairs import PairGroups
-    from sgt_titan.titan.parallelize import parallelize_sgt
 
     class Storages(TorchDispatchMode):
         """Storages that are alive, and the most they ever held. FSDP2 frees by resizing, so sizes are read again."""
@@ -129,22 +127,8 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
     dist_utils.init_fake_mode(world_size)
     try:
-        options = model_config(config, hf, scale=1.0)
-        trainer = trainer_config(config, options, prepared=None)
-        options.update_from_config(config=trainer)
-        dims = ParallelDims.from_config(trainer.parallelism, world_size)
-        dims.build_mesh()
-        with torch.device("meta"):
-            model = options.build()
-        parallelize_sgt(
-            model,
-            parallel_dims=dims,
-            training=trainer.training,
-            parallelism=trainer.parallelism,
-            compile_config=trainer.compile,
-            ac_config=trainer.activation_checkpoint,
-            dump_folder="",
-        )
+        model, trainer, dims = meta_model(config, hf, scale=1.0, world_size=world_size)
+        parallelize(model, trainer, dims)
         rows, length, width = config.training.local_batch_size, config.training.seq_len, trunk["hidden_size"]
         with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
             model.to_empty(device="cpu").train()
@@ -172,7 +156,7 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
                 None,
                 step=config.objective.mi.ramp_steps,  # every term at work
                 obfuscate_BT=mask_BT,
-                counts=Counts(rows * length, rows * length, rows),
+                counts=Counts(rows * length, rows * length, rows, rows * length),
                 median_norm=1.0,
                 bounds=model.bounds,
                 pairs=pairs,

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Objective, Term
+from sgt_titan.data.batch import Counts
 from sgt_titan.objectives.distillation import attach, distil
-from sgt_titan.titan.loss import REPORTED, Counts, SGTLoss
+from sgt_titan.titan.loss import REPORTED, SGTLoss
 from sgt_titan.titan.model import Streams
 from sgt_titan.titan.pairs import PairGroups
 from sgt_titan.transform.gaussian import Bounds
@@ -86,7 +87,7 @@ def run(options, data, rows=slice(None), *, step=1, group=2, counts=None, utilit
     utility_BT = utility_BT if utility is None else utility
     pairs = PairGroups(group)
     streams = streams.streams(rows, obfuscated, utility_BT, pairs, chunk)
-    counts = counts or Counts(int(utility_BT.sum()), int(obfuscated.sum()), B)
+    counts = counts or Counts(int(utility_BT.sum()), int(obfuscated.sum()), B, utility_BT.numel())
     return SGTLoss(SGTLoss.Config(objective=options))(
         streams,
         None,
@@ -182,7 +183,7 @@ def test_microbatches_add_up_to_the_batch(data):
     """Losses, reported terms and gradients; groups of two rows stay in one microbatch."""
     options = objective("mi_abs_cos_norm")
     leaves = data[3]
-    counts = Counts(int(data[2].sum()), int(data[1].sum()), B)
+    counts = Counts(int(data[2].sum()), int(data[1].sum()), B, data[1].numel())
     whole, reported = run(options, data)
     gradients = torch.autograd.grad(whole, leaves, retain_graph=True)
     parts = [run(options, data, slice(start, start + 2), counts=counts) for start in (0, 2)]
@@ -274,7 +275,7 @@ def test_positions_that_are_not_obfuscated_do_not_count(data):
 def test_a_microbatch_without_anything_to_score_is_zero_and_finite(data):
     streams, obfuscated, utility, leaves = data
     empty = (streams, torch.zeros_like(obfuscated), torch.zeros_like(utility), leaves)
-    loss, reported = run(objective("mi_abs_cos_norm"), empty, counts=Counts(0, 0, B))
+    loss, reported = run(objective("mi_abs_cos_norm"), empty, counts=Counts(0, 0, B, 0))
     assert loss.item() == 0 and all(value == 0 for value in reported.values())
     assert all(g is None or not g.any() for g in torch.autograd.grad(loss, leaves, allow_unused=True))
 
@@ -282,7 +283,7 @@ def test_a_microbatch_without_anything_to_score_is_zero_and_finite(data):
 def test_sequence_slices_add_up(data):
     """Sequence-parallel ranks: their obfuscation terms are summed over the slices, pairs counted over the whole row."""
     streams, obfuscated, utility, _ = data
-    counts = Counts(int(utility.sum()), int(obfuscated.sum()), B)
+    counts = Counts(int(utility.sum()), int(obfuscated.sum()), B, utility.numel())
     loss = SGTLoss(SGTLoss.Config(objective=only(mi=1.0)))
     pairs = PairGroups(4)
     streams = streams.streams(slice(None), obfuscated, utility, pairs)
