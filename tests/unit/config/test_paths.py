@@ -19,9 +19,7 @@ def test_variables_and_home(monkeypatch):
 
 def test_what_is_not_set_and_what_would_be_expanded_again(monkeypatch):
     monkeypatch.delenv("SGT_NO", raising=False)
-    with pytest.raises(
-        UserError, match=r"^data\.cache_dir: environment variable SGT_NO is not set"
-    ):
+    with pytest.raises(UserError, match=r"^data\.cache_dir: environment variable SGT_NO is not set"):
         expand("$SGT_NO/x", "data.cache_dir")
     monkeypatch.setenv("SGT_TEST_DIR", "/d/$HOME")
     with pytest.raises(UserError, match="still holds a"):
