@@ -85,7 +85,7 @@ def logits(trainer):
     handle = trunk.norm.register_forward_hook(lambda module, inputs, outputs: hidden.extend(outputs))
     both, batch = streams(trainer)
     handle.remove()
-    weight_VD = trunk.lm_head.weight.to_local()  # one process holds all rows
+    weight_VD = trunk.lm_head.weight
     return *(h_BTD @ weight_VD.T for h_BTD in hidden), both, batch
 
 
