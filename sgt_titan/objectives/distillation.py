@@ -124,7 +124,7 @@ def distil(
         student_CV, *teacher_CV = torch.mm(hidden_XD, weight_VD.T, out=logits_XV[: len(hidden_XD)]).split(size)
         into_CV = difference_CV[:size] if want_gradient else None
         if targets is None:
-            found = kernels.asked(student_CV, *teacher_CV, group, vocab_start, into_CV)
+            found = kernels.asked(student_CV, *teacher_CV, group, vocab_start, into_CV, True)
             if keep:
                 kept.append(top_k(*teacher_CV, keep, group=group, vocab_start=vocab_start))
         else:

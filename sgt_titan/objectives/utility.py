@@ -72,11 +72,12 @@ def difference(
     group: dist.ProcessGroup | None,
     vocab_start: int,
     into_NV: torch.Tensor | None,
+    finite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy, teacher's entropy and agreement (N,). Logits and ``group`` as in ``soft_cross_entropy``.
 
     ``into_NV``, if given, is filled with softmax(student) - softmax(teacher), the gradient with respect to the
-    student's logits; it shares no memory with them.
+    student's logits; it shares no memory with them. ``finite``: no logit is -inf, which saves passes over them.
     """
     dtype = torch.promote_types(student_NV.dtype, torch.float32)
     peaks_W4N = gather_ranks(
@@ -85,16 +86,14 @@ def difference(
     student_max_N, student_argmax_N = global_peak(peaks_W4N[:, 0], peaks_W4N[:, 1])
     teacher_max_N, teacher_argmax_N = global_peak(peaks_W4N[:, 2], peaks_W4N[:, 3])
 
-    # In place where possible: at most three float32 (N, V) tensors of ours are alive at a time.
+    # In this order at most two float32 (N, V) tensors of ours are alive at a time.
     shifted_NV = teacher_NV - teacher_max_N[:, None]
     teacher_exp_NV = shifted_NV.exp()
-    # 0 * -inf is NaN; a token the teacher rules out contributes 0. NaN logits still come out as NaN.
-    ruled_out_NV = teacher_exp_NV == 0
-    teacher_dot_N = shifted_NV.mul_(teacher_exp_NV).masked_fill_(ruled_out_NV, 0.0).sum(-1)
+    teacher_dot_N = _dot(teacher_exp_NV, shifted_NV, finite)
+    del shifted_NV
     shifted_NV = student_NV - student_max_N[:, None]
-    student_exp_NV = shifted_NV.exp()
-    cross_dot_N = shifted_NV.mul_(teacher_exp_NV).masked_fill_(ruled_out_NV, 0.0).sum(-1)
-    del shifted_NV, ruled_out_NV
+    cross_dot_N = _dot(teacher_exp_NV, shifted_NV, finite)
+    student_exp_NV = shifted_NV.exp_()
 
     sums_4N = torch.stack((student_exp_NV.sum(-1), teacher_exp_NV.sum(-1), cross_dot_N, teacher_dot_N))
     if group is not None:
@@ -104,12 +103,19 @@ def difference(
     cross_entropy_N = student_sum_N.log() - cross_dot_N / teacher_sum_N
     teacher_entropy_N = teacher_sum_N.log() - teacher_dot_N / teacher_sum_N
     agree_N = (student_argmax_N == teacher_argmax_N) & student_argmax_N.isfinite()
-    if into_NV is None:
-        return cross_entropy_N, teacher_entropy_N, agree_N
-    # The difference is taken before rounding to the student's dtype: where the two agree it is far smaller than
-    # either probability.
-    into_NV.copy_(student_exp_NV.div_(student_sum_N[:, None]).sub_(teacher_exp_NV.div_(teacher_sum_N[:, None])))
+    if into_NV is not None:
+        # The difference is taken before rounding to the student's dtype: where the two agree it is far smaller than
+        # either probability.
+        student_exp_NV.div_(student_sum_N[:, None]).sub_(teacher_exp_NV.div_(teacher_sum_N[:, None]))
+        into_NV.copy_(student_exp_NV)
     return cross_entropy_N, teacher_entropy_N, agree_N
+
+
+def _dot(weight_NV: torch.Tensor, value_NV: torch.Tensor, finite: bool) -> torch.Tensor:
+    """sum_v weight * value, in which a weight of 0 makes 0 of any value, also of -inf. NaN comes out as NaN."""
+    if finite:
+        return torch.linalg.vecdot(weight_NV, value_NV)
+    return (weight_NV * value_NV).masked_fill_(weight_NV == 0, 0.0).sum(-1)
 
 
 def local_peak(logits_NV: torch.Tensor, dtype: torch.dtype, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:
