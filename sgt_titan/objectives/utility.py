@@ -86,7 +86,7 @@ def difference(
     student_max_N, student_argmax_N = global_peak(peaks_W4N[:, 0], peaks_W4N[:, 1])
     teacher_max_N, teacher_argmax_N = global_peak(peaks_W4N[:, 2], peaks_W4N[:, 3])
 
-    # In this order at most two float32 (N, V) tensors of ours are alive at a time.
+    # In this order at most three float32 (N, V) tensors of ours are alive at a time.
     shifted_NV = teacher_NV - teacher_max_N[:, None]
     teacher_exp_NV = shifted_NV.exp()
     teacher_dot_N = _dot(teacher_exp_NV, shifted_NV, finite)
@@ -113,9 +113,10 @@ def difference(
 
 def _dot(weight_NV: torch.Tensor, value_NV: torch.Tensor, finite: bool) -> torch.Tensor:
     """sum_v weight * value, in which a weight of 0 makes 0 of any value, also of -inf. NaN comes out as NaN."""
-    if finite:
-        return torch.linalg.vecdot(weight_NV, value_NV)
-    return (weight_NV * value_NV).masked_fill_(weight_NV == 0, 0.0).sum(-1)
+    product_NV = weight_NV * value_NV
+    if not finite:
+        product_NV.masked_fill_(weight_NV == 0, 0.0)
+    return product_NV.sum(-1)
 
 
 def local_peak(logits_NV: torch.Tensor, dtype: torch.dtype, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ LAYERS_IN_FLIGHT = 3  # FSDP2: the layer at work, its gather buffer, and the nex
 TRANSFORM_COPIES = 18  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
 HIDDEN_COPIES = 5  # (B, T, D): both streams whole, their utility positions, and the student's gradient
-# A chunk of logits: teacher, student, gradient, and soft cross-entropy's two float32.
+# A chunk of logits: teacher, student, gradient, and soft cross-entropy's three float32.
 CHUNK_LOGITS = 2**26  # as in objectives/distillation.py, which needs torch
 
 
@@ -111,7 +111,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows
         logits=(size * gathered_elements(lm_head, degrees) if degrees.gathers and not tied else 0)
         + HIDDEN_COPIES * size * tokens * width
-        + (3 * size + 2 * FP32) * min(chunk, tokens) * vocabulary,
+        + (3 * size + 3 * FP32) * min(chunk, tokens) * vocabulary,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,7 @@ LAYOUTS = {
     "tp x2": (2, TP2),
     "tp x2 without sequence parallel": (2, (*TP2, *NO_SP, ROWS, "2")),
     "hsdp 2x2, pairs across ranks": (4, (*HSDP, ROWS, "1")),
+    "two copies, nothing sharded": (2, (*HSDP, ROWS, "2")),
 }
 OTHER = (
     *("--estimator.body", "separate", "--estimator.init_from_trunk", "true", "--estimator.layers", "2"),
@@ -114,6 +116,24 @@ def test_another_estimator_and_objective_with_recomputation(small):
         "always",
     )
     assert_same_terms(small.finish(4, *OTHER, *layout).scalars, expected.scalars)
+
+
+def trace_only(rank: int, folder: Path) -> None:
+    """Blocks and loss are traced and differentiated as inductor would have them, and no code is generated."""
+    from functools import partial
+
+    from sgt_titan.titan import config
+
+    config.CompileConfig = partial(config.CompileConfig, backend="aot_eager")
+
+
+@pytest.mark.parametrize("float8", ["none", "weights"])
+def test_compiled(float8, reference, small):
+    """FSDP2 2 x TP 2, blocks and loss compiled."""
+    options = ("--trunk.float8", float8)
+    expected = reference if float8 == "none" else small.finish(1, *options)
+    layout = (*TP2, ROWS, "2", "--compile.enable", "true")
+    assert_same_terms(small.finish(4, *options, *layout, hooks=(trace_only,)).scalars, expected.scalars)
 
 
 def test_a_trunk_in_float8(reference, small):
