@@ -19,9 +19,8 @@ from torch import nn
 
 
 def allow_older_torch() -> None:
-    """Placeholders for names that torch 2.11 lacks and that one process does not use.
-
-    torchtitan 0.3.0 and our sharding import them; calling one is an error.
+    """What torch 2.11 lacks: placeholders for names that one process does not use (torchtitan 0.3.0 and our sharding
+    import them; calling one is an error), and a float8 product that it can compile.
     """
     import torch.distributed.fsdp as fsdp
     from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_init
@@ -34,6 +33,14 @@ def allow_older_torch() -> None:
     for module, name in wanted:
         if not hasattr(module, name):
             setattr(module, name, type(name, (), {}))
+    if torch.__version__ < "2.13":
+        F.scaled_mm = _scaled_mm
+
+
+def _scaled_mm(a, b, scale_a, _recipe_a, scale_b, _recipe_b, *, output_dtype, use_fast_accum):
+    return torch._scaled_mm(
+        a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=output_dtype, use_fast_accum=use_fast_accum
+    )
 
 
 @dataclass(frozen=True)

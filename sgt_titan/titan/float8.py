@@ -44,7 +44,7 @@ def to_float8(matrix_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The e4m3 numbers (N, I) and the float32 scales (N, 1) whose product is nearest to ``matrix_NI``."""
     matrix_NI = matrix_NI.float()
     scale_N1 = matrix_NI.abs().amax(-1, keepdim=True) / LARGEST
-    scale_N1 = torch.where(scale_N1 > 0, scale_N1, 1.0)  # a row of zeros stays one; NaN stays NaN
+    scale_N1 = torch.where(scale_N1 > 0, scale_N1, 1.0)  # a row of zeros stays one
     return (matrix_NI / scale_N1).to(E4M3), scale_N1
 
 
@@ -57,7 +57,7 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.in_float8 = in_float8
         if in_float8:
             # Fast accumulation forward and exact backward, as torchao's recipes have it.
-            return _product(x_NI, weight_OI.t(), scale_O1.t(), fast=True)
+            return _product(x_NI, weight_OI.t(), scale_O1.t(), x_NI.dtype, fast=True)
         return (x_NI @ weight_OI.to(x_NI.dtype).t()).mul_(scale_O1.t().to(x_NI.dtype))
 
     @staticmethod
@@ -70,16 +70,20 @@ class _FrozenProduct(torch.autograd.Function):
         by_columns_OI = weight_OI.t().contiguous().t()
         ones_1I = scale_O1.new_ones(1, weight_OI.shape[1])
         scaled_NO = grad_NO.float() * scale_O1.t()
-        return _product(scaled_NO, by_columns_OI, ones_1I, fast=False).to(grad_NO.dtype), None, None, None
+        return _product(scaled_NO, by_columns_OI, ones_1I, grad_NO.dtype, fast=False), None, None, None
 
 
-def _product(a_NK: torch.Tensor, b_KM: torch.Tensor, scale_1M: torch.Tensor, *, fast: bool) -> torch.Tensor:
-    """``a @ (b * scale)`` with ``a`` rounded to e4m3, in the type of ``a``; bfloat16 from float32 on a GPU."""
+def _product(
+    a_NK: torch.Tensor, b_KM: torch.Tensor, scale_1M: torch.Tensor, dtype: torch.dtype, *, fast: bool
+) -> torch.Tensor:
+    """``a @ (b * scale)`` with ``a`` rounded to e4m3, in ``dtype``."""
     a8_NK, scale_N1 = to_float8(a_NK)
-    dtype = torch.bfloat16 if a_NK.is_cuda else a_NK.dtype
-    return F.scaled_mm(
-        a8_NK, b_KM, scale_N1, ROWS, scale_1M.contiguous(), ROWS, output_dtype=dtype, use_fast_accum=fast
+    # GPUs scale by rows with bfloat16 results only.
+    computed = torch.bfloat16 if a_NK.is_cuda else dtype
+    y_NM = F.scaled_mm(
+        a8_NK, b_KM, scale_N1, ROWS, scale_1M.contiguous(), ROWS, output_dtype=computed, use_fast_accum=fast
     )
+    return y_NM.to(dtype)
 
 
 def frozen_linear(

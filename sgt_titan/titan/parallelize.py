@@ -68,6 +68,9 @@ def wrap_blocks(model, *, compile_config, ac_config, dump_folder: str) -> None:
         for body in bodies:
             policy.apply(body)
     if compile_config.enable and "model" in compile_config.components:
+        # Teacher and student, training and probe, dense layers and experts are variants of one function; past dynamo's
+        # limit, 8 by default, a run would end.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         blocks = [dual.block for dual in trunk.layers.values()]
         blocks += [layer for body in bodies for layer in body.layers.values()]
         for block in blocks:
