@@ -1,7 +1,8 @@
-"""Where the time of a step goes, by part of the model: ``python benchmarks/operators.py``."""
+"""Where the time of a step goes, by operator: ``python benchmarks/operators.py [--compiled]``."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,10 +18,13 @@ OPERATORS = 10
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compiled", action="store_true", help="blocks and loss by torch.compile")
+    words = parser.parse_args()
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     size = arms.LLAMA_1B if cuda else arms.CPU
-    step = arms.ours(size, chunk=arms.chunk(size)).step
+    step = arms.ours(size, chunk=arms.chunk(size), compiled=words.compiled).step
     step()
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
