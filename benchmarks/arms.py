@@ -165,7 +165,7 @@ def naive(size: Size) -> Arm:
 # -- (b) this project --------------------------------------------------------------------------------------------------
 
 
-def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: str):
+def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: str, replicas: int = 1):
     """Model, loss and pair groups of a config of these shapes; random weights, sharded where there are ranks."""
     from sgt_titan.config.resolve import resolve
     from sgt_titan.config.schema import Config
@@ -173,12 +173,14 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: 
     from sgt_titan.titan.build import meta_model, parallelize
     from sgt_titan.titan.float8 import E4M3, SCALE
     from sgt_titan.titan.initialize import initialize_estimator
+    from sgt_titan.titan.pairs import make_pair_groups
 
     cpu_support.install()
     world = torch.distributed.get_world_size()
     config = Config()
     config.trunk.dtype = "float32" if size.dtype == torch.float32 else "bfloat16"
     config.trunk.float8 = float8
+    config.parallelism.data_parallel_replicate_degree = replicas
     config.training.seq_len, config.training.local_batch_size = size.length, size.rows
     config.training.loss_chunk_tokens = chunk
     config.estimator.layers = ESTIMATOR_LAYERS
@@ -200,7 +202,8 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: 
             else:
                 local.normal_(std=0.02) if parameter.dim() > 1 else local.fill_(1.0)
         initialize_estimator(model.estimator, 0)
-    return model.train(), trainer.loss.build(), config
+    pairs = make_pair_groups(config.objective.mi_group, size.rows, dims.get_optional_mesh("batch"))
+    return model.train(), trainer.loss.build(), pairs
 
 
 def ours(
@@ -211,18 +214,19 @@ def ours(
     compiled: bool = False,
     stored: int = 0,
     float8: str = "none",
+    replicas: int = 1,
 ) -> Arm:
     """A step of the composite model; ``stored``: with this many of the teacher's probabilities known beforehand."""
     from sgt_titan.data.batch import Counts
-    from sgt_titan.titan.pairs import PairGroups
 
     torch.manual_seed(0)
-    model, loss_fn, config = model_of(size, chunk=chunk, recompute=recompute, compiled=compiled, float8=float8)
+    model, loss_fn, pairs = model_of(
+        size, chunk=chunk, recompute=recompute, compiled=compiled, float8=float8, replicas=replicas
+    )
     fused = torch.cuda.is_available()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused)
     tokens_BT, obfuscate_BT, utility_BT = batch(size)
     positions_BT = torch.arange(size.length, device=device()).expand(size.rows, -1)
-    pairs = PairGroups(config.objective.mi_group)
     counts = Counts(int(utility_BT.sum()), int(obfuscate_BT.sum()), size.rows, size.tokens)
 
     def forward(keep: int = 0):

@@ -1,8 +1,13 @@
 """What more ranks bring and cost, on gloo processes of this machine: ``python benchmarks/ranks.py``.
 
-First one gather for both streams against a walk for each, both in the same processes, alternating. Then how a step
-grows with the ranks, each with rows of its own. The network is loopback and the ranks share the cores: what carries
-over to a cluster are memory, the number of gathers and their bytes, not the seconds. ``--plots FOLDER`` draws.
+    gathers   one gather for both streams against a walk for each
+    pairs     the MI term's exchange while the trunk works, against one that is waited for at once
+    growth    how a step grows with the ranks, each with rows of its own; ``--plots FOLDER`` draws it
+
+The ways of the first two are in the same processes and alternate. The network is loopback and the ranks share the
+cores: memory, the number of gathers and their bytes carry over to a cluster, the seconds do not. To see them wait for
+a network, give them one (root): ``ip netns add slow; ip -n slow link set lo up; tc -n slow qdisc add dev lo root tbf
+rate 400mbit burst 256kb latency 100ms``, then ``ip netns exec slow python benchmarks/ranks.py gathers pairs``.
 """
 
 from __future__ import annotations
@@ -89,6 +94,41 @@ def gather_once_or_twice(rank: int, world: int, port: int, queue) -> None:
     dist.destroy_process_group()
 
 
+class WaitedFor:
+    """torch.distributed whose collectives are over when they have begun."""
+
+    def __getattr__(self, name: str):
+        found = getattr(dist, name)
+        if name not in ("all_gather_single", "reduce_scatter_single"):
+            return found
+
+        def call(*args, **kwargs):
+            work = found(*args, **kwargs)
+            work.wait()
+            return work
+
+        return call
+
+
+def exchange_behind_or_before(rank: int, world: int, port: int, queue) -> None:
+    join(rank, world, port)
+    from sgt_titan.titan import pairs
+
+    # A copy of the trunk on each rank, so that nothing else waits for the network but the estimator's gradients.
+    step = arms.ours(replace(SIZE, rows=1, length=1024), chunk=64, replicas=world).step
+
+    def with_(module) -> None:
+        pairs.dist = module
+        dist.barrier()
+        step()
+
+    cases = {"while the trunk works": lambda: with_(dist), "waited for at once": lambda: with_(WaitedFor())}
+    times = compare(cases, 5)
+    if rank == 0:
+        queue.put(times)
+    dist.destroy_process_group()
+
+
 def step_of(rank: int, world: int, port: int, queue, float8: str) -> None:
     """A rank's own CPU seconds, gathers and their bytes, bytes of frozen weights it keeps, and the peak above rest."""
     join(rank, world, port)
@@ -150,18 +190,21 @@ def draw(found: dict[str, dict[int, tuple]], naive: float, folder: Path) -> None
     figure.savefig(folder / "growth-ranks.png", dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plots", help="draw into this folder")
-    words = parser.parse_args()
-    print(machine())
+def gathers(_) -> None:
     print("\n| ranks | way | gathers a step | gathered, MB | s a step, median (spread) |\n|---:|---|---:|---:|---:|")
     for world in (2, 4):
         for name, (count, size, median, low, high) in on_ranks(gather_once_or_twice, world).items():
-            print(
-                f"| {world} | {name} | {count} | {size / 1e6:.0f} | {median:.3f} ({low:.3f} to {high:.3f}) |",
-                flush=True,
-            )
+            spread = f"({low:.3f} to {high:.3f})"
+            print(f"| {world} | {name} | {count} | {size / 1e6:.0f} | {median:.3f} {spread} |", flush=True)
+
+
+def pairs(_) -> None:
+    print("\n| ranks | pairs exchanged | s a step, median (spread) |\n|---:|---|---:|")
+    for name, (median, low, high) in on_ranks(exchange_behind_or_before, 2).items():
+        print(f"| 2 | {name} | {median:.3f} ({low:.3f} to {high:.3f}) |", flush=True)
+
+
+def growth(plots: str | None) -> None:
     print(
         "\n| ranks | layers | gathers a step | received a rank, MB | frozen shard, MiB | peak above rest, MiB | "
         "s of a rank's own work, median (spread) |\n|---:|---|---:|---:|---:|---:|---:|"
@@ -176,8 +219,21 @@ def main() -> None:
                 f"{median:.3f} ({low:.3f} to {high:.3f}) |",
                 flush=True,
             )
-    if words.plots:
-        draw(found, found["float32"][1][2], Path(words.plots))
+    if plots:
+        draw(found, found["float32"][1][2], Path(plots))
+
+
+PARTS = {"gathers": gathers, "pairs": pairs, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=list(PARTS), help="default: all")
+    parser.add_argument("--plots", help="draw into this folder")
+    words = parser.parse_args()
+    print(machine())
+    for part in words.parts or PARTS:
+        PARTS[part](words.plots)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class _Started(torch.autograd.Function):
         ctx.exchange = exchange
         rows = tensor.contiguous()
         gathered = rows.new_empty((exchange.group.size() * rows.shape[0], *rows.shape[1:]))
-        exchange.work = dist.all_gather_into_tensor(gathered, rows, group=exchange.group, async_op=True)
+        exchange.work = dist.all_gather_single(gathered, rows, group=exchange.group, async_op=True)
         return gathered
 
     @staticmethod
@@ -102,5 +102,5 @@ class _Finished(torch.autograd.Function):
         exchange = ctx.exchange
         whole = whole.contiguous()
         exchange.gradient = whole.new_empty((whole.shape[0] // exchange.group.size(), *whole.shape[1:]))
-        exchange.work = dist.reduce_scatter_tensor(exchange.gradient, whole, group=exchange.group, async_op=True)
+        exchange.work = dist.reduce_scatter_single(exchange.gradient, whole, group=exchange.group, async_op=True)
         return whole, None  # the place of a gradient; ``_Started`` returns the real one
