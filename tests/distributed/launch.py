@@ -65,13 +65,13 @@ class Job:
     def wait(self, timeout: float = 120.0) -> Outcome:
         """Until all ranks have ended. As torchrun does, ends those that are left a while after one has failed."""
         deadline = self.started + timeout
-        while any(process.is_alive() for process in self.processes):
+        while alive := [process for process in self.processes if process.is_alive()]:
             failed = any(process.exitcode for process in self.processes)
             if failed:
                 deadline = min(deadline, time.monotonic() + 10)
             if time.monotonic() > deadline:
                 self.kill()
-            next(p for p in self.processes if p.is_alive()).join(0.05)
+            alive[0].join(0.05)
         codes = [process.exitcode for process in self.processes]
         ranks = range(len(codes))
         errors = [(self.logs / f"{rank}.err").read_text() for rank in ranks]
