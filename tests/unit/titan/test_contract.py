@@ -40,6 +40,7 @@ SIGNATURES = {
     "torchtitan.components.checkpointer.base:BaseCheckpointManager._wait_for_saving": "self",
     "torchtitan.components.checkpointer.base:BaseCheckpointManager._maybe_wait_for_staging": "self",
     "torchtitan.protocols.module:Module.init_states": "self buffer_device",
+    "torchtitan.protocols.module:Module.parallelize": "self parallel_dims",
     "torchtitan.models.common.rope:CosSinRoPE._precompute_cache": "self",
     "torchtitan.models.common.rope:ComplexRoPE._precompute_cache": "self",
     "torchtitan.distributed.utils:set_pg_timeouts": "timeout parallel_dims",
@@ -54,6 +55,7 @@ SIGNATURES = {
     "torchtitan.models.common.decoder_sharding:dense_param_placement": "tp",
     "torchtitan.models.common.decoder_sharding:dense_sequence_parallel_placement": "",
     "torchtitan.models.common.decoder:Decoder.get_attention_masks": "self positions",
+    "torch._dynamo:maybe_mark_dynamic": "t index",
     "torch.distributed.distributed_c10d:_set_pg_timeout": "timeout group",
     "torch.distributed.fsdp._fully_shard._fsdp_init:_get_mesh_info": "mesh dp_mesh_dims",
     "torch.distributed.fsdp:FSDPModule.set_modules_to_backward_prefetch": "self modules",
@@ -71,9 +73,13 @@ ACCEPTS = {
     ),
     "torchtitan.models.common.config_utils:make_ffn_config": "dim hidden_dim w1_param_init w2w3_param_init",
     "torchtitan.models.common.decoder_sharding:dense_activation_placement": "tp",
-    "torch.distributed.fsdp:fully_shard": "mesh reshard_after_forward shard_placement_fn mp_policy",
+    "torch.distributed.fsdp:fully_shard": "mesh reshard_after_forward shard_placement_fn mp_policy ignored_params",
     "torch.distributed.fsdp._fully_shard._fsdp_common:ShardPlacementResult": "placement mesh_info",
     "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": "global_shape mesh placements",
+    "torchtitan.models.common.linear:Linear.Config.traverse": "config_cls",
+    "torch.nn.functional:scaled_mm": (
+        "mat_a mat_b scale_a scale_recipe_a scale_b scale_recipe_b output_dtype use_fast_accum"
+    ),
     "torch.distributed.checkpoint:HuggingFaceStorageWriter": "path save_distributed",
     "torch.distributed.checkpoint:HuggingFaceStorageReader": "path",
     "torchtitan.models.deepseek_v3:build_mla_moe_layers": (
@@ -111,6 +117,7 @@ FIELDS = {
     "torchtitan.models.common.decoder:Decoder.Config": (
         "dim vocab_size enable_weight_tying tok_embeddings norm lm_head layers"
     ),
+    "torchtitan.models.common.linear:Linear.Config": "in_features out_features bias param_init sharding_config",
     "torchtitan.protocols.sharding:ShardingConfig": "state_shardings in_src_shardings out_src_shardings",
 }
 
