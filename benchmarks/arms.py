@@ -91,6 +91,7 @@ class Arm:
 
     step: Callable[[], None]
     flops: float
+    model: nn.Module | None = None  # of (b)
 
 
 def device() -> torch.device:
@@ -267,7 +268,7 @@ def ours(
         optimizer.zero_grad(set_to_none=True)
 
     read = 2.0 * trunk_parameters(size) * size.tokens if stored else 0.0
-    return Arm(step, work(size, recompute=recompute == "full") - read)
+    return Arm(step, work(size, recompute=recompute == "full") - read, model)
 
 
 # -- (c) torchtitan's own ----------------------------------------------------------------------------------------------

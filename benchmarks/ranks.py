@@ -32,11 +32,10 @@ SIZE = replace(arms.CPU, layers=8, vocab=16_000)  # two rows a rank: a pair need
 RANKS = (1, 2, 4, 8)
 
 
-def walk_twice(model):
-    """The model with a layer called for one stream at a time: the teacher through all layers, then the student."""
+def walk_twice(model) -> None:
+    """From now on a layer is called for one stream at a time, as where the teacher goes through all layers first."""
     for dual in [*model.trunk.layers.values(), model.trunk.norm]:
         dual.forward = MethodType(one_stream, dual)
-    return model
 
 
 def one_stream(self, teacher_BTD, student_BTD, *args):
@@ -72,15 +71,8 @@ def count_gathers() -> list[int]:
 def gather_once_or_twice(rank: int, world: int, port: int, queue) -> None:
     join(rank, world, port)
     gathers = count_gathers()
-    once = arms.ours(SIZE)
-    build = arms.model_of
-
-    def separate(*args, **kwargs):
-        model, *rest = build(*args, **kwargs)
-        return walk_twice(model), *rest
-
-    arms.model_of = separate
-    twice = arms.ours(SIZE)
+    once, twice = arms.ours(SIZE), arms.ours(SIZE)
+    walk_twice(twice.model)
     found = {}
     cases = {"a gather for both streams": once.step, "a gather for each stream": twice.step}
     for name, step in cases.items():
@@ -133,9 +125,6 @@ def step_of(rank: int, world: int, port: int, queue, float8: str) -> None:
     """A rank's own CPU seconds, gathers and their bytes, bytes of frozen weights it keeps, and the peak above rest."""
     join(rank, world, port)
     gathers = count_gathers()
-    built = []
-    build = arms.model_of
-    arms.model_of = lambda *args, **kwargs: built.append(build(*args, **kwargs)) or built[0]
     arm = arms.ours(SIZE, chunk=64, float8=float8)
     arm.step()
     gathers.clear()
@@ -144,7 +133,7 @@ def step_of(rank: int, world: int, port: int, queue, float8: str) -> None:
     timing = compare({"step": lambda: (dist.barrier(), arm.step())}, 5, now=clock)["step"]
     dist.barrier()
     peak = peak_bytes(arm.step)
-    frozen = [getattr(p, "_local_tensor", p) for p in built[0][0].trunk.parameters()]
+    frozen = [getattr(p, "_local_tensor", p) for p in arm.model.trunk.parameters()]
     if rank == 0:
         kept = sum(p.numel() * p.element_size() for p in frozen)
         queue.put((*found, kept / 2**20, peak / 2**20, *timing))

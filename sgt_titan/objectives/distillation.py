@@ -53,12 +53,12 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
     def compiled(function: Callable) -> Callable:
         fused = torch.compile(function, backend=backend)
 
-        def call(student_NV: torch.Tensor, *others):
+        def call(student_NV: torch.Tensor, *others, **options):
             for tensor in (student_NV, *others):  # the last chunk of a step has a size of its own
                 for part in tensor if isinstance(tensor, tuple) else (tensor,):
                     if isinstance(part, torch.Tensor):
                         torch._dynamo.maybe_mark_dynamic(part, 0)
-            return fused(student_NV, *others)
+            return fused(student_NV, *others, **options)
 
         return call
 
@@ -124,7 +124,7 @@ def distil(
         student_CV, *teacher_CV = torch.mm(hidden_XD, weight_VD.T, out=logits_XV[: len(hidden_XD)]).split(size)
         into_CV = difference_CV[:size] if want_gradient else None
         if targets is None:
-            found = kernels.asked(student_CV, *teacher_CV, group, vocab_start, into_CV, True)
+            found = kernels.asked(student_CV, *teacher_CV, group, vocab_start, into_CV, finite=True)
             if keep:
                 kept.append(top_k(*teacher_CV, keep, group=group, vocab_start=vocab_start))
         else:
