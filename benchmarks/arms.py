@@ -330,25 +330,16 @@ def work(size: Size, *, recompute: bool = False) -> float:
     return (6.0 * (trunk_parameters(size) + estimator) + again) * size.tokens
 
 
-def chunk(size: Size) -> int:
-    """The CPU sizes have fewer tokens than an automatic chunk."""
-    return 64 if size.dtype == torch.float32 else 0
-
-
 ARMS: dict[str, Callable[[Size], Arm]] = {
     "(a) naive: transformers twice, whole logits": naive,
     "(b) one pass for both streams": lambda size: ours(size, chunk=2**30),
-    "(b) + loss in chunks of tokens": lambda size: ours(size, chunk=chunk(size)),
-    "(b) + torch.compile": lambda size: ours(size, chunk=chunk(size), compiled=True),
-    "(b) compiled, teacher read from its cache (k 64)": lambda size: ours(
-        size, chunk=chunk(size), compiled=True, stored=64
-    ),
-    "(b) compiled, selective recomputation": lambda size: ours(
-        size, chunk=chunk(size), compiled=True, recompute="selective"
-    ),
-    "(b) compiled, full recomputation": lambda size: ours(size, chunk=chunk(size), compiled=True, recompute="full"),
-    "(b) compiled, layers in float8": lambda size: ours(size, chunk=chunk(size), compiled=True, float8="weights"),
-    "(b) compiled, products in float8": lambda size: ours(size, chunk=chunk(size), compiled=True, float8="products"),
+    "(b) + loss in chunks of tokens": ours,
+    "(b) + torch.compile": lambda size: ours(size, compiled=True),
+    "(b) compiled, teacher read from its cache (k 64)": lambda size: ours(size, compiled=True, stored=64),
+    "(b) compiled, selective recomputation": lambda size: ours(size, compiled=True, recompute="selective"),
+    "(b) compiled, full recomputation": lambda size: ours(size, compiled=True, recompute="full"),
+    "(b) compiled, layers in float8": lambda size: ours(size, compiled=True, float8="weights"),
+    "(b) compiled, products in float8": lambda size: ours(size, compiled=True, float8="products"),
     "(c) torchtitan pretraining": pretraining,
 }
 

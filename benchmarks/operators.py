@@ -24,7 +24,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     size = arms.LLAMA_1B if cuda else arms.CPU
-    step = arms.ours(size, chunk=arms.chunk(size), compiled=words.compiled).step
+    step = arms.ours(size, compiled=words.compiled).step
     step()
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:

@@ -74,7 +74,7 @@ def main() -> None:
     fused = compiled_kernels()
     for vocab in (32_000, 128_256, 152_064):
         cases = {"whole logits": whole_logits}
-        for chunk in (chunk_size(vocab), 64):
+        for chunk in (chunk_size(vocab, "cuda"), chunk_size(vocab, "cpu")):
             cases[f"chunks of {chunk}"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk)
             cases[f"chunks of {chunk}, compiled"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk, fused)
         rows[f"V {vocab:,}"] = compared(cases, [(N, D), (N, D), (vocab, D)], 3)

@@ -107,7 +107,7 @@ def exchange_behind_or_before(rank: int, world: int, port: int, queue) -> None:
     from sgt_titan.titan import pairs
 
     # A copy of the trunk on each rank, so that nothing else waits for the network but the estimator's gradients.
-    step = arms.ours(replace(SIZE, rows=1, length=1024), chunk=64, replicas=world).step
+    step = arms.ours(replace(SIZE, rows=1, length=1024), replicas=world).step
 
     def with_(module) -> None:
         pairs.dist = module
@@ -125,7 +125,7 @@ def step_of(rank: int, world: int, port: int, queue, float8: str) -> None:
     """A rank's own CPU seconds, gathers and their bytes, bytes of frozen weights it keeps, and the peak above rest."""
     join(rank, world, port)
     gathers = count_gathers()
-    arm = arms.ours(SIZE, chunk=64, float8=float8)
+    arm = arms.ours(SIZE, float8=float8)
     arm.step()
     gathers.clear()
     arm.step()

@@ -170,8 +170,8 @@ class Training:
     global_batch_size: int = opt(-1, "Rows per optimizer step over all ranks and accumulation steps; -1: no "
                                      "accumulation. Keep it when the world size changes.")  # fmt: skip
     loss_chunk_tokens: int = opt(0, "Tokens whose logits exist at a time; the value of the loss does not depend on it. 0: "
-                                    "as many as have 64 Mi logits on a rank. Smaller saves memory, much smaller costs "
-                                    "time.")  # fmt: skip
+                                    "as many as have 64 Mi logits on a rank, 2 Mi on a CPU. Smaller saves memory, much "
+                                    "smaller costs time.")  # fmt: skip
     max_norm: float = opt(1.0, "Gradient norm above which gradients are scaled down.")
     max_nonfinite_steps: int = opt(10, "A step with a non-finite loss or gradient is skipped on all ranks; this many "
                                        "in a row end the run.")  # fmt: skip

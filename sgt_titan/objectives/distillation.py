@@ -23,6 +23,9 @@ from .utility import SoftCrossEntropy, difference
 CHUNK_LOGITS = 2**26
 """Logits of a chunk where its size is not given: 64 Mi of them take about 1 GiB in bfloat16, temporaries included."""
 
+CHUNK_LOGITS_CPU = 2**21
+"""The same on a CPU, which is busy with a small product too: no slower, in a thirtieth of the memory."""
+
 
 class Distilled(NamedTuple):
     """Values per token as in ``SoftCrossEntropy``, without a graph, and the gradient of the cross-entropy."""
@@ -65,9 +68,10 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
     return Kernels(*map(compiled, EAGER))
 
 
-def chunk_size(vocabulary: int) -> int:
-    """Tokens of a chunk for ``vocabulary`` logits a token: a power of two, at least 128."""
-    return max(128, 1 << (CHUNK_LOGITS // max(vocabulary, 1)).bit_length() - 1)
+def chunk_size(vocabulary: int, device: str) -> int:
+    """Tokens of a chunk for ``vocabulary`` logits a token on a type of device: a power of two, at least 64."""
+    logits = CHUNK_LOGITS_CPU if device == "cpu" else CHUNK_LOGITS
+    return 1 << max(6, (logits // max(vocabulary, 1)).bit_length() - 1)
 
 
 @torch.no_grad()
@@ -107,7 +111,7 @@ def distil(
     if chunk < 0:
         raise ValueError(f"chunk must be 0 or more, got {chunk}")
     tokens, vocabulary = student_ND.shape[0], weight_VD.shape[0]
-    chunk = max(1, min(chunk or chunk_size(vocabulary), tokens))
+    chunk = max(1, min(chunk or chunk_size(vocabulary, weight_VD.device.type), tokens))
     dtype = torch.promote_types(student_ND.dtype, torch.float32)
     cross_entropy_N, entropy_N = (torch.empty(tokens, dtype=dtype, device=student_ND.device) for _ in range(2))
     agree_N = torch.empty(tokens, dtype=torch.bool, device=student_ND.device)

@@ -94,7 +94,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         in_flight = size * total(gathered_elements, layer_weights(trunk, experts=False), degrees)
         stay_gathered = head_weights(trunk)
     vocabulary = ceil(trunk["vocab_size"] / tp)
-    chunk = training.loss_chunk_tokens or max(128, 1 << (CHUNK_LOGITS // vocabulary).bit_length() - 1)
+    chunk = training.loss_chunk_tokens or 1 << max(6, (CHUNK_LOGITS // vocabulary).bit_length() - 1)
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
     rope = trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk)
     elements = total(shard_elements, estimator, degrees)

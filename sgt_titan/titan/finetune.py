@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,7 @@ import torch
 import torchtitan
 import transformers
 from torch.nn.functional import cross_entropy
-from torchtitan.components.optimizer import LRSchedulersContainer, ParamGroupConfig
-from torchtitan.config.configs import CommConfig, CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.components.optimizer import ParamGroupConfig
 from torchtitan.trainer import Trainer
 from transformers import PretrainedConfig
 
@@ -38,9 +34,9 @@ from .checkpoint import SGTCheckpointManager
 from .dataloader import SGTDataLoader, microbatch_inputs
 from .finetune_model import FinetuneModel, parallelize_finetune
 from .load_trunk import local_region, named_weights
-from .loss import SGTLoss
 from .metrics import SGTMetricsProcessor
 from .optimizer import GuardedOptimizers
+from .options import common
 from .startup import check_output_dir
 from .trainer import SGTTrainer, same_on_all_ranks
 
@@ -140,8 +136,6 @@ def to_trainer_config(config: Config) -> FinetuneTrainer.Config:
     Raises:
         UserError: see ``prepare``.
     """
-    from .config import dtypes, set_shared
-
     prepared = prepare(config)
     config = prepared.config
     options = config.optimizer
@@ -151,45 +145,24 @@ def to_trainer_config(config: Config) -> FinetuneTrainer.Config:
         "eps": options.eps,
         "weight_decay": options.weight_decay,
     }
-    result = FinetuneTrainer.Config(
-        model_spec=ModelSpec(
-            name="finetune",
-            flavor=config.run.name,
-            model=FinetuneModel.Config(hf=prepared.hf),
-            parallelize_fn=parallelize_finetune,
-            pipelining_fn=None,
-            post_optimizer_build_fn=None,
-            state_dict_adapter=None,
-        ),
-        training=TrainingConfig(disable_cuda_graphs=True, mixed_precision_param=dtypes(config)[1]),
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+    return common(
+        FinetuneTrainer.Config,
+        config,
+        name="finetune",
+        model=FinetuneModel.Config(hf=prepared.hf),
+        parallelize=parallelize_finetune,
         optimizer=GuardedOptimizers.Config(
             param_groups=[ParamGroupConfig(pattern=r".", optimizer_name="AdamW", optimizer_kwargs=adamw)],
             implementation="fused" if startup.device_type() == "cuda" else "foreach",
             max_skipped=config.training.max_nonfinite_steps,
         ),
-        lr_scheduler=LRSchedulersContainer.Config(),
-        loss=SGTLoss.Config(objective=config.objective),  # torchtitan wants one; ours is in evaluate_streams
         dataloader=SGTDataLoader.Config(source=prepared.train_source),
         checkpoint=FinetuneCheckpoints.Config(
             enable=True, initial_load_model_only=False, identity=prepared.identity(), config_yaml=dump(config)
         ),
-        activation_checkpoint={"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
-            config.activation_checkpoint.mode
-        ],
-        compile=CompileConfig(components=["model"]),
-        metrics=FinetuneMetrics.Config(
-            total_steps=config.training.steps,
-            progress=config.metrics.progress,
-            disable_color_printing=not sys.stderr.isatty(),
-        ),
-        comm=CommConfig(),
-        debug=DebugConfig(print_config=False),
+        metrics=FinetuneMetrics.Config,
         prepared=prepared,
     )
-    result.validator.enable = False
-    set_shared(result, config)
-    return result
 
 
 def prepare(config: Config) -> Prepared:

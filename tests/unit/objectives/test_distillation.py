@@ -113,10 +113,11 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "tokens"), [(128_256, 512), (152_064, 256), (16_032, 4096), (32_000, 2048), (10**7, 128)]
+    ("vocabulary", "tokens", "on_cpu"),
+    [(128_256, 512, 64), (152_064, 256, 64), (16_032, 4096, 128), (32_000, 2048, 64), (10**7, 64, 64)],
 )
-def test_chunk_size(vocabulary, tokens):
-    assert chunk_size(vocabulary) == tokens
+def test_chunk_size(vocabulary, tokens, on_cpu):
+    assert (chunk_size(vocabulary, "cuda"), chunk_size(vocabulary, "cpu")) == (tokens, on_cpu)
 
 
 def test_bad_arguments():

@@ -89,6 +89,7 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
     from transformers import CONFIG_MAPPING
 
     from sgt_titan.data.batch import Counts
+    from sgt_titan.objectives.distillation import chunk_size
     from sgt_titan.titan import cpu_support
     from sgt_titan.titan.build import meta_model, parallelize
     from sgt_titan.titan.pairs import PairGroups
@@ -125,6 +126,9 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
     config.trunk.dtype, config.data.packing = "bfloat16", False
     hf = CONFIG_MAPPING[trunk["model_type"]].from_dict(trunk)
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
+    # The trace runs on a CPU, whose automatic chunk is smaller.
+    vocabulary = -(-trunk["vocab_size"] // config.parallelism.tensor_parallel_degree)
+    config.training.loss_chunk_tokens = config.training.loss_chunk_tokens or chunk_size(vocabulary, "cuda")
     dist_utils.init_fake_mode(world_size)
     try:
         model, trainer, dims = meta_model(config, hf, scale=1.0, world_size=world_size)

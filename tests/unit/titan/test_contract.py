@@ -162,7 +162,7 @@ def test_options_that_are_written_through_exist():
     from torchtitan.trainer import Trainer
 
     from sgt_titan.config.keys import keys
-    from sgt_titan.titan.config import SHARED
+    from sgt_titan.titan.options import SHARED
 
     flat = {field.name for field in dataclasses.fields(Trainer.Config)}
     for ours, theirs in SHARED.items():
