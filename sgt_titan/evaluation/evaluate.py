@@ -124,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": arguments.seed,
         "examples": arguments.examples,
         "judge": arguments.judge,
+        "judge_model": arguments.judge_model,
         **({"rotated": arguments.rotated} if arguments.rotated else {}),
         "export": fingerprint_export(arguments.export),
+        "trunk": setting.trunk_fingerprint,
         "data": setting.data_fingerprint,
         "rows": len(setting.rows),
         "seq_len": config.training.seq_len,
@@ -151,6 +153,8 @@ def checked(arguments: argparse.Namespace) -> None:
     """What can be said before anything is imported."""
     if arguments.rows is not None and arguments.rows < 2:
         raise UserError(f"--rows must be at least 2 (MI needs pairs of rows), got {arguments.rows}")
+    if not 0 <= arguments.seed < 1 << 31:
+        raise UserError(f"--seed must be from 0 to {(1 << 31) - 1}, got {arguments.seed}")
     if arguments.examples < 0:
         raise UserError(f"--examples must be at least 0, got {arguments.examples}")
     for name in ("minutes", "memory"):
@@ -175,6 +179,8 @@ def benchmark_names(arguments: argparse.Namespace) -> tuple[str, ...]:
     names = tuple(BENCHMARKS) if arguments.benchmarks == "paper" else tuple(arguments.benchmarks.split(","))
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise UserError(f"--benchmarks: {unknown[0]!r} is unknown; there are {', '.join(BENCHMARKS)}, or paper")
+    for name in names if arguments.benchmark_dir else ():
+        BENCHMARKS[name].read(Path(arguments.benchmark_dir))  # a file that is missing is said now, not in an hour
     return names
 
 
@@ -217,6 +223,7 @@ def about(
         "data": arguments.data,
         "data_fingerprint": setting.data_fingerprint,
         "export_fingerprint": identity["export"],
+        "trunk_fingerprint": setting.trunk_fingerprint,
         "held_out": setting.held_out,
         "rows": len(setting.prompts),
         "hidden_tokens": sum(int(row.obfuscate.sum()) for row in setting.prompts),

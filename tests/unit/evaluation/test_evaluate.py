@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sgt_titan.config.load import dump
+from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation import evaluate, runner
 from sgt_titan.evaluation.attacks import ATTACKS
@@ -71,7 +74,8 @@ def test_every_number_has_its_n_and_interval(results):
         if isinstance(estimate["value"], float) and estimate["n"]:
             assert estimate["low"] <= estimate["value"] <= estimate["high"], where
     about = results["about"]
-    for key in ("command", "date", "seed", "versions", "data_fingerprint", "export_fingerprint", "hidden_tokens"):
+    prints = ("data_fingerprint", "export_fingerprint", "trunk_fingerprint")
+    for key in ("command", "date", "seed", "versions", "hidden_tokens", *prints):
         assert about[key] not in (None, "", {}), key
     assert about["rows"] == 4 and about["marked_spans"] > 0
 
@@ -134,15 +138,50 @@ def test_more_attacks_may_be_added_later(export, finished):
     assert "farthest" in json.loads((finished / "results.json").read_text())["mechanisms"]["sgt"]["attacks"]
 
 
+def test_more_benchmarks_may_be_added_later(export, finished, monkeypatch):
+    """Each is a part of its own, and those of another source are other parts."""
+    asked = []
+
+    def run_benchmarks(trunk, tokenizer, mechanism, names, *, local_dir, limit, seed):
+        asked.append((mechanism.name, *names, bool(local_dir)))
+        estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 50}
+        return {name: {"accuracy": estimate, "shots": 0, "chance": 0.25, "scores": []} for name in names}
+
+    monkeypatch.setattr("sgt_titan.evaluation.benchmarks.run_benchmarks", run_benchmarks)
+    for names in ("piqa", "arc_easy,piqa"):
+        assert evaluate.main(words(export, finished, "--no-baselines", "--benchmarks", names)) == 0
+        found = json.loads((finished / "results.json").read_text())["mechanisms"]["sgt"]["benchmarks"]
+        assert list(found) == names.split(",")
+    assert asked == [("sgt", "piqa", False), ("sgt", "arc_easy", False)]
+
+
+def test_another_trunk_with_the_same_table_is_another_evaluation(export, finished, tmp_path):
+    trunk = tmp_path / "trunk"
+    shutil.copytree(TRUNK, trunk)
+    tensors = load_file(trunk / "model.safetensors")
+    save_file(
+        {name: tensor if "embed" in name else 2 * tensor for name, tensor in tensors.items()},
+        trunk / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    call = words(export, finished)
+    call[call.index("--trunk") + 1] = str(trunk)
+    with pytest.raises(UserError, match=r"another configuration \(trunk is"):
+        evaluate.main(call)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--seed", "3"], "another configuration .seed is 0 there, 3 here"),
+        (["--seed", "-1"], "--seed must be from 0 to 2147483647"),
+        (["--seed", "2147483648"], "--seed must be from 0 to 2147483647"),
         (["--rows", "1"], "--rows must be at least 2"),
         (["--attacks", "nearest_l2,telepathy"], "'telepathy' is unknown; there are nearest_l2"),
         (["--judge", "http://x"], "--judge and --judge-model"),
         (["--benchmarks", "arc_hard"], "'arc_hard' is unknown; there are arc_challenge"),
         (["--benchmark-dir", "/nowhere"], "--benchmark-dir without --benchmarks"),
+        (["--benchmarks", "piqa", "--benchmark-dir", "."], r"llmfoundry_piqa\.jsonl is missing"),
         (["--memory", "0.001"], r"needs about .* GiB.*take fewer --rows, a smaller --suite"),
         (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),
         (["--minutes", "-1"], "--minutes must be positive"),
