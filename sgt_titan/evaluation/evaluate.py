@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sgt_titan import __version__
 from sgt_titan.arguments import Parser
@@ -163,6 +164,11 @@ def checked(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be positive, got {value:g}")
     if bool(arguments.judge) != bool(arguments.judge_model):
         raise UserError("--judge and --judge-model belong together")
+    if arguments.judge:
+        url = urlsplit(arguments.judge)
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
+            # Not repeated: what stands before an @ is a secret, and results.json holds the command.
+            raise UserError("--judge: give http://HOST/v1 or https://HOST/v1; a key goes into OPENAI_API_KEY")
     if arguments.rotated and len(arguments.rotated.split(",")) != 3:
         raise UserError("--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjform`")
     if arguments.benchmark_dir and not arguments.benchmarks:

@@ -6,6 +6,7 @@ the URL given there. Nothing of it is logged. The API key, where one is needed, 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -81,6 +82,9 @@ def _ask(base_url: str, model: str, key: str, unit: str, text: str, *, timeout: 
             continue
         except (urllib.error.URLError, OSError) as error:
             problem = f"cannot be reached ({getattr(error, 'reason', None) or error})"
+            continue
+        except http.client.HTTPException:
+            problem = "breaks off or does not speak HTTP"
             continue
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             problem = "does not answer as an OpenAI chat completion"

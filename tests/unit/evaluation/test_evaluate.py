@@ -179,6 +179,8 @@ def test_another_trunk_with_the_same_table_is_another_evaluation(export, finishe
         (["--rows", "1"], "--rows must be at least 2"),
         (["--attacks", "nearest_l2,telepathy"], "'telepathy' is unknown; there are nearest_l2"),
         (["--judge", "http://x"], "--judge and --judge-model"),
+        (["--judge", "localhost:8000/v1", "--judge-model", "m"], "--judge: give http://HOST/v1"),
+        (["--judge", "http://user:secret@x/v1", "--judge-model", "m"], r"--judge: give [^@]*OPENAI_API_KEY$"),
         (["--benchmarks", "arc_hard"], "'arc_hard' is unknown; there are arc_challenge"),
         (["--benchmark-dir", "/nowhere"], "--benchmark-dir without --benchmarks"),
         (["--benchmarks", "piqa", "--benchmark-dir", "."], r"llmfoundry_piqa\.jsonl is missing"),

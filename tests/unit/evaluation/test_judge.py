@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,6 +79,24 @@ def test_what_it_cannot_use_is_one_line_without_private_text(endpoint, status, t
     with pytest.raises(UserError, match=message) as error:
         judge(url, "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)
     assert "Boris" not in str(error.value) and len(seen) == requests
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}", b"SSH-2.0-OpenSSH\r\n"])
+def test_what_is_no_http_answer(answer):
+    """A connection cut in the middle, and something that does not speak HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(UserError, match="does not speak HTTP"):
+            judge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)
 
 
 def test_nobody_there():
