@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.evaluation.samples import data_config
     from sgt_titan.evaluation.setting import fingerprint_export, load_setting
     from sgt_titan.evaluation.suite import SUITES
+    from sgt_titan.transform.trunk_files import TrunkFiles
 
     only = tuple(filter(None, arguments.attacks.split(",")))
     if unknown := [name for name in only if name not in ATTACKS | ROTATION]:
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "examples": arguments.examples,
         "judge": arguments.judge,
         "judge_model": arguments.judge_model,
-        **({"rotated": arguments.rotated} if arguments.rotated else {}),
+        **({"rotated": TrunkFiles(evaluation.rotation[0]).fingerprint()} if evaluation.rotation else {}),
         "export": fingerprint_export(arguments.export),
         "trunk": setting.trunk_fingerprint,
         "data": setting.data_fingerprint,
@@ -230,6 +231,7 @@ def about(
         "data_fingerprint": setting.data_fingerprint,
         "export_fingerprint": identity["export"],
         "trunk_fingerprint": setting.trunk_fingerprint,
+        **({"rotated_fingerprint": identity["rotated"]} if "rotated" in identity else {}),
         "held_out": setting.held_out,
         "rows": len(setting.prompts),
         "hidden_tokens": sum(int(row.obfuscate.sum()) for row in setting.prompts),

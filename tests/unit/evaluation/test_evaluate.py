@@ -9,12 +9,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sgt_titan.config.load import dump
+from sgt_titan.conjformer.command import main as conjform
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation import evaluate, runner
 from sgt_titan.evaluation.attacks import ATTACKS
 from sgt_titan.evaluation.suite import EXACT, SUITES, battery
 from sgt_titan.evaluation.threat import Cost
+from sgt_titan.transform.trunk_files import TrunkFiles
 
 ATTACKED = "nearest_l2,mrp,known_plaintext,map_search"
 
@@ -167,6 +169,23 @@ def test_another_trunk_with_the_same_table_is_another_evaluation(export, finishe
     call = words(export, finished)
     call[call.index("--trunk") + 1] = str(trunk)
     with pytest.raises(UserError, match=r"another configuration \(trunk is"):
+        evaluate.main(call)
+
+
+def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_path):
+    server, out = tmp_path / "server", tmp_path / "out"
+    call = words(export, out, "--no-baselines", "--rotated", f"{server},{server}-client,{tmp_path / 'key'}")
+    call[call.index(ATTACKED)] = "norm_matching"
+    for _ in range(2):
+        for made in tmp_path.glob("server*"):
+            shutil.rmtree(made)
+        (tmp_path / "key").unlink(missing_ok=True)
+        assert conjform([str(TRUNK), str(server), "--secret", str(tmp_path / "key")]) == 0
+        if not out.exists():
+            assert evaluate.main(call) == 0
+    about = json.loads((out / "results.json").read_text())["about"]
+    assert about["rotated_fingerprint"] != TrunkFiles(server).fingerprint()
+    with pytest.raises(UserError, match=r"another configuration \(rotated is"):
         evaluate.main(call)
 
 
