@@ -224,6 +224,20 @@ def test_options_that_do_not_belong(make_export, words, message):
         samples.data_config(make_export(0.1), str(TRUNK), "demo", words)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 1}, "--samples must be at least 2"),
+        ({"examples": -1}, "--examples at least 0, got 128 and -1"),
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"seed": 1 << 64}, "--seed must be from 0"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        report.summarise("nowhere", TRUNK, None, **options)
+
+
 def test_options_of_the_run_beside_the_export(make_export):
     export = make_export(0.1)
     run = Config()
