@@ -28,6 +28,16 @@ ATTEMPTS, TIMEOUT, PARALLEL = 4, 60.0, 8
 RETRIED = {408, 409, 429, 500, 502, 503, 504}
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would follow without the question and with the key, to whatever host is named."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+_open = urllib.request.build_opener(_NoRedirect).open
+
+
 def judge(
     base_url: str,
     model: str,
@@ -73,7 +83,7 @@ def _ask(base_url: str, model: str, key: str, unit: str, text: str, *, timeout: 
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
+            with _open(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
                 said = json.load(answer)["choices"][0]["message"]["content"].strip().casefold()
         except urllib.error.HTTPError as error:
             problem = f"answers {error.code} {error.reason}"

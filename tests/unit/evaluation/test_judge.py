@@ -81,9 +81,16 @@ def test_what_it_cannot_use_is_one_line_without_private_text(endpoint, status, t
     assert "Boris" not in str(error.value) and len(seen) == requests
 
 
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}", b"SSH-2.0-OpenSSH\r\n"])
-def test_what_is_no_http_answer(answer):
-    """A connection cut in the middle, and something that does not speak HTTP."""
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}", "does not speak HTTP"),
+        (b"SSH-2.0-OpenSSH\r\n", "does not speak HTTP"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", "answers 302 Found"),
+    ],
+)
+def test_what_is_no_answer(answer, message):
+    """A connection cut in the middle, something that does not speak HTTP, and a host that sends the key elsewhere."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():
@@ -95,7 +102,7 @@ def test_what_is_no_http_answer(answer):
                     connection.close()
 
         threading.Thread(target=serve, daemon=True).start()
-        with pytest.raises(UserError, match="does not speak HTTP"):
+        with pytest.raises(UserError, match=message):
             judge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)
 
 
