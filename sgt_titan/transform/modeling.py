@@ -40,7 +40,7 @@ from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, obfuscat
 Caches = tuple[DynamicCache, ...]
 
 # Arguments of from_pretrained that would load something other than the files that were checked.
-_REFUSED_ARGUMENTS = ("state_dict", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
+_REFUSED_ARGUMENTS = ("state_dict", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes", "adapter_kwargs")
 
 
 @dataclass
@@ -284,6 +284,9 @@ def check_checkpoint(directory: Path, config: SGTConfig) -> None:
     """
     check_config(config)
     check_config_fingerprint(config, directory)
+    if (directory / "adapter_config.json").exists():
+        # Where peft is installed, transformers would change the weights after they were checked.
+        raise UserError(f"{directory}: adapter_config.json is no part of an export; copy the export again")
     files = _weight_files(directory)
     try:
         with ExitStack() as stack:

@@ -286,6 +286,8 @@ def test_refuses_damaged_directories(written, tmp_path):
     cut = (path / "model.safetensors").read_bytes()[:-10]
     assert "cannot read" in broken(lambda d: (d / "model.safetensors").write_bytes(cut))
 
+    assert "adapter_config.json is no part" in broken(lambda d: (d / "adapter_config.json").write_text("{}"))
+
     def pickled(folder):
         (folder / "model.safetensors").unlink()
         torch.save({}, folder / "pytorch_model.bin")
