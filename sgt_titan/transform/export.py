@@ -314,7 +314,7 @@ def _summary_rows(config: SGTConfig, summary: Mapping[str, Any]) -> list[tuple[s
     positions = summary.get("nn_fr_positions")
     labels = {
         "steps": "Steps",
-        "tokens": "Tokens",
+        "tokens": "Tokens, padding included",
         "objective": "Objective weights",
         "losses": "Final losses",
         "kl": "KL to the clean trunk, nats per token",

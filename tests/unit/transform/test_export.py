@@ -148,7 +148,7 @@ def test_card(written):
         "| KL to the clean trunk, nats per token | 0.125 |",
         "| Top-1 agreement with the clean trunk | 87.5% |",
         "| Nearest-neighbour failure rate (probe), 640 positions | 50.0% |",
-        "| Tokens | not measured |",
+        "| Tokens, padding included | not measured |",
         "| note | a \\| b c |",
         "stated as `tiny-community`",
         "load_export(",
