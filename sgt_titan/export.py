@@ -19,7 +19,7 @@ from sgt_titan.config.load import load
 from sgt_titan.config.schema import TERMS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig, estimator_config
-from sgt_titan.transform.export import check_target, write_export
+from sgt_titan.transform.export import check_target, move_into_place, write_export
 from sgt_titan.transform.fingerprint import fingerprint_tensor
 from sgt_titan.transform.trunk_files import TOKENIZER, TrunkFiles, tokenizer_files
 
@@ -86,6 +86,8 @@ def export_checkpoint(
 def write_model(path: Path, state: dict, trunk: Path, out_dir: Path, *, overwrite: bool) -> Path:
     """The weights of a fine-tuning (``run.task``) as a Hugging Face checkpoint with the trunk's tokenizer."""
     check_model_target(out_dir, overwrite=overwrite)
+    if not trunk.is_dir() or not tokenizer_files(trunk):
+        raise UserError(f"trunk.path: {trunk} has no tokenizer to go with the model; put the trunk back where it was")
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read_tensors(path, MODEL).items()}
     work = out_dir.parent / f".{out_dir.name}.{secrets.token_hex(4)}.tmp"
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +97,7 @@ def write_model(path: Path, state: dict, trunk: Path, out_dir: Path, *, overwrit
         (work / "config.json").write_text(json.dumps(state["hf_config"], indent=2, default=str) + "\n")
         for file in tokenizer_files(trunk):
             shutil.copyfile(file, work / file.name)
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        work.rename(out_dir)
+        move_into_place(work, out_dir)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out_dir

@@ -180,9 +180,9 @@ def run_benchmarks(
     docs = {name: BENCHMARKS[name].read(Path(local_dir)) for name in names} if local_dir else {}
     from sgt_titan.evaluation.harness import ObfuscatedLM
 
-    model = ObfuscatedLM(seed=seed).use(trunk, tokenizer, mechanism)
     found = {}
     for name in names:
+        model = ObfuscatedLM(seed=seed).use(trunk, tokenizer, mechanism)
         if name in docs:
             docs[name] = _shuffled(docs[name], seed)
         scores, chance, note = (
@@ -190,6 +190,8 @@ def run_benchmarks(
             if name == IFEVAL and local_dir
             else _run(model, name, docs.get(name), limit)
         )
+        cut = f"{model.truncated} contexts cut on the left to fit the trunk" if model.truncated else ""
+        note = "; ".join(filter(None, (note, cut)))
         found[name] = {
             "accuracy": ratio(np.array(scores), np.ones(len(scores)), share=True, seed=seed).as_dict(),
             "shots": BENCHMARKS[name].shots,
@@ -250,9 +252,7 @@ def _run(model: Any, name: str, docs: list[Doc] | None, limit: int | None) -> tu
     samples = [sample for found in results["samples"].values() for sample in found]
     scores = [float(sample[benchmark.metric]) for sample in samples]
     chances = [1 / len(sample["arguments"]) for sample in samples]
-    note = f"{model.truncated} contexts cut on the left to fit the trunk" if model.truncated else ""
-    model.truncated = 0
-    return scores, float(np.mean(chances)) if len(chances) and name != IFEVAL else 0.0, note
+    return scores, float(np.mean(chances)) if len(chances) and name != IFEVAL else 0.0, ""
 
 
 def _run_ifeval(model: Any, docs: list[Doc]) -> tuple[list[float], float, str]:

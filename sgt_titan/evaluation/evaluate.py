@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sgt_titan import __version__
 from sgt_titan.arguments import Parser
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.evaluation.samples import data_config
     from sgt_titan.evaluation.setting import fingerprint_export, load_setting
     from sgt_titan.evaluation.suite import SUITES
+    from sgt_titan.transform.trunk_files import TrunkFiles
 
     only = tuple(filter(None, arguments.attacks.split(",")))
     if unknown := [name for name in only if name not in ATTACKS | ROTATION]:
@@ -124,8 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": arguments.seed,
         "examples": arguments.examples,
         "judge": arguments.judge,
-        **({"rotated": arguments.rotated} if arguments.rotated else {}),
+        "judge_model": arguments.judge_model,
+        **({"rotated": TrunkFiles(evaluation.rotation[0]).fingerprint()} if evaluation.rotation else {}),
         "export": fingerprint_export(arguments.export),
+        "trunk": setting.trunk_fingerprint,
         "data": setting.data_fingerprint,
         "rows": len(setting.rows),
         "seq_len": config.training.seq_len,
@@ -151,6 +155,8 @@ def checked(arguments: argparse.Namespace) -> None:
     """What can be said before anything is imported."""
     if arguments.rows is not None and arguments.rows < 2:
         raise UserError(f"--rows must be at least 2 (MI needs pairs of rows), got {arguments.rows}")
+    if not 0 <= arguments.seed < 1 << 31:
+        raise UserError(f"--seed must be from 0 to {(1 << 31) - 1}, got {arguments.seed}")
     if arguments.examples < 0:
         raise UserError(f"--examples must be at least 0, got {arguments.examples}")
     for name in ("minutes", "memory"):
@@ -159,6 +165,11 @@ def checked(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be positive, got {value:g}")
     if bool(arguments.judge) != bool(arguments.judge_model):
         raise UserError("--judge and --judge-model belong together")
+    if arguments.judge:
+        url = urlsplit(arguments.judge)
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
+            # Not repeated: what stands before an @ is a secret, and results.json holds the command.
+            raise UserError("--judge: give http://HOST/v1 or https://HOST/v1; a key goes into OPENAI_API_KEY")
     if arguments.rotated and len(arguments.rotated.split(",")) != 3:
         raise UserError("--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjform`")
     if arguments.benchmark_dir and not arguments.benchmarks:
@@ -175,6 +186,8 @@ def benchmark_names(arguments: argparse.Namespace) -> tuple[str, ...]:
     names = tuple(BENCHMARKS) if arguments.benchmarks == "paper" else tuple(arguments.benchmarks.split(","))
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise UserError(f"--benchmarks: {unknown[0]!r} is unknown; there are {', '.join(BENCHMARKS)}, or paper")
+    for name in names if arguments.benchmark_dir else ():
+        BENCHMARKS[name].read(Path(arguments.benchmark_dir))  # a file that is missing is said now, not in an hour
     return names
 
 
@@ -217,6 +230,8 @@ def about(
         "data": arguments.data,
         "data_fingerprint": setting.data_fingerprint,
         "export_fingerprint": identity["export"],
+        "trunk_fingerprint": setting.trunk_fingerprint,
+        **({"rotated_fingerprint": identity["rotated"]} if "rotated" in identity else {}),
         "held_out": setting.held_out,
         "rows": len(setting.prompts),
         "hidden_tokens": sum(int(row.obfuscate.sum()) for row in setting.prompts),

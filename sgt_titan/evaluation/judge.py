@@ -6,6 +6,7 @@ the URL given there. Nothing of it is logged. The API key, where one is needed, 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -25,6 +26,16 @@ QUESTION = (
 )
 ATTEMPTS, TIMEOUT, PARALLEL = 4, 60.0, 8
 RETRIED = {408, 409, 429, 500, 502, 503, 504}
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would follow without the question and with the key, to whatever host is named."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+_open = urllib.request.build_opener(_NoRedirect).open
 
 
 def judge(
@@ -72,7 +83,7 @@ def _ask(base_url: str, model: str, key: str, unit: str, text: str, *, timeout: 
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
+            with _open(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
                 said = json.load(answer)["choices"][0]["message"]["content"].strip().casefold()
         except urllib.error.HTTPError as error:
             problem = f"answers {error.code} {error.reason}"
@@ -81,6 +92,9 @@ def _ask(base_url: str, model: str, key: str, unit: str, text: str, *, timeout: 
             continue
         except (urllib.error.URLError, OSError) as error:
             problem = f"cannot be reached ({getattr(error, 'reason', None) or error})"
+            continue
+        except http.client.HTTPException:
+            problem = "breaks off or does not speak HTTP"
             continue
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             problem = "does not answer as an OpenAI chat completion"

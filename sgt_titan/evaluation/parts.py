@@ -29,7 +29,9 @@ def open_parts(directory: Path, identity: Mapping[str, Any]) -> Parts:
         try:
             found = json.loads(about.read_text(encoding="utf-8"))
         except ValueError:
-            raise UserError(f"{about}: damaged; delete {directory} or choose another --out") from None
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{about}: damaged; delete {directory} or choose another --out")
         differing = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
         if differing:
             key = differing[0]
@@ -37,14 +39,14 @@ def open_parts(directory: Path, identity: Mapping[str, Any]) -> Parts:
                 f"--out {directory}: holds an evaluation of another configuration ({key} is {_short(found.get(key))} "
                 f"there, {_short(identity.get(key))} here); choose another --out, or delete it"
             )
-        return Parts(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--out {directory}: exists and is no evaluation of ours; choose another --out")
     try:
         (directory / "parts").mkdir(parents=True, exist_ok=True)
-        write(about, json.dumps(identity, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--out {directory}: cannot be written: {error.strerror}") from error
+    if not about.is_file():
+        write(about, json.dumps(identity, indent=1) + "\n")
     return Parts(directory)
 
 
@@ -54,10 +56,13 @@ def _short(value: Any) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old one or the new one."""
+    """Replace a file at once: a reader sees the old one or the new one. Raises UserError where it cannot be written."""
     work = path.with_name(path.name + ".tmp")
-    work.write_text(text, encoding="utf-8")
-    os.replace(work, path)
+    try:
+        work.write_text(text, encoding="utf-8")
+        os.replace(work, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 class Parts:

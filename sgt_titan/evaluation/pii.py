@@ -10,7 +10,7 @@ letter exactly, where a near miss is another value). Texts are compared after NF
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,8 @@ def ratios(name: str, flags: Sequence[Sequence[bool]]) -> dict[str, dict[str, An
     shares = leaked[some] / counts[some]
     return {
         f"{name}_micro": ratio(leaked, counts, share=True).as_dict(),
-        f"{name}_macro": ratio(shares, np.ones(len(shares))).as_dict(),
+        # A mean of shares varies less than one of as many successes, so Wilson's interval is wide enough.
+        f"{name}_macro": ratio(shares, np.ones(len(shares)), share=True).as_dict(),
     }
 
 
@@ -64,17 +65,17 @@ def is_nearly_in(unit: str, text: str) -> bool:
         return True
     if len(needle) <= SHORT or not any(c.isalpha() for c in needle):
         return False
-    # partial_ratio compares the shorter with the longer: a text shorter than the value cannot contain it.
-    return len(hay) >= len(needle) and _partial_ratio()(needle, hay) >= FUZZY
+    # partial_ratio looks for the shorter in the longer: a part of a value is not the value.
+    return (_fuzz().partial_ratio if len(hay) >= len(needle) else _fuzz().ratio)(needle, hay) >= FUZZY
 
 
 def normal(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-def _partial_ratio() -> Callable[[str, str], float]:
+def _fuzz() -> Any:
     try:
         from rapidfuzz import fuzz
     except ImportError:
         raise UserError("fuzzy matching needs rapidfuzz: pip install 'sgt-titan[eval]'") from None
-    return fuzz.partial_ratio
+    return fuzz

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
 from sgt_titan.evaluation.samples import Padded
 from sgt_titan.metrics.information import log_mean_exp_information, pac_advantage
-from sgt_titan.metrics.interval import Estimate, ratio
+from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
 from sgt_titan.metrics.ranks import most_probable_rank, rank_histogram_entropy, token_ranks
 from sgt_titan.objectives.mutual_information import MI_OFFSET, common_positions, group_loss, shifts
 from sgt_titan.transform import StainedGlassTransform
@@ -59,16 +58,21 @@ def leakage(
         ranks.append(token_ranks(sent.x_tilde_BTD[hidden_BT], table_VD, batch.tokens_BT[hidden_BT]).rank_N)
         noisy = sent.log_std_BTD is not None
         if noisy:
-            total, count = mutual_information_sum(sent, hidden_BT)
-            mi, pairs = mi + total, pairs + count
+            mi_BB, is_pair_BB = pair_information(sent, hidden_BT)
+            mi, pairs = mi + float(mi_BB.sum()), pairs + int(is_pair_BB.sum())
     return Leakage(torch.cat(ranks), mi / pairs if pairs else math.nan if noisy else math.inf, pairs)
 
 
-def mutual_information_sum(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[float, int]:
-    """Algorithm 1, nats per feature, summed over the pairs of rows with a common position; their number."""
-    rows, total, pairs = mask_BT.shape[0], 0.0, 0
+def pair_information(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 1 of every ordered pair of rows (x, y), (B, B) nats per feature, and which of them are pairs.
+
+    A row with itself is none, nor are two rows without a common position: 0 there.
+    """
+    rows = mask_BT.shape[0]
+    mi_BB, is_pair_BB = np.zeros((rows, rows)), np.zeros((rows, rows), dtype=bool)
+    x = np.arange(rows)
     for shift in shifts("all", rows) if rows > 1 else ():
-        positions = common_positions(mask_BT, mask_BT, first=0, shifts=[shift])
+        positions_SB = common_positions(mask_BT, mask_BT, first=0, shifts=[shift])
         loss_B = group_loss(
             sent.x_tilde_BTD.float(),
             sent.log_std_BTD,
@@ -78,12 +82,12 @@ def mutual_information_sum(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[flo
             mask_BT,
             first=0,
             shifts=[shift],
-            positions=positions,
+            positions=positions_SB,
         )
-        count = int((positions > 0).sum())
-        total += loss_B.double().sum().item() - MI_OFFSET * count
-        pairs += count
-    return total, pairs
+        y, is_pair_B = (x + shift) % rows, (positions_SB[0] > 0).cpu().numpy()
+        mi_BB[x, y] = np.where(is_pair_B, loss_B.double().cpu().numpy() - MI_OFFSET, 0.0)
+        is_pair_BB[x, y] = is_pair_B
+    return mi_BB, is_pair_BB
 
 
 # -- with intervals, for the report ------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ def measure_privacy(
         batches: the rows to measure. calibration: other rows, from which MRP takes its rank.
         lm_top1: how often a language model names the hidden token without seeing it: PAC-Adv's other prior.
 
-    Intervals resample rows; those of MI resample pairs of rows, those of the entropy rows.
+    Intervals resample rows.
     """
     vocab = trunk.get_input_embeddings().weight.shape[0]
     sent = send(trunk, batches, mechanism, random)
@@ -191,11 +195,29 @@ def _entropy(rank_rows: list[torch.Tensor], vocab: int, seed: int, resamples: in
 
 
 def _mutual_information(parts: list[tuple[Obfuscated, torch.Tensor]], seed: int) -> Estimate:
-    """Algorithm 1 over all ordered pairs of rows of a batch, nats per feature; infinite without noise."""
+    """Algorithm 1 over all ordered pairs of rows of a batch, nats per feature; infinite without noise.
+
+    Pairs that share a row are not independent, so rows are what is resampled: a pair counts as often as both of its
+    rows were drawn. Two rows make one pair twice, and no interval.
+    """
     if any(sent.log_std_BTD is None for sent, _ in parts):
         return Estimate(math.inf, math.nan, math.nan, 0)
-    totals, counts = zip(*(mutual_information_sum(sent, hidden_BT) for sent, hidden_BT in parts), strict=True)
-    return replace(ratio(totals, counts, seed=seed), n=sum(counts))
+    found = [pair_information(sent, hidden_BT) for sent, hidden_BT in parts]
+    mi, pairs = (sum(float(part[i].sum()) for part in found) for i in (0, 1))
+    if not pairs:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    value, sizes = mi / pairs, [len(hidden_BT) for _, hidden_BT in parts]
+    if sum(sizes) < 3:
+        return Estimate(value, math.nan, math.nan, int(pairs))
+    times_KR = np.random.default_rng(seed).multinomial(sum(sizes), [1 / sum(sizes)] * sum(sizes), RESAMPLES)
+    mi_K, pairs_K, at = np.zeros(RESAMPLES), np.zeros(RESAMPLES), 0
+    for (mi_BB, is_pair_BB), size in zip(found, sizes, strict=True):
+        times_KB = times_KR[:, at : at + size].astype(np.float64)
+        mi_K += ((times_KB @ mi_BB) * times_KB).sum(1)
+        pairs_K += ((times_KB @ is_pair_BB) * times_KB).sum(1)
+        at += size
+    low, high = np.quantile(mi_K[pairs_K > 0] / pairs_K[pairs_K > 0], (0.025, 0.975))
+    return Estimate(value, float(min(low, value)), float(max(high, value)), int(pairs))
 
 
 def _log_mean_exp(parts: list[tuple[Obfuscated, torch.Tensor]], seed: int) -> tuple[dict[str, Any], float] | None:
@@ -204,14 +226,16 @@ def _log_mean_exp(parts: list[tuple[Obfuscated, torch.Tensor]], seed: int) -> tu
     for sent, hidden_BT in parts:
         if sent.log_std_BTD is None:
             return None
+        value_B = torch.zeros(len(hidden_BT), dtype=torch.float64, device=hidden_BT.device)
         for start in range(0, hidden_BT.shape[1], CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
             own_MN, count_N = log_mean_exp_information(
                 sent.x_tilde_BTD[:, here], sent.center_BTD[:, here], sent.log_std_BTD[:, here], hidden_BT[:, here]
             )
-            value += own_MN.sum(0).tolist()
-            tokens += count_N.tolist()
+            value_B += own_MN.sum(1)
             ceiling += (count_N.clamp_min(1).double().log() * count_N).sum().item()
+        value += value_B.tolist()
+        tokens += hidden_BT.sum(1).tolist()
     return ratio(value, tokens, seed=seed).as_dict(), ceiling / max(sum(tokens), 1)
 
 

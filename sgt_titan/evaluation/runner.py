@@ -115,12 +115,12 @@ class Evaluation:
                 run = lambda m=mechanism, k=key, a=attack: self._attack(m, k, a)  # noqa: E731
                 yield Job(f"{name}/attacks/{key}", run, cost)
         yield Job("sgt/answers", self._answers, pass_cost)
-        if self.benchmarks:
-            for name in [n for n in ("none", "sgt", "noise") if n in self.mechanisms]:
-                run = lambda m=self.mechanisms[name]: self._benchmarks(m)  # noqa: E731
-                questions = SUITES[self.suite].questions or 2_000
-                flops = 2.0 * self.world(nothing()).size.trunk * 600 * questions * len(self.benchmarks)
-                yield Job(f"{name}/benchmarks", run, Cost(flops, 4 * logits))
+        source = "local" if self.benchmark_dir else "hub"
+        flops = 2.0 * self.world(nothing()).size.trunk * 600 * (SUITES[self.suite].questions or 2_000)
+        for name in [n for n in ("none", "sgt", "noise") if n in self.mechanisms]:
+            for benchmark in self.benchmarks:
+                run = lambda m=self.mechanisms[name], b=benchmark: self._benchmark(m, b)  # noqa: E731
+                yield Job(f"{name}/benchmarks/{source}/{benchmark}", run, Cost(flops, 4 * logits))
 
     # -- the jobs --
 
@@ -204,7 +204,7 @@ class Evaluation:
         )
         return {"prompts": prompts, "clean": answers[0], "obfuscated": answers[1]}
 
-    def _benchmarks(self, mechanism: Mechanism) -> dict[str, Any]:
+    def _benchmark(self, mechanism: Mechanism, name: str) -> dict[str, Any]:
         from sgt_titan.evaluation.benchmarks import run_benchmarks
 
         setting = self.setting
@@ -212,11 +212,11 @@ class Evaluation:
             setting.trunk,
             setting.tokenizer,
             mechanism,
-            self.benchmarks,
+            [name],
             local_dir=self.benchmark_dir,
             limit=SUITES[self.suite].questions or None,
             seed=self.seed,
-        )
+        )[name]
 
     @property
     def _vocab(self) -> int:
@@ -335,8 +335,9 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
         entry["attacks"] = {key: {k: v for k, v in part.items() if k != "reads"} for key, part in attacks.items()}
         if attacks:
             entry["best"] = max(attacks, key=lambda key: attacks[key]["top1"]["value"] or 0.0)
-        if f"{name}/benchmarks" in found:
-            entry["benchmarks"] = found[f"{name}/benchmarks"]
+        benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}
+        if benchmarks:
+            entry["benchmarks"] = {key.rpartition("/")[2]: part for key, part in benchmarks.items()}
         if name == "sgt":
             shown = found["sgt/answers"]
             entry["examples"] = [

@@ -27,11 +27,13 @@ from sgt_titan.evaluation.samples import (
     shorten,
 )
 from sgt_titan.transform import StainedGlassTransform, load_export
+from sgt_titan.transform.trunk_files import TrunkFiles
 
 
 @dataclass(frozen=True)
 class Setting:
-    """rows: with their responses. corpus: rows that are public. held_out: training did not see ``rows``."""
+    """rows: with their responses. corpus: rows that are public. held_out: training did not see ``rows``.
+    trunk_fingerprint: of the trunk measured on, which may be another than the one trained on."""
 
     export: str
     config: Config
@@ -42,6 +44,7 @@ class Setting:
     corpus: Sequence[Sample] = field(repr=False)
     held_out: bool
     data_fingerprint: str
+    trunk_fingerprint: str
     notes: tuple[str, ...]
 
     @property
@@ -107,6 +110,7 @@ def load_setting(export: str, config: Config, *, rows: int, corpus: int) -> Sett
         corpus=[row.prompt() for row in read_samples(dataset.train, config, corpus)],
         held_out=held_out,
         data_fingerprint=dataset.fingerprint,
+        trunk_fingerprint=TrunkFiles(trunk_path).fingerprint(),
         notes=notes,
     )
 

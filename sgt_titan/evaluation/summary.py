@@ -146,6 +146,8 @@ def summarise(
     """
     if samples < 2 or examples < 0:
         raise UserError(f"--samples must be at least 2 and --examples at least 0, got {samples} and {examples}")
+    if not 0 <= seed < 1 << 31:
+        raise UserError(f"--seed must be from 0 to {(1 << 31) - 1}, got {seed}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transform = load_export(export_dir)
     notes = check_fit(transform, trunk_path, str(export_dir))

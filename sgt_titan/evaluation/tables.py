@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.arguments import Parser
-from sgt_titan.config.load import dump, load, parse_overrides, resolve
-from sgt_titan.config.schema import PRESETS, TERMS
+from sgt_titan.config.load import dump, get, keys, load, parse_overrides, resolve
+from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.parts import write
 
@@ -28,13 +28,52 @@ REFERENCE = "mi_abs_cos_norm"  # the row whose evaluation carries the baselines,
 
 Execute = Callable[[Sequence[str]], int]
 
+# What a run may choose for itself, and keys that do not decide what is learned.
+RESOLVED = (-1, "auto", "")
+MAY_DIFFER = (
+    "run.name",
+    "run.output_dir",
+    "run.deterministic",
+    "cluster.",
+    "trunk.path",
+    "data.cache_dir",
+    "parallelism.",
+    "activation_checkpoint.",
+    "compile.",
+    "checkpoint.",
+    "metrics.",
+    "comm.",
+    "export.",
+)
+
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the file that says it has been done."""
+    """A command, and the file that says it has been done. asked: the config of a training."""
 
     words: tuple[str, ...]
     done: Path
+    asked: Config | None = None
+
+    def is_done(self) -> bool:
+        """Whether the file is there and, of an evaluation, by this command: with another it goes on, or refuses.
+
+        Raises:
+            UserError: it is there from a training with another config.
+        """
+        if not self.done.is_file():
+            return False
+        if self.asked is None:
+            about = json.loads(self.done.read_text(encoding="utf-8")).get("about") or {}
+            return about.get("command") == command(self.words)
+        home, trained = self.done.parents[2], load(str(self.done.parents[1] / "config.yaml"))
+        for key in keys():
+            old, new = get(trained, key), get(self.asked, key)
+            if old != new and not key.startswith(MAY_DIFFER) and new not in RESOLVED:
+                raise UserError(
+                    f"{home}: was trained with --{key} {old}, not {new}; choose another --out, or delete it"
+                )
+        return True
 
 
 def objective(row: str) -> list[str]:
@@ -63,7 +102,8 @@ def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]
             *objective(row),
             *overrides,
         ]
-        found.append(Step(tuple(words), export / "config.json"))
+        asked = resolve(load(arguments.config, [*objective(row), *overrides]), world_size=None)
+        found.append(Step(tuple(words), export / "config.json", asked))
         measure = ["evaluate", str(export), "--trunk", config.trunk.path, "--suite", arguments.suite]
         measure += ["--seed", str(arguments.seed), *(["--no-baselines"] if row != REFERENCE else [])]
         if arguments.prompts:
@@ -79,9 +119,13 @@ def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]
     return found
 
 
+def command(words: Sequence[str]) -> str:
+    return shlex.join(["sgt-titan", *words])
+
+
 def execute(words: Sequence[str]) -> int:
     """Run ``sgt-titan`` with ``words``; what it prints goes to the terminal."""
-    print(f"\n$ sgt-titan {shlex.join(words)}", flush=True)
+    print(f"\n$ {command(words)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False).returncode
     return code if code >= 0 else 128 - code
 
@@ -144,10 +188,11 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     todo = steps(arguments, overrides)
     if arguments.dry_run:
         for step in todo:
-            print(f"{'(done) ' if step.done.is_file() else ''}sgt-titan {shlex.join(step.words)}")
+            print(f"{'(done) ' if step.is_done() else ''}{command(step.words)}")
         return 0
+    done = [step.is_done() for step in todo]  # all of them asked before the first is run
     for index, step in enumerate(todo, start=1):
-        if step.done.is_file():
+        if done[index - 1]:
             continue
         print(f"[{index}/{len(todo)}]", file=sys.stderr, flush=True)
         if code := execute(step.words):
@@ -161,7 +206,7 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     pii = read(arguments.out, pii_rows, "evaluation" if own else "pii") if arguments.pii else {}
     about = {
         "config": dump(load(arguments.config, overrides)),
-        "command": shlex.join(["sgt-titan", "tables", *(argv or [])]),
+        "command": command(["tables", *(sys.argv[2:] if argv is None else argv)]),
     }
     write(arguments.out / "tables.md", published.markdown(rows, pii, about))
     write(arguments.out / "tables.html", published.page(rows, pii, about))

@@ -16,7 +16,8 @@ RESAMPLES = 2000
 class Estimate:
     """``value`` in ``low..high`` with 95% confidence; ``n`` units (tokens, spans, pairs) went into it.
 
-    A value that is not finite (unbounded, or undefined because ``n`` is 0) has no interval: NaN.
+    A value that is not finite (unbounded, or undefined because ``n`` is 0) has no interval, nor has what a single row
+    gives: NaN.
     """
 
     value: float
@@ -58,6 +59,8 @@ def ratio(numerator_B: np.ndarray, denominator_B: np.ndarray, *, share: bool = F
     if not math.isfinite(value):
         return Estimate(value, math.nan, math.nan, n)
     rows = len(numerator_B)
+    if rows < 2 and not share:
+        return Estimate(value, math.nan, math.nan, n)
     low, high = value, value
     if rows > 1:
         picks = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))

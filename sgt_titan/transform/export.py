@@ -109,7 +109,7 @@ def write_export(
         for source in extra_files:
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, work_dir / source.name)
         (work_dir / "README.md").write_text(model_card(config, summary, _licence(tokenizer_dir)), encoding="utf-8")
-        _move_into_place(work_dir, out_dir)
+        move_into_place(work_dir, out_dir)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
     return out_dir
@@ -181,7 +181,7 @@ def _check_disk(parent: Path, state_dict: Mapping[str, torch.Tensor], dtype: tor
         )
 
 
-def _move_into_place(work_dir: Path, out_dir: Path) -> None:
+def move_into_place(work_dir: Path, out_dir: Path) -> None:
     """Rename ``work_dir`` to ``out_dir``; what was there goes aside first, and back if the rename fails."""
     if not out_dir.exists():
         os.rename(work_dir, out_dir)
@@ -314,7 +314,7 @@ def _summary_rows(config: SGTConfig, summary: Mapping[str, Any]) -> list[tuple[s
     positions = summary.get("nn_fr_positions")
     labels = {
         "steps": "Steps",
-        "tokens": "Tokens",
+        "tokens": "Tokens, padding included",
         "objective": "Objective weights",
         "losses": "Final losses",
         "kl": "KL to the clean trunk, nats per token",

@@ -40,7 +40,7 @@ from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, obfuscat
 Caches = tuple[DynamicCache, ...]
 
 # Arguments of from_pretrained that would load something other than the files that were checked.
-_REFUSED_ARGUMENTS = ("state_dict", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
+_REFUSED_ARGUMENTS = ("state_dict", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes", "adapter_kwargs")
 
 
 @dataclass
@@ -98,13 +98,19 @@ class StainedGlassTransform(PreTrainedModel):
         ``attention_mask`` ``(B, S)``: 1 for real tokens, over past and present; padding may be left or right.
         ``past_key_values``: caches of an earlier call or of :meth:`new_caches`, extended in place; causal, so pieces
         give what one pass gives. Without them, ``use_cache=True`` returns new ones; caching is off by default.
-        Raises ValueError unless exactly one input is given, UserError for ids when no table was shipped.
+        Raises ValueError unless exactly one input is given and the mask covers past and present, UserError for ids when
+        no table was shipped.
         """
         x_BTD = self._embed(input_ids, inputs_embeds).to(self.mean_head.weight.dtype)
         if past_key_values is None and use_cache:
             past_key_values = self.new_caches()
         if past_key_values is not None and len(past_key_values) != len(self.bodies):
             raise ValueError(f"past_key_values has {len(past_key_values)} caches, the transform {len(self.bodies)}")
+        if attention_mask is not None and attention_mask.ndim == 2:
+            past = past_key_values[0].get_seq_length() if past_key_values is not None else 0
+            expected = (x_BTD.shape[0], past + x_BTD.shape[1])
+            if attention_mask.shape != expected:
+                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {expected}")
         if position_ids is None and attention_mask is not None:
             # Positions count real tokens, so that left padding does not shift them.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x_BTD.shape[1] :]
@@ -142,8 +148,8 @@ class StainedGlassTransform(PreTrainedModel):
         ``inputs``: token ids ``(B, T)`` (integer) or embeddings ``(B, T, D)`` (float). ``mask_BT`` (bool): true where
         to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
         system's generator and is never the same twice; ``generator`` or ``seed`` replace it, for tests and
-        measurements. Raises UserError for ids outside the vocabulary, or when no table was shipped; ValueError for
-        shapes that do not match.
+        measurements. Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or
+        infinity would come out; ValueError for shapes that do not match.
         """
         is_ids = not inputs.is_floating_point()
         if is_ids and inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.config.vocab_size:
@@ -155,16 +161,22 @@ class StainedGlassTransform(PreTrainedModel):
         if mask_BT.shape != x_BTD.shape[:-1]:
             raise ValueError(f"mask_BT has shape {tuple(mask_BT.shape)}, expected {tuple(x_BTD.shape[:-1])}")
         mask_BT = mask_BT.to(x_BTD.device, torch.bool)
-        if attention_mask is not None:
-            mask_BT = mask_BT & attention_mask[:, -x_BTD.shape[1] :].to(x_BTD.device, torch.bool)
         out = self(
             inputs_embeds=x_BTD,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
         )
+        if attention_mask is not None:
+            mask_BT = mask_BT & attention_mask[:, -x_BTD.shape[1] :].to(x_BTD.device, torch.bool)
         eps_BTD = _noise(out.mean_BTD, generator, seed)
-        return obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
+        x_tilde_BTD = obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
+        if not bool(x_tilde_BTD[mask_BT].isfinite().all()):
+            raise UserError(
+                "inputs: NaN or infinite values would come out; pass finite embeddings, and load in float32 if a half "
+                "precision overflows"
+            )
+        return x_tilde_BTD
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -272,6 +284,9 @@ def check_checkpoint(directory: Path, config: SGTConfig) -> None:
     """
     check_config(config)
     check_config_fingerprint(config, directory)
+    if (directory / "adapter_config.json").exists():
+        # Where peft is installed, transformers would change the weights after they were checked.
+        raise UserError(f"{directory}: adapter_config.json is no part of an export; copy the export again")
     files = _weight_files(directory)
     try:
         with ExitStack() as stack:

@@ -58,7 +58,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
             for name, info in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, struct.error):
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
         raise UserError(f"{file}: not a safetensors file (its header is unreadable); download it again") from None
     expected = max((entry.end for entry in entries.values()), default=8 + length)
     if size != expected:
@@ -81,9 +81,10 @@ class TrunkFiles:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                missing = [name for name in names if not (self.path / name).is_file()]
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{index}: not a safetensors index; download it again") from None
-            if missing := [name for name in names if not (self.path / name).is_file()]:
+            if missing:
                 raise UserError(
                     f"trunk.path: {self.path} lacks {missing[0]} ({len(missing)} of {len(names)} files missing)"
                 )

@@ -188,7 +188,9 @@ def _benchmarks(benchmarks: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name in names:
         one = next(found[name] for found in benchmarks.values() if name in found)
-        label = f"{name}, {one.get('shots', 0)}-shot, chance {percent(one.get('chance'))}"
+        n, note = (one.get("accuracy") or {}).get("n", "?"), one.get("note")
+        label = f"{name}, {one.get('shots', 0)}-shot, N = {n}, chance {percent(one.get('chance'))}"
+        label += f" ({note})" if note else ""
         rows.append(
             [esc(label), *(percent((f.get(name) or {}).get("accuracy"), interval=True) for f in benchmarks.values())]
         )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sgt_titan.config.load import dump
+from sgt_titan.conjformer.command import main as conjform
+from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation import evaluate, runner
 from sgt_titan.evaluation.attacks import ATTACKS
 from sgt_titan.evaluation.suite import EXACT, SUITES, battery
 from sgt_titan.evaluation.threat import Cost
+from sgt_titan.transform.trunk_files import TrunkFiles
 
 ATTACKED = "nearest_l2,mrp,known_plaintext,map_search"
 
@@ -71,7 +76,8 @@ def test_every_number_has_its_n_and_interval(results):
         if isinstance(estimate["value"], float) and estimate["n"]:
             assert estimate["low"] <= estimate["value"] <= estimate["high"], where
     about = results["about"]
-    for key in ("command", "date", "seed", "versions", "data_fingerprint", "export_fingerprint", "hidden_tokens"):
+    prints = ("data_fingerprint", "export_fingerprint", "trunk_fingerprint")
+    for key in ("command", "date", "seed", "versions", "hidden_tokens", *prints):
         assert about[key] not in (None, "", {}), key
     assert about["rows"] == 4 and about["marked_spans"] > 0
 
@@ -134,15 +140,69 @@ def test_more_attacks_may_be_added_later(export, finished):
     assert "farthest" in json.loads((finished / "results.json").read_text())["mechanisms"]["sgt"]["attacks"]
 
 
+def test_more_benchmarks_may_be_added_later(export, finished, monkeypatch):
+    """Each is a part of its own, and those of another source are other parts."""
+    asked = []
+
+    def run_benchmarks(trunk, tokenizer, mechanism, names, *, local_dir, limit, seed):
+        asked.append((mechanism.name, *names, bool(local_dir)))
+        estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 50}
+        return {name: {"accuracy": estimate, "shots": 0, "chance": 0.25, "scores": []} for name in names}
+
+    monkeypatch.setattr("sgt_titan.evaluation.benchmarks.run_benchmarks", run_benchmarks)
+    for names in ("piqa", "arc_easy,piqa"):
+        assert evaluate.main(words(export, finished, "--no-baselines", "--benchmarks", names)) == 0
+        found = json.loads((finished / "results.json").read_text())["mechanisms"]["sgt"]["benchmarks"]
+        assert list(found) == names.split(",")
+    assert asked == [("sgt", "piqa", False), ("sgt", "arc_easy", False)]
+
+
+def test_another_trunk_with_the_same_table_is_another_evaluation(export, finished, tmp_path):
+    trunk = tmp_path / "trunk"
+    shutil.copytree(TRUNK, trunk)
+    tensors = load_file(trunk / "model.safetensors")
+    save_file(
+        {name: tensor if "embed" in name else 2 * tensor for name, tensor in tensors.items()},
+        trunk / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    call = words(export, finished)
+    call[call.index("--trunk") + 1] = str(trunk)
+    with pytest.raises(UserError, match=r"another configuration \(trunk is"):
+        evaluate.main(call)
+
+
+def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_path):
+    server, out = tmp_path / "server", tmp_path / "out"
+    call = words(export, out, "--no-baselines", "--rotated", f"{server},{server}-client,{tmp_path / 'key'}")
+    call[call.index(ATTACKED)] = "norm_matching"
+    for _ in range(2):
+        for made in tmp_path.glob("server*"):
+            shutil.rmtree(made)
+        (tmp_path / "key").unlink(missing_ok=True)
+        assert conjform([str(TRUNK), str(server), "--secret", str(tmp_path / "key")]) == 0
+        if not out.exists():
+            assert evaluate.main(call) == 0
+    about = json.loads((out / "results.json").read_text())["about"]
+    assert about["rotated_fingerprint"] != TrunkFiles(server).fingerprint()
+    with pytest.raises(UserError, match=r"another configuration \(rotated is"):
+        evaluate.main(call)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--seed", "3"], "another configuration .seed is 0 there, 3 here"),
+        (["--seed", "-1"], "--seed must be from 0 to 2147483647"),
+        (["--seed", "2147483648"], "--seed must be from 0 to 2147483647"),
         (["--rows", "1"], "--rows must be at least 2"),
         (["--attacks", "nearest_l2,telepathy"], "'telepathy' is unknown; there are nearest_l2"),
         (["--judge", "http://x"], "--judge and --judge-model"),
+        (["--judge", "localhost:8000/v1", "--judge-model", "m"], "--judge: give http://HOST/v1"),
+        (["--judge", "http://user:secret@x/v1", "--judge-model", "m"], r"--judge: give [^@]*OPENAI_API_KEY$"),
         (["--benchmarks", "arc_hard"], "'arc_hard' is unknown; there are arc_challenge"),
         (["--benchmark-dir", "/nowhere"], "--benchmark-dir without --benchmarks"),
+        (["--benchmarks", "piqa", "--benchmark-dir", "."], r"llmfoundry_piqa\.jsonl is missing"),
         (["--memory", "0.001"], r"needs about .* GiB.*take fewer --rows, a smaller --suite"),
         (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),
         (["--minutes", "-1"], "--minutes must be positive"),

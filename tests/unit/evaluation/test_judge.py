@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,6 +79,31 @@ def test_what_it_cannot_use_is_one_line_without_private_text(endpoint, status, t
     with pytest.raises(UserError, match=message) as error:
         judge(url, "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)
     assert "Boris" not in str(error.value) and len(seen) == requests
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}", "does not speak HTTP"),
+        (b"SSH-2.0-OpenSSH\r\n", "does not speak HTTP"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", "answers 302 Found"),
+    ],
+)
+def test_what_is_no_answer(answer, message):
+    """A connection cut in the middle, something that does not speak HTTP, and a host that sends the key elsewhere."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(UserError, match=message):
+            judge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", ["Boris"], ["?"], [["Boris"]], pause=0.01)
 
 
 def test_nobody_there():

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -42,9 +43,22 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
 
 def test_a_damaged_identity_is_said(tmp_path):
     open_parts(tmp_path / "out", IDENTITY)
-    (tmp_path / "out" / ABOUT).write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        open_parts(tmp_path / "out", IDENTITY)
+    for damage in ("{", "[]"):
+        (tmp_path / "out" / ABOUT).write_text(damage)
+        with pytest.raises(UserError, match="damaged"):
+            open_parts(tmp_path / "out", IDENTITY)
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    """Parts that were deleted are measured again; a directory that vanishes is one line."""
+    out = tmp_path / "out"
+    open_parts(out, IDENTITY)
+    (out / "parts").rmdir()
+    parts = open_parts(out, IDENTITY)
+    parts.put("x", {})
+    shutil.rmtree(out)
+    with pytest.raises(UserError, match=r"x\.json: cannot be written: No such file"):
+        parts.put("x", {})
 
 
 def test_numbers_that_are_not_json_are_a_defect(tmp_path):

@@ -13,6 +13,7 @@ from sgt_titan.evaluation.pii import is_in, is_nearly_in, pii_ratio
         ("Ana", "Anb", False, False),  # so is a near miss of a short name
         ("ﬁne street", "fine street", True, True),
         ("a very long address indeed", "long", False, False),  # a part of a value is not the value
+        ("Carmen Dias", "Carmen Dia", False, True),  # all but all of it is, in a text that is no longer
     ],
 )
 def test_leaks(unit, text, exact, fuzzy):
@@ -36,6 +37,12 @@ def test_the_original_leaks_all_and_nothing_leaks_none():
     texts, units = ["Carmen lives at 12 Elm Road"], [["Carmen", "12 Elm Road"]]
     assert all(e["value"] == 1.0 for e in pii_ratio(texts, texts, units).values())
     assert all(e["value"] == 0.0 for e in pii_ratio(texts, ["\ufffd" * 20], units).values())
+
+
+def test_nothing_leaked_is_not_certain():
+    """By prompt no more than by value."""
+    found = pii_ratio(["Carmen", "Boris", "Zoe"], ["?"] * 3, [["Carmen"], ["Boris"], ["Zoe"]])
+    assert all(e["value"] == e["low"] == 0.0 and 0.5 < e["high"] < 0.6 for e in found.values())
 
 
 def test_no_units_is_no_number():

@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from worlds import random_rows
 
 from sgt_titan.demo import TRUNK
 from sgt_titan.evaluation import privacy
-from sgt_titan.evaluation.mechanisms import constant_noise, nothing
+from sgt_titan.evaluation.mechanisms import Obfuscated, constant_noise, nothing
 from sgt_titan.evaluation.samples import generator, load_trunk, padded
 from sgt_titan.metrics.information import pac_advantage
 from sgt_titan.metrics.interval import Estimate
@@ -55,7 +56,7 @@ def test_noise_against_the_parts(trunk, batches, calibration):
         ranks.append(
             token_ranks(sent.x_tilde_BTD[hidden], trunk.get_input_embeddings().weight, batch.tokens_BT[hidden]).rank_N
         )
-        totals.append(privacy.mutual_information_sum(sent, hidden))
+        totals.append([part.sum() for part in privacy.pair_information(sent, hidden)])
     rank = torch.cat(ranks)
     assert found["nn_fr"]["value"] == pytest.approx((rank > 1).double().mean().item())
     assert found["sym_ttr_10"]["value"] == pytest.approx(((rank > 10) & (rank <= 2038)).double().mean().item())
@@ -66,6 +67,37 @@ def test_noise_against_the_parts(trunk, batches, calibration):
     assert 0 <= found["mi_log_mean_exp"]["value"] <= found["mi_log_mean_exp_ceiling"] == pytest.approx(math.log(4))
     for name in ("nn_fr", "mrp_fr", "rank_entropy", "mi"):
         assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
+
+
+def rows_that_differ(random: np.random.Generator, rows: int, size: int, T: int = 6, D: int = 8):
+    """Batches in which a row's center and std are the same at all its positions: its tokens say one thing T times."""
+    parts = []
+    for _ in range(rows // size):
+        center = torch.from_numpy(random.normal(size=(size, 1, D))).expand(size, T, D)
+        log_std = torch.from_numpy(random.normal(0, 0.3, (size, 1, 1))).expand(size, T, D)
+        x_tilde = center + log_std.exp() * torch.from_numpy(random.normal(size=(size, 1, D)))
+        parts.append((Obfuscated(x_tilde, center, log_std), torch.ones(size, T, dtype=torch.bool)))
+    return parts
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_intervals_of_information_cover_the_truth_about_as_often_as_they_say(size):
+    """32 rows, in two batches as in the quick suite or in one: neither batches nor positions are independent."""
+    random = np.random.default_rng(0)
+    many = rows_that_differ(random, 6400, size)
+    truth_mi, truth_lme = privacy._mutual_information(many, 0).value, privacy._log_mean_exp(many, 0)[0]["value"]
+    covered = [0, 0]
+    for trial in range(60):
+        parts = rows_that_differ(random, 32, size)
+        mi, (lme, _) = privacy._mutual_information(parts, trial), privacy._log_mean_exp(parts, trial)
+        covered[0] += mi.low <= truth_mi <= mi.high
+        covered[1] += lme["low"] <= truth_lme <= lme["high"]
+    assert min(covered) >= 0.8 * 60, covered
+
+
+def test_two_rows_are_one_pair_and_no_interval():
+    found = privacy._mutual_information(rows_that_differ(np.random.default_rng(0), 2, 2), 0)
+    assert math.isfinite(found.value) and math.isnan(found.low) and math.isnan(found.high) and found.n == 2
 
 
 def test_a_single_row_has_no_pairs(trunk, calibration):

@@ -140,9 +140,9 @@ def test_mutual_information_against_a_loop_over_pairs():
             own = log_std[i][common] + 0.5  # conditional entropy, and -log p(x~|y), without the log 2 pi of both
             other = log_std[j][common] + 0.5 * ((x_tilde[i] - center[j])[common] / log_std[j][common].exp()) ** 2
             values.append((other - own).mean().item())
-    total, pairs = privacy.mutual_information_sum(Obfuscated(x_tilde, center, log_std), mask)
-    assert pairs == len(values) == 2
-    assert total == pytest.approx(sum(values), rel=1e-5)
+    found, is_pair = privacy.pair_information(Obfuscated(x_tilde, center, log_std), mask)
+    assert is_pair.tolist() == [[False, True, False], [True, False, False], [False, False, False]]
+    assert found[is_pair] == pytest.approx(values, rel=1e-5) and not found[~is_pair].any()
 
 
 def test_shortened_rows_keep_template_and_response():
@@ -222,6 +222,20 @@ def test_rows_of_another_split_are_said_to_be_so(identity, demo_config, make_exp
 def test_options_that_do_not_belong(make_export, words, message):
     with pytest.raises(UserError, match=message):
         samples.data_config(make_export(0.1), str(TRUNK), "demo", words)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 1}, "--samples must be at least 2"),
+        ({"examples": -1}, "--examples at least 0, got 128 and -1"),
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"seed": 1 << 64}, "--seed must be from 0"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        report.summarise("nowhere", TRUNK, None, **options)
 
 
 def test_options_of_the_run_beside_the_export(make_export):

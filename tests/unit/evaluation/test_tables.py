@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgt_titan.config.load import load
+from sgt_titan.config.load import dump, load
 from sgt_titan.config.schema import PRESETS, TERMS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation import tables
@@ -31,6 +31,35 @@ def test_dry_run_prints_every_command_and_runs_none(tmp_path, capsys):
     assert all("--training.steps 5" in line for line in lines if " train " in line)
 
 
+def finish(step):
+    """As the command itself leaves it: a training its config, an evaluation its command."""
+    step.done.parent.mkdir(parents=True, exist_ok=True)
+    step.done.write_text(json.dumps({"about": {"command": tables.command(step.words)}}))
+    if step.asked is not None:
+        (step.done.parent.parent / "config.yaml").write_text(dump(step.asked))
+
+
+def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path):
+    """Tables carry the command they came from: another training is refused, another evaluation is asked to go on."""
+    ran, out = [], tmp_path / "out"
+    words = ["demo", "--out", str(out), "--rows", "mi"]
+    options = {
+        "config": "demo", "out": out, "rows": ["mi"], "suite": "quick", "seed": 0, "prompts": None,
+        "benchmarks": "", "benchmark_dir": None, "pii": None, "pii_seq_len": None,
+    }  # fmt: skip
+    for step in tables.steps(SimpleNamespace(**options), ["--training.steps", "7"]):
+        finish(step)
+
+    def execute(words):
+        ran.append(words[0])
+        return 9
+
+    with pytest.raises(UserError, match=r"mi: was trained with --training\.steps 7, not 8"):
+        tables.main([*words, "--training.steps", "8"], execute=execute)
+    same = [*words, "--training.steps", "7", "--checkpoint.interval", "3"]
+    assert not ran and tables.main([*same, "--benchmarks", "piqa"], execute=execute) == 9 and ran == ["evaluate"]
+
+
 def test_goes_on_where_it_stopped(tmp_path):
     """The second call runs what the first did not finish, and a failure is passed on."""
     ran = []
@@ -40,8 +69,7 @@ def test_goes_on_where_it_stopped(tmp_path):
         if len(ran) == 3:
             return 7
         step = next(s for s in steps if s.words == tuple(words))
-        step.done.parent.mkdir(parents=True, exist_ok=True)
-        step.done.write_text(json.dumps({}))
+        finish(step)
         return 0
 
     words = ["demo", "--out", str(tmp_path / "out"), "--rows", "mi,abs_cos"]

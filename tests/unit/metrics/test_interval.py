@@ -35,6 +35,12 @@ def test_value_is_the_pooled_ratio_and_repeats_with_a_seed():
     assert ratio([1, 5], [10, 10], seed=3) == ratio([1, 5], [10, 10], seed=3)
 
 
+def test_a_single_row_says_nothing_of_others():
+    found = ratio([5], [10])
+    assert found.value == 0.5 and found.as_dict() == {"value": 0.5, "low": None, "high": None, "n": 10}
+    assert (ratio([5], [10], share=True).low, ratio([5], [10], share=True).high) == wilson(5, 10)
+
+
 def test_what_has_no_value_has_no_interval():
     nothing = ratio([0, 0], [0, 0])
     assert math.isnan(nothing.value) and nothing.n == 0

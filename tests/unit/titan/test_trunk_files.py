@@ -60,7 +60,7 @@ def test_index_naming_a_missing_shard(sharded):
 
 def test_damaged_index(sharded):
     index = sharded / "model.safetensors.index.json"
-    for text in ("not json", "[]", "{}"):
+    for text in ("not json", "[]", "{}", '{"weight_map": {"big": 3}}'):
         index.write_text(text)
         assert refused(sharded) == f"{index}: not a safetensors index; download it again"
 
@@ -80,7 +80,9 @@ def test_truncated_file(tmp_path, tensors, keep):
 
 def test_not_a_safetensors_file(tmp_path, tensors):
     file = write(tmp_path, tensors) / "model.safetensors"
-    for content in (b"<html>not found</html>" * 50, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"):
+    other_json = (2).to_bytes(8, "little") + b"[]"
+    html, pointer = b"<html>not found</html>" * 50, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    for content in (html, pointer, other_json):
         file.write_bytes(content)
         assert refused(tmp_path) == f"{file}: not a safetensors file (its header is unreadable); download it again"
 

@@ -148,7 +148,7 @@ def test_card(written):
         "| KL to the clean trunk, nats per token | 0.125 |",
         "| Top-1 agreement with the clean trunk | 87.5% |",
         "| Nearest-neighbour failure rate (probe), 640 positions | 50.0% |",
-        "| Tokens | not measured |",
+        "| Tokens, padding included | not measured |",
         "| note | a \\| b c |",
         "stated as `tiny-community`",
         "load_export(",
@@ -285,6 +285,8 @@ def test_refuses_damaged_directories(written, tmp_path):
     assert "cannot read" in broken(lambda d: (d / "model.safetensors").write_bytes(b"x" * 100))
     cut = (path / "model.safetensors").read_bytes()[:-10]
     assert "cannot read" in broken(lambda d: (d / "model.safetensors").write_bytes(cut))
+
+    assert "adapter_config.json is no part" in broken(lambda d: (d / "adapter_config.json").write_text("{}"))
 
     def pickled(folder):
         (folder / "model.safetensors").unlink()

@@ -295,6 +295,17 @@ def test_bad_calls():
         model.transform(ids, mask, seed=0, generator=torch.Generator())
     with pytest.raises(ValueError, match="exactly one"):
         model()
+    caches = model.new_caches()
+    model(ids[:, :4], past_key_values=caches)
+    for shape in ((2, 7), (2, 12), (2, 1)):
+        # Positions are counted in it: a mask over the present alone would give those of a new prompt.
+        with pytest.raises(ValueError, match=r"attention_mask has shape .*, expected \(2, 11\)"):
+            model(ids[:, 4:], attention_mask=torch.ones(shape), past_key_values=caches)
+    for bad in (torch.nan, torch.inf):
+        x = model.embed_tokens(ids).detach()
+        x[1, 3, 0] = bad
+        with pytest.raises(UserError, match="NaN or infinite"):
+            model.transform(x, mask)
     bare = make_transform(embeddings=False)
     assert "embed_tokens.weight" not in bare.state_dict()
     with pytest.raises(UserError, match="ships no embedding table"):

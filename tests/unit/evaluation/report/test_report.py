@@ -134,6 +134,13 @@ def test_words_are_not_kinder_than_the_numbers():
     assert "ln V / D = 0.043" in bad
 
 
+def test_a_benchmark_says_of_how_many_questions():
+    found = results()
+    one = {"accuracy": e(0.5, 0.4, 0.6, n=49), "shots": 0, "chance": 0.0, "note": "1 prompts left out: <why>"}
+    found["mechanisms"]["sgt"]["benchmarks"] = {"ifeval": one}
+    assert "ifeval, 0-shot, N = 49, chance 0.0% (1 prompts left out: &lt;why&gt;)" in page(found)
+
+
 def test_numbers():
     assert percent(e(0.1234, 0.1, 0.2), interval=True) == "12.3% [10.0, 20.0]"
     assert percent(None) == percent({"value": None}) == number(None) == "-"
