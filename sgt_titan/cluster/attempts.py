@@ -123,7 +123,7 @@ def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: lis
     if restarts >= max_restarts:
         return "stop", f"{restarts} restarts, as many as allowed (SGT_MAX_RESTARTS)"
     if state == "stopped":
-        return "requeue", f"saved on {said}"
+        return "requeue", f"stopped on {said}"
     if state == "unfit":
         return "requeue", f"without bad nodes: {said}"
     tail = 0
