@@ -10,11 +10,12 @@ from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
 from .hardware import EXPOSED_RANGE, GPUS, HFU, HFU_RANGE, NO_GPU, Gpu
-from .memory import FP32, Memory, item_size, memory
+from .memory import Memory, item_size, memory
 from .traffic import Traffic, gathered_per_microbatch, traffic
 from .weights import (
     Degrees,
     Weight,
+    checkpoint_bytes,
     embedding_weights,
     end_weights,
     estimator_layers,
@@ -37,6 +38,7 @@ class Plan:
     model_flops_per_token: int  # what MFU counts
     hardware_flops_per_token: int  # what HFU counts: with recomputation
     memory: Memory
+    checkpoint_bytes: int
     trunk_bytes: int  # of the whole frozen model, as loaded
     layer_gathered: int  # bytes of the largest layer after its gather
     gathered_per_microbatch: int  # bytes a rank receives from its shard group, forward and backward
@@ -48,11 +50,6 @@ class Plan:
     @property
     def hardware(self) -> Gpu:
         return GPUS.get(self.gpu, NO_GPU)
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Weights and both moments in float32; the rest of a checkpoint is kilobytes."""
-        return 3 * FP32 * self.estimator_parameters
 
     @property
     def capacity(self) -> float:
@@ -133,6 +130,7 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
         model_flops_per_token=6 * work,
         hardware_flops_per_token=6 * work + recompute,
         memory=memory(config, trunk, degrees, max(layer_bytes)),
+        checkpoint_bytes=checkpoint_bytes(config, trunk),
         trunk_bytes=size * sum(w.numel for w in weights),
         layer_gathered=max(layer_bytes),
         gathered_per_microbatch=gathered_per_microbatch(config, trunk, degrees),
