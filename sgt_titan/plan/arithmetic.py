@@ -26,6 +26,10 @@ from .weights import (
     trunk_layers,
 )
 
+FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")  # as in titan/trunks.py, which needs torch
+NEEDED = ("hidden_size", "intermediate_size", "vocab_size")
+NEEDED += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -152,13 +156,19 @@ def prepared(name: str, overrides: list[str] | None = None) -> tuple[Config, dic
     """The resolved config at its own cluster size, and its trunk's config.json.
 
     Raises:
-        UserError: anything wrong with the config.
+        UserError: anything wrong with the config, or a run that is not counted here.
     """
     config = load(name, overrides or [])
+    if config.run.task != "sgt":
+        raise UserError(f"{name}: run.task is {config.run.task}; plan counts the training of a transform (sgt) alone")
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
     config = resolve(config, world_size=world_size)
     trunk = read_trunk(config, weights=False)
     validate(config, world_size, trunk)
+    if (kind := trunk.get("model_type")) not in FAMILIES:
+        raise UserError(f"trunk: config.json has model_type {kind!r}; supported are {', '.join(FAMILIES)}")
+    if missing := [key for key in NEEDED if key not in trunk]:
+        raise UserError(f"trunk: config.json has no {', '.join(missing)}, which plan needs")
     return config, trunk
 
 

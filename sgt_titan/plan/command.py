@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, trunk = prepared(arguments.name, words)
     found = plan(config, trunk)
     fewest = fewest_nodes(arguments.name, words, MOST_NODES)[0] if found.gpu else None
-    told = config, found, saving(found, config.cluster.nodes, arguments.node_mtbf_days), arguments.rows, fewest
+    asynchronous = config.checkpoint.asynchronous
+    saved = saving(found, config.cluster.nodes, arguments.node_mtbf_days, asynchronous=asynchronous)
+    told = config, found, saved, arguments.rows, fewest
     print(json.dumps(_strict(figures(*told)), indent=1) if arguments.json else terminal(*told))
     if not found.fits:
         least = f"{fewest} nodes hold it" if fewest else f"not even {MOST_NODES} nodes hold it at these degrees"
