@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from sgt_titan.arguments import Parser
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(SHIPPED))
         return 0
     for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days"):
-        if (value := getattr(arguments, name)) is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: {value} is not above 0")
+        if (value := getattr(arguments, name)) is not None and not 0 < value < inf:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is no number above 0")
     words = list(overrides)
     for key, value in (("nodes", arguments.nodes), ("gpus_per_node", arguments.gpus_per_node)):
         words += [f"--cluster.{key}", str(value)] if value else []

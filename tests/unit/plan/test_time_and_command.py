@@ -32,6 +32,9 @@ def test_traffic_of_70b_by_hand():
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     assert frozen.count == 2 * 80 + 2 and frozen.link == "network"
     assert frozen.bytes == pytest.approx(7 / 8 * 2 * (2 * 80 * layer + 2 * 128256 * 8192) / 8, rel=1e-3)
+    trained, heads = 2 * layer + 2 * 8192 * 8192, 2 * 8192 * 8192  # the heads are whole on every TP rank
+    own = by_name["estimator, gather and scatter"]
+    assert own.bytes == pytest.approx(7 / 8 * (2 + 2 + 4) * ((trained - heads) / 8 + heads), rel=1e-3)
     copies = by_name["estimator, gradients of all copies"]
     assert copies.count == 1 and copies.bytes < frozen.bytes / 50
 
@@ -136,7 +139,9 @@ def test_names_of_gpus():
     [
         ([BIG, "--gpu", "tpu"], "--gpu: 'tpu' is unknown; known are a100-40g, a100-80g, h100, h200"),
         ([BIG, "--nodes", "12"], "does not divide the world size 96"),
-        ([BIG, "--nodes", "0"], "--nodes: 0 is not above 0"),
+        ([BIG, "--nodes", "0"], "--nodes: 0 is no number above 0"),
+        ([BIG, "--node-mtbf-days", "nan"], "--node-mtbf-days: nan is no number above 0"),
+        ([BIG, "--node-mtbf-days", "inf"], "--node-mtbf-days: inf is no number above 0"),
         (
             ["llama3_70b_1x8", "--parallelism.tensor_parallel_degree", "1", "--gpus-per-node", "1"],
             "are needed on a GPU of 80",
