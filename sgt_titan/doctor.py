@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reports", type=Path, help="directory for the reports of a job's processes")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds (default %(default)g)")
     arguments, overrides = parser.parse_known_args(argv)
+    if not arguments.deadline > 0:
+        raise UserError(f"--deadline: {arguments.deadline:g} is not above 0")
     config = load(arguments.name, overrides) if arguments.name else None
     if overrides and config is None:
         raise UserError(f"{overrides[0]}: overrides need the NAME of a config before them")

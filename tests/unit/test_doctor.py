@@ -14,6 +14,7 @@ import pytest
 
 from sgt_titan import doctor
 from sgt_titan.cluster import preflight
+from sgt_titan.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,11 @@ def test_a_damaged_trunk_is_a_finding(capsys, tmp_path):
     report = {"errors": {}, "same": {}}
     doctor.attempt(report, "trunk", lambda: doctor._trunk(str(trunk)))
     assert "model.safetensors" in report["errors"]["trunk"]
+
+
+def test_a_deadline_that_has_passed():
+    with pytest.raises(UserError, match="--deadline: 0 is not above 0"):
+        doctor.main(["demo", "--deadline", "0"])
 
 
 def test_an_output_directory_that_cannot_be(capsys, tmp_path, monkeypatch):
