@@ -46,7 +46,8 @@ cd "$root"
 
 # -- the allocation ----------------------------------------------------------------------------------------------------
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} # an array's task, not the array
-restart=${SLURM_RESTART_COUNT:-0}
+restart=${SLURM_RESTART_COUNT:-0} most=${SGT_MAX_RESTARTS:-50}
+[ "$restart" -le "$most" ] || fail "$restart restarts, $most are allowed (SGT_MAX_RESTARTS)" # Slurm counts none of its own
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 # Other jobs and earlier attempts listen elsewhere; outgoing connections have ports from 32768 on.
@@ -69,7 +70,7 @@ ask() { # a command of the controller, which may be away for some minutes
 
 after() { # CODE: what the run says of its end decides, see sgt_titan/cluster/attempts.py
   local decision without told
-  decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "${SGT_MAX_RESTARTS:-50}")
+  decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "$most")
   case $decision in
     done) exit 0 ;;
     requeue)

@@ -115,6 +115,9 @@ def test_a_site_file_that_is_missing_or_lacks_a_variable(tmp_path):
     (tmp_path / "site.env").write_text("SGT_ACTIVATE=true\n")
     done = script("llama1b.sh", **slurm)
     assert done.returncode == 2 and "SGT_SHARED is not set" in done.stderr
+    (tmp_path / "site.env").write_text(f"SGT_ACTIVATE=true\nSGT_SHARED={tmp_path}\n")
+    done = script("llama1b.sh", **slurm, SLURM_RESTART_COUNT="51")  # by Slurm alone, as after node failures
+    assert done.returncode == 2 and "51 restarts, 50 are allowed (SGT_MAX_RESTARTS)" in done.stderr
     (tmp_path / "site.env").write_text("SGT_ACTIVATE=true\nSGT_SHARED=/proc/no/such\n")
     done = script("llama1b.sh", **slurm)
     assert done.returncode == 2 and "SGT_SHARED=/proc/no/such cannot be made" in done.stderr
