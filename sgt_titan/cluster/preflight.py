@@ -160,24 +160,23 @@ def read_reports(folder: Path) -> list[Report]:
 
 def excluded(output_dir: str | Path, now: float | None = None) -> dict[str, str]:
     """Reasons by node, of those whose time is not over."""
-    now = time.time() if now is None else now
-    try:
-        entries = json.loads((Path(output_dir) / EXCLUDED).read_text())
-        return {node: entry["reason"] for node, entry in entries.items() if entry["until"] > now}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return {node: entry["reason"] for node, entry in _entries(output_dir, time.time() if now is None else now).items()}
 
 
 def exclude(output_dir: str | Path, bad: Mapping[str, str], now: float | None = None) -> None:
     """Leave out the nodes of ``bad`` from now on, beside those that are left out already."""
     now = time.time() if now is None else now
     until = {node: {"reason": reason, "until": now + EXCLUDED_SECONDS} for node, reason in bad.items()}
+    write_durably(Path(output_dir) / EXCLUDED, json.dumps(_entries(output_dir, now) | until, indent=1))
+
+
+def _entries(output_dir: str | Path, now: float) -> dict[str, dict[str, Any]]:
+    """What is in the file, as far as its time is not over; a file that somebody has spoilt by hand holds nothing."""
     try:
-        before = json.loads((Path(output_dir) / EXCLUDED).read_text())
-    except (OSError, ValueError):
-        before = {}
-    kept = {node: entry for node, entry in before.items() if entry["until"] > now}
-    write_durably(Path(output_dir) / EXCLUDED, json.dumps(kept | until, indent=1))
+        entries = json.loads((Path(output_dir) / EXCLUDED).read_text())
+        return {node: {"reason": e["reason"], "until": e["until"]} for node, e in entries.items() if e["until"] > now}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def usable_nodes(partition: str, without: Sequence[str]) -> int | None:

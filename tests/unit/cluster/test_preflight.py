@@ -107,8 +107,11 @@ def test_exclusion_ends(tmp_path):
     exclude(tmp_path, {"n2": "absent"}, now=preflight.EXCLUDED_SECONDS - 10)
     assert excluded(tmp_path, now=preflight.EXCLUDED_SECONDS - 5) == {"n1": "slow", "n2": "absent"}
     assert excluded(tmp_path, now=preflight.EXCLUDED_SECONDS + 5) == {"n2": "absent"}
-    (tmp_path / preflight.EXCLUDED).write_text("not JSON")
-    assert excluded(tmp_path) == {}
+    for spoilt in ("not JSON", "[]", '{"n1": "slow"}', '{"n1": {"until": 1e99}}'):
+        (tmp_path / preflight.EXCLUDED).write_text(spoilt)
+        assert excluded(tmp_path) == {}
+        exclude(tmp_path, {"n2": "absent"})
+        assert excluded(tmp_path) == {"n2": "absent"}
 
 
 @pytest.fixture
