@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -198,6 +199,7 @@ def test_bad_nodes_are_left_out_beside_those_of_sbatch(attempt, tmp_path):
     assert controller[-1] == "update JobId=7 ExcNodeList=n3,n[5-6]"
 
 
+@pytest.mark.skipif(not shutil.which("pkill"), reason="the pod's script needs pkill")
 def test_on_kubernetes_a_notice_reaches_the_ranks(tmp_path):
     """The pod's own script, with a launcher that does not listen and a rank that ends a second after it is told."""
     documents = yaml.safe_load_all((REPO / "launch" / "kubernetes.yaml").read_text())
