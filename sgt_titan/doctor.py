@@ -39,9 +39,10 @@ import sgt_titan
 from sgt_titan.arguments import Parser
 from sgt_titan.checkpoint import write_durably
 from sgt_titan.cluster import preflight
-from sgt_titan.config.load import load, resolve, validate
+from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
+from sgt_titan.plan.weights import checkpoint_bytes
 
 DEADLINE = 60.0  # seconds; a phase that hangs ends the process with its stacks
 PAIR_BYTES = 32 << 20
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reports", type=Path, help="directory for the reports of a job's processes")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds (default %(default)g)")
     arguments, overrides = parser.parse_known_args(argv)
+    if not arguments.deadline > 0:
+        raise UserError(f"--deadline: {arguments.deadline:g} is not above 0")
     config = load(arguments.name, overrides) if arguments.name else None
     if overrides and config is None:
         raise UserError(f"{overrides[0]}: overrides need the NAME of a config before them")
@@ -92,7 +95,8 @@ def alone(config: Config | None) -> int:
     lines += [("product", f"{report['matmul']:.3g} TFLOP/s")] if "matmul" in report else []
     lines += [("temporary files", f"{report['tmp_bytes'] / 2**30:.1f} GiB free in {tempfile.gettempdir()}")]
     if config is not None:
-        lines += [("checkpoints", f"{report['output_free'] / 2**30:.1f} GiB free at {config.run.output_dir}")]
+        free = f"{report['output_free'] / 2**30:.1f} GiB free at " if "output_free" in report else ""
+        lines += [("checkpoints", f"{free}{config.run.output_dir}")]
         lines += [("trunk", f"{config.trunk.path}  {report['same'].get('trunk', '')[:12]}")]
         lines += [("dataset cache", report["cache"])]
     lines += [(name, text) for name, text in report["versions"].items()]
@@ -150,6 +154,8 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
         return
     attempt(report, "trunk", lambda: report["same"].update(trunk=_trunk(config.trunk.path)))
     attempt(report, "run.output_dir", lambda: report.update(output_free=_free(Path(config.run.output_dir))))
+    if config.run.task == "sgt" and "trunk" not in report["errors"]:
+        attempt(report, "trunk", lambda: report.update(output_needed=checkpoint_bytes(config, read_trunk(config))))
     cache = Path(config.data.cache_dir)
     made = [entry for entry in cache.iterdir() if entry.is_dir() and len(entry.name) == 64] if cache.is_dir() else []
     report["cache"] = f"{len(made)} in {cache}" if made else f"none in {cache}: the first start will tokenize"
@@ -226,6 +232,8 @@ def _trunk(path: str) -> str:
 def _free(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a directory")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written")
     return shutil.disk_usage(folder).free
@@ -281,7 +289,8 @@ def _wait_for(index: int, folder: Path, patience: float) -> Any:
 
 def _read_from(peer: Any, patience: float) -> float:
     with socket.create_connection(tuple(peer["address"]), timeout=patience) as connection:
-        began, got = time.perf_counter(), 0
+        got = len(connection.recv(1))  # others may be served first, and waiting for them is not the link's doing
+        began = time.perf_counter()
         while chunk := connection.recv(1 << 20):
             got += len(chunk)
     if got != PAIR_BYTES:

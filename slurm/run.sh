@@ -33,6 +33,7 @@ trap 'pass_on TERM' TERM # preemption
 # -- the site ----------------------------------------------------------------------------------------------------------
 site=${SGT_SITE:-$root/slurm/site.env}
 [ -f "$site" ] || fail "$site is missing; copy slurm/site.env.example there and edit it"
+set +u # neither a site's file nor what activates an environment is written for it
 # shellcheck source=/dev/null
 . "$site"
 for name in SGT_ACTIVATE SGT_SHARED; do
@@ -40,37 +41,45 @@ for name in SGT_ACTIVATE SGT_SHARED; do
 done
 mkdir -p "$SGT_SHARED" 2>/dev/null || fail "$site: SGT_SHARED=$SGT_SHARED cannot be made"
 eval "$SGT_ACTIVATE"
+set -u
 cd "$root"
 
 # -- the allocation ----------------------------------------------------------------------------------------------------
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} # an array's task, not the array
-restart=${SLURM_RESTART_COUNT:-0}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-port=$((20000 + (SLURM_JOB_ID * 17 + restart) % 20000)) # other jobs and earlier attempts listen elsewhere
+restart=${SLURM_RESTART_COUNT:-0} most=${SGT_MAX_RESTARTS:-50}
+[ "$restart" -le "$most" ] || fail "$restart restarts, $most are allowed (SGT_MAX_RESTARTS)" # Slurm counts none of its own
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
+# Other jobs and earlier attempts listen elsewhere; outgoing connections have ports from 32768 on.
+port=$((20000 + (SLURM_JOB_ID * 17 + restart) % 12000))
 procs=${SGT_PROCS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
-words=("$@")
-case " $* " in *" --run.output_dir"*) ;; *) words+=(--run.output_dir "$SGT_SHARED/${SGT_RUN_NAME:-$CONFIG}") ;; esac
-
 # -- before ------------------------------------------------------------------------------------------------------------
-assignments=$(python -m sgt_titan.cluster.job begin "$CONFIG" --nodes "$SLURM_NNODES" --gpus "$procs" "${words[@]}") || exit 2
+assignments=$(python -m sgt_titan.cluster.job begin "$CONFIG" --nodes "$SLURM_NNODES" --gpus "$procs" --shared "$SGT_SHARED" "$@") || exit 2
 eval "$assignments" # OUTPUT_DIR, or FINISHED
 [ -z "${FINISHED:-}" ] || exit 0
+words=("$@" --run.output_dir "$OUTPUT_DIR")
 logs=$OUTPUT_DIR/logs/$job.$restart
 mkdir -p "$logs"
 
 # -- after -------------------------------------------------------------------------------------------------------------
+ask() { # a command of the controller, which may be away for some minutes
+  for _ in $(seq 60); do "$@" && return || sleep 10; done
+  return 1
+}
+
 after() { # CODE: what the run says of its end decides, see sgt_titan/cluster/attempts.py
-  local decision without state
-  decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "${SGT_MAX_RESTARTS:-50}")
+  local decision without told
+  decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "$most")
   case $decision in
     done) exit 0 ;;
     requeue)
       # scancel means stop: its job is no longer running by the time we are here.
-      state=$(scontrol show job "$job" -o | grep -o 'JobState=[A-Z_]*' | head -n1)
-      [ "$state" = JobState=RUNNING ] || { echo "not requeued: $state" >&2; exit 1; }
+      told=$(ask scontrol show job "$job" -o) || true
+      [[ $told =~ JobState=RUNNING ]] || { echo "not requeued: $(grep -o 'JobState=[A-Z_]*' <<<"$told")" >&2; exit 1; }
       without=$(python -m sgt_titan.cluster.preflight excluded "$OUTPUT_DIR")
-      scontrol requeue "$job"
+      if [[ -n $without && $told =~ ExcNodeList=([^ \(]+) ]]; then without+=,${BASH_REMATCH[1]}; fi # sbatch --exclude
+      ask scontrol requeue "$job"
       # Only a pending job can be told what to avoid. We are being ended by now, but not at once.
       [ -z "$without" ] || for _ in $(seq 20); do
         scontrol update JobId="$job" ExcNodeList="$without" && break || sleep 0.2
@@ -84,24 +93,25 @@ after() { # CODE: what the run says of its end decides, see sgt_titan/cluster/at
 # -- preflight ---------------------------------------------------------------------------------------------------------
 export SGT_HEAD=$head SGT_PREFLIGHT_PORT=$((port + 1))
 if [ "${SGT_PREFLIGHT:-1}" != 0 ]; then
-  reports=$OUTPUT_DIR/preflight/$job.$restart
-  timeout "${SGT_PREFLIGHT_SECONDS:-90}" srun --ntasks=$((SLURM_NNODES * procs)) --ntasks-per-node="$procs" --output="$logs/preflight-%N.log" \
-    --open-mode=append ${SGT_WRAP:-} python -m sgt_titan.doctor "$CONFIG" "${words[@]}" --reports "$reports" || true
-  fit=0
-  # shellcheck disable=SC2046
+  reports=$OUTPUT_DIR/preflight/$job.$restart seconds=${SGT_PREFLIGHT_SECONDS:-90}
+  ended=0 fit=0
+  timeout "$seconds" srun --ntasks=$((SLURM_NNODES * procs)) --ntasks-per-node="$procs" --output="$logs/preflight-%N.log" \
+    --open-mode=append ${SGT_WRAP:-} python -m sgt_titan.doctor "$CONFIG" "${words[@]}" --reports "$reports" \
+    --deadline $((seconds * 2 / 3)) || ended=$?
+  [ "$ended" != 143 ] || noticed=TERM # preemption is told to the step alone; a timeout would be 124
   python -m sgt_titan.cluster.preflight verdict "$OUTPUT_DIR" --reports "$reports" --processes "$procs" \
-    --partition "${SLURM_JOB_PARTITION:-}" --nodes $(scontrol show hostnames "$SLURM_JOB_NODELIST") || fit=$?
+    --partition "${SLURM_JOB_PARTITION:-}" --notice "${noticed:+SIG$noticed}" --nodes "${nodes[@]}" || fit=$?
   [ "$fit" = 0 ] || after "$fit"
 fi
 
 # -- the attempt -------------------------------------------------------------------------------------------------------
 # Signals reach every process of the step. torchrun would end its workers at once, so it ignores them, and the workers,
 # which install handlers of their own, save and end.
-export SGT_PORT=$port SGT_PROCS=$procs SGT_LOGS=$logs SGT_RDZV=$job.$restart
+export SGT_PORT=$port SGT_PROCS=$procs SGT_LOGS=$logs SGT_RDZV=$job.$restart SGT_WRAP=${SGT_WRAP:-}
 srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$logs/%N.log" --open-mode=append \
   bash -c '
     trap "" USR1 TERM
-    exec ${SGT_WRAP:-} python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$SGT_PROCS" \
+    exec $SGT_WRAP python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$SGT_PROCS" \
       --max-restarts=0 --signals-to-handle=SIGINT --rdzv-backend=c10d --rdzv-endpoint="$SGT_HEAD:$SGT_PORT" \
       --rdzv-id="$SGT_RDZV" --rdzv-conf=is_host=$([ "$SLURM_NODEID" = 0 ] && echo 1 || echo 0) \
       --log-dir="$SGT_LOGS" --redirects=3 --tee=3 -m sgt_titan.train "$@"' \

@@ -114,7 +114,7 @@ def end(output_dir: str | Path, attempt: str, *, restarts: int, max_restarts: in
 def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: list[bool]) -> tuple[Decision, str]:
     """What to do after an attempt that left ``state`` and ``said`` why.
 
-    in_vain: for the attempts that died, this one last, whether no new checkpoint came of them.
+    in_vain: for each attempt but those that were stopped before a new checkpoint, this one last: whether none came of it.
     """
     if state == "finished":
         return "done", "nothing left to do"
@@ -123,7 +123,7 @@ def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: lis
     if restarts >= max_restarts:
         return "stop", f"{restarts} restarts, as many as allowed (SGT_MAX_RESTARTS)"
     if state == "stopped":
-        return "requeue", f"saved on {said}"
+        return "requeue", f"stopped on {said}"
     if state == "unfit":
         return "requeue", f"without bad nodes: {said}"
     tail = 0
@@ -137,8 +137,9 @@ def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: lis
 def _died_in_vain(history: list[Attempt], attempt: str) -> list[bool]:
     """Of the earlier attempts of this job: somebody who submits again has seen the others."""
     job = attempt.rpartition(".")[0]
-    own = [entry for entry in history if entry.attempt.rpartition(".")[0] == job]
-    return [entry.last_step <= entry.first_step for entry in own if entry.ended and entry.state not in STOPPED]
+    own = [entry for entry in history if entry.attempt.rpartition(".")[0] == job and entry.ended]
+    in_vain = ((entry, entry.last_step <= entry.first_step) for entry in own)
+    return [vain for entry, vain in in_vain if not (vain and entry.state in STOPPED)]
 
 
 def _append(output_dir: str | Path, entry: Attempt) -> None:

@@ -7,6 +7,7 @@ Neither imports torch: both run on a head node while GPUs wait.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,13 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin.add_argument("name")
     begin.add_argument("--nodes", type=int, required=True)
     begin.add_argument("--gpus", type=int, required=True, help="processes per node")
+    begin.add_argument("--shared", required=True, help="where run.output_dir is, unless the config says otherwise")
     end = commands.add_parser("end", allow_abbrev=False)
     end.add_argument("output_dir")
     end.add_argument("--restarts", type=int, required=True)
     end.add_argument("--max-restarts", type=int, required=True)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "begin":
-        return _begin(arguments.name, rest, arguments.nodes, arguments.gpus)
+        return _begin(arguments.name, rest, arguments.nodes, arguments.gpus, arguments.shared)
     entry = attempts.end(
         arguments.output_dir, attempt_name(), restarts=arguments.restarts, max_restarts=arguments.max_restarts
     )
@@ -41,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _begin(name: str, overrides: list[str], nodes: int, gpus: int) -> int:
-    config = resolve(load(name, overrides), world_size=nodes * gpus)
+def _begin(name: str, overrides: list[str], nodes: int, gpus: int, shared: str) -> int:
+    config = load(name, overrides)
+    config.run.output_dir = config.run.output_dir or os.path.join(shared, config.run.name)
+    config = resolve(config, world_size=nodes * gpus)
     validate(config, nodes * gpus, None)
     validate(config, nodes * gpus, read_trunk(config, weights=True))
     folder = Path(config.run.output_dir)
@@ -64,7 +68,7 @@ def _begin(name: str, overrides: list[str], nodes: int, gpus: int) -> int:
     # From here on the run may say how it ended, be it before its first collective.
     status.write(folder, "running", attempt=entry.attempt, step=entry.first_step)
     print(entry.summary(), file=sys.stderr)
-    print(f"OUTPUT_DIR={shlex.quote(str(folder.resolve()))}")
+    print(f"OUTPUT_DIR={shlex.quote(os.path.abspath(folder))}")
     return 0
 
 

@@ -189,12 +189,12 @@ def _started(pid: int | str) -> str:
 
 
 def _is_over(job: str) -> bool:
-    """Whether Slurm says that a job has ended, or no longer knows it. False where there is no Slurm to ask."""
+    """Whether Slurm says that a job has ended. False where there is no Slurm to ask, or it does not know the job, which
+    may be of another cluster that shares the files.
+    """
     words = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job]
     try:
         told = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    if told.returncode:
-        return "Invalid job id" in told.stderr
     return bool(told.stdout.split()) and set(told.stdout.split()) <= ENDED

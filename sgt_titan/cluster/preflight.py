@@ -34,6 +34,9 @@ SLOW_CPU = 0.25  # CPUs of test machines share their cores with anything
 CLOCK_SECONDS = 60.0  # of skew; less is told, not punished
 TMP_BYTES = 1 << 30
 
+# sinfo's short states of a node that can be had sooner or later.
+UP = ("idle", "alloc", "mix", "comp", "resv", "plnd", "boot")
+
 PHASES = ("local", "pairs", "rendezvous", "node", "all")  # in the order in which a process comes to them
 
 Report = Mapping[str, Any]
@@ -74,6 +77,9 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], processes: int) -> Ve
     _slow_ones(by_node, bad)
     _clocks(by_node, bad, found.remarks)
     _stragglers(by_node, bad, found.problems)
+    if len(nodes) > 1 and len(found.bad) == len(nodes) and len(set(found.bad.values())) == 1:
+        found.problems.append(f"every node: {found.bad[nodes[0]]}")  # the job's own doing: no other nodes would help
+        found.bad.clear()
     needed = max((r.get("output_needed", 0) for r in reports), default=0)
     free = min((r["output_free"] for r in reports if "output_free" in r), default=needed)
     if free < needed:
@@ -154,41 +160,40 @@ def read_reports(folder: Path) -> list[Report]:
 
 def excluded(output_dir: str | Path, now: float | None = None) -> dict[str, str]:
     """Reasons by node, of those whose time is not over."""
-    now = time.time() if now is None else now
-    try:
-        entries = json.loads((Path(output_dir) / EXCLUDED).read_text())
-        return {node: entry["reason"] for node, entry in entries.items() if entry["until"] > now}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return {node: entry["reason"] for node, entry in _entries(output_dir, time.time() if now is None else now).items()}
 
 
 def exclude(output_dir: str | Path, bad: Mapping[str, str], now: float | None = None) -> None:
     """Leave out the nodes of ``bad`` from now on, beside those that are left out already."""
     now = time.time() if now is None else now
     until = {node: {"reason": reason, "until": now + EXCLUDED_SECONDS} for node, reason in bad.items()}
+    write_durably(Path(output_dir) / EXCLUDED, json.dumps(_entries(output_dir, now) | until, indent=1))
+
+
+def _entries(output_dir: str | Path, now: float) -> dict[str, dict[str, Any]]:
+    """What is in the file, as far as its time is not over; a file that somebody has spoilt by hand holds nothing."""
     try:
-        before = json.loads((Path(output_dir) / EXCLUDED).read_text())
-    except (OSError, ValueError):
-        before = {}
-    kept = {node: entry for node, entry in before.items() if entry["until"] > now}
-    write_durably(Path(output_dir) / EXCLUDED, json.dumps(kept | until, indent=1))
+        entries = json.loads((Path(output_dir) / EXCLUDED).read_text())
+        return {node: {"reason": e["reason"], "until": e["until"]} for node, e in entries.items() if e["until"] > now}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def usable_nodes(partition: str, without: Sequence[str]) -> int | None:
     """How many nodes of a partition are up and not excluded; None where Slurm does not say."""
-    words = ["sinfo", "--noheader", "--Node", "--format=%n %t"]
+    words = ["sinfo", "--noheader", "--Node", "--format=%N %t"]
     words += [f"--partition={partition}"] if partition else []
     try:
         told = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     lines = {tuple(line.split()[:2]) for line in told.splitlines() if line.strip()}
-    up = {name for name, state in lines if state.rstrip("*~#!%$@+") in ("idle", "alloc", "mix", "comp", "resv")}
+    up = {name for name, state in lines if state.rstrip("*~#!%$@^-+") in UP}
     return len(up - set(without))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``verdict``: judge, write down, and say so: exit code 0 fit, 3 bad nodes, 2 no sense in another start."""
+    """``verdict``: judge, write it down, say so: exit code 0 fit, 3 bad nodes or told to end, 2 a restart is no use."""
     parser = Parser(prog="python -m sgt_titan.cluster.preflight", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     verdict = commands.add_parser("verdict")
@@ -197,12 +202,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict.add_argument("--nodes", nargs="+", required=True)
     verdict.add_argument("--processes", type=int, required=True)
     verdict.add_argument("--partition", default="")
+    verdict.add_argument("--notice", default="", help="the signal by which the job was told to end meanwhile")
     listing = commands.add_parser("excluded")
     listing.add_argument("output_dir", type=Path)
     arguments = parser.parse_args(argv)
     if arguments.command == "excluded":
         print(",".join(sorted(excluded(arguments.output_dir))))
         return 0
+    if arguments.notice:  # it ended the checks, too: what is missing says nothing of the nodes
+        _say(arguments.output_dir, "stopped", f"{arguments.notice} before training")
+        return 3
     found = judge(read_reports(arguments.reports), arguments.nodes, arguments.processes)
     for line in [*found.remarks, *(f"bad node {node}: {reason}" for node, reason in found.bad.items())]:
         print(f"preflight: {line}", file=sys.stderr)

@@ -194,6 +194,8 @@ def _parse(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{shown}{place}: invalid YAML: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{shown}: invalid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{shown}: invalid YAML: {' '.join(str(error).split())}") from None
     if document is None:
@@ -231,14 +233,18 @@ def _flatten(node: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, An
     for name, value in node.items():
         key = f"{prefix}{name}"
         where = f"{_shown(path)}: {key}"
+        below: dict[str, Any] = {}
         if key in keys():
-            values[key] = _convert(value, keys()[key].hint, where)
+            below = {key: _convert(value, keys()[key].hint, where)}
         elif key not in sections():
             raise UserError(f"{_shown(path)}: unknown {'key' if prefix else 'section'} {key}{_nearest_key(key)}")
         elif isinstance(value, dict):
-            values.update(_flatten(value, path, key + "."))
+            below = _flatten(value, path, key + ".")
         elif value is not None:  # a section whose keys are all commented out reads as null
             raise UserError(f"{where} is a section with keys below it, got {_repr.repr(value)}")
+        if twice := next(iter(values.keys() & below.keys()), None):  # as section.key and below its section
+            raise UserError(f"{_shown(path)}: {twice} is given twice")
+        values |= below
     architecture = values.get("trunk.architecture")
     if architecture and not architecture.startswith(("$", "~")):
         values["trunk.architecture"] = os.path.normpath(path.absolute().parent / architecture)

@@ -52,8 +52,8 @@ class Run:
 
 @dataclass(kw_only=True)
 class Cluster:
-    nodes: int = opt(1, "Nodes the config was sized for; launch scripts and `plan` read it, training follows the "
-                        "world size it finds.")  # fmt: skip
+    nodes: int = opt(1, "Nodes the config was sized for; `plan` and dry runs read it, training follows the world size "
+                        "it finds.")  # fmt: skip
     gpus_per_node: int = opt(1, "Processes per node (GPUs, or CPU processes).")
     gpu: str = opt("", "GPU the config was sized for (A100-80GB, H100-80GB, ...); for arithmetic only.")
 

@@ -10,11 +10,12 @@ from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
 from .hardware import EXPOSED_RANGE, GPUS, HFU, HFU_RANGE, NO_GPU, Gpu
-from .memory import FP32, Memory, item_size, memory
+from .memory import Memory, item_size, memory
 from .traffic import Traffic, gathered_per_microbatch, traffic
 from .weights import (
     Degrees,
     Weight,
+    checkpoint_bytes,
     embedding_weights,
     end_weights,
     estimator_layers,
@@ -24,6 +25,10 @@ from .weights import (
     total_bytes,
     trunk_layers,
 )
+
+FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")  # as in titan/trunks.py, which needs torch
+NEEDED = ("hidden_size", "intermediate_size", "vocab_size")
+NEEDED += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Plan:
     model_flops_per_token: int  # what MFU counts
     hardware_flops_per_token: int  # what HFU counts: with recomputation
     memory: Memory
+    checkpoint_bytes: int
     trunk_bytes: int  # of the whole frozen model, as loaded
     layer_gathered: int  # bytes of the largest layer after its gather
     gathered_per_microbatch: int  # bytes a rank receives from its shard group, forward and backward
@@ -48,11 +54,6 @@ class Plan:
     @property
     def hardware(self) -> Gpu:
         return GPUS.get(self.gpu, NO_GPU)
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Weights and both moments in float32; the rest of a checkpoint is kilobytes."""
-        return 3 * FP32 * self.estimator_parameters
 
     @property
     def capacity(self) -> float:
@@ -133,6 +134,7 @@ def plan(config: Config, trunk: dict[str, Any]) -> Plan:
         model_flops_per_token=6 * work,
         hardware_flops_per_token=6 * work + recompute,
         memory=memory(config, trunk, degrees, max(layer_bytes)),
+        checkpoint_bytes=checkpoint_bytes(config, trunk),
         trunk_bytes=size * sum(w.numel for w in weights),
         layer_gathered=max(layer_bytes),
         gathered_per_microbatch=gathered_per_microbatch(config, trunk, degrees),
@@ -154,13 +156,19 @@ def prepared(name: str, overrides: list[str] | None = None) -> tuple[Config, dic
     """The resolved config at its own cluster size, and its trunk's config.json.
 
     Raises:
-        UserError: anything wrong with the config.
+        UserError: anything wrong with the config, or a run that is not counted here.
     """
     config = load(name, overrides or [])
+    if config.run.task != "sgt":
+        raise UserError(f"{name}: run.task is {config.run.task}; plan counts the training of a transform (sgt) alone")
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
     config = resolve(config, world_size=world_size)
     trunk = read_trunk(config, weights=False)
     validate(config, world_size, trunk)
+    if (kind := trunk.get("model_type")) not in FAMILIES:
+        raise UserError(f"trunk: config.json has model_type {kind!r}; supported are {', '.join(FAMILIES)}")
+    if missing := [key for key in NEEDED if key not in trunk]:
+        raise UserError(f"trunk: config.json has no {', '.join(missing)}, which plan needs")
     return config, trunk
 
 

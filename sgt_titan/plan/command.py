@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from sgt_titan.arguments import Parser
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(SHIPPED))
         return 0
     for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days"):
-        if (value := getattr(arguments, name)) is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: {value} is not above 0")
+        if (value := getattr(arguments, name)) is not None and not 0 < value < inf:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is no number above 0")
     words = list(overrides)
     for key, value in (("nodes", arguments.nodes), ("gpus_per_node", arguments.gpus_per_node)):
         words += [f"--cluster.{key}", str(value)] if value else []
@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, trunk = prepared(arguments.name, words)
     found = plan(config, trunk)
     fewest = fewest_nodes(arguments.name, words, MOST_NODES)[0] if found.gpu else None
-    told = config, found, saving(found, config.cluster.nodes, arguments.node_mtbf_days), arguments.rows, fewest
+    asynchronous = config.checkpoint.asynchronous
+    saved = saving(found, config.cluster.nodes, arguments.node_mtbf_days, asynchronous=asynchronous)
+    told = config, found, saved, arguments.rows, fewest
     print(json.dumps(_strict(figures(*told)), indent=1) if arguments.json else terminal(*told))
     if not found.fits:
         least = f"{fewest} nodes hold it" if fewest else f"not even {MOST_NODES} nodes hold it at these degrees"

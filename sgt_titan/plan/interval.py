@@ -15,8 +15,8 @@ DAY = 86400.0
 class Saving:
     """Seconds, unless said otherwise."""
 
-    stall: float  # for which a save holds up training: the copy of this GPU's shard to the host
-    write: float  # until it is on disk and counts; runs beside the training
+    stall: float  # for which a save holds up training: the copy to the host; if synchronous, the write as well
+    write: float  # until it is on disk and counts; runs beside the training if asynchronous
     mtbf: float  # of all nodes together
     optimum: float  # between saves
     lost_share: float  # of the time, at the optimum: saves, lost work and starts
@@ -38,7 +38,7 @@ def daly(stall: float, mtbf: float) -> float:
     return sqrt(2 * stall * mtbf) * (1 + sqrt(ratio) / 3 + ratio / 9) - stall
 
 
-def saving(plan: Plan, nodes: int, node_mtbf_days: float) -> Saving:
+def saving(plan: Plan, nodes: int, node_mtbf_days: float, *, asynchronous: bool = True) -> Saving:
     """The interval for a plan on ``nodes`` nodes that each fail every ``node_mtbf_days`` days.
 
     What is lost with a failure is the work since the last save *that was complete*: the write's time comes on top of
@@ -48,6 +48,8 @@ def saving(plan: Plan, nodes: int, node_mtbf_days: float) -> Saving:
     stall = 0.01 + per_gpu / HOST_COPY
     writers = max(1, plan.degrees.world // plan.degrees.replicas // max(1, plan.degrees.world // nodes))
     write = plan.checkpoint_bytes / (STORAGE * min(writers, nodes))
+    if not asynchronous:
+        stall += write
     mtbf = node_mtbf_days * DAY / nodes
     optimum = max(daly(stall, mtbf), 2 * write)
     lost = stall / optimum + (optimum / 2 + write + START_SECONDS) / mtbf

@@ -44,7 +44,7 @@ def steps_of_run(config: Config, plan: Plan, rows: int | None) -> float | None:
     """Optimizer steps of the whole run; None where the config counts epochs of data whose size nobody has said."""
     if config.training.steps:
         return config.training.steps
-    rows = rows or config.data.max_samples
+    rows = rows or (0 if config.data.packing else config.data.max_samples)  # a packed row holds several samples
     return config.training.epochs * rows / plan.rows_per_step if rows and config.training.epochs else None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sgt_titan.config.schema import Config
 
 from .hardware import LINK_RANGE, Gpu
-from .memory import FP32, item_size
+from .memory import BF16, FP32, item_size
 from .weights import (
     Degrees,
     embedding_weights,
@@ -89,12 +89,14 @@ def traffic(config: Config, trunk: dict[str, Any], degrees: Degrees, microbatche
         calls = 2 * (3 + (config.activation_checkpoint.mode == "full")) * moe * microbatches
         moved = (degrees.ep - 1) / degrees.ep * own * top * width * size
         found.append(Traffic("experts, all-to-all", calls, calls * moved, link(degrees.ep)))
-    trained = FP32 * total(gathered_elements, estimator_weights(config, trunk), degrees)
+    trained = total(gathered_elements, estimator_weights(config, trunk), degrees)
+    computed = {"auto": size, "bfloat16": BF16, "float32": FP32}[config.training.mixed_precision_param]
     if degrees.fsdp > 1:
         share = (degrees.fsdp - 1) / degrees.fsdp
-        calls, moved = 3 * microbatches * config.estimator.layers, 3 * microbatches * share * trained
+        passes = 2 * computed + FP32  # gathered forward and backward as they are computed with; gradients in float32
+        calls, moved = 3 * microbatches * config.estimator.layers, microbatches * share * passes * trained
         found.append(Traffic("estimator, gather and scatter", calls, moved, link(degrees.fsdp * degrees.tp)))
     if degrees.replicas > 1:
-        moved = 2 * (degrees.replicas - 1) / degrees.replicas * trained / degrees.fsdp
+        moved = 2 * (degrees.replicas - 1) / degrees.replicas * FP32 * trained / degrees.fsdp
         found.append(Traffic("estimator, gradients of all copies", 1, moved, link(degrees.world)))
     return found

@@ -161,6 +161,11 @@ def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
     return [*(w for layer in layers for w in layer), *norms, *head_weights(trunk)]
 
 
+def checkpoint_bytes(config: Config, trunk: dict[str, Any]) -> int:
+    """Weights and both moments in float32; the rest of a checkpoint is kilobytes."""
+    return 3 * 4 * sum(w.numel for w in estimator_weights(config, trunk))
+
+
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 

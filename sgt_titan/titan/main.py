@@ -18,7 +18,7 @@ from sgt_titan.errors import UserError
 
 from .config import to_trainer_config
 from .optimizer import NonFiniteError
-from .startup import check_output_dir
+from .startup import check_output_dir, finish, rank
 from .timeline import Timeline
 
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: asked to stop, saved, to be started again
@@ -68,12 +68,14 @@ def _run(config: Config) -> int:
     trainer_config.prepared.timeline = timeline
     config = trainer_config.prepared.config
     done = check_output_dir(trainer_config.prepared)
+    Ownership(config.run.output_dir).check()  # before anything is written; `train` takes it
     if done >= config.training.steps:
         logger.info(
             f"{config.run.output_dir}: already trained to step {done} of {config.training.steps}; nothing to do"
         )
+        if rank() == 0 and (status.read(config.run.output_dir) or {}).get("state") != "finished":
+            finish(config, attempt_name(), done)  # an attempt ended after its last save and before its last word
         return 0
-    Ownership(config.run.output_dir).check()  # before anything is written; `train` takes it
     trainer = trainer_config.build()
     try:
         trainer.train()

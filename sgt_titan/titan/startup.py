@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torchtitan
 import transformers
+from torchtitan.tools.logging import logger
 from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
@@ -31,6 +32,7 @@ from sgt_titan.data.batch import BatchSource
 from sgt_titan.data.cache import wait_or_prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
+from sgt_titan.export import export_checkpoint
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
 from sgt_titan.transform.trunk_files import TrunkFiles
 
@@ -279,3 +281,12 @@ def claim_output_dir(prepared: Prepared) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_durably(folder / CONFIG_FILE, dump(prepared.config))
     checkpoint.write_durably(folder / RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))
+
+
+def finish(config: Config, attempt: str, step: int) -> None:
+    """After the last step: export, and say that nothing is left to do (rank 0)."""
+    folder = Path(config.run.output_dir)
+    if config.export.at_end:
+        export_checkpoint(checkpoint.latest_committed(folder), folder / "export", overwrite=True)
+        logger.info(f"Exported to {folder / 'export'}")
+    status.write(folder, "finished", attempt=attempt, step=step)

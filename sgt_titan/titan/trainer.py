@@ -14,12 +14,10 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from sgt_titan.checkpoint import latest_committed
 from sgt_titan.cluster import status
 from sgt_titan.cluster.ownership import Ownership
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.errors import UserError
-from sgt_titan.export import export_checkpoint
 from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
 
 from .checkpoint import on_rank_zero
@@ -31,7 +29,7 @@ from .load_trunk import load_trunk
 from .loss import REPORTED
 from .noise import draw
 from .pairs import make_pair_groups
-from .startup import Prepared, check_output_dir, claim_output_dir
+from .startup import Prepared, check_output_dir, claim_output_dir, finish
 from .teacher_cache import open_teacher_cache
 from .watchdog import Watchdog
 
@@ -141,10 +139,7 @@ class SGTTrainer(Trainer):
             logger.info(f"Stopped at step {self.step} of {self.config.training.steps} on {reason}; saved, go on later")
             status.write(folder, "stopped", attempt=self.owner.attempt, step=self.step, reason=reason)
             return
-        if self.run.export.at_end:
-            export_checkpoint(latest_committed(folder), folder / "export", overwrite=True)
-            logger.info(f"Exported to {folder / 'export'}")
-        status.write(folder, "finished", attempt=self.owner.attempt, step=self.step)
+        finish(self.run, self.owner.attempt, self.step)
 
     # -- one microbatch ----------------------------------------------------------------------------------------------
 

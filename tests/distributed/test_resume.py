@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import launch
 from sgt_titan import checkpoint
+from sgt_titan.cluster import status
 
 pytestmark = pytest.mark.distributed
 
@@ -190,6 +191,15 @@ def test_a_finished_run_says_so_and_writes_nothing(finished, small):
     assert outcome.codes == [0, 0]
     assert "already trained to step 6 of 6; nothing to do" in outcome.output[0]
     assert launch.snapshot(finished.output_dir) == before
+
+
+def test_a_run_that_ended_before_its_export_is_finished_by_the_next_start(copy, small):
+    """Killed after the last save; without this a batch script would start it again until it may not any more."""
+    status.write(copy / "out", "running", attempt="slurm-7.0", step=0)
+    words = ("--training.local_batch_size", "2", "--export.at_end", "true")
+    _, outcome = small.run(2, *SHORT, *words, folder=copy)
+    assert outcome.codes == [0, 0]
+    assert status.read(copy / "out")["state"] == "finished" and (copy / "out" / "export" / "config.json").is_file()
 
 
 def other_trunk(small_config: Path, folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from conftest import INTERVAL, STEPS, assert_same, lost_steps
 
 import launch
 from sgt_titan import checkpoint
-from sgt_titan.cluster import status
+from sgt_titan.cluster import preflight, status
 
 pytestmark = pytest.mark.slurm
 
@@ -155,6 +155,20 @@ def test_the_controller_restarts(cluster, submit, whole):
     assert_same(run, whole)
 
 
+def test_a_rank_dies_while_the_controller_is_away(cluster, submit, whole):
+    run = submit(fault={"kind": "kill", "rank": 1, "step": 6}, step_seconds=SLOW)
+    run.until(lambda: run.step >= 4, "step 4 is saved")
+    cluster.stop_controller()
+    try:
+        run.until(lambda: run.attempts[0].decision, "the attempt has ended")
+        time.sleep(8)  # longer than a command waits for an answer
+    finally:
+        cluster.start_controller()
+    run.finish()
+    assert decisions(run) == ["requeue", "done"]
+    assert_same(run, whole)
+
+
 def test_no_space_left(cluster, submit, whole):
     """The run ends with what to do, is not requeued, and goes on when started again."""
     run = submit(fault={"kind": "full_in_save", "rank": 1, "step": 6}).ended("FAILED")
@@ -227,6 +241,21 @@ def test_a_node_that_does_not_answer_is_left_out(cluster, submit, whole):
     assert "sgt1" not in cluster.call("scontrol", "show", "hostnames", cluster.job(run.jobs[0])["NodeList"]).split()
     assert "preflight: 2 nodes fit" in run.log
     assert_same(run, whole)
+
+
+def test_preemption_during_the_checks_blames_no_node(cluster, submit):
+    """Checks that were ended with their job say nothing of the nodes."""
+    run = submit(nodes=4, rows=1, bad_node="sgt1")
+    run.until(lambda: list(run.out.glob("preflight/*/sgt4-0.json")), "a node has reported")
+    urgent = cluster.call(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"
+    )
+    run.until(lambda: run.attempts[0].decision, "the attempt has ended")
+    cluster.call("scancel", str(run.jobs[-1]), urgent.strip())
+    assert run.attempts[0].state == "stopped" and "SIGTERM" in run.attempts[0].reason
+    assert run.attempts[0].decision == "requeue"
+    assert preflight.excluded(run.out) == {}
+    cluster.wait_idle()
 
 
 def test_too_few_good_nodes_is_a_clear_end(submit):

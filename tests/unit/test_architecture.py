@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "serving": {"errors", "arguments", "client"},
     "titan": CLIENT - {"demo"} | {"cluster"},
     "train": {"errors", "config", "cluster", "titan"},
-    "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "transform"},
+    "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
     "cli": CLIENT | {"arguments"} | {"train", "evaluation", "titan", "plan", "doctor", "client", "serving"},
 }

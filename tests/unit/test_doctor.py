@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from sgt_titan import doctor
 from sgt_titan.cluster import preflight
+from sgt_titan.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -33,6 +35,39 @@ def test_a_damaged_trunk_is_a_finding(capsys, tmp_path):
     report = {"errors": {}, "same": {}}
     doctor.attempt(report, "trunk", lambda: doctor._trunk(str(trunk)))
     assert "model.safetensors" in report["errors"]["trunk"]
+
+
+def test_a_deadline_that_has_passed():
+    with pytest.raises(UserError, match="--deadline: 0 is not above 0"):
+        doctor.main(["demo", "--deadline", "0"])
+
+
+def test_an_output_directory_that_cannot_be(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "file" / "out")]) == 1
+    assert f"run.output_dir: {tmp_path / 'file'} is not a directory" in capsys.readouterr().out
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "out")]) == 1
+    assert f"run.output_dir: {tmp_path} cannot be written" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_for_a_checkpoint(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_free", lambda folder: 1 << 20)
+    assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "out")]) == 1
+    assert "GiB are needed for checkpoints, 0.0 GiB are free" in capsys.readouterr().out
+
+
+def test_a_neighbour_that_serves_somebody_else_first_is_not_slow():
+    listener = doctor.Listener()
+    peer = {"address": ["127.0.0.1", listener.port], "node": "b"}
+    with socket.create_connection(tuple(peer["address"])) as first:
+        first.recv(1)
+        reading = threading.Thread(target=lambda: rates.append(doctor._read_from(peer, 10.0)))
+        rates: list[float] = []
+        reading.start()
+        time.sleep(2)
+    reading.join()
+    assert rates[0] > doctor.PAIR_BYTES / 1e9  # not as if it had taken the two seconds
 
 
 def test_a_neighbour_that_is_cut_off():

@@ -58,6 +58,26 @@ def test_two_restarts_without_progress_are_enough(tmp_path):
     assert decisions[:3] == ["requeue", "requeue", "stop"]
 
 
+def test_a_stopped_attempt_that_saved_is_progress(tmp_path):
+    """Every other attempt dies at once; those between train up to their time limit."""
+    for restart in range(6):
+        begin(tmp_path, f"slurm-1.{restart}", 4)
+        if restart % 2:
+            save(tmp_path, 10 * restart)
+            status.write(tmp_path, "stopped", attempt=f"slurm-1.{restart}", step=10 * restart, reason="SIGUSR1")
+        assert end(tmp_path, f"slurm-1.{restart}", restarts=restart, max_restarts=50).decision == "requeue"
+
+
+def test_a_stopped_attempt_that_saved_nothing_is_neither(tmp_path):
+    decisions = []
+    for restart, stopped in enumerate((False, True, False, True, False)):
+        begin(tmp_path, f"slurm-1.{restart}", 4)
+        if stopped:
+            status.write(tmp_path, "stopped", attempt=f"slurm-1.{restart}", step=0, reason="SIGTERM")
+        decisions.append(end(tmp_path, f"slurm-1.{restart}", restarts=restart, max_restarts=50).decision)
+    assert decisions == ["requeue"] * 4 + ["stop"]
+
+
 def test_what_an_earlier_attempt_said_does_not_count(tmp_path):
     """An attempt that dies before it says anything must not be taken for the one that was preempted."""
     status.write(tmp_path, "refused", attempt="slurm-1.0", step=0, reason="bad")

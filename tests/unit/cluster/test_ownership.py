@@ -99,20 +99,35 @@ def test_of_many_that_start_at_once_one_gets_it(tmp_path):
     (tmp_path / FILE).write_text(json.dumps({"attempt": "slurm-1.0", "host": "gone", "pid": 1}))
     os.utime(tmp_path / FILE, (1, 1))
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from sgt_titan.cluster.ownership import Ownership\n"
         "from sgt_titan.errors import UserError\n"
-        "time.sleep(max(0, float(sys.argv[3]) - time.time()))\n"
         "owner = Ownership(sys.argv[1], sys.argv[2])\n"
-        "try:\n    owner.acquire()\nexcept UserError:\n    sys.exit(2)\n"
-        "time.sleep(1.5)\nsys.exit(0 if owner.held() else 3)\n"
+        "print('ready', flush=True)\ninput()\n"
+        "try:\n    owner.acquire()\n    print('held', flush=True)\n"
+        "except UserError:\n    print('refused', flush=True)\n"
+        "input()\nprint(owner.held(), flush=True)\n"
     )
-    start = str(time.time() + 1.0)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"slurm-{i}.0", start]) for i in range(2, 8)
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"slurm-{i}.0"], **pipes) for i in range(2, 8)
     ]
-    codes = sorted(process.wait() for process in started)
-    assert codes == [0, 2, 2, 2, 2, 2]
+
+    def all_say() -> list[str]:
+        return [process.stdout.readline().strip() for process in started]
+
+    def go_on() -> None:
+        for process in started:
+            process.stdin.write("\n")
+
+    assert all_say() == ["ready"] * 6
+    go_on()
+    said = all_say()
+    go_on()
+    assert sorted(said) == ["held", *["refused"] * 5]
+    assert all_say() == [str(word == "held") for word in said]
+    for process in started:
+        process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +166,7 @@ def test_another_process_with_the_holder_s_number_does_not_hold(tmp_path):
         ("echo CANCELLED", True),
         ("echo COMPLETING", False),
         ("echo RUNNING", False),
-        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", True),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", False),  # of another cluster, perhaps
         ("echo Unable to contact slurm controller >&2; exit 1", False),
     ],
 )

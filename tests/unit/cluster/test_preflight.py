@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -82,6 +83,14 @@ def test_if_all_are_stuck_nobody_is_blamed():
     assert not found.bad and found.problems == ["no node got beyond 'node': see their logs"]
 
 
+def test_what_every_node_has_is_no_node_s_fault():
+    absent = judge([], NODES, 2)
+    assert not absent.bad and absent.problems == ["every node: did not report"]
+    broken = judge([report(node, errors={"trunk": "no such file"}) for node in NODES], NODES, 1)
+    assert not broken.bad and broken.problems == ["every node: trunk: no such file"]
+    assert list(judge([], ["n1"], 2).bad) == ["n1"]  # a node alone is left out: another one may do
+
+
 def test_a_little_skew_is_a_remark_and_noise_on_cpus_is_nothing():
     assert judge(group(clock=5.0), NODES, 2).remarks == ["n3: its clock is +5.0 s off"]
     cpus = [report(node, device="cpu", matmul=rate) for node, rate in zip(NODES, (1.0, 0.4, 0.9, 1.1), strict=True)]
@@ -98,8 +107,11 @@ def test_exclusion_ends(tmp_path):
     exclude(tmp_path, {"n2": "absent"}, now=preflight.EXCLUDED_SECONDS - 10)
     assert excluded(tmp_path, now=preflight.EXCLUDED_SECONDS - 5) == {"n1": "slow", "n2": "absent"}
     assert excluded(tmp_path, now=preflight.EXCLUDED_SECONDS + 5) == {"n2": "absent"}
-    (tmp_path / preflight.EXCLUDED).write_text("not JSON")
-    assert excluded(tmp_path) == {}
+    for spoilt in ("not JSON", "[]", '{"n1": "slow"}', '{"n1": {"until": 1e99}}'):
+        (tmp_path / preflight.EXCLUDED).write_text(spoilt)
+        assert excluded(tmp_path) == {}
+        exclude(tmp_path, {"n2": "absent"})
+        assert excluded(tmp_path) == {"n2": "absent"}
 
 
 @pytest.fixture
@@ -128,6 +140,25 @@ def test_too_few_good_nodes_is_the_end(verdict, tmp_path):
     with pytest.raises(UserError, match=r"4 nodes are needed, 3 are up and not excluded \(n3: matmul 10"):
         verdict(group(matmul=10.0), usable=3)
     assert status.read(tmp_path)["state"] == "refused"
+
+
+def test_checks_that_were_ended_with_their_job_blame_nobody(tmp_path):
+    words = [str(tmp_path), "--reports", str(tmp_path), "--processes", "2", "--nodes", *NODES]
+    assert preflight.main(["verdict", *words, "--notice", "SIGTERM"]) == 3
+    assert excluded(tmp_path) == {}
+    assert status.read(tmp_path)["state"] == "stopped" and status.read(tmp_path)["reason"] == "SIGTERM before training"
+
+
+@pytest.mark.parametrize(
+    ("state", "up"), [("idle", 2), ("plnd", 2), ("mix-", 2), ("alloc^", 2), ("drain", 1), ("down*", 1)]
+)
+def test_nodes_that_can_be_had(state, up, tmp_path, monkeypatch):
+    (tmp_path / "sinfo").write_text(
+        f'#!/bin/sh\ntest "$3" = "--format=%N %t" || exit 3\necho n1 {state}\necho n2 idle\n'
+    )
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert preflight.usable_nodes("gpu", ["n9"]) == up
 
 
 def test_fit(verdict, tmp_path):

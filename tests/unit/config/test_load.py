@@ -243,3 +243,14 @@ def test_difference_names_keys_and_values():
 
 def test_dump_is_plain_yaml():
     assert yaml.safe_load(dump(Config())) == dataclasses.asdict(Config())
+
+
+@pytest.mark.parametrize(
+    "text", ["training.steps: 5\ntraining: {steps: 7}\n", "training: {steps: 7}\ntraining.steps: 5\n"]
+)
+def test_a_key_in_both_spellings_is_refused(text):
+    assert error(text) == "train_configs/x.yaml: training.steps is given twice"
+
+
+def test_bottomless_yaml_is_one_line():
+    assert error("a: " + "[" * 5000) == "train_configs/x.yaml: invalid YAML: nested too deeply"

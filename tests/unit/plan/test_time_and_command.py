@@ -9,7 +9,7 @@ import pytest
 
 from sgt_titan.errors import UserError
 from sgt_titan.plan import from_name, main
-from sgt_titan.plan.arithmetic import fewest_nodes
+from sgt_titan.plan.arithmetic import FAMILIES, fewest_nodes
 from sgt_titan.plan.hardware import GPUS, HFU_RANGE, KINDS, gpu_name
 from sgt_titan.plan.interval import daly, saving
 
@@ -32,6 +32,9 @@ def test_traffic_of_70b_by_hand():
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     assert frozen.count == 2 * 80 + 2 and frozen.link == "network"
     assert frozen.bytes == pytest.approx(7 / 8 * 2 * (2 * 80 * layer + 2 * 128256 * 8192) / 8, rel=1e-3)
+    trained, heads = 2 * layer + 2 * 8192 * 8192, 2 * 8192 * 8192  # the heads are whole on every TP rank
+    own = by_name["estimator, gather and scatter"]
+    assert own.bytes == pytest.approx(7 / 8 * (2 + 2 + 4) * ((trained - heads) / 8 + heads), rel=1e-3)
     copies = by_name["estimator, gradients of all copies"]
     assert copies.count == 1 and copies.bytes < frozen.bytes / 50
 
@@ -73,6 +76,16 @@ def test_more_nodes_save_more_often_and_never_faster_than_they_write():
     assert broken.optimum >= 2 * broken.write and broken.lost_share > 0.5
 
 
+def test_a_synchronous_save_holds_up_the_run_while_it_writes(capsys):
+    told = []
+    for asynchronous in ("true", "false"):
+        assert main([BIG, "--json", "--checkpoint.asynchronous", asynchronous]) == 0
+        told.append(json.loads(capsys.readouterr().out)["saving"])
+    beside, waiting = told
+    assert waiting["stall"] == pytest.approx(beside["stall"] + beside["write"])
+    assert waiting["optimum"] > 2 * beside["optimum"] and waiting["lost_share"] > beside["lost_share"]
+
+
 def test_fewest_nodes():
     nodes, plan = fewest_nodes(BIG, [], 64)
     assert nodes == 1 and plan.fits and plan.rows_per_step == 512
@@ -92,6 +105,31 @@ def test_the_page_and_its_numbers(capsys):
     assert main(["demo"]) == 0 and "CPU processes" in capsys.readouterr().out
 
 
+def test_samples_are_not_packed_rows(capsys):
+    """llama3_1b packs its 635,088 samples, and how many rows that makes the config does not say."""
+    assert main(["llama3_1b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] is None
+    assert main(["llama3_1b", "--json", "--data.packing", "false"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == pytest.approx(635088 / 64)
+    assert main(["llama3_1b"]) == 0 and "give --rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("trunk", "told"),
+    [({"model_type": "gpt2"}, "model_type 'gpt2'; supported are llama"), ({"model_type": "llama"}, "no hidden_size, ")],
+)
+def test_a_trunk_that_is_not_counted(trunk, told, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(trunk))
+    with pytest.raises(UserError, match=told):
+        main(["demo", "--trunk.path", str(tmp_path)])
+
+
+def test_the_families_are_those_that_are_trained():
+    from sgt_titan.titan import trunks
+
+    assert tuple(trunks.FAMILIES) == FAMILIES
+
+
 def test_names_of_gpus():
     assert {gpu_name(kind.upper()) for kind in KINDS} == set(GPUS) == {gpu_name(name) for name in GPUS}
 
@@ -101,13 +139,16 @@ def test_names_of_gpus():
     [
         ([BIG, "--gpu", "tpu"], "--gpu: 'tpu' is unknown; known are a100-40g, a100-80g, h100, h200"),
         ([BIG, "--nodes", "12"], "does not divide the world size 96"),
-        ([BIG, "--nodes", "0"], "--nodes: 0 is not above 0"),
+        ([BIG, "--nodes", "0"], "--nodes: 0 is no number above 0"),
+        ([BIG, "--node-mtbf-days", "nan"], "--node-mtbf-days: nan is no number above 0"),
+        ([BIG, "--node-mtbf-days", "inf"], "--node-mtbf-days: inf is no number above 0"),
         (
             ["llama3_70b_1x8", "--parallelism.tensor_parallel_degree", "1", "--gpus-per-node", "1"],
             "are needed on a GPU of 80",
         ),
         (["llama3_1b", "--cluster.gpu", "TPU"], "TPU"),
         (["no_such_config"], "no_such_config"),
+        (["demo", "--run.task", "finetune"], "plan counts the training of a transform"),
     ],
 )
 def test_bad_input(words, told):
