@@ -57,11 +57,12 @@ def _main(argv: list[str]) -> int:
     if argv and argv[0] in _CONFIG_COMMANDS:
         argv, overrides = _split(argv)
     arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        program = " ".join(filter(None, ("sgt-titan", arguments.command)))
+        raise UserError(f"unrecognized arguments: {' '.join(rest)} (see {program} --help)")
     if arguments.command is None:
         parser.print_help()
         return 0
-    if rest:
-        raise UserError(f"unrecognized arguments: {' '.join(rest)} (see sgt-titan {arguments.command} --help)")
     if arguments.command == "train":
         return _train(arguments, overrides)
     if arguments.command == "prepare":

@@ -90,6 +90,12 @@ def sgt_titan(*words, env=None, code="from sgt_titan.cli import main; sys.exit(m
             "train mine --trunk.path=",
             "trunk.path is not set: it must be the directory with the frozen model's checkpoint",
         ),
+        ("--foo", "unrecognized arguments: --foo (see sgt-titan --help)"),
+        ("train mine --run.name=", "run.name must be a name that is not empty, got "),
+        (
+            "train mine --run.output_dir trunk/config.json/x",
+            "run.output_dir: trunk/config.json/x cannot be made: {here}/trunk/config.json is not a directory",
+        ),
         ("prepare mine --trunk.path no", "trunk.path: no directory no"),
         ("prepare mine --nproc 2", "unrecognized arguments: --nproc 2 (see sgt-titan prepare --help)"),
         ("export no out", "no checkpoint directory no"),
@@ -98,10 +104,10 @@ def sgt_titan(*words, env=None, code="from sgt_titan.cli import main; sys.exit(m
         ("configs x", "unrecognized arguments: x (see sgt-titan configs --help)"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, runs):
+def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, runs, here):
     assert cli.main(words.split()) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"sgt-titan: error: {message}\n")
+    assert (out, err.strip()) == ("", f"sgt-titan: error: {message.replace('{here}', str(here))}".strip())
     assert runs == []
 
 
