@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -83,14 +84,25 @@ def _parser() -> Parser:
 
 
 def _check(arguments) -> None:
-    parts = urlsplit(arguments.upstream)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(arguments.upstream)
+        good = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and not parts.query + parts.fragment
+        )
+    except ValueError:  # a bracket that is not closed, a port that is none
+        good = False
+    if not good:
         raise UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
     if parts.username or parts.password:
         raise UserError("--upstream: credentials in a URL end up in logs; use --upstream-api-key-file")
     for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
-        if getattr(arguments, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0")
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0, and finite")
+    if arguments.shutdown_timeout < 0:
+        raise UserError(f"--shutdown-timeout: {arguments.shutdown_timeout}, must be at least 0")
     if arguments.waiting < 0 or (arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1):
         raise UserError("--waiting must be at least 0, --max-prompt-tokens at least 1")
     if not 0 <= arguments.port < 65536:
@@ -201,6 +213,12 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
         ssl_certfile=arguments.tls_cert,
         ssl_keyfile=arguments.tls_key,
     )
+    try:
+        config.load()
+    except OSError as error:  # ssl's are such
+        raise UserError(
+            f"--tls-cert {arguments.tls_cert}, --tls-key {arguments.tls_key}: cannot be used ({error})"
+        ) from None
     scheme, port = "https" if arguments.tls_cert else "http", listener.getsockname()[1]
     _say(f"{scheme}://{arguments.host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
     # uvicorn finishes what is under way and then raises the signal again; by then there is nothing left to end.
