@@ -165,9 +165,15 @@ def test_errors_of_the_run_itself(monkeypatch, capsys):
     error = KeyboardInterrupt()
     assert cli.main(["train", "mine"]) == 130
     monkeypatch.delenv("RANK")
-    error = ValueError("ours")
-    with pytest.raises(ValueError, match="ours"):  # a defect keeps its traceback
-        cli.main(["train", "mine"])
+    error = ModuleNotFoundError("No module named 'torchtitan'", name="torchtitan")
+    assert cli.main(["train", "mine"]) == 2
+    assert capsys.readouterr().err == (
+        "sgt-titan: error: torchtitan is not installed; pip install 'sgt-titan[train]'\n"
+    )
+    for error in (ValueError("ours"), ModuleNotFoundError("ours", name="sgt_titan.titan.gone")):
+        monkeypatch.delenv("RANK")
+        with pytest.raises(type(error), match="ours"):  # a defect keeps its traceback
+            cli.main(["train", "mine"])
 
 
 def test_under_torchrun_the_command_is_one_rank(monkeypatch, runs, capsys):
