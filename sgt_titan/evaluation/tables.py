@@ -18,9 +18,12 @@ from typing import Any
 
 from sgt_titan.arguments import Parser
 from sgt_titan.config.load import dump, load, parse_overrides, resolve
-from sgt_titan.config.schema import PRESETS, TERMS
+from sgt_titan.config.schema import PRESETS, TERMS, Data
+from sgt_titan.data.sources import load_rows
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.evaluate import benchmark_names
 from sgt_titan.evaluation.parts import write
+from sgt_titan.folders import writable
 
 ROWS = tuple(PRESETS)  # Table I, in the paper's order
 PII_ROWS = ("mi", "abs_cos", "mi_abs_cos", "mi_abs_cos_norm")  # Table III
@@ -133,7 +136,14 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     arguments.rows = [row for row in arguments.rows.split(",") if row]
     if unknown := [row for row in arguments.rows if row not in ROWS]:
         raise UserError(f"--rows: {unknown[0]!r} is unknown; there are {', '.join(ROWS)}")
+    if not arguments.rows:
+        raise UserError(f"--rows: names no row; there are {', '.join(ROWS)}")
+    for name, least in (("prompts", 2), ("pii_seq_len", 2)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     for key in parse_overrides(list(overrides)):
+        if key == "run.output_dir":
+            raise UserError("--run.output_dir: every row has its own below --out; leave it out")
         if (
             key.startswith("objective.")
             and key.endswith((".preset", ".weight"))
@@ -146,6 +156,11 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
         for step in todo:
             print(f"{'(done) ' if step.done.is_file() else ''}sgt-titan {shlex.join(step.words)}")
         return 0
+    # What would stop an evaluation is found before the trainings.
+    writable(arguments.out, "--out")
+    benchmark_names(arguments)
+    if arguments.pii:
+        load_rows(Data(source=arguments.pii))
     for index, step in enumerate(todo, start=1):
         if step.done.is_file():
             continue
