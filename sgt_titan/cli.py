@@ -224,7 +224,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _configs() -> int:
     shipped = available()
-    width = max(map(len, shipped), default=0) + 2
+    if not shipped:
+        raise UserError("no train_configs folder here; it comes with a checkout, not with the package")
+    width = max(map(len, shipped)) + 2
     for name, path in shipped.items():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         comment = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
