@@ -19,7 +19,6 @@ from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
 
 FORMAT = 1
-FILES = ("results.json", "report.html")
 
 
 def parser() -> argparse.ArgumentParser:
