@@ -96,8 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="check the config, print it with every value, and stop")
 
     export = command("export", "Write a checkpoint's transform as a directory that clients load.")
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory of a run")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest), or one of checkpoints/"
+    )
     export.add_argument("out", metavar="OUT", help="the directory to write")
+    export.add_argument("--trunk", metavar="DIR", help="where the trunk lies now, if not where it was trained")
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
     prepare = command("prepare", "Tokenize the data of a run into its cache, and stop.", help_text())
@@ -217,7 +220,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UserError(f"no checkpoint directory {arguments.checkpoint}")
     from sgt_titan.export import export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out, overwrite=arguments.overwrite)
+    export_checkpoint(arguments.checkpoint, arguments.out, overwrite=arguments.overwrite, trunk_path=arguments.trunk)
     print(f"exported to {arguments.out}")
     return 0
 
