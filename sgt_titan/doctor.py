@@ -39,12 +39,9 @@ import sgt_titan
 from sgt_titan.arguments import Parser
 from sgt_titan.checkpoint import write_durably
 from sgt_titan.cluster import preflight
-from sgt_titan.config.load import load, read_trunk, resolve, validate
+from sgt_titan.config.load import load, resolve, validate
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.folders import writable
-from sgt_titan.plan.memory import CHECKPOINT_BYTES
-from sgt_titan.plan.weights import estimator_weights
 
 DEADLINE = 60.0  # seconds; a phase that hangs ends the process with its stacks
 PAIR_BYTES = 32 << 20
@@ -71,10 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reports", type=Path, help="directory for the reports of a job's processes")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds (default %(default)g)")
     arguments, overrides = parser.parse_known_args(argv)
-    if not 0 < arguments.deadline < threading.TIMEOUT_MAX:
-        raise UserError(f"--deadline: {arguments.deadline:g}, must be more than 0 seconds")
-    if arguments.reports:
-        writable(arguments.reports, "--reports")
     config = load(arguments.name, overrides) if arguments.name else None
     if overrides and config is None:
         raise UserError(f"{overrides[0]}: overrides need the NAME of a config before them")
@@ -99,8 +92,7 @@ def alone(config: Config | None) -> int:
     lines += [("product", f"{report['matmul']:.3g} TFLOP/s")] if "matmul" in report else []
     lines += [("temporary files", f"{report['tmp_bytes'] / 2**30:.1f} GiB free in {tempfile.gettempdir()}")]
     if config is not None:
-        free = f"{report['output_free'] / 2**30:.1f} GiB free at " if "output_free" in report else ""
-        lines += [("checkpoints", f"{free}{config.run.output_dir}")]
+        lines += [("checkpoints", f"{report['output_free'] / 2**30:.1f} GiB free at {config.run.output_dir}")]
         lines += [("trunk", f"{config.trunk.path}  {report['same'].get('trunk', '')[:12]}")]
         lines += [("dataset cache", report["cache"])]
     lines += [(name, text) for name, text in report["versions"].items()]
@@ -157,7 +149,7 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
     if config is None:
         return
     attempt(report, "trunk", lambda: report["same"].update(trunk=_trunk(config.trunk.path)))
-    attempt(report, "disk", lambda: report.update(output_free=_free(config), output_needed=_needed(config)))
+    attempt(report, "run.output_dir", lambda: report.update(output_free=_free(Path(config.run.output_dir))))
     cache = Path(config.data.cache_dir)
     made = [entry for entry in cache.iterdir() if entry.is_dir() and len(entry.name) == 64] if cache.is_dir() else []
     report["cache"] = f"{len(made)} in {cache}" if made else f"none in {cache}: the first start will tokenize"
@@ -231,15 +223,12 @@ def _trunk(path: str) -> str:
     return TrunkFiles(path).fingerprint()
 
 
-def _free(config: Config) -> int:
-    return shutil.disk_usage(writable(config.run.output_dir, "run.output_dir")).free
-
-
-def _needed(config: Config) -> int:
-    """Bytes of one more checkpoint. Of a fine-tuning, whose trunk has families of its own, nothing is said."""
-    if config.run.task != "sgt":
-        return 0
-    return CHECKPOINT_BYTES * sum(w.numel for w in estimator_weights(config, read_trunk(config, weights=False)))
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
+    return shutil.disk_usage(folder).free
 
 
 # -- between nodes -----------------------------------------------------------------------------------------------------

@@ -143,6 +143,10 @@ class BatchSource:
         epochs, rows = self._global_rows(step)
         return self._assemble([(int(epochs[p]), int(rows[p])) for p in positions])
 
+    def first_rows(self, count: int) -> Batch:
+        """The first ``count`` rows in file order, as epoch 0: for probes, which look at the same rows each time."""
+        return self._assemble([(0, r) for r in range(min(count, self.rows))])
+
     def _find_global_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         first = step * self.global_batch_size
         return samples_at(np.arange(first, first + self.global_batch_size), self.rows, self.seed)

@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in only if name not in ATTACKS | ROTATION]:
         raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS | ROTATION)}")
     benchmarks = benchmark_names(arguments)
+    if benchmarks:  # they run last: the harness that is not installed is missed now
+        import sgt_titan.evaluation.harness  # noqa: F401
     suite = SUITES[arguments.suite]
     disable_progress_bar()
     config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
@@ -160,18 +162,13 @@ def checked(arguments: argparse.Namespace) -> None:
         raise UserError("--judge and --judge-model belong together")
     if arguments.rotated and len(arguments.rotated.split(",")) != 3:
         raise UserError("--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjform`")
-
-
-def benchmark_names(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Names of ``--benchmarks``, which run last: what would stop them is found here, before the attacks.
-
-    Raises:
-        UserError: an unknown name, a local copy that is missing or damaged, no lm-evaluation-harness.
-    """
     if arguments.benchmark_dir and not arguments.benchmarks:
         raise UserError("--benchmark-dir without --benchmarks: say which, or `paper` for the eight")
     if arguments.benchmark_dir and not Path(arguments.benchmark_dir).is_dir():
         raise UserError(f"--benchmark-dir: no directory {arguments.benchmark_dir}")
+
+
+def benchmark_names(arguments: argparse.Namespace) -> tuple[str, ...]:
     if not arguments.benchmarks:
         return ()
     from sgt_titan.evaluation.benchmarks import BENCHMARKS
@@ -179,11 +176,6 @@ def benchmark_names(arguments: argparse.Namespace) -> tuple[str, ...]:
     names = tuple(BENCHMARKS) if arguments.benchmarks == "paper" else tuple(arguments.benchmarks.split(","))
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise UserError(f"--benchmarks: {unknown[0]!r} is unknown; there are {', '.join(BENCHMARKS)}, or paper")
-    if arguments.benchmark_dir:
-        for name in names:
-            BENCHMARKS[name].read(Path(arguments.benchmark_dir))
-    import sgt_titan.evaluation.harness  # noqa: F401
-
     return names
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from sgt_titan.arguments import Parser
 from sgt_titan.config.load import dump, load, parse_overrides, resolve
-from sgt_titan.config.schema import PRESETS, TERMS, Data
-from sgt_titan.data.sources import load_rows
+from sgt_titan.config.schema import PRESETS, TERMS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.evaluate import benchmark_names
 from sgt_titan.evaluation.parts import write
@@ -126,6 +125,17 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def foresee(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what would stop an evaluation only after the trainings before it."""
+    from sgt_titan.config.schema import Data
+    from sgt_titan.data.sources import load_rows
+
+    writable(arguments.out, "--out")
+    benchmark_names(arguments)
+    if arguments.pii:
+        load_rows(Data(source=arguments.pii))
+
+
 def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     """Run what is missing, then write and print the tables; returns the exit code of the first command that fails.
 
@@ -151,16 +161,13 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
         ):
             raise UserError(f"--{key}: the rows decide it; leave it out")
     arguments.out = arguments.out or Path("outputs") / f"tables-{Path(arguments.config).stem}"
+    if not arguments.dry_run:
+        foresee(arguments)
     todo = steps(arguments, overrides)
     if arguments.dry_run:
         for step in todo:
             print(f"{'(done) ' if step.done.is_file() else ''}sgt-titan {shlex.join(step.words)}")
         return 0
-    # What would stop an evaluation is found before the trainings.
-    writable(arguments.out, "--out")
-    benchmark_names(arguments)
-    if arguments.pii:
-        load_rows(Data(source=arguments.pii))
     for index, step in enumerate(todo, start=1):
         if step.done.is_file():
             continue

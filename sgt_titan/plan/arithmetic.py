@@ -10,7 +10,7 @@ from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
 from .hardware import EXPOSED_RANGE, GPUS, HFU, HFU_RANGE, NO_GPU, Gpu
-from .memory import CHECKPOINT_BYTES, Memory, item_size, memory
+from .memory import FP32, Memory, item_size, memory
 from .traffic import Traffic, gathered_per_microbatch, traffic
 from .weights import (
     Degrees,
@@ -52,7 +52,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Weights and both moments in float32; the rest of a checkpoint is kilobytes."""
-        return CHECKPOINT_BYTES * self.estimator_parameters
+        return 3 * FP32 * self.estimator_parameters
 
     @property
     def capacity(self) -> float:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(SHIPPED))
         return 0
     for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days"):
-        if (value := getattr(arguments, name)) is not None and not value > 0:
+        if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')}: {value} is not above 0")
     words = list(overrides)
     for key, value in (("nodes", arguments.nodes), ("gpus_per_node", arguments.gpus_per_node)):

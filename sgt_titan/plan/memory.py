@@ -28,7 +28,6 @@ from .weights import (
 )
 
 BF16, FP32 = 2, 4
-CHECKPOINT_BYTES = 3 * FP32  # a parameter of the estimator: its weight and both moments
 RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmentation: an allowance
 
 # Tensors of a step that grow with the batch, by number of copies; see the fields of Memory.

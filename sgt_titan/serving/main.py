@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import math
 import os
 import signal
 import socket
@@ -84,23 +83,14 @@ def _parser() -> Parser:
 
 
 def _check(arguments) -> None:
-    try:
-        parts = urlsplit(arguments.upstream)
-        good = (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and not parts.query + parts.fragment
-        )
-    except ValueError:  # a bracket that is not closed, a port that is none
-        good = False
-    if not good:
+    parts = urlsplit(arguments.upstream)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
     if parts.username or parts.password:
         raise UserError("--upstream: credentials in a URL end up in logs; use --upstream-api-key-file")
     for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
-        if not 0 < getattr(arguments, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0, and finite")
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0")
     if arguments.shutdown_timeout < 0:
         raise UserError(f"--shutdown-timeout: {arguments.shutdown_timeout}, must be at least 0")
     if arguments.waiting < 0 or (arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1):

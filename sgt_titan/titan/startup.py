@@ -204,7 +204,7 @@ def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.
     """The JSON in ``file``, which rank 0 builds if it is not there.
 
     Raises:
-        UserError: rank 0 cannot write it, or did not in time.
+        UserError: rank 0 cannot write it, or has not within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while not file.is_file():

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "serving": {"errors", "arguments", "client"},
     "titan": {"errors", "config", "transform", "objectives", "metrics", "data", "checkpoint", "export", "cluster"},
     "train": {"errors", "folders", "config", "cluster", "titan"},
-    "doctor": {"errors", "folders", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
+    "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
     "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
     | {"serving", "conjformer"},

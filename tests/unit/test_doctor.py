@@ -13,7 +13,6 @@ import pytest
 
 from sgt_titan import doctor
 from sgt_titan.cluster import preflight
-from sgt_titan.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -24,28 +23,6 @@ def test_this_machine(capsys, monkeypatch, tmp_path):
     for word in ("device", "product", "trunk", "dataset cache", "torch", "fit to train"):
         assert word in printed
     assert not (tmp_path / "out").exists()
-
-
-def test_an_output_directory_that_cannot_be_made(capsys, tmp_path):
-    (tmp_path / "file").touch()
-    assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "file" / "out")]) == 1
-    assert f"disk: run.output_dir: {tmp_path}/file/out cannot be made" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words", [["--deadline", "nan"], ["--deadline", "0"], ["--reports", "file"], ["--no"]])
-def test_bad_options(words, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"^{words[0]}: "):
-        doctor.main(words)
-
-
-def test_a_full_disk_is_found_before_the_run(capsys, monkeypatch, tmp_path):
-    usage = doctor.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage._replace(free=1 << 20))
-    monkeypatch.setattr(doctor.preflight, "TMP_BYTES", 0)
-    assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "out")]) == 1
-    assert "are needed for checkpoints, 0.0 GiB are free" in capsys.readouterr().out
 
 
 def test_a_damaged_trunk_is_a_finding(capsys, tmp_path):

@@ -127,9 +127,11 @@ def test_types():
     assert batch.tokens_BT.shape == (1, SEQ_LEN)
 
 
-def test_steps():
+def test_steps_and_probe_rows():
     source = make_source()
     assert [source.steps(e) for e in (0.01, 0.5, 1.0, 2.0)] == [1, 2, 3, 5]
+    assert len(source.first_rows(100).documents) == 29
+    assert [d[0].sample_id for d in source.first_rows(3).documents] == [1, 3, 5]
     assert source.efficiency == pytest.approx(source.view.lengths.mean() / SEQ_LEN)
 
 

@@ -142,7 +142,6 @@ def test_more_attacks_may_be_added_later(export, finished):
         (["--attacks", "nearest_l2,telepathy"], "'telepathy' is unknown; there are nearest_l2"),
         (["--judge", "http://x"], "--judge and --judge-model"),
         (["--benchmarks", "arc_hard"], "'arc_hard' is unknown; there are arc_challenge"),
-        (["--benchmarks", "piqa", "--benchmark-dir", "/"], "/llmfoundry_piqa.jsonl is missing; docs/EVALUATION.md"),
         (["--benchmark-dir", "/nowhere"], "--benchmark-dir without --benchmarks"),
         (["--memory", "0.001"], r"needs about .* GiB.*take fewer --rows, a smaller --suite"),
         (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),

@@ -102,7 +102,6 @@ def test_names_of_gpus():
         ([BIG, "--gpu", "tpu"], "--gpu: 'tpu' is unknown; known are a100-40g, a100-80g, h100, h200"),
         ([BIG, "--nodes", "12"], "does not divide the world size 96"),
         ([BIG, "--nodes", "0"], "--nodes: 0 is not above 0"),
-        ([BIG, "--node-mtbf-days", "nan"], "--node-mtbf-days: nan is not above 0"),
         (
             ["llama3_70b_1x8", "--parallelism.tensor_parallel_degree", "1", "--gpus-per-node", "1"],
             "are needed on a GPU of 80",

@@ -212,9 +212,6 @@ def test_once_builds_once_and_others_wait_for_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert once(file, build) == {"a": 1.5}
     assert calls == [1]
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match=r"^data\.cache_dir: cannot write .*x\.json/cache: Not a directory$"):
-        once(file / "cache" / "y.json", build)
 
 
 def test_float8_products_need_a_gpu_that_has_them(monkeypatch):
