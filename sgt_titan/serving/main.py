@@ -91,12 +91,12 @@ def _check(arguments) -> None:
     for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
         if getattr(arguments, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0")
-    if arguments.shutdown_timeout < 0:
-        raise UserError(f"--shutdown-timeout: {arguments.shutdown_timeout}, must be at least 0")
     if arguments.waiting < 0 or (arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1):
         raise UserError("--waiting must be at least 0, --max-prompt-tokens at least 1")
     if not 0 <= arguments.port < 65536:
         raise UserError(f"--port: {arguments.port}, must be between 0 and 65535")
+    if arguments.shutdown_timeout < 0:
+        raise UserError(f"--shutdown-timeout: {arguments.shutdown_timeout}, must be at least 0")
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UserError("--tls-cert and --tls-key: give both or neither")
     for file in filter(None, (arguments.tls_cert, arguments.tls_key)):
