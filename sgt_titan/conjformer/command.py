@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_client(conversion, client)
         write_server(conversion, out, shard_bytes=int(arguments.shard_size * 1e9), say=_say)
     except BaseException:
-        if secret is not None and not (out / "config.json").exists():
+        if secret is not None and not out.exists():
             file.unlink(missing_ok=True)
-            shutil.rmtree(client, ignore_errors=True)  # missing or empty before
         raise
     if secret is None:
         print(f"scalar norms, plain basis: {out}")

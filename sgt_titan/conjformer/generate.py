@@ -63,12 +63,8 @@ class Remote:
     """A served rotated trunk. wire: type in which vectors are sent; half the bytes in bfloat16."""
 
     def __init__(self, url: str, *, wire: str = "float32", timeout: float = 60.0):
-        try:
-            parts = urllib.parse.urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a bracket that is not closed, a port that is none
-            good = False
-        if not good:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"--url {url}: not an address like http://host:port")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.url, self.connection = url, kind(parts.hostname, parts.port, timeout=timeout)

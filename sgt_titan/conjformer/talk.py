@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,31 +28,22 @@ def serve(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--dtype", choices=_TYPES, default="float32", help="to compute in (default float32)")
     arguments = parser.parse_args(argv)
-    if not 0 <= arguments.port < 65536:
-        raise UserError(f"--port: {arguments.port}, must be between 0 and 65535")
-    try:
-        about = json.loads((arguments.server / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{arguments.server}: no config.json; give OUT of `sgt-titan conjform`") from None
-    width = about.get("hidden_size", about.get("n_embd"))
-    if width is None or about.get("vocab_size") != width:
-        raise UserError(f"{arguments.server}: is not a rotated checkpoint; give OUT of `sgt-titan conjform`")
+    if not (arguments.server / "config.json").is_file():
+        raise UserError(f"{arguments.server}: no config.json; give OUT of `sgt-titan conjform`")
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     from sgt_titan.conjformer.serve import make_server
 
-    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         arguments.server, dtype=getattr(torch, arguments.dtype), local_files_only=True, use_safetensors=True
     ).eval()
+    if model.config.vocab_size != model.config.hidden_size:
+        raise UserError(f"{arguments.server}: is not a rotated checkpoint; give OUT of `sgt-titan conjform`")
     try:
         server = make_server(model, arguments.host, arguments.port)
     except OSError as error:
-        raise UserError(
-            f"--host {arguments.host} --port {arguments.port}: cannot listen there ({error.strerror})"
-        ) from None
+        raise UserError(f"--port {arguments.port}: {error.strerror}") from None
     print(f"http://{server.server_address[0]}:{server.server_address[1]}", flush=True)
     with server:
         server.serve_forever()
@@ -89,14 +79,11 @@ def generate(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.conjformer.secret import load
 
     client = Client.load(arguments.client, load(arguments.secret))
-    server = loop.Remote(arguments.url, wire=arguments.wire)
     tokenizer = AutoTokenizer.from_pretrained(arguments.client, local_files_only=True)
-    try:
-        prompt = tokenizer(sys.stdin.read().rstrip("\n"))["input_ids"]
-    except UnicodeDecodeError:
-        raise UserError("standard input: is not valid UTF-8") from None
+    prompt = tokenizer(sys.stdin.read().rstrip("\n"))["input_ids"]
     if not prompt and client.about.get("bos_token_id") is not None:
         prompt = [client.about["bos_token_id"]]
+    server = loop.Remote(arguments.url, wire=arguments.wire)
     answer = loop.generate(
         client,
         server,

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +103,11 @@ def _check(arguments) -> None:
     for file in filter(None, (arguments.tls_cert, arguments.tls_key)):
         if not Path(file).is_file():
             raise UserError(f"{file}: no such file")
+    if arguments.tls_cert:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(arguments.tls_cert, arguments.tls_key)
+        except OSError as error:  # ssl's are such
+            raise UserError(f"--tls-cert, --tls-key: {arguments.tls_cert} cannot be used ({error})") from None
     if parts.scheme == "http" and not is_loopback(parts.hostname):
         _say("warning: --upstream is http: embeddings and, in clear text, answers can be read on the way; use https")
 
@@ -203,12 +209,6 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
         ssl_certfile=arguments.tls_cert,
         ssl_keyfile=arguments.tls_key,
     )
-    try:
-        config.load()
-    except OSError as error:  # ssl's are such
-        raise UserError(
-            f"--tls-cert {arguments.tls_cert}, --tls-key {arguments.tls_key}: cannot be used ({error})"
-        ) from None
     scheme, port = "https" if arguments.tls_cert else "http", listener.getsockname()[1]
     _say(f"{scheme}://{arguments.host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
     # uvicorn finishes what is under way and then raises the signal again; by then there is nothing left to end.

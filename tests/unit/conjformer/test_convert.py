@@ -196,24 +196,6 @@ def test_refusals_write_nothing(rotated, trunk_of, trunk_dir, tmp_path):
     refused([trunk, out, "--secret", secret, "--device", "cuda:77"], "no such device", out, secret)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["no OUT", "an empty OUT"])
-def test_an_interruption_leaves_nothing(trunk_of, tmp_path, monkeypatch, there):
-    """Neither the secret nor the client's directory: the same command would be refused for them."""
-
-    def interrupted(*words, **options):
-        raise KeyboardInterrupt
-
-    words = [str(trunk_of("llama")), str(tmp_path / "out"), "--secret", str(tmp_path / "s")]
-    if there:
-        (tmp_path / "out").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr("sgt_titan.conjformer.write.write_server", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main(words)
-    assert not any(path.exists() for path in (tmp_path / "s", tmp_path / "out-client"))
-    assert main(words) == 0
-
-
 def test_a_tensor_without_a_place_is_refused(trunk_of, tmp_path):
     trunk = tmp_path / "odd"
     trunk.mkdir()

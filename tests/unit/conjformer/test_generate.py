@@ -14,7 +14,6 @@ from safetensors.torch import save
 from sgt_titan.conjformer.generate import Local, Remote, generate, sample
 from sgt_titan.conjformer.serve import make_server
 from sgt_titan.conjformer.talk import generate as generate_command
-from sgt_titan.conjformer.talk import serve as serve_command
 from sgt_titan.errors import UserError
 
 PROMPT = [0, 17, 33, 120, 250, 4]
@@ -124,23 +123,3 @@ def test_the_command(served, monkeypatch, capsys):
     with pytest.raises(UserError, match="is the server up"):
         monkeypatch.setattr("sys.stdin", io.StringIO("x"))
         generate_command([str(found.client), "--secret", str(found.secret), "--url", "http://127.0.0.1:9"])
-
-
-@pytest.mark.parametrize("url", ["localhost:8100", "http://x:99999", "http://x:y", "http://[::1"])
-def test_addresses_that_are_none(url):
-    with pytest.raises(UserError, match="not an address like http://host:port"):
-        Remote(url)
-
-
-def test_what_cannot_be_served(rotated, tmp_path, monkeypatch):
-    monkeypatch.setattr("sgt_titan.conjformer.serve.make_server", lambda *words: pytest.fail("it served"))
-    found = rotated("llama-tied")
-    (tmp_path / "config.json").write_text('{"model_type": "stained_glass"}')
-    for words, message in (
-        ([str(tmp_path / "no")], "no config.json"),
-        ([str(found.trunk)], "is not a rotated checkpoint"),
-        ([str(tmp_path)], "is not a rotated checkpoint"),
-        ([str(found.server), "--port", "99999"], "--port: 99999, must be between"),
-    ):
-        with pytest.raises(UserError, match=message):
-            serve_command(words)
