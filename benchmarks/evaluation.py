@@ -9,6 +9,7 @@ Ratios of medians; peak memory of a process each. Sizes are for two CPU cores an
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -133,6 +134,7 @@ def scan() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(machine())
     ranking()
     beam_step()

@@ -188,13 +188,15 @@ def main() -> int:
         return 0
     family = "gpu" if words.gpu else "cpu"
     wanted = [arm for arm in ARMS if re.search(words.arms, arm)]
+    sizes = [name for name in SIZES[family] if words.sizes in name]
+    if not wanted or not sizes:
+        parser.error(f"nothing to run; sizes are {', '.join(SIZES[family])}; arms are {', '.join(ARMS)}")
     about = f"{machine()}; {time.strftime('%Y-%m-%d')}"
     print(about)
     everything = {}
-    for name in SIZES[family]:
-        if words.sizes in name:
-            everything[name] = run(family, name, wanted, words.repeats, words.warmup)
-            show(name, everything[name])
+    for name in sizes:
+        everything[name] = run(family, name, wanted, words.repeats, words.warmup)
+        show(name, everything[name])
     if words.json:
         Path(words.json).write_text(json.dumps({"machine": about, "sizes": everything}, indent=1))
     return 0

@@ -57,11 +57,12 @@ def _main(argv: list[str]) -> int:
     if argv and argv[0] in _CONFIG_COMMANDS:
         argv, overrides = _split(argv)
     arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        program = " ".join(filter(None, ("sgt-titan", arguments.command)))
+        raise UserError(f"unrecognized arguments: {' '.join(rest)} (see {program} --help)")
     if arguments.command is None:
         parser.print_help()
         return 0
-    if rest:
-        raise UserError(f"unrecognized arguments: {' '.join(rest)} (see sgt-titan {arguments.command} --help)")
     if arguments.command == "train":
         return _train(arguments, overrides)
     if arguments.command == "prepare":
@@ -95,8 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="check the config, print it with every value, and stop")
 
     export = command("export", "Write a checkpoint's transform as a directory that clients load.")
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory of a run")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest), or one of checkpoints/"
+    )
     export.add_argument("out", metavar="OUT", help="the directory to write")
+    export.add_argument("--trunk", metavar="DIR", help="where the trunk lies now, if not where it was trained")
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
     prepare = command("prepare", "Tokenize the data of a run into its cache, and stop.", help_text())
@@ -216,14 +220,16 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UserError(f"no checkpoint directory {arguments.checkpoint}")
     from sgt_titan.export import export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out, overwrite=arguments.overwrite)
+    export_checkpoint(arguments.checkpoint, arguments.out, overwrite=arguments.overwrite, trunk_path=arguments.trunk)
     print(f"exported to {arguments.out}")
     return 0
 
 
 def _configs() -> int:
     shipped = available()
-    width = max(map(len, shipped), default=0) + 2
+    if not shipped:
+        raise UserError("no train_configs folder here; it comes with a checkout, not with the package")
+    width = max(map(len, shipped)) + 2
     for name, path in shipped.items():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         comment = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")

@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 
+# Packages of our extras, and which extra brings them.
+EXTRAS = {"torchtitan": "train", "tensorboard": "train", "datasets": "train", "httpx": "client"}
+
 
 class UserError(Exception):
     """Bad input: which file or key, what is wrong, what would be right, in one line.
@@ -16,7 +19,8 @@ class UserError(Exception):
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Run an entry point: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Run an entry point: bad input, or an extra that is not installed, becomes one line on stderr and exit code 2,
+    Ctrl-C exit code 130.
 
     Ranks other than 0 keep quiet, since most mistakes are everyone's, and leave the line in torchrun's
     failure report instead, where a mistake of one node alone can be read.
@@ -25,6 +29,11 @@ def guarded(action: Callable[[], int]) -> int:
         return action()
     except UserError as error:
         tell(error)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        tell(UserError(f"{error.name} is not installed; pip install 'sgt-titan[{EXTRAS[error.name]}]'"))
         return 2
     except KeyboardInterrupt:
         return 130

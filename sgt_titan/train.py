@@ -13,6 +13,7 @@ from sgt_titan.cluster import notice
 from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError, guarded
+from sgt_titan.folders import writable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,12 +35,14 @@ def prepared(name: str, overrides: list[str], world_size: int, *, weights: bool 
         weights: False for a dry run: the trunk's weights need not be there, and no device is assumed.
 
     Raises:
-        UserError: anything wrong with the config, the overrides or the trunk's directory.
+        UserError: anything wrong with the config, the overrides, the trunk's or the output directory.
     """
     config = resolve(load(name, overrides), world_size=world_size)
     validate(config, world_size, None)  # cheap mistakes first: they do not need the trunk's directory
     device = "cpu" if weights and visible_gpus() == 0 else None
     validate(config, world_size, read_trunk(config, weights=weights), device=device)
+    if weights:
+        writable(config.run.output_dir, "run.output_dir")
     return config
 
 

@@ -18,6 +18,7 @@ from sgt_titan.cluster import attempts, status, storage
 from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.errors import UserError, guarded
+from sgt_titan.folders import writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,7 @@ def _begin(name: str, overrides: list[str], nodes: int, gpus: int, shared: str) 
     validate(config, nodes * gpus, None)
     validate(config, nodes * gpus, read_trunk(config, weights=True))
     folder = Path(config.run.output_dir)
+    writable(folder, "run.output_dir")
     found = status.read(folder) or {}
     over = found.get("state") == "finished"
     if over and found.get("attempt", "").rpartition(".")[0] == attempt_name().rpartition(".")[0]:

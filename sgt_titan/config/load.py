@@ -85,7 +85,7 @@ def find(name_or_path: str) -> Path:
     if os.sep in name:
         raise UserError(f"no such file: {name_or_path}")
     hint = _nearest(name, configs)
-    listed = ", ".join(configs) if configs else "none, since there is no train_configs folder here"
+    listed = ", ".join(configs) if configs else "none: train_configs is in a checkout, and not here"
     raise UserError(f"no config or file named {name_or_path}{hint}; available: {listed}")
 
 

@@ -37,6 +37,7 @@ _SHAPE_KEYS = (
 _RANGES = {
     "cluster.nodes": ("at least 1", lambda v: v >= 1),
     "cluster.gpus_per_node": ("at least 1", lambda v: v >= 1),
+    "run.name": ("a name that is not empty", lambda v: bool(v.strip())),
     "run.seed": ("0 or more", lambda v: v >= 0),
     "estimator.layers": ("at least 1", lambda v: v >= 1),
     "estimator.mean_bound": ("0 (unbounded) or more", lambda v: v >= 0),

@@ -15,15 +15,17 @@ from safetensors.torch import save_file
 
 from sgt_titan.conjformer.convert import Conversion, Planned
 from sgt_titan.errors import UserError
+from sgt_titan.folders import writable
 from sgt_titan.transform.trunk_files import tokenizer_files
 
 CLIENT_FILE, CLIENT_WEIGHTS, CLIENT_FORMAT = "client.json", "client.safetensors", 1
 
 
 def check_target(path: Path, option: str) -> None:
-    """Raises UserError unless the directory is missing or empty."""
+    """Raises UserError unless the directory is missing or empty, and can be written."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{option} {path}: exists and is not an empty directory; choose another")
+    writable(path, option)
 
 
 def check_disk(path: Path, needed: int) -> None:

@@ -282,7 +282,8 @@ def _session() -> str:
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT",
              "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
     found = {name: os.environ[name] for name in names if os.environ.get(name)}
-    return json.dumps(found, sort_keys=True) if {"MASTER_PORT", "SLURM_JOB_ID"} & set(found) else ""
+    alone = os.environ.get("WORLD_SIZE") == "1"  # nobody to tell
+    return json.dumps(found, sort_keys=True) if {"MASTER_PORT", "SLURM_JOB_ID"} & set(found) and not alone else ""
 
 
 def _publish(path: Path, content: dict[str, str]) -> None:

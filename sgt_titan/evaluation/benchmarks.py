@@ -84,7 +84,7 @@ def _hellaswag(folder: Path) -> list[Doc]:
     docs = []
     for at in range(0, len(lines), 6):
         query, gold, *endings = lines[at : at + 6]
-        if gold.strip() not in "0123":
+        if gold.strip() not in tuple("0123"):
             raise UserError(f"{file}: line {at + 2} is {gold[:20]!r}, expected the index of an ending, 0 to 3")
         docs.append({"query": query, "choices": endings, "gold": int(gold)})
     return docs

@@ -20,7 +20,9 @@ from sgt_titan.arguments import Parser
 from sgt_titan.config.load import dump, get, keys, load, parse_overrides, resolve
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.evaluate import benchmark_names
 from sgt_titan.evaluation.parts import write
+from sgt_titan.folders import writable
 
 ROWS = tuple(PRESETS)  # Table I, in the paper's order
 PII_ROWS = ("mi", "abs_cos", "mi_abs_cos", "mi_abs_cos_norm")  # Table III
@@ -167,6 +169,17 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def foresee(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what would stop an evaluation only after the trainings before it."""
+    from sgt_titan.config.schema import Data
+    from sgt_titan.data.sources import load_rows
+
+    writable(arguments.out, "--out")
+    benchmark_names(arguments)
+    if arguments.pii:
+        load_rows(Data(source=arguments.pii))
+
+
 def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     """Run what is missing, then write and print the tables; returns the exit code of the first command that fails.
 
@@ -177,7 +190,14 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     arguments.rows = [row for row in arguments.rows.split(",") if row]
     if unknown := [row for row in arguments.rows if row not in ROWS]:
         raise UserError(f"--rows: {unknown[0]!r} is unknown; there are {', '.join(ROWS)}")
+    if not arguments.rows:
+        raise UserError(f"--rows: names no row; there are {', '.join(ROWS)}")
+    for name, least in (("prompts", 2), ("pii_seq_len", 2)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     for key in parse_overrides(list(overrides)):
+        if key == "run.output_dir":
+            raise UserError("--run.output_dir: every row has its own below --out; leave it out")
         if (
             key.startswith("objective.")
             and key.endswith((".preset", ".weight"))
@@ -185,6 +205,8 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
         ):
             raise UserError(f"--{key}: the rows decide it; leave it out")
     arguments.out = arguments.out or Path("outputs") / f"tables-{Path(arguments.config).stem}"
+    if not arguments.dry_run:
+        foresee(arguments)
     todo = steps(arguments, overrides)
     if arguments.dry_run:
         for step in todo:

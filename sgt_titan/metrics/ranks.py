@@ -182,8 +182,3 @@ def most_probable_rank(rank_N: torch.Tensor) -> int:
         raise ValueError("no token to calibrate on")
     counts = torch.bincount(rank_N.flatten())
     return int((counts == counts.max()).nonzero()[0, 0])
-
-
-def mrp_failure_rate(rank_N: torch.Tensor, r_star: int) -> float:
-    """MRP-FR: share of tokens that are not the r*-th nearest row, 0..1. NaN without tokens."""
-    return (rank_N != r_star).double().mean().item()

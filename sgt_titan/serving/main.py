@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,11 +96,18 @@ def _check(arguments) -> None:
         raise UserError("--waiting must be at least 0, --max-prompt-tokens at least 1")
     if not 0 <= arguments.port < 65536:
         raise UserError(f"--port: {arguments.port}, must be between 0 and 65535")
+    if arguments.shutdown_timeout < 0:
+        raise UserError(f"--shutdown-timeout: {arguments.shutdown_timeout}, must be at least 0")
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UserError("--tls-cert and --tls-key: give both or neither")
     for file in filter(None, (arguments.tls_cert, arguments.tls_key)):
         if not Path(file).is_file():
             raise UserError(f"{file}: no such file")
+    if arguments.tls_cert:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(arguments.tls_cert, arguments.tls_key)
+        except OSError as error:  # ssl's are such
+            raise UserError(f"--tls-cert, --tls-key: {arguments.tls_cert} cannot be used ({error})") from None
     if parts.scheme == "http" and not is_loopback(parts.hostname):
         _say("warning: --upstream is http: embeddings and, in clear text, answers can be read on the way; use https")
 

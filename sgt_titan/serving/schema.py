@@ -6,7 +6,7 @@ bias by token id would not know that his ids had been sent.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -144,6 +144,3 @@ def parse(kind: type[_Request], body: Any) -> Any:
     if body.get("tool_choice") == "none":
         request = request.model_copy(update={"tools": None})
     return request
-
-
-Kind = Literal["chat", "completion"]

@@ -127,13 +127,13 @@ def prepare(config: Config) -> Prepared:
     check_vocabulary(tokenizer, hf.vocab_size)
 
     fingerprint = files.fingerprint()
+    train_source, probe_source, data_fingerprint = sources(config, tokenizer)
     statistics = TableStatistics(
         **once(
             Path(config.data.cache_dir) / f"trunk-{fingerprint[:16]}.json",
             lambda: asdict(table_statistics(files.embedding_table())),
         )
     )
-    train_source, probe_source, data_fingerprint = sources(config, tokenizer)
     return Prepared(
         config=config,
         hf=hf,
@@ -203,12 +203,20 @@ def load_hf_config(path: Path) -> PretrainedConfig:
 
 
 def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.0) -> dict[str, Any]:
-    """The JSON in ``file``, which rank 0 builds if it is not there."""
+    """The JSON in ``file``, which rank 0 builds if it is not there.
+
+    Raises:
+        UserError: rank 0 cannot write it, or has not within ``timeout`` seconds.
+    """
     deadline = time.monotonic() + timeout
     while not file.is_file():
         if rank() == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_durably(file, json.dumps(build()))
+            content = json.dumps(build())
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_durably(file, content)
+            except OSError as error:
+                raise UserError(f"data.cache_dir: cannot write {file.parent}: {error.strerror}") from None
         elif time.monotonic() > deadline:
             raise UserError(
                 f"{file}: rank 0 did not write it within {timeout:.0f} s; is data.cache_dir shared storage?"

@@ -22,6 +22,7 @@ import torch
 
 from sgt_titan import __version__
 from sgt_titan.errors import UserError
+from sgt_titan.folders import writable
 from sgt_titan.transform.configuration import SGTConfig
 from sgt_titan.transform.fingerprint import (
     TOKENIZER_FILES,
@@ -123,6 +124,7 @@ def check_target(out_dir: str | os.PathLike, *, overwrite: bool = False) -> None
     """
     out_dir = Path(out_dir)
     if not os.path.lexists(out_dir):
+        writable(out_dir, "OUT")
         return
     if not out_dir.is_dir() or out_dir.is_symlink():
         raise UserError(f"{out_dir}: exists and is not a directory; choose another output directory")

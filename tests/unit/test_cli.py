@@ -90,6 +90,12 @@ def sgt_titan(*words, env=None, code="from sgt_titan.cli import main; sys.exit(m
             "train mine --trunk.path=",
             "trunk.path is not set: it must be the directory with the frozen model's checkpoint",
         ),
+        ("--foo", "unrecognized arguments: --foo (see sgt-titan --help)"),
+        ("train mine --run.name=", "run.name must be a name that is not empty, got "),
+        (
+            "train mine --run.output_dir trunk/config.json/x",
+            "run.output_dir: trunk/config.json/x cannot be made: {here}/trunk/config.json is not a directory",
+        ),
         ("prepare mine --trunk.path no", "trunk.path: no directory no"),
         ("prepare mine --nproc 2", "unrecognized arguments: --nproc 2 (see sgt-titan prepare --help)"),
         ("export no out", "no checkpoint directory no"),
@@ -98,10 +104,10 @@ def sgt_titan(*words, env=None, code="from sgt_titan.cli import main; sys.exit(m
         ("configs x", "unrecognized arguments: x (see sgt-titan configs --help)"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, runs):
+def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, runs, here):
     assert cli.main(words.split()) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"sgt-titan: error: {message}\n")
+    assert (out, err.strip()) == ("", f"sgt-titan: error: {message.replace('{here}', str(here))}".strip())
     assert runs == []
 
 
@@ -159,9 +165,15 @@ def test_errors_of_the_run_itself(monkeypatch, capsys):
     error = KeyboardInterrupt()
     assert cli.main(["train", "mine"]) == 130
     monkeypatch.delenv("RANK")
-    error = ValueError("ours")
-    with pytest.raises(ValueError, match="ours"):  # a defect keeps its traceback
-        cli.main(["train", "mine"])
+    error = ModuleNotFoundError("No module named 'torchtitan'", name="torchtitan")
+    assert cli.main(["train", "mine"]) == 2
+    assert capsys.readouterr().err == (
+        "sgt-titan: error: torchtitan is not installed; pip install 'sgt-titan[train]'\n"
+    )
+    for error in (ValueError("ours"), ModuleNotFoundError("ours", name="sgt_titan.titan.gone")):
+        monkeypatch.delenv("RANK")
+        with pytest.raises(type(error), match="ours"):  # a defect keeps its traceback
+            cli.main(["train", "mine"])
 
 
 def test_under_torchrun_the_command_is_one_rank(monkeypatch, runs, capsys):
@@ -274,13 +286,19 @@ def test_export_and_report(monkeypatch, here, capsys):
     seen = []
     fake(monkeypatch, "sgt_titan.export", export_checkpoint=lambda *a, **k: seen.append((a, k)))
     fake(monkeypatch, "sgt_titan.evaluation.before_after", main=lambda argv: seen.append(argv))
-    assert cli.main(["export", "trunk", "out", "--overwrite"]) == 0
+    assert cli.main(["export", "trunk", "out", "--overwrite", "--trunk", "moved"]) == 0
     assert cli.main(["report", "out", "--trunk", "trunk", "--data", "demo", "--samples", "64"]) == 0
     assert seen == [
-        (("trunk", "out"), {"overwrite": True}),
+        (("trunk", "out"), {"overwrite": True, "trunk_path": "moved"}),
         ["out", "--trunk", "trunk", "--data", "demo", "--samples", "64"],
     ]
     assert capsys.readouterr().out == "exported to out\n"
+
+
+def test_a_package_without_a_checkout_has_no_configs(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "available", dict)
+    assert cli.main(["configs"]) == 2
+    assert "it comes with a checkout" in capsys.readouterr().err
 
 
 def test_configs_and_version(capsys):

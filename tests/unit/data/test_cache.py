@@ -281,3 +281,12 @@ def test_real_documents(assets, make_config):
     assert (len(dataset), len(dataset.tokens)) == (2316, 530_546)
     assert (np.asarray(dataset.tokens)[dataset.offsets[:-1]] == 1).all()
     assert len(dataset.validation) == 231
+
+
+def test_a_rank_alone_leaves_no_word(make_config, tokenizer_dir, write, monkeypatch):
+    config = make_config(write([{"text": ""}]))
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="no usable rows"):
+        wait_or_prepare(config, tokenizer_dir, 0, progress=False)
+    assert not (cache_dir(config) / "sessions").exists()

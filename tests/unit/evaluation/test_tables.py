@@ -92,9 +92,14 @@ def test_goes_on_where_it_stopped(tmp_path):
         (["nothing_of_the_kind"], "nothing_of_the_kind"),
         (["demo", "--objective.abs_cos.weight", "2"], "the rows decide it"),
         (["demo", "--trainin.steps", "2"], "trainin"),
+        (["demo", "--rows", ","], "^--rows: names no row; there are comp_entr, "),
+        (["demo", "--prompts", "0"], "^--prompts must be at least 2, got 0$"),
+        (["demo", "--run.output_dir", "x"], "^--run.output_dir: every row has its own"),
+        (["demo", "--benchmarks", "arc_hard"], "^--benchmarks: 'arc_hard' is unknown"),
+        (["demo", "--pii", "/nowhere.jsonl"], "^data.source: /nowhere.jsonl does not exist$"),
     ],
 )
 def test_bad_input(words, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        tables.main([*words, "--out", str(tmp_path / "out")], execute=lambda words: 1)
+        tables.main([*words, "--out", str(tmp_path / "out")], execute=lambda words: pytest.fail("it began"))
     assert not (tmp_path / "out").exists()

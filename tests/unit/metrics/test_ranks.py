@@ -6,7 +6,6 @@ import torch
 
 from sgt_titan.metrics.ranks import (
     most_probable_rank,
-    mrp_failure_rate,
     nn_failure_rate,
     rank_histogram_entropy,
     sym_ttr,
@@ -202,11 +201,9 @@ def test_histogram_entropy_refuses(rank, vocab):
         rank_histogram_entropy(torch.tensor(rank), vocab)
 
 
-def test_most_probable_rank_and_its_failures():
+def test_most_probable_rank():
     """Calibrated elsewhere; the lowest of equally frequent ranks."""
     assert most_probable_rank(torch.tensor([5, 2, 5, 2, 9])) == 2
-    assert mrp_failure_rate(torch.tensor([2, 2, 3, 1]), 2) == 0.5
-    assert mrp_failure_rate(torch.tensor([1, 1, 4]), 1) == nn_failure_rate(torch.tensor([1, 1, 4]))
     with pytest.raises(ValueError):
         most_probable_rank(torch.tensor([], dtype=torch.int64))
 

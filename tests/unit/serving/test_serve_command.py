@@ -103,6 +103,8 @@ def test_nothing_private_is_printed_and_it_stops_gracefully(chat_export, trunk):
         (["--max-body-mib", "0"], "--max-body-mib"),
         (["--tls-cert", "x"], "give both or neither"),
         (["--tls-cert", "x", "--tls-key", "y"], "x: no such file"),
+        (["--tls-cert", "{short}", "--tls-key", "{short}"], "short cannot be used"),
+        (["--shutdown-timeout", "-1"], "--shutdown-timeout: -1, must be at least 0"),
         (["--port", "{taken}"], "cannot listen there"),
         (["--port", "99999"], "--port: 99999"),
         (["--results", "missing.json"], "missing.json: cannot be read"),
