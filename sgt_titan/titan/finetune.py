@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from .loss import SGTLoss
 from .metrics import SGTMetricsProcessor
 from .optimizer import GuardedOptimizers
 from .startup import check_output_dir
+from .timeline import Timeline
 from .trainer import SGTTrainer, same_on_all_ranks
 
 TERMS = {"loss": "loss/total", "agreement": "utility/top1_accuracy"}
@@ -57,6 +58,7 @@ class Prepared:
     train_source: BatchSource
     probe_source: BatchSource
     fingerprints: dict[str, str]
+    timeline: Timeline = field(default_factory=Timeline)
 
     def identity(self) -> dict[str, Any]:
         versions = {module.__name__: module.__version__ for module in (sgt_titan, torch, torchtitan, transformers)}
@@ -172,7 +174,11 @@ def to_trainer_config(config: Config) -> FinetuneTrainer.Config:
         loss=SGTLoss.Config(objective=config.objective),  # torchtitan wants one; ours is in evaluate_streams
         dataloader=SGTDataLoader.Config(source=prepared.train_source),
         checkpoint=FinetuneCheckpoints.Config(
-            enable=True, initial_load_model_only=False, identity=prepared.identity(), config_yaml=dump(config)
+            enable=True,
+            initial_load_model_only=False,
+            identity=prepared.identity(),
+            config_yaml=dump(config),
+            asynchronous=config.checkpoint.asynchronous,
         ),
         activation_checkpoint={"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
             config.activation_checkpoint.mode
