@@ -121,7 +121,7 @@ class FinetuneTrainer(SGTTrainer):
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
         """Held-out loss, nats per token, and perplexity; the same on every rank. Collective."""
-        total, rows = self.run.metrics.probe_samples, self.run.training.local_batch_size
+        total, rows = self.prepared.probe_source.global_batch_size, self.run.training.local_batch_size
         sums = torch.zeros(len(TERMS), device=self.device)
         for start in range(0, total, rows * self.dp_size):
             first = start + self.dp_rank * rows

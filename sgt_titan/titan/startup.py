@@ -173,7 +173,9 @@ def sources(config: Config, tokenizer: Any) -> tuple[BatchSource, BatchSource, s
     )
     train_source = source(dataset.train, global_batch_size=config.training.global_batch_size)
     held_out = dataset.validation if len(dataset.validation) else dataset.train
-    probe_source = source(held_out, global_batch_size=config.metrics.probe_samples)
+    # Whole pair groups: a row without its partners would count as one that tells nothing.
+    group = config.objective.mi_group
+    probe_source = source(held_out, global_batch_size=-(-config.metrics.probe_samples // group) * group)
     if config.training.steps == 0:
         config.training.steps = train_source.steps(config.training.epochs)
     return train_source, probe_source, dataset.fingerprint

@@ -162,6 +162,12 @@ def test_steps_from_epochs(make_run):
     assert prepare(make_run("--training.steps=17")).config.training.steps == 17
 
 
+def test_a_probe_holds_whole_pair_groups(make_run):
+    for samples, rows in ((4, 4), (5, 6), (1, 2)):
+        source = prepare(make_run(f"--metrics.probe_samples={samples}", "--objective.mi_group=2")).probe_source
+        assert source.global_batch_size == rows
+
+
 def test_a_fine_tuned_trunk_is_another_trunk(make_run, trunk_dir, tmp_path, shared):
     path = shutil.copytree(trunk_dir("llama"), tmp_path / "tuned")
     tensors = load_file(path / "model.safetensors")
