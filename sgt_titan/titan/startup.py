@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torchtitan
 import transformers
+from torchtitan.tools.logging import logger
 from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
@@ -172,13 +173,28 @@ def sources(config: Config, tokenizer: Any) -> tuple[BatchSource, BatchSource, s
         pad_id=pad,
     )
     train_source = source(dataset.train, global_batch_size=config.training.global_batch_size)
+    check_positions(config, train_source)
     held_out = dataset.validation if len(dataset.validation) else dataset.train
+    if config.metrics.probe_every and held_out is dataset.train and rank() == 0:
+        logger.warning(f"{len(dataset)} samples are too few to hold any out: what the probe calls held-out is not")
     # Whole pair groups: a row without its partners would count as one that tells nothing.
     group = config.objective.mi_group
     probe_source = source(held_out, global_batch_size=-(-config.metrics.probe_samples // group) * group)
     if config.training.steps == 0:
         config.training.steps = train_source.steps(config.training.epochs)
     return train_source, probe_source, dataset.fingerprint
+
+
+def check_positions(config: Config, source: BatchSource) -> None:
+    """Raises UserError if a term of the objective would have no position to be measured at, and so read as perfect."""
+    counts, data = source.epoch_counts, config.data
+    if not counts.utility_tokens:
+        raise UserError(
+            f"objective.utility_positions response: no sample of {data.source} has a response within training.seq_len "
+            f"{config.training.seq_len}; set it to all, or raise training.seq_len, or set data.prompt_tokens for text"
+        )
+    if config.run.task == "sgt" and not counts.obfuscated_tokens:
+        raise UserError(f"data.source: no sample of {data.source} has a token to obfuscate; prompts are empty")
 
 
 def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: TrunkFiles) -> None:
@@ -203,12 +219,20 @@ def load_hf_config(path: Path) -> PretrainedConfig:
 
 
 def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.0) -> dict[str, Any]:
-    """The JSON in ``file``, which rank 0 builds if it is not there."""
+    """The JSON in ``file``, which rank 0 builds if it is not there.
+
+    Raises:
+        UserError: rank 0 cannot write it, or has not within ``timeout`` seconds.
+    """
     deadline = time.monotonic() + timeout
     while not file.is_file():
         if rank() == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_durably(file, json.dumps(build()))
+            content = json.dumps(build())
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_durably(file, content)
+            except OSError as error:
+                raise UserError(f"data.cache_dir: cannot write {file.parent}: {error.strerror}") from None
         elif time.monotonic() > deadline:
             raise UserError(
                 f"{file}: rank 0 did not write it within {timeout:.0f} s; is data.cache_dir shared storage?"
@@ -227,11 +251,14 @@ def check_output_dir(prepared: Prepared) -> int:
     Checksums are the loading ranks' business: they share that work, and here every rank is on its own.
 
     Raises:
-        UserError: the directory holds something else, or a run that differs in what is learned.
+        UserError: it is no place to write to, or holds something else, or a run that differs in what is learned.
     """
     config = prepared.config
     folder = Path(config.run.output_dir)
     run_file = folder / RUN_FILE
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"run.output_dir: {there} is not a directory that can be written to; choose another")
     if not run_file.is_file():
         foreign = [p.name for p in folder.iterdir() if p.name not in _HARMLESS] if folder.is_dir() else []
         if foreign:
@@ -271,7 +298,6 @@ _HARMLESS = {
     "comm_traces",
     "structured_logs",
     CONFIG_FILE,
-    checkpoint.FOLDER,
 }
 
 
