@@ -181,6 +181,25 @@ class SGTCheckpointManager(BaseCheckpointManager):
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
+    def require_same_weights(self) -> None:
+        """Before anything is written: changes that were accepted may be too large to go on.
+
+        Raises:
+            UserError: the newest checkpoint holds tensors of other names or shapes.
+        """
+        path = disk.latest_committed(self.output_dir)
+        if path is None or disk.problems(path, checksums=False):
+            return  # nothing to go on from, or ``load`` will say so
+        entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()
+        stored = {name: tuple(e.size) for name, e in entries if not name.startswith(OPTIMIZER) and name != RNG}
+        mine = {name: tuple(tensor.shape) for name, tensor in self.weights().items()}
+        if differing := sorted(name for name in stored | mine if stored.get(name) != mine.get(name)):
+            there, here = (shapes.get(differing[0], "not at all") for shapes in (stored, mine))
+            raise UserError(
+                f"{path}: holds {differing[0]} as {there}, this run as {here}; a run whose weights have other shapes "
+                "cannot go on from it: choose another run.output_dir"
+            )
+
     def _load(self, step: int = -1) -> bool:
         damaged = []
         for path in disk.list_steps(self.output_dir):

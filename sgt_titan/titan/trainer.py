@@ -132,6 +132,7 @@ class SGTTrainer(Trainer):
             self.watchdog.beat(self.patience)
 
     def _claim(self, owner: Ownership) -> None:
+        self.checkpointer.require_same_weights()
         owner.acquire()
         claim_output_dir(self.prepared)
         status.write(self.run.run.output_dir, "running", attempt=owner.attempt, step=self.step)
