@@ -14,7 +14,7 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from sgt_titan.checkpoint import latest_committed
+from sgt_titan.checkpoint import step_dir
 from sgt_titan.cluster import status
 from sgt_titan.cluster.ownership import Ownership
 from sgt_titan.config.resolve import pair_groups_fit
@@ -132,7 +132,8 @@ class SGTTrainer(Trainer):
             self.watchdog.beat(self.patience)
 
     def _claim(self, owner: Ownership) -> None:
-        self.checkpointer.require_same_weights()
+        if self.run.checkpoint.accept_changes:
+            self.checkpointer.require_same_weights()
         owner.acquire()
         claim_output_dir(self.prepared)
         status.write(self.run.run.output_dir, "running", attempt=owner.attempt, step=self.step)
@@ -146,7 +147,7 @@ class SGTTrainer(Trainer):
             status.write(folder, "stopped", attempt=self.owner.attempt, step=self.step, reason=reason)
             return
         if self.run.export.at_end:
-            export_checkpoint(latest_committed(folder), folder / "export", overwrite=True)
+            export_checkpoint(step_dir(folder, self.step), folder / "export", overwrite=True)
             logger.info(f"Exported to {folder / 'export'}")
         status.write(folder, "finished", attempt=self.owner.attempt, step=self.step)
 

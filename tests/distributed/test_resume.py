@@ -243,6 +243,15 @@ def test_weights_of_other_shapes_cannot_be_accepted(change, copy, small):
     small.finish(1, *SHORT, "--training.steps", "7", folder=copy)
 
 
+def test_changes_may_be_accepted_though_the_newest_checkpoint_is_damaged(copy, small):
+    file = next(checkpoint.step_dir(copy / "out", 6).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])  # the end of its header is missing
+    words = (*SHORT, "--training.steps", "5", "--optimizer.lr", "2e-3", "--checkpoint.accept_changes", "true")
+    run = small.finish(1, *words, "--export.at_end", "true", folder=copy)
+    assert "step-00000004" in run.outcome.output[0] and committed(copy / "out")[:2] == [6, 5]
+    assert (copy / "out" / "export" / "config.json").is_file()  # of step 5, though 6 is newer
+
+
 def test_a_directory_of_somebody_else(tmp_path, small):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
