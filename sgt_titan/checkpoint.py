@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +144,12 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     return whole
 
 
-def prune(output_dir: str | Path, keep_latest: int) -> list[Path]:
-    """Delete committed directories beyond the newest ``keep_latest`` (0: none), and abandoned ones before it."""
-    paths = list_steps(output_dir)
+def prune(output_dir: str | Path, keep_latest: int, *, damaged: Collection[Path] = ()) -> list[Path]:
+    """Delete committed directories beyond the newest ``keep_latest`` (0: none), and abandoned ones before it.
+
+    ``damaged`` ones are neither counted nor deleted: they must not push out what can be gone on from.
+    """
+    paths = [path for path in list_steps(output_dir) if path not in damaged]
     committed = [path for path in paths if is_committed(path)]
     surplus = committed[keep_latest:] if keep_latest else []
     abandoned = [path for path in paths if committed and not is_committed(path) and path.name < committed[0].name]

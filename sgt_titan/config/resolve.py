@@ -150,6 +150,12 @@ def dp_degree(config: Config, world_size: int) -> int:
     return world_size // config.parallelism.tensor_parallel_degree
 
 
+def pair_groups_fit(config: Config, dp: int) -> bool:
+    """Whether groups of ``objective.mi_group`` rows tile a microbatch of ``dp`` ranks, each in or of whole ranks."""
+    local, group = config.training.local_batch_size, config.objective.mi_group
+    return local * dp % group == 0 and (group % local == 0 or local % group == 0)
+
+
 def read_trunk(config: Config, *, weights: bool = True) -> dict[str, Any]:
     """The config.json of the trunk of a resolved config: that in ``trunk.path``, else ``trunk.architecture``.
 
@@ -299,21 +305,18 @@ def _degree_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _batch_problems(config: Config, dp: int) -> Iterator[str]:
-    local, total, group = (
-        config.training.local_batch_size,
-        config.training.global_batch_size,
-        config.objective.mi_group,
-    )
-    rows = local * dp
+    local, total = config.training.local_batch_size, config.training.global_batch_size
+    rows, group = local * dp, config.objective.mi_group
     ranks = f"local_batch_size {local} x {dp} data-parallel {'rank' if dp == 1 else 'ranks'} = {rows}"
     if total != -1 and total % rows:
         yield (f"training.global_batch_size {total} is not a multiple of {ranks}; {_multiples(total, rows)} would be")
     term = config.objective.mi
-    if not term.weight and not (term.start and term.ramp_steps):
+    trained = term.weight or (term.start and term.ramp_steps)
+    if config.run.task != "sgt" or not trained or pair_groups_fit(config, dp):
         return
     if rows < 2:
         yield f"objective.mi pairs rows of one microbatch, which has 1 row ({ranks}); raise training.local_batch_size"
-    elif rows % group or (group % local and local % group):
+    else:
         fits = [g for g in range(2, rows + 1) if not rows % g and not (g % local and local % g)]
         yield (f"objective.mi_group {group} does not divide a microbatch evenly ({ranks} rows); {_either(fits)} would")
 

@@ -237,7 +237,7 @@ class Metrics:
     tensorboard: bool = opt(True, "Write TensorBoard events to <output_dir>/tb.")
     wandb: bool = opt(False, "Also log to Weights & Biases (WANDB_* variables).")
     probe_every: int = opt(100, "Steps between nearest-neighbour probes on held-out samples; 0: never.")
-    probe_samples: int = opt(32, "Held-out samples in a probe.")
+    probe_samples: int = opt(32, "Held-out samples in a probe, rounded up to whole pair groups (objective.mi_group).")
     progress: bool = opt(True, "A live progress line with ETA on a terminal.")
 
 

@@ -52,7 +52,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over a global batch. ``tokens`` excludes padding; either of the first two may be 0."""
+    """Sums over a global batch, or an epoch. ``tokens`` excludes padding; either of the first two may be 0."""
 
     utility_tokens: int
     obfuscated_tokens: int
@@ -122,6 +122,12 @@ class BatchSource:
         """Optimizer steps that make ``epochs`` passes over the data, rounded up, at least 1."""
         return max(1, int(np.ceil(round(epochs * self.rows / self.global_batch_size, 6))))
 
+    @property
+    def epoch_counts(self) -> Counts:
+        """Counts of all rows."""
+        utility, obfuscated, tokens = self._table.sum(axis=1).tolist()
+        return Counts(utility, obfuscated, self.rows, tokens)
+
     def row_ids(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row) of each row of the step's global batch, in order."""
         epochs, rows = self._global_rows(step)
@@ -142,10 +148,6 @@ class BatchSource:
             raise ValueError(f"positions must be in 0..{self.global_batch_size - 1}")
         epochs, rows = self._global_rows(step)
         return self._assemble([(int(epochs[p]), int(rows[p])) for p in positions])
-
-    def first_rows(self, count: int) -> Batch:
-        """The first ``count`` rows in file order, as epoch 0: for probes, which look at the same rows each time."""
-        return self._assemble([(0, r) for r in range(min(count, self.rows))])
 
     def _find_global_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         first = step * self.global_batch_size

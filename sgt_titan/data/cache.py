@@ -262,20 +262,19 @@ def wait_or_prepare(
     while True:
         try:
             said = json.loads(answer.read_text())
+            if "directory" in said:
+                return _open(cache_dir(config) / said["directory"], config.data.validation_samples, verify=False)
             # An error that was there long before this rank was is an earlier start's, on the same port.
-            if "directory" in said or answer.stat().st_mtime > arrived - ERROR_SECONDS:
-                break
-        except (OSError, ValueError):
-            pass  # not there yet
+            if answer.stat().st_mtime > arrived - ERROR_SECONDS:
+                raise UserError(said["error"])
+        except (OSError, ValueError, DamagedCache):
+            pass  # not there yet, or not any more: rank 0 builds it again
         if time.monotonic() > deadline:
             raise UserError(
                 f"data.cache_dir: rank {rank} waited {timeout_seconds:g} s for rank 0 to prepare the data in "
                 f"{answer.parent.parent}; is that folder shared by all nodes? `sgt-titan prepare` builds it beforehand"
             )
         time.sleep(POLL_SECONDS)
-    if "error" in said:
-        raise UserError(said["error"])
-    return _open_or_fail(cache_dir(config) / said["directory"], config.data.validation_samples)
 
 
 def _session() -> str:

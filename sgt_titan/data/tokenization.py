@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,9 @@ def tokenize_rows(
     """All rows as chunks, in order, holding a few chunks in memory at a time.
 
     ``workers`` processes; None: one per available core when there are more than PARALLEL_ROWS rows.
+
+    Raises:
+        UserError: as ``tokenize_chunk``; a process was killed.
     """
     ranges = [(a, min(a + CHUNK_ROWS, len(rows))) for a in range(0, len(rows), CHUNK_ROWS)]
     if workers is None:
@@ -246,21 +250,34 @@ def tokenize_rows(
         for start, stop in ranges:
             yield tokenize_chunk(rows, tokenizer, options, start, stop)
         return
-    # Spawned, not forked: the parent may hold threads of torch and of the tokenizer. A pool feeds no faster than
-    # results are taken, by submitting a window of chunks.
+    # Spawned, not forked: the parent may hold threads of torch and of the tokenizer. A pipe each and chunks in turn: a
+    # killed process is the end of its pipe at once, where a pool's shared queues would wait for ever.
     import multiprocessing
-    from collections import deque
 
-    window: deque = deque()
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (rows, str(tokenizer_dir), options)) as pool:
-        pending = iter(ranges)
-        for bounds in pending:
-            window.append(pool.apply_async(_work, bounds))
-            if len(window) >= 2 * workers:
-                yield window.popleft().get()
-        while window:
-            yield window.popleft().get()
+    context, pipes = multiprocessing.get_context("spawn"), []
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            pipes.append(ours)
+            context.Process(target=_work, args=(theirs, rows, str(tokenizer_dir), options), daemon=True).start()
+            theirs.close()
+        asked = 0
+        for chunk in range(len(ranges)):
+            while asked < min(chunk + 2 * workers, len(ranges)):  # no faster than results are taken
+                pipes[asked % workers].send(ranges[asked])
+                asked += 1
+            result = pipes[chunk % workers].recv()
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    except (EOFError, ConnectionError):
+        raise UserError(
+            f"data.source: a process that tokenized {rows.name} was killed, most likely for want of memory; start "
+            "again with more memory or fewer cores (one process each)"
+        ) from None
+    finally:
+        for pipe in pipes:
+            pipe.close()  # a process that reads the end of its pipe ends
 
 
 def tokenizer_files(directory: str) -> list[Path]:
@@ -269,15 +286,15 @@ def tokenizer_files(directory: str) -> list[Path]:
     return [root / name for name in sorted(TOKENIZER_FILES) if (root / name).is_file()]
 
 
-_worker: tuple[Rows, Any, Options] | None = None
-
-
-def _start_worker(rows: Rows, tokenizer_dir: str, options: Options) -> None:
-    global _worker
+def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: Options) -> None:
+    """A process: row ranges come, chunks or errors go, until the pipe is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
-    _worker = (rows, load_tokenizer(tokenizer_dir), options)
-
-
-def _work(start: int, stop: int) -> Chunk:
-    assert _worker is not None
-    return tokenize_chunk(*_worker, start, stop)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            bounds = pipe.recv()
+            try:
+                result: Chunk | Exception = tokenize_chunk(rows, tokenizer, options, *bounds)
+            except Exception as error:
+                result = error
+            pipe.send(result)

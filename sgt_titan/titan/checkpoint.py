@@ -138,10 +138,11 @@ class SGTCheckpointManager(BaseCheckpointManager):
                 f"{path}: no space left to save step {step}; kept {kept.name if kept else 'no checkpoint'}; "
                 "free space or set checkpoint.keep_latest lower, then start the same command again"
             ) from None
+        self.damaged.discard(path)
         if dist.get_rank() == 0:
             took = time.perf_counter() - began
             logger.info(f"Saved step {step} to {path} in {took:.2f} s, after copying it in {self.stall:.3f} s")
-            disk.prune(self.output_dir, self.config.keep_latest_k)
+            disk.prune(self.output_dir, self.config.keep_latest_k, damaged=self.damaged)
 
     def _write_files(self, path: Path, tensors: dict[str, torch.Tensor], state: str) -> None:
         def prepare() -> None:
@@ -180,6 +181,25 @@ class SGTCheckpointManager(BaseCheckpointManager):
         self.writer.shutdown()  # a save under way is finished, so that what it holds is not lost
 
     # -- loading ---------------------------------------------------------------------------------------------------
+
+    def require_same_weights(self) -> None:
+        """Before anything is written: changes that were accepted may be too large to go on.
+
+        Raises:
+            UserError: the newest checkpoint holds tensors of other names or shapes.
+        """
+        path = disk.latest_committed(self.output_dir)
+        if path is None or disk.problems(path):
+            return  # nothing to go on from, or ``load`` will say so
+        entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()
+        stored = {name: tuple(e.size) for name, e in entries if not name.startswith(OPTIMIZER) and name != RNG}
+        mine = {name: tuple(tensor.shape) for name, tensor in self.weights().items()}
+        if differing := sorted(name for name in stored | mine if stored.get(name) != mine.get(name)):
+            there, here = (shapes.get(differing[0], "not at all") for shapes in (stored, mine))
+            raise UserError(
+                f"{path}: holds {differing[0]} as {there}, this run as {here}; a run whose weights have other shapes "
+                "cannot go on from it: choose another run.output_dir"
+            )
 
     def _load(self, step: int = -1) -> bool:
         damaged = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from .metrics import SGTMetricsProcessor
 from .optimizer import GuardedOptimizers
 from .options import common
 from .startup import check_output_dir
+from .timeline import Timeline
 from .trainer import SGTTrainer, same_on_all_ranks
 
 TERMS = {"loss": "loss/total", "agreement": "utility/top1_accuracy"}
@@ -53,6 +54,7 @@ class Prepared:
     train_source: BatchSource
     probe_source: BatchSource
     fingerprints: dict[str, str]
+    timeline: Timeline = field(default_factory=Timeline)
 
     def identity(self) -> dict[str, Any]:
         versions = {module.__name__: module.__version__ for module in (sgt_titan, torch, torchtitan, transformers)}
@@ -115,7 +117,7 @@ class FinetuneTrainer(SGTTrainer):
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
         """Held-out loss, nats per token, and perplexity; the same on every rank. Collective."""
-        total, rows = self.run.metrics.probe_samples, self.run.training.local_batch_size
+        total, rows = self.prepared.probe_source.global_batch_size, self.run.training.local_batch_size
         sums = torch.zeros(len(TERMS), device=self.device)
         for start in range(0, total, rows * self.dp_size):
             first = start + self.dp_rank * rows
@@ -158,7 +160,11 @@ def to_trainer_config(config: Config) -> FinetuneTrainer.Config:
         ),
         dataloader=SGTDataLoader.Config(source=prepared.train_source),
         checkpoint=FinetuneCheckpoints.Config(
-            enable=True, initial_load_model_only=False, identity=prepared.identity(), config_yaml=dump(config)
+            enable=True,
+            initial_load_model_only=False,
+            identity=prepared.identity(),
+            config_yaml=dump(config),
+            asynchronous=config.checkpoint.asynchronous,
         ),
         metrics=FinetuneMetrics.Config,
         prepared=prepared,

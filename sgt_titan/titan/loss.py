@@ -98,6 +98,8 @@ class SGTLoss(BaseLoss):
 
         def mutual_information() -> torch.Tensor:
             nonlocal mi_offset
+            if pairs.size == 1:
+                return torch.full_like(mi_offset, torch.nan)  # shown as not measured; it has no weight
             loss, mi_offset = self._mi(pred, obfuscate_BT, mask_BT, part, pairs)
             mi_offset = mi_offset / counts.rows
             return loss / counts.rows

@@ -84,9 +84,8 @@ class SGTMetricsProcessor(MetricsProcessor):
         now = time.perf_counter()
         elapsed = now - self.time_last_log
         terms = self.reduced(self.sums)
-        latest = {"step": step, **terms, "grad_norm": grad_norm}
-        if all(map(math.isfinite, latest.values())):  # these go into checkpoints, where no NaN belongs
-            self.latest = latest
+        if math.isfinite(terms["loss"]) and math.isfinite(grad_norm):
+            self.latest = _finite({"step": step, **terms, "grad_norm": grad_norm})
         per_rank = self.ntokens_since_last_log / (elapsed * self.parallel_dims.non_data_parallel_size)
         ranks = dist.get_world_size()
         memory = self.device_memory_monitor.get_peak_stats()
@@ -130,11 +129,11 @@ class SGTMetricsProcessor(MetricsProcessor):
 
     def log_probe(self, step: int, values: dict[str, float]) -> None:
         """Held-out measurements."""
-        self.latest_probe = values
+        self.latest_probe = _finite(values)
         self.logger.log({f"probe/{name}": value for name, value in values.items()}, step)
         self._clear_line()
         logger.info(f"probe at step {step}:  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        self.ntokens_since_last_log = 0  # the probe's time is not training time
+        self.ntokens_since_last_log = self.teacher_tokens_read = 0  # the probe's time is not training time
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
 
@@ -154,3 +153,8 @@ class SGTMetricsProcessor(MetricsProcessor):
     def _clear_line(self) -> None:
         if self.live:
             sys.stderr.write("\r\x1b[K")
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    """What goes into checkpoints, where no NaN belongs: a term that was not measured is NaN."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}

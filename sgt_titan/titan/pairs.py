@@ -20,7 +20,7 @@ class PairGroups:
     """Where the partners of the mutual-information term are: ``size`` consecutive rows of the global microbatch.
 
     Attributes:
-        size: rows of a group.
+        size: rows of a group; 1: there are no pairs.
         process_group: the data-parallel ranks that share a group, or None where a rank holds whole groups.
         first: place of this rank's first row in its group (0 where a rank holds whole groups).
     """

@@ -33,6 +33,7 @@ from sgt_titan.data.cache import wait_or_prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
 from sgt_titan.export import export_checkpoint
+from sgt_titan.folders import writable
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
 from sgt_titan.transform.trunk_files import TrunkFiles
 
@@ -174,11 +175,28 @@ def sources(config: Config, tokenizer: Any) -> tuple[BatchSource, BatchSource, s
         pad_id=pad,
     )
     train_source = source(dataset.train, global_batch_size=config.training.global_batch_size)
+    check_positions(config, train_source)
     held_out = dataset.validation if len(dataset.validation) else dataset.train
-    probe_source = source(held_out, global_batch_size=config.metrics.probe_samples)
+    if config.metrics.probe_every and held_out is dataset.train and rank() == 0:
+        logger.warning(f"{len(dataset)} samples are too few to hold any out: what the probe calls held-out is not")
+    # Whole pair groups: a row without its partners would count as one that tells nothing.
+    group = config.objective.mi_group
+    probe_source = source(held_out, global_batch_size=-(-config.metrics.probe_samples // group) * group)
     if config.training.steps == 0:
         config.training.steps = train_source.steps(config.training.epochs)
     return train_source, probe_source, dataset.fingerprint
+
+
+def check_positions(config: Config, source: BatchSource) -> None:
+    """Raises UserError if a term of the objective would have no position to be measured at, and so read as perfect."""
+    counts, data = source.epoch_counts, config.data
+    if not counts.utility_tokens:
+        raise UserError(
+            f"objective.utility_positions response: no sample of {data.source} has a response within training.seq_len "
+            f"{config.training.seq_len}; set it to all, or raise training.seq_len, or set data.prompt_tokens for text"
+        )
+    if config.run.task == "sgt" and not counts.obfuscated_tokens:
+        raise UserError(f"data.source: no sample of {data.source} has a token to obfuscate; prompts are empty")
 
 
 def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: TrunkFiles) -> None:
@@ -235,11 +253,12 @@ def check_output_dir(prepared: Prepared) -> int:
     Checksums are the loading ranks' business: they share that work, and here every rank is on its own.
 
     Raises:
-        UserError: the directory holds something else, or a run that differs in what is learned.
+        UserError: it is no place to write to, or holds something else, or a run that differs in what is learned.
     """
     config = prepared.config
     folder = Path(config.run.output_dir)
     run_file = folder / RUN_FILE
+    writable(folder, "run.output_dir")
     if not run_file.is_file():
         foreign = [p.name for p in folder.iterdir() if p.name not in _HARMLESS] if folder.is_dir() else []
         if foreign:
@@ -279,7 +298,6 @@ _HARMLESS = {
     "comm_traces",
     "structured_logs",
     CONFIG_FILE,
-    checkpoint.FOLDER,
 }
 
 
@@ -295,6 +313,6 @@ def finish(config: Config, attempt: str, step: int) -> None:
     """After the last step: export, and say that nothing is left to do (rank 0)."""
     folder = Path(config.run.output_dir)
     if config.export.at_end:
-        export_checkpoint(checkpoint.latest_committed(folder), folder / "export", overwrite=True)
+        export_checkpoint(checkpoint.step_dir(folder, step), folder / "export", overwrite=True)
         logger.info(f"Exported to {folder / 'export'}")
     status.write(folder, "finished", attempt=attempt, step=step)

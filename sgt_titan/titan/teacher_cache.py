@@ -90,7 +90,7 @@ class TeacherCache:
         writer: whether this rank writes (one of those that hold the same rows).
 
     Raises:
-        UserError: the folder holds the cache of another trunk, data set or k.
+        UserError: the folder holds the cache of another trunk, data set or k, or cannot be written to.
     """
 
     def __init__(
@@ -106,26 +106,19 @@ class TeacherCache:
         self.folder, self.k, self.writer = Path(folder), min(k, vocabulary), writer
         self.record = _record(self.k, vocabulary)
         meta = {"format": FORMAT, "k": self.k, "vocabulary": vocabulary, "samples": len(lengths), **identity}
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "meta.json"
         wanted = json.dumps(meta, indent=1, sort_keys=True)
-        if not file.exists():
-            write_durably(file, wanted)  # every rank writes the same
         try:
-            found = json.loads(file.read_text())
-        except ValueError:
-            raise UserError(f"{file}: not JSON; delete {folder} to store the teacher's output again") from None
-        differing = [key for key in sorted({*meta, *found}) if meta.get(key) != found.get(key)]
-        if differing:
-            old, new = (str(values.get(differing[0]))[:16] for values in (found, meta))
-            raise UserError(
-                f"teacher_cache.dir: {folder} was made with another {differing[0]} ({old}, now {new}); choose another "
-                "directory or delete it"
-            )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                write_durably(file, wanted)  # every rank writes the same
+            _require_same(file, meta)
+            self.file = os.open(self.folder / "teacher.bin", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise UserError(f"teacher_cache.dir: cannot write {folder}: {error.strerror}") from None
         self.salt = zlib.crc32(wanted.encode())
         slots = HEADER.size + lengths.astype(np.int64) * self.record.itemsize
         self.offsets = np.concatenate(([0], np.cumsum(slots)))
-        self.file = os.open(self.folder / "teacher.bin", os.O_RDWR | os.O_CREAT, 0o600)
 
     def close(self) -> None:
         os.close(self.file)
@@ -183,19 +176,38 @@ class TeacherCache:
         )
 
     def store(self, documents: Sequence[Sequence[Document]], utility_BT: torch.Tensor, targets: Targets) -> None:
-        """The inverse of ``lookup``."""
+        """The inverse of ``lookup``. Where the disk is full the teacher goes on being asked: nothing more is stored."""
         if not self.writer:
             return
         records = np.empty(len(targets.tail_N), self.record)
         for name, tensor in zip(("ids", "probabilities", "tail"), targets, strict=True):
             records[name] = tensor.cpu().numpy()
         start = 0
-        for sample, count in _samples(documents, utility_BT):
-            self.write(sample, records[start : start + count])
-            start += count
+        try:
+            for sample, count in _samples(documents, utility_BT):
+                self.write(sample, records[start : start + count])
+                start += count
+        except OSError as error:
+            self.writer = False
+            logger.warning(f"Teacher cache: {self.folder}: {error.strerror}; nothing more is stored in this attempt")
 
     def _crc(self, sample: int, count: int, body: bytes) -> int:
         return zlib.crc32(body, zlib.crc32(struct.pack("<QQ", sample, count), self.salt))
+
+
+def _require_same(file: Path, meta: dict[str, Any]) -> None:
+    """Raises UserError unless ``file`` says ``meta``."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file}: not JSON; delete {file.parent} to store the teacher's output again") from None
+    differing = [key for key in sorted({*meta, *found}) if meta.get(key) != found.get(key)]
+    if differing:
+        old, new = (str(values.get(differing[0]))[:16] for values in (found, meta))
+        raise UserError(
+            f"teacher_cache.dir: {file.parent} was made with another {differing[0]} ({old}, now {new}); choose another "
+            "directory or delete it"
+        )
 
 
 def _samples(documents: Sequence[Sequence[Document]], utility_BT: torch.Tensor) -> Iterator[tuple[int, int]]:

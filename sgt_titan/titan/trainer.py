@@ -16,6 +16,7 @@ from torchtitan.trainer import Trainer
 
 from sgt_titan.cluster import status
 from sgt_titan.cluster.ownership import Ownership
+from sgt_titan.config.resolve import pair_groups_fit
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.errors import UserError
 from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
@@ -63,7 +64,9 @@ class SGTTrainer(Trainer):
         tp_rank = self.tp_group.rank() if self.tp_group else 0
         batch_mesh = dims.get_optional_mesh("batch")
         self.dp_rank, self.dp_size = (batch_mesh.get_local_rank(), batch_mesh.size()) if batch_mesh else (0, 1)
-        self.pairs = make_pair_groups(self.run.objective.mi_group, self.run.training.local_batch_size, batch_mesh)
+        # Rows that make no whole groups are refused only where the MI term has a weight; elsewhere it is not measured.
+        group = self.run.objective.mi_group if pair_groups_fit(self.run, self.dp_size) else 1
+        self.pairs = make_pair_groups(group, self.run.training.local_batch_size, batch_mesh)
         self.metrics_processor.num_hardware_flops_per_token = prepared.hardware_flops(model)
         self.metrics_processor.teacher_flops_per_token = 2 * matmul_parameters(model.trunk)
         self.teacher_cache = open_teacher_cache(prepared, model.config.trunk_dtype, writer=tp_rank == 0)
@@ -127,6 +130,8 @@ class SGTTrainer(Trainer):
             self.watchdog.beat(self.patience)
 
     def _claim(self, owner: Ownership) -> None:
+        if self.run.checkpoint.accept_changes:
+            self.checkpointer.require_same_weights()
         owner.acquire()
         claim_output_dir(self.prepared)
         status.write(self.run.run.output_dir, "running", attempt=owner.attempt, step=self.step)
@@ -202,8 +207,8 @@ class SGTTrainer(Trainer):
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
         """Held-out utility and what a nearest-neighbour attacker reads, the same on every rank. Collective."""
-        total, rows = self.run.metrics.probe_samples, self.run.training.local_batch_size
         source: BatchSource = self.prepared.probe_source
+        total, rows = source.global_batch_size, self.run.training.local_batch_size
         table_VD = self.prepared.files.embedding_table().to(self.device)
         ranks, sums = [], torch.zeros(len(REPORTED), device=self.device)
         model = self.model_parts[0]

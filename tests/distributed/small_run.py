@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import sgt_titan
 
-# 5 held-out rows are probed, which no number of ranks divides. Every term has a weight, one of them with a ramp, so
-# that each of their gradients counts.
+# 5 held-out rows, 6 in whole pair groups, are probed, which the 4 rows of a microbatch do not divide. Every term has a
+# weight, one of them with a ramp, so that each of their gradients counts.
 CONFIG = {
     "run": {"name": "small"},
     "estimator": {"layers": 1, "std_init": 0.5},

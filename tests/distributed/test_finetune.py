@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import launch
-from sgt_titan import checkpoint
+from sgt_titan import checkpoint, train
 from sgt_titan.conjformer.command import main as conjform
 
 pytestmark = pytest.mark.distributed
@@ -48,6 +48,15 @@ def test_data_parallel_ranks_train_what_one_trains(small, options, two_ranks):
     assert a.keys() == b.keys() and "lm_head.weight" not in a
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], atol=1e-4, rtol=0)
+
+
+def test_torchtitans_own_launcher_gets_all_that_a_run_needs(small, options):
+    from sgt_titan.titan.config import to_trainer_config
+
+    name, *words = small.words(small.new_folder(), *options, "--checkpoint.asynchronous", "false")
+    config = to_trainer_config(train.prepared(name, words, 1))
+    assert config.checkpoint.asynchronous is False
+    config.prepared.timeline.mark("build")  # the trainer's first act
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(small, options, two_ranks):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from sgt_titan import checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -171,3 +172,13 @@ def assert_same_terms(found, expected, steps=range(1, 11)) -> None:
 def relative(a: float, b: float) -> float:
     assert math.isfinite(a) and math.isfinite(b)
     return abs(a - b) / max(abs(a), abs(b), 1e-12)
+
+
+def test_without_mi_rows_need_no_pairs(small):
+    """Three ranks with a row each make no groups of two."""
+    options = ("--objective.mi.weight", "0", "--objective.mi.start", "0", "--objective.mi.ramp_steps", "0")
+    run = small.finish(3, *options, ROWS, "1", "--training.global_batch_size", "3", "--training.steps", "2")
+    assert all(math.isnan(values["loss/mi_nats_per_feature"]) for values in run.scalars.values())
+    assert all(math.isfinite(values["loss/total"]) for values in run.scalars.values())
+    state = checkpoint.read_state(checkpoint.step_dir(run.output_dir, 2))
+    assert "mi" not in state["metrics"] and state["metrics"]["step"] == 2

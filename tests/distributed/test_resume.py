@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -240,6 +241,25 @@ def test_another_run_in_the_directory(change, named, copy, small):
     assert launch.snapshot(copy / "out") == before
     run = small.finish(1, *words, "--checkpoint.accept_changes", "true", folder=copy)
     assert "step-00000006" in run.outcome.output[0] and committed(copy / "out")[0] == 7
+
+
+@pytest.mark.parametrize("change", ["--estimator.layers=2", "--estimator.body=separate"])
+def test_weights_of_other_shapes_cannot_be_accepted(change, copy, small):
+    before = (copy / "out" / "config.yaml").read_text()
+    _, outcome = small.run(1, *SHORT, "--training.steps", "7", change, "--checkpoint.accept_changes", folder=copy)
+    assert outcome.codes == [2]
+    assert re.search(r"step-00000006: holds sgt\.bodies\S+ as not at all, this run as \(", one_line(outcome))
+    assert (copy / "out" / "config.yaml").read_text() == before
+    small.finish(1, *SHORT, "--training.steps", "7", folder=copy)
+
+
+def test_changes_may_be_accepted_though_the_newest_checkpoint_is_damaged(copy, small):
+    file = next(checkpoint.step_dir(copy / "out", 6).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])  # the end of its header is missing
+    words = (*SHORT, "--training.steps", "5", "--optimizer.lr", "2e-3", "--checkpoint.accept_changes", "true")
+    run = small.finish(1, *words, "--export.at_end", "true", folder=copy)
+    assert "step-00000004" in run.outcome.output[0] and committed(copy / "out")[:2] == [6, 5]
+    assert (copy / "out" / "export" / "config.json").is_file()  # of step 5, though 6 is newer
 
 
 def test_a_directory_of_somebody_else(tmp_path, small):

@@ -327,6 +327,7 @@ def test_neighbours_of_the_mistakes_are_accepted():
     accepts("objective.mi_group=2", world_size=2)
     accepts("objective.mi_group=3", "objective.preset=abs_cos")  # no MI, no pairs
     accepts("training.local_batch_size=1", "objective.preset=abs_cos")
+    accepts("training.local_batch_size=1", "run.task=finetune")
     accepts("objective.utility_positions=response", "data.format=text", "data.prompt_tokens=8")
     accepts("training.steps=5", "training.epochs=0")
     multimodal = {"text_config": TRUNK}

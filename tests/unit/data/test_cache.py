@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -250,6 +251,16 @@ def test_other_ranks_open_what_rank_0_built(chats, make_config, tokenizer_dir, m
     config.data.truncation = "drop"
     with pytest.raises(UserError, match=r"data\.cache_dir: rank 3 waited 0\.1 s for rank 0"):
         wait_or_prepare(config, tokenizer_dir, 3, session="s", timeout_seconds=0.1)
+
+
+def test_other_ranks_wait_where_the_answer_of_an_earlier_start_is_out_of_date(chats, make_config, tokenizer_dir):
+    config = make_config(chats)
+    built = wait_or_prepare(config, tokenizer_dir, 0, session="s", progress=False)
+    shutil.rmtree(built.directory)  # as the message about a damaged one advises
+    again = threading.Timer(0.2, wait_or_prepare, (config, tokenizer_dir, 0), {"session": "s", "progress": False})
+    again.start()
+    assert wait_or_prepare(config, tokenizer_dir, 1, session="s", timeout_seconds=30).fingerprint == built.fingerprint
+    again.join()
 
 
 def test_other_ranks_get_the_error_of_rank_0(make_config, tokenizer_dir, write, monkeypatch):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing.pool import ThreadPool
+import os
+import threading
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,10 +111,16 @@ def test_hash_is_that_of_the_whole_row(write, make_config, tokenizer_dir):
     assert len(set(short.hashes.tolist())) == 2
 
 
+def thread(target, args, daemon) -> threading.Thread:
+    pipe, *rest = args
+    own = Connection(os.dup(pipe.fileno()))  # as a process has its own end
+    return threading.Thread(target=target, args=(own, *rest), daemon=daemon)
+
+
 @pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.distributed)])
 def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokenizer_dir, monkeypatch, kind):
-    if kind == "threads":  # the same pool without the seconds a process takes to import
-        context = SimpleNamespace(Pool=ThreadPool)
+    if kind == "threads":  # the same without the seconds a process takes to import
+        context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=thread)
         monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     rows = [{"text": f"the cat {i} sat on {i * i} mats"} for i in range(2100)]
     expected = all_chunks(make_config(write(rows[:2000], "good.jsonl")), tokenizer_dir)
@@ -128,6 +136,17 @@ def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokeniz
     with pytest.raises(UserError) as error:
         next(found)
     assert str(error.value) == f"{path}: row 2101: has no 'text' (field 'text')"
+
+
+@pytest.mark.distributed
+def test_a_killed_worker_is_an_error(write, make_config, tokenizer_dir):
+    config = make_config(write([{"text": f"the cat {i} sat"} for i in range(20_000)]))
+    opened, tokenizer = load_rows(config.data), load_tokenizer(tokenizer_dir)
+    found = tokenize_rows(opened, tokenizer, tokenizer_dir, make_options(config, opened, tokenizer), workers=2)
+    next(found)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(UserError, match=r"rows\.jsonl was killed, most likely for want of memory"):
+        list(found)
 
 
 def test_template_refusal_names_the_row(write, make_config, make_tokenizer):

@@ -119,6 +119,15 @@ def test_prune_keeps_the_newest_committed(tmp_path):
     assert checkpoint.prune(tmp_path, 9) == []
 
 
+def test_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
+    """Gone on from 10 because the two after it are damaged, with fewer to keep, a step at a time."""
+    for step in (10, 11, 12, 20, 30):
+        write(tmp_path, step)
+    damaged = {checkpoint.step_dir(tmp_path, step) for step in (20, 30)}
+    assert [checkpoint.step_of(path) for path in checkpoint.prune(tmp_path, 2, damaged=damaged)] == [10]
+    assert steps(tmp_path) == [30, 20, 12, 11]
+
+
 def test_prune_without_a_committed_one_deletes_nothing(tmp_path):
     for step in (10, 20):
         write(tmp_path, step, committed=False)

@@ -219,6 +219,13 @@ def test_terms_without_weight_have_no_gradient_but_are_reported(data):
     assert loss.item() == pytest.approx(reported["utility"].item())
 
 
+def test_without_pairs_the_mi_term_is_not_measured(data):
+    loss, reported = run(only(abs_cos=1.0), data, group=1)
+    expected, others = run(only(abs_cos=1.0), data, group=2)
+    assert loss == expected and reported["mi"].isnan()
+    assert [name for name in REPORTED if reported[name] != others[name]] == ["mi"]
+
+
 def test_ramp_follows_the_step(data):
     """Step 1 is the first: nothing has been learned, so the ramp is at its start."""
     options = only()

@@ -60,6 +60,14 @@ def test_eta(monkeypatch, first, step, seconds, total, expected):
     assert processor.eta(step) == expected
 
 
+def test_what_was_not_measured_stays_out_of_checkpoints(gloo):
+    processor = bare(logger=SimpleNamespace(log=lambda *args: None), data_loading_times=[1.0], teacher_tokens_read=7)
+    processor.log_probe(3, {"held-out kl": 0.5, "held-out mi": float("nan")})
+    assert processor.latest_probe == {"held-out kl": 0.5}
+    # The time before a probe does not count, so neither does what was done in it.
+    assert processor.teacher_tokens_read == processor.ntokens_since_last_log == 0
+
+
 def test_progress_line_is_for_terminals_only(capsys, monkeypatch):
     processor = bare(first_step=1, started=time.perf_counter(), config=SimpleNamespace(total_steps=4))
     processor.show_progress(2)

@@ -15,6 +15,7 @@ from sgt_titan import checkpoint
 from sgt_titan.config.keys import keys
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
+from sgt_titan.titan import startup
 from sgt_titan.titan.startup import (
     CONFIG_FILE,
     MAY_DIFFER,
@@ -54,6 +55,7 @@ def commit(prepared, step):
     path = checkpoint.step_dir(prepared.config.run.output_dir, step)
     path.mkdir(parents=True)
     checkpoint.commit(path, {})
+    return path
 
 
 def test_new_empty_and_own_directories(prepared, tmp_path):
@@ -82,6 +84,20 @@ def test_foreign_directory(prepared, tmp_path):
         f"run.output_dir: {folder} holds 'chapter1.tex' and is not a run of ours; choose another directory"
     )
     assert (folder / "chapter1.tex").exists()
+
+
+def test_checkpoints_of_nobody_known_are_not_gone_on_from(prepared):
+    """Without the record of the run that wrote them nothing says what they were trained on."""
+    folder = commit(prepared, 7).parents[1]
+    (folder / RUN_FILE).unlink()
+    assert refused(prepared).startswith(f"run.output_dir: {folder} holds 'checkpoints' and is not a run of ours")
+
+
+@pytest.mark.parametrize("below", [(), ("a", "b")])
+def test_output_dir_that_cannot_be_made(prepared, tmp_path, below):
+    (tmp_path / "file").touch()
+    prepared.config.run.output_dir = wanted = str(tmp_path.joinpath("file", *below))
+    assert refused(prepared) == f"run.output_dir: {wanted} cannot be made: {tmp_path}/file is not a directory"
 
 
 def test_changed_objective_is_named_with_the_flag_that_overrides(prepared):
@@ -162,6 +178,37 @@ def test_steps_from_epochs(make_run):
     assert prepare(make_run("--training.steps=17")).config.training.steps == 17
 
 
+def test_an_objective_without_positions_is_refused(make_run, tmp_path):
+    """Its terms would read 0: a perfect utility, a perfect obfuscation."""
+    rows = [{"messages": [{"role": "user", "content": f"say {i}"}]} for i in range(12)]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"objective\.utility_positions response: no sample of .*asked\.jsonl has"):
+        prepare(make_run(f"--data.source={asked}", "--objective.utility_positions=response"))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"instruction": "", "output": "yes, of course"}\n')
+    with pytest.raises(UserError, match=r"no sample of .*answers\.jsonl has a token to obfuscate; prompts are empty"):
+        prepare(make_run(f"--data.source={answers}", "--data.min_prompt_tokens=0"))
+
+
+def test_training_rows_are_not_called_held_out(make_run, rows_file, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(startup.logger, "warning", said.append)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:6]))
+    prepare(make_run(f"--data.source={few}"))
+    prepare(make_run("--metrics.probe_every=1"))
+    assert said == []
+    prepare(make_run(f"--data.source={few}", "--metrics.probe_every=1"))
+    assert said == ["6 samples are too few to hold any out: what the probe calls held-out is not"]
+
+
+def test_a_probe_holds_whole_pair_groups(make_run):
+    for samples, rows in ((4, 4), (5, 6), (1, 2)):
+        source = prepare(make_run(f"--metrics.probe_samples={samples}", "--objective.mi_group=2")).probe_source
+        assert source.global_batch_size == rows
+
+
 def test_a_fine_tuned_trunk_is_another_trunk(make_run, trunk_dir, tmp_path, shared):
     path = shutil.copytree(trunk_dir("llama"), tmp_path / "tuned")
     tensors = load_file(path / "model.safetensors")
@@ -212,6 +259,9 @@ def test_once_builds_once_and_others_wait_for_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert once(file, build) == {"a": 1.5}
     assert calls == [1]
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*deeper: Not a directory"):
+        once(file / "deeper" / "y.json", build)
 
 
 def test_float8_products_need_a_gpu_that_has_them(monkeypatch):

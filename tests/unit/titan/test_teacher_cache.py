@@ -11,6 +11,7 @@ import torch
 from sgt_titan.data.batch import Document
 from sgt_titan.errors import UserError
 from sgt_titan.objectives.top_k import Targets
+from sgt_titan.titan import teacher_cache
 from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.dataloader import microbatch_inputs
 from sgt_titan.titan.teacher_cache import TeacherCache, bytes_per_token
@@ -109,6 +110,25 @@ def test_unreadable_meta_is_refused(tmp_path):
 def test_only_its_owner_may_read_it(tmp_path):
     cache(tmp_path).close()
     assert (tmp_path / "cache" / "teacher.bin").stat().st_mode & 0o077 == 0
+
+
+def test_no_place_for_it(tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=r"teacher_cache\.dir: cannot write .*/cache: File exists"):
+        cache(tmp_path)
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    found, warned = cache(tmp_path), []
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher_cache.os, "pwrite", full)
+    monkeypatch.setattr(teacher_cache.logger, "warning", warned.append)
+    for _ in range(2):
+        found.store(DOCUMENTS, UTILITY, targets())
+    assert look(found) is None and len(warned) == 1 and "No space left on device" in warned[0]
 
 
 def test_a_rank_that_does_not_write_does_not(tmp_path):
