@@ -120,7 +120,9 @@ class Service:
 
     def _options(self, request: ChatRequest | CompletionRequest, tokens: int, context: int | None) -> Options:
         chat = isinstance(request, ChatRequest)
-        wanted = (request.max_completion_tokens or request.max_tokens) if chat else request.max_tokens
+        wanted = request.max_tokens
+        if chat and request.max_completion_tokens is not None:
+            wanted = request.max_completion_tokens
         room = self.settings.max_tokens if context is None else context - tokens
         if room < 1 or (wanted is not None and wanted > room):
             raise RequestError(

@@ -151,7 +151,10 @@ def test_refusals_are_explained(status, payload, code, handed_on):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"max_tokens": 0}, {"n": 0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"stop": ("",)}, {"logprobs": 99}],
+    [
+        *({"max_tokens": 0}, {"n": 0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 1.5}),
+        *({"stop": ("",)}, {"logprobs": 99}, {"seed": 10**400}),
+    ],
 )
 def test_options_out_of_range(bad):
     with pytest.raises(UserError, match=next(iter(bad))):

@@ -82,7 +82,10 @@ def shared(_loaded, sgt):
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 51}, "at most 50"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0, "max_tokens": 5}, "max_tokens"),
         ({"n": 1000}, "n: 1000"),
+        ({"n": 0}, "n: 0"),
+        ({"seed": 10**400}, "seed"),  # more than a float holds
         ({"stop": [CANARY] * 17}, "at most 16"),
         ({"top_logprobs": 3}, "needs logprobs"),
         ({"logit_bias": {"17": 3}}, "logit_bias: unsupported; token ids would leave"),
