@@ -19,10 +19,15 @@ def encode_with_tools(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]
 ) -> EncodedPrompt:
     """``encode_turns`` of a chat whose template is given ``tools``. Raises UserError if it does not render them."""
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise UserError("tools: every tool must be an object")
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools: must be a list of objects")
     without = encode_turns(tokenizer, turns, template="chat", add_generation_prompt=True)
-    with_tools = encode_turns(_WithTools(tokenizer, list(tools)), turns, template="chat", add_generation_prompt=True)
+    try:
+        with_tools = encode_turns(
+            _WithTools(tokenizer, list(tools)), turns, template="chat", add_generation_prompt=True
+        )
+    except Exception:  # a template may fail in any way over a tool that it does not expect, and say its words
+        raise UserError("tools: the chat template of this model fails over them; check their form") from None
     if with_tools.ids == without.ids:
         raise UserError("tools: the chat template of this model does not render them; leave them out")
     start = _shared(without.ids, with_tools.ids)
