@@ -103,8 +103,8 @@ def deltas(data: str, read: Any, scanners: list[StopScanner], wire: Wire) -> Ite
     try:
         event = json.loads(data)
         check_event(event, wire)
-        found = list(read(event))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        found = [_checked(delta) for delta in read(event)]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UpstreamError("the upstream sent an event that cannot be read", code="upstream_malformed") from None
     for delta in found:
         if not 0 <= delta.index < len(scanners):
@@ -112,6 +112,17 @@ def deltas(data: str, read: Any, scanners: list[StopScanner], wire: Wire) -> Ite
         shown = scanners[delta.index].feed(delta)
         if shown is not None:
             yield shown
+
+
+def _checked(delta: Delta) -> Delta:
+    """A delta that can be added up and written out again. Raises TypeError or ValueError."""
+    if not isinstance(delta.finish_reason, str | None) or not isinstance(delta.tokens, int | None):
+        raise TypeError
+    texts = [delta.text]
+    for entry in delta.logprobs:
+        texts += [entry.token, *(token for token, _ in entry.top)]
+    "".join(texts).encode()  # half a character, which JSON can escape, is none
+    return delta
 
 
 def check_complete(scanners: list[StopScanner]) -> None:
@@ -124,7 +135,7 @@ def parsed(content: bytes) -> Any:
     """JSON, or None."""
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

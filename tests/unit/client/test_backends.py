@@ -134,9 +134,9 @@ def test_half_the_bytes_in_bfloat16(servers, embeds_TD, trunk):
     assert torch.equal(trunk.received[-2], embeds_TD.bfloat16().float())
 
 
-def refusal(url, embeds_TD, kind=VLLM, **options):
+def refusal(url, embeds_TD, kind=VLLM, timeout=20, logprobs=None, **options):
     with pytest.raises(UpstreamError) as refused:
-        kind(url, timeout=0.3, **options).generate(embeds_TD, max_tokens=4)
+        kind(url, timeout=timeout, **options).generate(embeds_TD, max_tokens=4, logprobs=logprobs)
     assert "\n" not in str(refused.value)
     return refused.value
 
@@ -157,7 +157,7 @@ def test_what_a_server_refuses_is_explained(chat_trunk, embeds_TD):
         trunk.key, trunk.break_after = None, 2
         assert refusal(vllm, embeds_TD).code == "upstream_error"
         trunk.break_after, trunk.delay_s = None, 1.0
-        slow = refusal(vllm, embeds_TD)
+        slow = refusal(vllm, embeds_TD, timeout=0.3)
         assert (slow.code, slow.status) == ("upstream_timeout", 504)
 
 
@@ -194,23 +194,33 @@ def test_an_answer_cut_off_is_no_answer(embeds_TD):
     from starlette.responses import Response
 
     app = FastAPI()
-    bodies = iter(
-        [
-            'data: {"choices": [{"index": 0, "text": "half"}]}\n\n',
-            'data: {"choices": [{"index": 0, "text": "half"}]}\n\ndata: [DONE]\n\n',
-            "data: not json\n\n",
-            'data: {"choices": [{"index": 5, "text": "x"}]}\n\n',
-            "data: [1]\n\n",
-        ]
-    )
+    whole = 'data: {"choices": [{"index": 0, "text": "x", "finish_reason": "stop", %s}], "usage": %s}\n\n'
+    cut_off = [
+        'data: {"choices": [{"index": 0, "text": "half"}]}\n\n',
+        'data: {"choices": [{"index": 0, "text": "half"}]}\n\ndata: [DONE]\n\n',
+    ]
+    malformed = [
+        "data: not json\n\n",
+        "data: " + "[" * 100_000 + "\n\n",
+        'data: {"choices": [{"index": 5, "text": "x"}]}\n\n',
+        'data: {"choices": [{"index": 1e999, "text": "x"}]}\n\n',
+        "data: [1]\n\n",
+        whole % ('"text": 5', "null"),
+        whole % ('"text": "\\ud800"', "null"),
+        whole % ('"finish_reason": 5', "null"),
+        whole % ('"logprobs": {"tokens": [5], "token_logprobs": [-1]}', "null"),
+        whole % ('"logprobs": {"tokens": ["x"], "token_logprobs": ["x"]}', "null"),
+        whole % ('"a": 0', '{"completion_tokens": "x"}'),
+    ]
+    bodies = iter([*cut_off, *malformed])
 
     @app.post("/v1/completions")
     async def cut():
         return Response(next(bodies), media_type="text/event-stream")
 
     with running(app) as url:
-        codes = [refusal(url, embeds_TD).code for _ in range(5)]
-    assert codes == ["upstream_cut_off"] * 2 + ["upstream_malformed"] * 3
+        codes = [refusal(url, embeds_TD, logprobs=0).code for _ in cut_off + malformed]
+    assert codes == ["upstream_cut_off"] * len(cut_off) + ["upstream_malformed"] * len(malformed)
 
 
 def test_what_transformers_cannot_do(local, embeds_TD):

@@ -1,5 +1,6 @@
 import base64
 import io
+import math
 import zipfile
 
 import pytest
@@ -77,6 +78,18 @@ def test_sglang_events_are_cumulative():
     assert [t.token for t in delta.logprobs] == ["c"]
     with pytest.raises(UpstreamError, match="aborted"):
         list(read({"text": "", "meta_info": {"finish_reason": {"type": "abort", "message": "words"}}}))
+
+
+def test_a_log_probability_that_is_no_number_is_vllm_s_lowest():
+    """JSON says neither infinity nor NaN: servers write null, or what our own answers could not repeat."""
+    tops = {"x": None, "y": -math.inf, "z": -1}
+    found = {"tokens": ["x", "y"], "token_logprobs": [None, math.nan], "top_logprobs": [tops, None]}
+    (delta,) = VLLM.reader(FULL)({"choices": [{"index": 0, "text": "xy", "logprobs": found}]})
+    assert [t.logprob for t in delta.logprobs] == [-9999, -9999]
+    assert delta.logprobs[0].top == (("z", -1.0), ("x", -9999.0))
+    meta = {"output_token_logprobs": [[None, 5, "x"]], "output_top_logprobs": [[[None, 5, "x"]]]}
+    (delta,) = SGLANG.reader(FULL)({"text": "x", "meta_info": meta})
+    assert delta.logprobs == (TokenLogprob("x", -9999.0, (("x", -9999.0),)),)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
