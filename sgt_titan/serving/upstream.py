@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ class Upstream:
         """
         scanners = [StopScanner(options.stop) for _ in range(options.n)]
         read = self._wire.reader(options)
-        with connection_errors():
+        with self._errors():
             async with self._client.stream(
                 "POST", self.base + self._wire.path, content=body, headers={"Content-Type": "application/json"}
             ) as response:
@@ -84,6 +85,16 @@ class Upstream:
                             return
         check_complete(scanners)
 
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """``connection_errors``; after any error the upstream is asked anew what it is: it may come back as another."""
+        try:
+            with connection_errors():
+                yield
+        except UpstreamError:
+            self._described = None
+            raise
+
     async def describe(self) -> Described:
         """The model that is asked for and its context, from /v1/models. Raises UpstreamError if it is not served."""
         if self._described is not None:
@@ -97,24 +108,26 @@ class Upstream:
 
     def _choose(self, listed: Any) -> Described:
         try:
-            cards = {card["id"]: card for card in listed["data"]}
+            contexts = {card["id"]: card.get("max_model_len") for card in listed["data"]}
+            if not all(isinstance(context, int | None) for context in contexts.values()):
+                raise TypeError
         except (TypeError, KeyError):
             raise UpstreamError(
                 "the upstream's /v1/models is not a list of models", code="upstream_malformed"
             ) from None
         wanted = self._settings.model
-        if wanted is None and len(cards) == 1:
-            wanted = next(iter(cards))
+        if wanted is None and len(contexts) == 1:
+            wanted = next(iter(contexts))
         if wanted is None:
             raise UpstreamError(
-                f"the upstream serves {len(cards)} models; choose with --model", code="upstream_wrong_model"
+                f"the upstream serves {len(contexts)} models; choose with --model", code="upstream_wrong_model"
             )
-        if wanted not in cards:
+        if wanted not in contexts:
             raise UpstreamError(
-                "the upstream does not serve the model of --model; it serves: " + ", ".join(map(str, cards))[:300],
+                "the upstream does not serve the model of --model; it serves: " + ", ".join(map(str, contexts))[:300],
                 code="upstream_wrong_model",
             )
-        return Described(wanted, cards[wanted].get("max_model_len"))
+        return Described(wanted, contexts[wanted])
 
     async def prove(self, probe_TD: torch.Tensor) -> None:
         """Have one token generated from ``probe_TD``: reachable, right width, embeddings accepted, key accepted.
@@ -124,13 +137,9 @@ class Upstream:
         async with self._probing:
             if time.monotonic() - self._proved_at < PROBE_EVERY_S:
                 return
-            try:
-                described = await self.describe()
-                options = Options(max_tokens=1, temperature=0.0)
-                body = await asyncio.to_thread(self.body, probe_TD, options, described.model)
-                async for _ in self.stream(body, options):
-                    pass
-            except UpstreamError:
-                self._described = None  # it may come back as another
-                raise
+            described = await self.describe()
+            options = Options(max_tokens=1, temperature=0.0)
+            body = await asyncio.to_thread(self.body, probe_TD, options, described.model)
+            async for _ in self.stream(body, options):
+                pass
             self._proved_at = time.monotonic()

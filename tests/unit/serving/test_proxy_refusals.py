@@ -199,6 +199,25 @@ def test_another_model_upstream(trunk, sgt, trunk_dir):
         assert httpx.get(url + "/readyz").json()["error"]["code"] == "upstream_wrong_model"
 
 
+def test_an_upstream_that_comes_back_as_another(trunk, sgt):
+    """Its name and context are asked once, and again when it refuses."""
+    trunk.name = "before"
+    with proxy(trunk, sgt, served_name="trunk") as url:
+        assert post(url, {**CHAT, "max_tokens": 1}).status_code == 200
+        trunk.name = "after"
+        assert error(post(url, CHAT), 502)["code"] == "upstream_not_found"
+        assert post(url, {**CHAT, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("listed", [None, [], {"data": [3]}, {"data": [{"id": "trunk", "max_model_len": "many"}]}])
+def test_an_upstream_that_lists_no_models(sgt, listed):
+    def answer(request):
+        return httpx.Response(200, json=listed)
+
+    with running(create_app(Settings("http://upstream"), sgt, httpx.MockTransport(answer))) as url:
+        assert error(post(url, CHAT), 502)["code"] == "upstream_malformed"
+
+
 def test_no_upstream(sgt):
     with running(create_app(Settings("http://127.0.0.1:9"), sgt)) as url:
         assert error(post(url, CHAT), 502)["code"] == "upstream_down"
