@@ -201,8 +201,10 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
         ssl_certfile=arguments.tls_cert,
         ssl_keyfile=arguments.tls_key,
     )
+    listener.listen()  # before the address is printed: who reads it may come at once, and waits until we are up
     scheme, port = "https" if arguments.tls_cert else "http", listener.getsockname()[1]
-    _say(f"{scheme}://{arguments.host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    _say(f"{scheme}://{host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
     # uvicorn finishes what is under way and then raises the signal again; by then there is nothing left to end.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])

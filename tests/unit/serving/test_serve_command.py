@@ -20,9 +20,12 @@ from tests.stub_servers import running, vllm_app
 
 CANARY, STOP, KEY = "Zorblax-7741", "stopat-Xylo", "key-Blatherskite-0123"
 CHAT = {"model": "trunk", "messages": [{"role": "user", "content": f"who is {CANARY}?"}], "max_tokens": 6}
-# Every logger of every library at DEBUG, and warnings and asyncio's own complaints too.
+# Every logger of every library at DEBUG, and warnings and asyncio's own complaints too; and a server that is slow to
+# listen after its address has been printed.
 LOUD = (
-    "import logging, sys, warnings; logging.basicConfig(level=logging.DEBUG); warnings.simplefilter('always');"
+    "import logging, sys, time, uvicorn, warnings;"
+    "logging.basicConfig(level=logging.DEBUG); warnings.simplefilter('always'); load = uvicorn.Config.load;"
+    "uvicorn.Config.load = lambda self: (time.sleep(0.5), load(self));"
     "from sgt_titan.cli import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -57,9 +60,7 @@ def test_nothing_private_is_printed_and_it_stops_gracefully(chat_export, trunk):
         answers = []
         with client:
             post = lambda path, body: client.post(url + path, json=body)  # noqa: E731
-            for _ in range(100):
-                if client.get(url + "/healthz").status_code == 200:
-                    break
+            assert client.get(url + "/healthz").status_code == 200
             found = post("/v1/chat/completions", {**CHAT, "stop": [STOP]}).json()
             answers.append(found["choices"][0]["message"]["content"])
             post("/v1/completions", {"model": "trunk", "prompt": CANARY, "max_tokens": 2})
