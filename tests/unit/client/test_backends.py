@@ -106,7 +106,7 @@ def test_log_probabilities_agree(servers, embeds_TD):
 
 
 def test_leaving_the_loop_stops_generation(chat_trunk, embeds_TD):
-    trunk = load_trunk(chat_trunk, delay_s=0.02)
+    trunk = load_trunk(chat_trunk, delay_s=0.02, endless=True)
     with running(vllm_app(trunk)) as url:
         for _ in VLLM(url).stream(embeds_TD, max_tokens=100, temperature=1.0):
             break
@@ -142,7 +142,7 @@ def refusal(url, embeds_TD, kind=VLLM, timeout=20, logprobs=None, **options):
 
 
 def test_what_a_server_refuses_is_explained(chat_trunk, embeds_TD):
-    trunk = load_trunk(chat_trunk, embeds=False)
+    trunk = load_trunk(chat_trunk, embeds=False, endless=True)
     with running(vllm_app(trunk)) as vllm, running(sglang_app(trunk)) as sglang:
         assert "--enable-prompt-embeds" in str(refusal(vllm, embeds_TD))
         assert "--disable-radix-cache" in str(refusal(sglang, embeds_TD, SGLang))

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 @pytest.fixture(scope="module")
 def trunk(chat_trunk):
-    return load_trunk(chat_trunk, context=600)
+    return load_trunk(chat_trunk, context=600, endless=True)
 
 
 def run(monkeypatch, name, *words, stdin=""):

@@ -19,7 +19,8 @@ from tests.serving_kit import load_trunk
 from tests.stub_servers import running, vllm_app
 
 CANARY, STOP, KEY = "Zorblax-7741", "stopat-Xylo", "key-Blatherskite-0123"
-CHAT = {"model": "trunk", "messages": [{"role": "user", "content": f"who is {CANARY}?"}], "max_tokens": 6}
+# Tokens enough: of an untrained trunk's some are no text.
+CHAT = {"model": "trunk", "messages": [{"role": "user", "content": f"who is {CANARY}?"}], "max_tokens": 24}
 # Every logger of every library at DEBUG, and warnings and asyncio's own complaints too; and a server that is slow to
 # listen after its address has been printed.
 LOUD = (
@@ -32,7 +33,7 @@ LOUD = (
 
 @pytest.fixture(scope="module")
 def trunk(chat_trunk):
-    return load_trunk(chat_trunk, delay_s=0.02)
+    return load_trunk(chat_trunk, delay_s=0.02, endless=True)
 
 
 def start(export, upstream, *words):
