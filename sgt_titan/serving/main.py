@@ -83,13 +83,18 @@ def _parser() -> Parser:
 
 
 def _check(arguments) -> None:
-    parts = urlsplit(arguments.upstream)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
-    if parts.username or parts.password:
+    if "@" in arguments.upstream:  # first: the next message repeats the URL
         raise UserError("--upstream: credentials in a URL end up in logs; use --upstream-api-key-file")
+    wrong = UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
+    try:
+        parts = urlsplit(arguments.upstream)
+        parts.port  # noqa: B018 (it is read here to be checked)
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise wrong
     for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
-        if getattr(arguments, name) <= 0:
+        if not getattr(arguments, name) > 0:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0")
     if arguments.waiting < 0 or (arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1):
         raise UserError("--waiting must be at least 0, --max-prompt-tokens at least 1")
@@ -106,6 +111,8 @@ def _check(arguments) -> None:
 
 def _keys(arguments) -> tuple[str, ...]:
     keys = _read_keys(arguments.api_key_file, "SGT_TITAN_API_KEY")
+    if any(len(key) < MIN_KEY for key in keys):
+        raise UserError(f"API keys: at least {MIN_KEY} characters each; make one with `openssl rand -hex 24`")
     if keys and arguments.no_auth:
         raise UserError("--no-auth: an API key is set as well; choose one")
     if not keys and not arguments.no_auth and not is_loopback(arguments.host):
@@ -128,8 +135,8 @@ def _read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if file is not None and not keys:
         raise UserError(f"{file}: holds no key; one a line")
-    if any(len(key) < MIN_KEY or not key.isascii() for key in keys):
-        raise UserError(f"API keys: at least {MIN_KEY} ASCII characters each; make one with `openssl rand -hex 24`")
+    if not all(key.isascii() for key in keys):
+        raise UserError(f"{file or variable}: a key is not ASCII; one a line, nothing else")
     return keys
 
 
@@ -168,6 +175,8 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
 
     best_attacker(arguments.results)
     upstream_keys = _read_keys(arguments.upstream_api_key_file, "SGT_TITAN_UPSTREAM_API_KEY")
+    if len(upstream_keys) > 1:
+        raise UserError(f"--upstream-api-key-file: holds {len(upstream_keys)} keys, expected one")
     settings = Settings(
         upstream=arguments.upstream,
         backend=arguments.backend,

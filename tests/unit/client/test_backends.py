@@ -184,6 +184,16 @@ def test_the_stub_is_as_strict_as_vllm(servers, embeds_TD, change, message):
     assert response.status_code in (400, 404) and message in response.json()["error"]["message"]
 
 
+def test_a_proxy_of_the_environment_sees_nothing(monkeypatch, trunk, embeds_TD):
+    """It would see the embeddings and, in clear text, the answers."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with running(vllm_app(trunk)) as url:
+        assert VLLM(url).generate(embeds_TD, **GREEDY).text
+
+
 def test_no_server(embeds_TD):
     assert refusal("http://127.0.0.1:9", embeds_TD).code == "upstream_down"
     assert refusal("no url", embeds_TD).code == "upstream_cut_off"

@@ -163,6 +163,13 @@ def test_authentication(trunk, sgt):
         assert trunk.headers[0]["authorization"] == f"Bearer {trunk.key}" and key not in str(trunk.headers)
 
 
+def test_what_is_printed_by_mistake_holds_no_secret(sgt):
+    key, other = "key-Blatherskite-0123", "up-Blatherskite-0123"
+    assert "Blatherskite" not in repr(Settings("http://x", api_keys=(key,), upstream_key=other))
+    prompt = sgt.prompt(CANARY)
+    assert repr(prompt) == f"Prompt({len(prompt)} tokens)"
+
+
 def test_upstream_errors_are_openai_errors(trunk, sgt):
     with proxy(trunk, sgt) as url:
         trunk.embeds = False
