@@ -51,7 +51,10 @@ class Remote:
         self._url = url.rstrip("/").removesuffix("/v1") + self.wire.path
         self._model, self._dtype = model, wire_dtype(dtype)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = client or httpx.Client(timeout=httpx.Timeout(timeout, connect=10.0))
+        # A transport of our own: a proxy that the environment names would see the embeddings and the answers.
+        self._client = client or httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=10.0), transport=httpx.HTTPTransport()
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url!r})"
@@ -151,9 +154,12 @@ def connection_errors() -> Iterator[None]:
         ) from None
     except httpx.TimeoutException:
         raise UpstreamError("the upstream is too slow (timed out)", status=504, code="upstream_timeout") from None
-    except httpx.ConnectError:
+    except httpx.ConnectError as error:
+        why = "its certificate is not accepted; SSL_CERT_FILE names the authorities to trust"
         raise UpstreamError(
-            "the upstream cannot be reached; is it running?", status=502, code="upstream_down"
+            f"the upstream cannot be reached; {why if 'CERTIFICATE_VERIFY' in str(error) else 'is it running?'}",
+            status=502,
+            code="upstream_down",
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise UpstreamError(

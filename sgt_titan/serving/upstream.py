@@ -38,15 +38,14 @@ class Upstream:
         self._dtype = wire_dtype(settings.wire_dtype)
         self.base = settings.upstream.rstrip("/").removesuffix("/v1")
         key = settings.upstream_key
+        limits = httpx.Limits(max_connections=settings.active + 4, max_keepalive_connections=settings.active)
         self._client = httpx.AsyncClient(
             # A header set of our own: nothing is copied from the client's request.
             headers={"User-Agent": "sgt-titan", **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=httpx.Timeout(settings.silence_timeout_s, connect=settings.connect_timeout_s),
-            limits=httpx.Limits(max_connections=settings.active + 4, max_keepalive_connections=settings.active),
             follow_redirects=False,
-            # Not from the environment: a proxy set there would see the embeddings and the answers.
-            trust_env=False,
-            transport=transport,
+            # Of our own: a proxy that the environment names would see the embeddings and the answers.
+            transport=transport or httpx.AsyncHTTPTransport(limits=limits),
         )
         self._described: Described | None = None
         self._proved_at = -float("inf")

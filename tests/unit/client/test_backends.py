@@ -1,5 +1,6 @@
 """Every backend over the same real trunk: the same embeddings must get the same answer."""
 
+import asyncio
 import base64
 import io
 import subprocess
@@ -11,6 +12,8 @@ import torch
 
 from sgt_titan.client import VLLM, Options, SGLang, StainedGlassTransform, Transformers, UpstreamError
 from sgt_titan.errors import UserError
+from sgt_titan.serving.settings import Settings
+from sgt_titan.serving.upstream import Upstream
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
 
@@ -192,6 +195,16 @@ def test_a_proxy_of_the_environment_sees_nothing(monkeypatch, trunk, embeds_TD):
     monkeypatch.delenv("NO_PROXY", raising=False)
     with running(vllm_app(trunk)) as url:
         assert VLLM(url).generate(embeds_TD, **GREEDY).text
+        upstream = Upstream(Settings(url))
+        assert asyncio.run(upstream.describe()).model == "trunk"
+
+
+def test_a_certificate_that_is_not_accepted_is_told_apart(embeds_TD):
+    def refuse(request):
+        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+
+    with pytest.raises(UpstreamError, match="certificate is not accepted; SSL_CERT_FILE"):
+        VLLM("https://x", client=httpx.Client(transport=httpx.MockTransport(refuse))).generate(embeds_TD)
 
 
 def test_no_server(embeds_TD):
