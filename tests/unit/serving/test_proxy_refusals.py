@@ -12,6 +12,7 @@ import pytest
 from sgt_titan.client import StainedGlassTransform
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
+from tests import stub_servers
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
 
@@ -287,6 +288,21 @@ async def _two(url):
     async with httpx.AsyncClient(timeout=20) as client:
         send = lambda: client.post(url + "/v1/chat/completions", json={**CHAT, "max_tokens": 8})  # noqa: E731
         return await asyncio.gather(send(), send())
+
+
+def test_the_embeddings_of_many_prompts_are_made_one_at_a_time(trunk, sgt, monkeypatch):
+    """They are thousands of times as large as the text; what is wrong with any prompt is found before the first."""
+    events = []
+    encode, load = type(sgt).encode, stub_servers.load_embeds
+    monkeypatch.setattr(type(sgt), "encode", lambda self, prompt: events.append("encode") or encode(self, prompt))
+    monkeypatch.setattr(stub_servers, "load_embeds", lambda *args: events.append("send") or load(*args))
+    with proxy(trunk, sgt) as url:
+        body = {"model": "trunk", "max_tokens": 1}
+        assert post(url, {**body, "prompt": ["a", "b", "c"]}, "/v1/completions").status_code == 200
+        assert events == ["encode", "send"] * 3
+        events.clear()
+        error(post(url, {**body, "prompt": ["a", "b", "c" * 500]}, "/v1/completions"), 400)
+        assert not events
 
 
 def test_a_defect_of_ours_says_nothing(trunk, sgt, monkeypatch, caplog):
