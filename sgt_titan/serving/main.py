@@ -71,7 +71,7 @@ def _parser() -> Parser:
         type=float,
         default=120.0,
         metavar="S",
-        help="without a byte from the upstream (default 120)",
+        help="without a byte from the upstream, or taken by a client (default 120)",
     )
     add("--total-timeout", type=float, default=600.0, metavar="S", help="for a whole answer (default 600)")
     add("--shutdown-timeout", type=int, default=30, metavar="S", help="to finish answers when stopped (default 30)")

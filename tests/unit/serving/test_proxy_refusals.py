@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from contextlib import contextmanager
 
@@ -264,6 +265,37 @@ def test_a_client_that_leaves_cancels_the_upstream(trunk, sgt, stream):
         assert post(url, {**CHAT, "max_tokens": 1}).status_code == 200, "the slot was not given back"
         if not stream:
             assert 'status="499"' in httpx.get(url + "/metrics").text
+
+
+def test_a_client_that_reads_nothing_gives_its_slot_back(sgt):
+    """Neither timeout of the upstream would end it: the upstream has answered."""
+    endless = 'data: {"choices": [{"index": 0, "text": "' + "x" * 100_000 + '"}]}\n\n'
+
+    class Answer(httpx.AsyncByteStream):
+        closed = False
+
+        async def __aiter__(self):
+            while True:
+                yield endless.encode()
+
+        async def aclose(self):
+            self.closed = True
+
+    answer = Answer()
+
+    def respond(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "trunk"}]})
+        return httpx.Response(200, stream=answer)
+
+    app = create_app(Settings("http://upstream", silence_timeout_s=0.5), sgt, httpx.MockTransport(respond))
+    with running(app) as url, socket.create_connection(url.removeprefix("http://").split(":")) as client:
+        body = json.dumps({**CHAT, "stream": True}).encode()
+        head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
+        wait_for(lambda: app.state.service.admission.active == 1)
+        wait_for(lambda: app.state.service.admission.active == 0, 20)
+        assert answer.closed
 
 
 def test_back_pressure(trunk, sgt):
