@@ -89,7 +89,7 @@ class Remote:
 
     def _request(self, method: str, body: bytes) -> bytes:
         try:
-            self.connection.request(method, f"/sessions/{self.session}", body)
+            self.connection.request(method, f"/sessions/{self.session}", body, {"Start": str(self.traffic.tokens)})
             response = self.connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -82,6 +82,21 @@ def test_ends_and_an_empty_prompt(rotated):
         list(generate(found.load_client(), Local(model), []))
 
 
+def test_a_session_that_was_forgotten_is_not_begun_anew(served, monkeypatch):
+    """Its answers would go on, behind nothing."""
+    found, url = served
+    monkeypatch.setattr("sgt_titan.conjformer.serve.MAX_SESSIONS", 1)
+    client, one, other = found.load_client(), Remote(url), Remote(url)
+    x_TD = client.encode(torch.tensor([PROMPT]))[0]
+    one.step(x_TD)
+    with pytest.raises(UserError, match="longer than 128 positions"):
+        one.step(x_TD.repeat(30, 1))
+    one.step(x_TD)  # a refused request changes nothing
+    other.step(x_TD)
+    with pytest.raises(UserError, match="has 0 positions of this session, not 12; start again"):
+        one.step(x_TD)
+
+
 def test_sampling_follows_the_distribution():
     logits_V = torch.tensor([2.0, 1.0, 0.0, -9.0])
     random = torch.Generator().manual_seed(0)
