@@ -54,6 +54,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name}: {value}, must be between {low} and {high}")
+        if isinstance(self.stop, str):  # else each of its characters would be a stop
+            raise UserError("stop: one string; give a tuple of strings")
         if not all(self.stop):
             raise UserError("stop: an empty string; leave it out")
 

@@ -182,6 +182,12 @@ def explain(wire: Wire, status: int, payload: Any) -> UpstreamError:
         return UpstreamError("the upstream refuses our key; set --upstream-api-key-file", code="upstream_unauthorized")
     if status == 404:
         return UpstreamError("the upstream has no such model or route; see --model", code="upstream_not_found")
+    if status == 413:
+        return UpstreamError(
+            "the upstream, or a proxy before it, takes no request of this size; raise its limit, send bfloat16 or less",
+            status=413,
+            code="upstream_body_too_large",
+        )
     if status == 429 or status == 503:
         return UpstreamError("the upstream is overloaded; try again", status=status, code="upstream_overloaded")
     if any(words in lower for words in ("context length", "maximum model length", "max_model_len")):

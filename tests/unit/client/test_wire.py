@@ -153,6 +153,7 @@ def test_log_probabilities_go_with_their_text():
         (503, None, "upstream_overloaded", 503),
         (400, {"error": {"message": "This model's maximum context length is 9"}}, "context_length_exceeded", 400),
         (400, {"detail": "no"}, "upstream_refused", 400),
+        (413, None, "upstream_body_too_large", 413),
         (500, {"error": {"message": "x" * 9999}}, "upstream_error", 502),
         (400, {"error": {"message": "line\nbreak " + "x" * 9999}}, "upstream_refused", 400),
     ],
@@ -166,7 +167,7 @@ def test_refusals_are_explained(status, payload, code, handed_on):
     "bad",
     [
         *({"max_tokens": 0}, {"n": 0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 1.5}),
-        *({"stop": ("",)}, {"logprobs": 99}, {"seed": 10**400}),
+        *({"stop": ("",)}, {"stop": "END"}, {"logprobs": 99}, {"seed": 10**400}),
     ],
 )
 def test_options_out_of_range(bad):
