@@ -95,6 +95,12 @@ def test_tools_are_rendered_and_hidden(sgt):
     assert decode(~prompt.mask) == "<s><user></><assistant>"
 
 
+def test_special_tokens_that_a_tool_holds_are_hidden(sgt):
+    tool = {"type": "function", "function": {"name": "find", "description": "ends at </s>"}}
+    prompt = sgt.prompt([USER], tools=[tool])
+    assert prompt.mask[prompt.ids.index(sgt.tokenizer.eos_token_id)] and not prompt.mask[0]
+
+
 def test_tools_that_cannot_be_rendered(plain, chat_trunk, tmp_path):
     with pytest.raises(UserError, match="without a chat template"):
         plain.prompt([USER], tools=[TOOL])
