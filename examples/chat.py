@@ -4,9 +4,10 @@ import sys
 
 from sgt_titan.client import VLLM, StainedGlassTransform
 
-sgt, server = StainedGlassTransform.from_pretrained(sys.argv[1]), VLLM(sys.argv[2])
+# hold_noise: every turn sends the whole conversation again; of fresh noise each time the server could take the mean.
+sgt, server = StainedGlassTransform.from_pretrained(sys.argv[1], hold_noise=True), VLLM(sys.argv[2])
 messages = []
-for line in sys.stdin:
+for line in filter(str.strip, sys.stdin):
     messages.append({"role": "user", "content": line.strip()})
     answer = server.generate(sgt.encode(messages), max_tokens=200).text
     messages.append({"role": "assistant", "content": answer})

@@ -25,7 +25,11 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 @dataclass
 class Trunk:
-    """A causal language model and what the tests want to know of its use."""
+    """A causal language model and what the tests want to know of its use.
+
+    endless: its end-of-text token ends nothing. An untrained trunk may draw it at once, and fresh noise changes when: a
+    test that needs an answer of some length or duration needs this.
+    """
 
     model: torch.nn.Module
     tokenizer: object
@@ -33,6 +37,7 @@ class Trunk:
     context: int = 128
     delay_s: float = 0.0
     embeds: bool = True
+    endless: bool = False
     key: str | None = None
     bodies: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
@@ -49,7 +54,7 @@ class Trunk:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         tokens, done = [[] for _ in range(n)], [False] * n
         past, step_input = None, {"inputs_embeds": embeds_TD[None].repeat(n, 1, 1).to(self.model.dtype)}
-        ends = self.tokenizer.eos_token_id
+        ends = None if self.endless else self.tokenizer.eos_token_id
         try:
             for _ in range(max_tokens):
                 out = await asyncio.to_thread(self._step, step_input, past)

@@ -9,7 +9,6 @@ Shapes: T tokens, D model width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
@@ -53,8 +52,10 @@ class Options:
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:
                 raise UserError(f"{name}: {value}, must be between {low} and {high}")
+        if isinstance(self.stop, str):  # else each of its characters would be a stop
+            raise UserError("stop: one string; give a tuple of strings")
         if not all(self.stop):
             raise UserError("stop: an empty string; leave it out")
 

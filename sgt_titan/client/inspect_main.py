@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.messages:
         try:
             what = json.loads(what)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError("--messages: the text is not JSON") from None
     from sgt_titan.client.encoder import StainedGlassTransform
     from sgt_titan.client.quiet import quiet

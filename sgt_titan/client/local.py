@@ -22,7 +22,8 @@ _UNSUPPORTED = ("logprobs", "presence_penalty", "frequency_penalty")
 class Transformers:
     """``model.generate(inputs_embeds=...)`` behind the interface of a server.
 
-    ``seed`` is refused beside other threads' generations: transformers draws from torch's global generator.
+    ``seed`` seeds torch's global generator, from which transformers draws: two generations at a time would mix.
+    Without a temperature one answer is greedy, where a server would sample.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):

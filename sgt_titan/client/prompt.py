@@ -40,6 +40,9 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"Prompt({len(self)} tokens)"  # never the tokens
+
 
 def make_prompt(
     tokenizer: PreTrainedTokenizerBase,

@@ -51,7 +51,10 @@ class Remote:
         self._url = url.rstrip("/").removesuffix("/v1") + self.wire.path
         self._model, self._dtype = model, wire_dtype(dtype)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = client or httpx.Client(timeout=httpx.Timeout(timeout, connect=10.0))
+        # A transport of our own: a proxy that the environment names would see the embeddings and the answers.
+        self._client = client or httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=10.0), transport=httpx.HTTPTransport()
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url!r})"
@@ -103,8 +106,8 @@ def deltas(data: str, read: Any, scanners: list[StopScanner], wire: Wire) -> Ite
     try:
         event = json.loads(data)
         check_event(event, wire)
-        found = list(read(event))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        found = [_checked(delta) for delta in read(event)]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UpstreamError("the upstream sent an event that cannot be read", code="upstream_malformed") from None
     for delta in found:
         if not 0 <= delta.index < len(scanners):
@@ -112,6 +115,17 @@ def deltas(data: str, read: Any, scanners: list[StopScanner], wire: Wire) -> Ite
         shown = scanners[delta.index].feed(delta)
         if shown is not None:
             yield shown
+
+
+def _checked(delta: Delta) -> Delta:
+    """A delta that can be added up and written out again. Raises TypeError or ValueError."""
+    if not isinstance(delta.finish_reason, str | None) or not isinstance(delta.tokens, int | None):
+        raise TypeError
+    texts = [delta.text]
+    for entry in delta.logprobs:
+        texts += [entry.token, *(token for token, _ in entry.top)]
+    "".join(texts).encode()  # half a character, which JSON can escape, is none
+    return delta
 
 
 def check_complete(scanners: list[StopScanner]) -> None:
@@ -124,7 +138,7 @@ def parsed(content: bytes) -> Any:
     """JSON, or None."""
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -140,9 +154,12 @@ def connection_errors() -> Iterator[None]:
         ) from None
     except httpx.TimeoutException:
         raise UpstreamError("the upstream is too slow (timed out)", status=504, code="upstream_timeout") from None
-    except httpx.ConnectError:
+    except httpx.ConnectError as error:
+        why = "its certificate is not accepted; SSL_CERT_FILE names the authorities to trust"
         raise UpstreamError(
-            "the upstream cannot be reached; is it running?", status=502, code="upstream_down"
+            f"the upstream cannot be reached; {why if 'CERTIFICATE_VERIFY' in str(error) else 'is it running?'}",
+            status=502,
+            code="upstream_down",
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise UpstreamError(

@@ -11,7 +11,7 @@ MAX_EVENT = 1 << 24  # bytes of one event; a server that sends more without an e
 class EventDecoder:
     """``feed`` bytes as they arrive, get the data of every event that is complete.
 
-    Lines end in CR, LF or both, and in nothing else: text splitters that also break at U+2028 would cut an answer that
+    Lines end in LF or CR LF, and in nothing else: text splitters that also break at U+2028 would cut an answer that
     contains one. Raises ValueError for an event longer than ``MAX_EVENT``.
     """
 

@@ -1,11 +1,13 @@
 """Tool definitions in a chat: rendered by the template, and obfuscated, since they tell what an application does.
 
 The chat is rendered with and without the tools. Where the template's own words differ, between the beginning and the
-end that both share, is what the tools brought in; its tokens count as prompt. Special tokens inside stay template.
+end that both share, is what the tools brought in; its tokens count as prompt. Special tokens inside stay template,
+unless a tool writes them itself.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,15 +21,21 @@ def encode_with_tools(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]
 ) -> EncodedPrompt:
     """``encode_turns`` of a chat whose template is given ``tools``. Raises UserError if it does not render them."""
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise UserError("tools: every tool must be an object")
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools: must be a list of objects")
     without = encode_turns(tokenizer, turns, template="chat", add_generation_prompt=True)
-    with_tools = encode_turns(_WithTools(tokenizer, list(tools)), turns, template="chat", add_generation_prompt=True)
+    try:
+        with_tools = encode_turns(
+            _WithTools(tokenizer, list(tools)), turns, template="chat", add_generation_prompt=True
+        )
+    except Exception:  # a template may fail in any way over a tool that it does not expect, and say its words
+        raise UserError("tools: the chat template of this model fails over them; check their form") from None
     if with_tools.ids == without.ids:
         raise UserError("tools: the chat template of this model does not render them; leave them out")
     start = _shared(without.ids, with_tools.ids)
     end = len(with_tools.ids) - _shared(without.ids[start:][::-1], with_tools.ids[start:][::-1])
-    special = special_ids(tokenizer)
+    text = json.dumps(tools, ensure_ascii=False)
+    special = {token for token in special_ids(tokenizer) if tokenizer.convert_ids_to_tokens(token) not in text}
     roles = [
         PROMPT if role == TEMPLATE and start <= t < end and token not in special else role
         for t, (token, role) in enumerate(zip(with_tools.ids, with_tools.roles, strict=True))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,13 +95,18 @@ def _vllm_logprobs(found: Any, wanted: int | None) -> tuple[TokenLogprob, ...]:
         return ()
     tops = found.get("top_logprobs") or [None] * len(found["tokens"])
     return tuple(
-        TokenLogprob(token, -9999.0 if value is None else float(value), _best((top or {}).items(), wanted))
+        TokenLogprob(token, _nats(value), _best((top or {}).items(), wanted))
         for token, value, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
     )
 
 
+def _nats(value: float | None) -> float:
+    """A log probability; vLLM's stand-in for minus infinity where JSON could not say the value."""
+    return float(value) if value is not None and math.isfinite(value) else -9999.0
+
+
 def _best(pairs: Any, count: int) -> tuple[tuple[str, float], ...]:
-    ranked = sorted(((str(token), float(value)) for token, value in pairs), key=lambda pair: -pair[1])
+    ranked = sorted(((str(token), _nats(value)) for token, value in pairs), key=lambda pair: -pair[1])
     return tuple(ranked[:count])
 
 
@@ -137,7 +143,7 @@ def _sglang_reader(options: Options) -> Reader:
             text=new,
             logprobs=tuple(
                 TokenLogprob(
-                    row[2] or "", float(row[0]), _best(((t[2] or "", t[0]) for t in top or ()), options.logprobs)
+                    row[2] or "", _nats(row[0]), _best(((t[2] or "", t[0]) for t in top or ()), options.logprobs)
                 )
                 for row, top in zip(rows[first:], tops[first:], strict=False)
             ),
@@ -176,6 +182,12 @@ def explain(wire: Wire, status: int, payload: Any) -> UpstreamError:
         return UpstreamError("the upstream refuses our key; set --upstream-api-key-file", code="upstream_unauthorized")
     if status == 404:
         return UpstreamError("the upstream has no such model or route; see --model", code="upstream_not_found")
+    if status == 413:
+        return UpstreamError(
+            "the upstream, or a proxy before it, takes no request of this size; raise its limit, send bfloat16 or less",
+            status=413,
+            code="upstream_body_too_large",
+        )
     if status == 429 or status == 503:
         return UpstreamError("the upstream is overloaded; try again", status=status, code="upstream_overloaded")
     if any(words in lower for words in ("context length", "maximum model length", "max_model_len")):

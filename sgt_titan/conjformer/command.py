@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     out, file = arguments.out, arguments.secret
+    if not out.name:
+        raise UserError(f"OUT {out}: name a new directory")
     client = arguments.client or out.with_name(f"{out.name}-client")
     _checked(arguments, client)
     import torch
@@ -82,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_client(conversion, client)
         write_server(conversion, out, shard_bytes=int(arguments.shard_size * 1e9), say=_say)
     except BaseException:
-        if secret is not None and not out.exists():
+        if secret is not None and not (out / "config.json").exists():
+            shutil.rmtree(client, ignore_errors=True)  # it was missing or empty
             file.unlink(missing_ok=True)
         raise
     if secret is None:
@@ -98,12 +103,16 @@ def _checked(arguments: argparse.Namespace, client: Path) -> None:
         raise UserError("give --secret FILE to rotate, or --plain for scalar norms without a rotation")
     if arguments.plain and arguments.client:
         raise UserError("--client belongs to a rotation, not to --plain")
-    if arguments.shard_size <= 0:
+    if not 0 < arguments.shard_size < math.inf:
         raise UserError(f"--shard-size must be positive, got {arguments.shard_size:g}")
     if file is not None:
-        if out.absolute() in file.absolute().parents:
+        if out.resolve() in file.resolve().parents:
             raise UserError(f"--secret {file}: lies in {out}, which the server gets; keep the secret elsewhere")
-        if client.absolute() == out.absolute() or out.absolute() in client.absolute().parents:
+        if client.resolve() in file.resolve().parents:
+            raise UserError(
+                f"--secret {file}: lies in the client's directory {client}, which must be new; keep it beside"
+            )
+        if client.resolve() == out.resolve() or out.resolve() in client.resolve().parents:
             raise UserError(f"--client {client}: lies in {out}, which the server gets; choose another directory")
         if file.exists():
             raise UserError(f"--secret {file}: exists; a conversion makes a new secret, choose another file")

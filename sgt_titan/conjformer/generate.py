@@ -63,11 +63,15 @@ class Remote:
     """A served rotated trunk. wire: type in which vectors are sent; half the bytes in bfloat16."""
 
     def __init__(self, url: str, *, wire: str = "float32", timeout: float = 60.0):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = port = None
+        if not host or parts.scheme not in ("http", "https"):
             raise UserError(f"--url {url}: not an address like http://host:port")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.url, self.connection = url, kind(parts.hostname, parts.port, timeout=timeout)
+        self.url, self.connection = url, kind(host, port, timeout=timeout)
         self.session, self.wire, self.traffic = secrets.token_hex(16), TYPES[wire], Traffic()
 
     def step(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -89,7 +93,7 @@ class Remote:
 
     def _request(self, method: str, body: bytes) -> bytes:
         try:
-            self.connection.request(method, f"/sessions/{self.session}", body)
+            self.connection.request(method, f"/sessions/{self.session}", body, {"Start": str(self.traffic.tokens)})
             response = self.connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -1,6 +1,7 @@
 """A small HTTP server for a rotated checkpoint: rotated embeddings in, the last rotated output out.
 
-    POST   /sessions/<id>   safetensors {"x": (T, D)}  ->  {"h": (D,)}; continues the session's key-value cache
+    POST   /sessions/<id>   safetensors {"x": (T, D)}  ->  {"h": (D,)}; continues the session's key-value cache, which
+                            must hold as many positions as the header Start says (none: 0)
     DELETE /sessions/<id>   forgets it
 
 It runs transformers' model as it is and knows nothing of tokens or secrets. One request at a time; for load, use a
@@ -48,10 +49,15 @@ def make_server(model: PreTrainedModel, host: str = "127.0.0.1", port: int = 0) 
             if x_TD.dim() != 2 or x_TD.shape[1] != width or not len(x_TD) or not x_TD.is_floating_point():
                 return self._answer(400, f"x must be floats of shape (T, {width})".encode())
             with lock:
-                session = sessions.pop(name, None) or Local(model)
-                if limit and session.cache.get_seq_length() + len(x_TD) > limit:
+                session = sessions.get(name) or Local(model)
+                have, start = session.cache.get_seq_length(), self.headers.get("Start", "0")
+                if start != str(have):  # forgotten: to go on from nothing would be a wrong answer
+                    words = f"the server has {have} positions of this session, not {start}; start again"
+                    return self._answer(409, words.encode())
+                if limit and have + len(x_TD) > limit:
                     return self._answer(400, f"the session is longer than {limit} positions".encode())
                 sessions[name] = session
+                sessions.move_to_end(name)
                 while len(sessions) > MAX_SESSIONS:
                     sessions.popitem(last=False)
                 h_D = session.step(x_TD)

@@ -31,19 +31,24 @@ def serve(argv: Sequence[str] | None = None) -> int:
     if not (arguments.server / "config.json").is_file():
         raise UserError(f"{arguments.server}: no config.json; give OUT of `sgt-titan conjform`")
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from sgt_titan.conjformer.serve import make_server
 
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.server, dtype=getattr(torch, arguments.dtype), local_files_only=True, use_safetensors=True
-    ).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.server, dtype=getattr(torch, arguments.dtype), local_files_only=True, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{arguments.server}: cannot be loaded ({type(error).__name__}); convert again") from None
     if model.config.vocab_size != model.config.hidden_size:
         raise UserError(f"{arguments.server}: is not a rotated checkpoint; give OUT of `sgt-titan conjform`")
     try:
         server = make_server(model, arguments.host, arguments.port)
-    except OSError as error:
-        raise UserError(f"--port {arguments.port}: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        where = f"--host {arguments.host} --port {arguments.port}"
+        raise UserError(f"{where}: cannot listen there ({getattr(error, 'strerror', error)})") from None
     print(f"http://{server.server_address[0]}:{server.server_address[1]}", flush=True)
     with server:
         server.serve_forever()
@@ -70,7 +75,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--traffic", action="store_true", help="say afterwards how many bytes went each way")
     arguments = parser.parse_args(argv)
-    if arguments.max_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+    if arguments.max_tokens < 1 or not arguments.temperature >= 0 or not 0 < arguments.top_p <= 1:
         raise UserError("--max-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
     from transformers import AutoTokenizer
 
@@ -79,8 +84,15 @@ def generate(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.conjformer.secret import load
 
     client = Client.load(arguments.client, load(arguments.secret))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.client, local_files_only=True)
-    prompt = tokenizer(sys.stdin.read().rstrip("\n"))["input_ids"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.client, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{arguments.client}: no tokenizer that can be loaded ({type(error).__name__})") from None
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError("standard input: is not valid UTF-8") from None
+    prompt = tokenizer(text.rstrip("\n"))["input_ids"]
     if not prompt and client.about.get("bos_token_id") is not None:
         prompt = [client.about["bos_token_id"]]
     server = loop.Remote(arguments.url, wire=arguments.wire)

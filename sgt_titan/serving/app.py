@@ -154,7 +154,8 @@ async def _answer(service: Service, request: Request, asked: ChatRequest | Compl
     except BaseException:
         await found.aclose()
         raise
-    return EventStream(request, _events(found, begun, renderer, asked, wants_logprobs))
+    events = _events(found, begun, renderer, asked, wants_logprobs)
+    return EventStream(request, events, service.settings.silence_timeout_s)
 
 
 async def _events(

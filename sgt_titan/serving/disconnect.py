@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
@@ -47,26 +48,27 @@ async def until_disconnect(receive: Receive, work: Callable[[], Awaitable[T]]) -
 
 
 class EventStream(Response):
-    """Server-sent events, closed together with the connection."""
+    """Server-sent events, closed together with the connection, and when the client takes none for ``patience_s``."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, request: Request, events: AsyncIterator[bytes]):
+    def __init__(self, request: Request, events: AsyncIterator[bytes], patience_s: float):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._request, self._events = request, events
+        self._request, self._events, self._patience_s = request, events, patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def work() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with aclosing(self._events):
                 async for event in self._events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    async with asyncio.timeout(self._patience_s):
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
             await until_disconnect(self._request.receive, work)
-        except ClientGone:
+        except (ClientGone, TimeoutError):
             pass
         finally:
             await self._events.aclose()

@@ -72,7 +72,7 @@ def _parser() -> Parser:
         type=float,
         default=120.0,
         metavar="S",
-        help="without a byte from the upstream (default 120)",
+        help="without a byte from the upstream, or taken by a client (default 120)",
     )
     add("--total-timeout", type=float, default=600.0, metavar="S", help="for a whole answer (default 600)")
     add("--shutdown-timeout", type=int, default=30, metavar="S", help="to finish answers when stopped (default 30)")
@@ -84,13 +84,18 @@ def _parser() -> Parser:
 
 
 def _check(arguments) -> None:
-    parts = urlsplit(arguments.upstream)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
-    if parts.username or parts.password:
+    if "@" in arguments.upstream:  # first: the next message repeats the URL
         raise UserError("--upstream: credentials in a URL end up in logs; use --upstream-api-key-file")
+    wrong = UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
+    try:
+        parts = urlsplit(arguments.upstream)
+        parts.port  # noqa: B018 (it is read here to be checked)
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise wrong
     for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
-        if getattr(arguments, name) <= 0:
+        if not getattr(arguments, name) > 0:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0")
     if arguments.waiting < 0 or (arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1):
         raise UserError("--waiting must be at least 0, --max-prompt-tokens at least 1")
@@ -114,6 +119,8 @@ def _check(arguments) -> None:
 
 def _keys(arguments) -> tuple[str, ...]:
     keys = _read_keys(arguments.api_key_file, "SGT_TITAN_API_KEY")
+    if any(len(key) < MIN_KEY for key in keys):
+        raise UserError(f"API keys: at least {MIN_KEY} characters each; make one with `openssl rand -hex 24`")
     if keys and arguments.no_auth:
         raise UserError("--no-auth: an API key is set as well; choose one")
     if not keys and not arguments.no_auth and not is_loopback(arguments.host):
@@ -136,8 +143,8 @@ def _read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if file is not None and not keys:
         raise UserError(f"{file}: holds no key; one a line")
-    if any(len(key) < MIN_KEY or not key.isascii() for key in keys):
-        raise UserError(f"API keys: at least {MIN_KEY} ASCII characters each; make one with `openssl rand -hex 24`")
+    if not all(key.isascii() for key in keys):
+        raise UserError(f"{file or variable}: a key is not ASCII; one a line, nothing else")
     return keys
 
 
@@ -176,6 +183,8 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
 
     best_attacker(arguments.results)
     upstream_keys = _read_keys(arguments.upstream_api_key_file, "SGT_TITAN_UPSTREAM_API_KEY")
+    if len(upstream_keys) > 1:
+        raise UserError(f"--upstream-api-key-file: holds {len(upstream_keys)} keys, expected one")
     settings = Settings(
         upstream=arguments.upstream,
         backend=arguments.backend,
@@ -209,8 +218,10 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
         ssl_certfile=arguments.tls_cert,
         ssl_keyfile=arguments.tls_key,
     )
+    listener.listen()  # before the address is printed: who reads it may come at once, and waits until we are up
     scheme, port = "https" if arguments.tls_cert else "http", listener.getsockname()[1]
-    _say(f"{scheme}://{arguments.host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    _say(f"{scheme}://{host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
     # uvicorn finishes what is under way and then raises the signal again; by then there is nothing left to end.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])

@@ -20,7 +20,7 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.encode = Histogram(
-            "sgt_encode_seconds", "Tokenize, obfuscate and serialise one prompt", buckets=_SECONDS, registry=registry
+            "sgt_encode_seconds", "Obfuscate and serialise one prompt", buckets=_SECONDS, registry=registry
         )
         self.first = Histogram(
             "sgt_first_delta_seconds", "From sending a prompt to the first piece of its answer", buckets=_SECONDS,

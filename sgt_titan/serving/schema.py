@@ -84,7 +84,7 @@ class _Request(BaseModel):
         try:
             return Options(
                 max_tokens=max_tokens,
-                n=self.n or 1,
+                n=1 if self.n is None else self.n,
                 stop=tuple(stops),
                 seed=self.seed,
                 repetition_penalty=self.repetition_penalty,

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sgt_titan.client import Delta, Options, Prompt, StainedGlassTransform, UpstreamError
@@ -22,15 +21,6 @@ from sgt_titan.serving.upstream import Upstream
 T = TypeVar("T")
 
 COMPLETION_DEFAULT = 16  # OpenAI's own default of max_tokens at /v1/completions
-
-
-@dataclass
-class Sent:
-    """A prompt as it leaves: the request's bytes, how it is to be answered, and its length in tokens."""
-
-    body: bytes
-    options: Options
-    tokens: int
 
 
 class Service:
@@ -74,15 +64,18 @@ class Service:
         deadline = time.monotonic() + self.settings.total_timeout_s
         await self.check_model(request.model)
         async with self.admission.slot():
-            sent = [await self._encode(request, what) for what in _prompts(request)]
-            for index, one in enumerate(sent):
-                self.metrics.prompt_tokens.inc(one.tokens)
-                yield index, one.tokens, None
-            for index, one in enumerate(sent):
-                self.metrics.sent.inc(len(one.body))
-                async with aclosing(self.upstream.stream(one.body, one.options)) as stream:
+            described = await self.upstream.describe()
+            checked = [await self.run(self._check, request, what, described.context) for what in _prompts(request)]
+            for index, (prompt, _) in enumerate(checked):
+                self.metrics.prompt_tokens.inc(len(prompt))
+                yield index, len(prompt), None
+            for index, (prompt, options) in enumerate(checked):
+                # Only now: embeddings are thousands of times as large as the text, and prompts may be many.
+                body = await self.run(self._encode, prompt, options, described.model)
+                self.metrics.sent.inc(len(body))
+                async with aclosing(self.upstream.stream(body, options)) as stream:
                     async for delta in _until(deadline, self._timed(stream)):
-                        yield index, one.tokens, delta
+                        yield index, len(prompt), delta
 
     async def prompt(self, what: Any, tools: Sequence[dict[str, Any]] = ()) -> Prompt:
         """Tokenized in the pool. Raises RequestError for one that is too long here."""
@@ -102,25 +95,22 @@ class Service:
             )
         return prompt
 
-    async def _encode(self, request: ChatRequest | CompletionRequest, what: Any) -> Sent:
-        described = await self.upstream.describe()
-        contexts = [c for c in (described.context, self.sgt.limit) if c]
-        tools = getattr(request, "tools", None) or ()
+    def _check(
+        self, request: ChatRequest | CompletionRequest, what: Any, context: int | None
+    ) -> tuple[Prompt, Options]:
+        prompt = self._prompt(what, getattr(request, "tools", None) or ())
+        contexts = [c for c in (context, self.sgt.limit) if c]
+        return prompt, self._options(request, len(prompt), min(contexts, default=None))
 
-        def work() -> Sent:
-            started = time.perf_counter()
-            prompt = self._prompt(what, tools)
-            options = self._options(request, len(prompt), min(contexts, default=None))
-            embeds_TD = self.sgt.encode(prompt)
-            body = self.upstream.body(embeds_TD, options, described.model)
-            self.metrics.encode.observe(time.perf_counter() - started)
-            return Sent(body, options, len(prompt))
-
-        return await self.run(work)
+    def _encode(self, prompt: Prompt, options: Options, model: str) -> bytes:
+        with self.metrics.encode.time():
+            return self.upstream.body(self.sgt.encode(prompt), options, model)
 
     def _options(self, request: ChatRequest | CompletionRequest, tokens: int, context: int | None) -> Options:
         chat = isinstance(request, ChatRequest)
-        wanted = (request.max_completion_tokens or request.max_tokens) if chat else request.max_tokens
+        wanted = request.max_tokens
+        if chat and request.max_completion_tokens is not None:
+            wanted = request.max_completion_tokens
         room = self.settings.max_tokens if context is None else context - tokens
         if room < 1 or (wanted is not None and wanted > room):
             raise RequestError(

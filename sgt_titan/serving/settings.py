@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Settings:
     backend: str = "vllm"
     model: str | None = None
     served_name: str | None = None
-    api_keys: tuple[str, ...] = ()
-    upstream_key: str | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    upstream_key: str | None = field(default=None, repr=False)
     wire_dtype: str | None = None
     max_body: int = 4 << 20
     max_prompt_tokens: int | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +38,14 @@ class Upstream:
         self._dtype = wire_dtype(settings.wire_dtype)
         self.base = settings.upstream.rstrip("/").removesuffix("/v1")
         key = settings.upstream_key
+        limits = httpx.Limits(max_connections=settings.active + 4, max_keepalive_connections=settings.active)
         self._client = httpx.AsyncClient(
             # A header set of our own: nothing is copied from the client's request.
             headers={"User-Agent": "sgt-titan", **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=httpx.Timeout(settings.silence_timeout_s, connect=settings.connect_timeout_s),
-            limits=httpx.Limits(max_connections=settings.active + 4, max_keepalive_connections=settings.active),
             follow_redirects=False,
-            # Not from the environment: a proxy set there would see the embeddings and the answers.
-            trust_env=False,
-            transport=transport,
+            # Of our own: a proxy that the environment names would see the embeddings and the answers.
+            transport=transport or httpx.AsyncHTTPTransport(limits=limits),
         )
         self._described: Described | None = None
         self._proved_at = -float("inf")
@@ -66,7 +66,7 @@ class Upstream:
         """
         scanners = [StopScanner(options.stop) for _ in range(options.n)]
         read = self._wire.reader(options)
-        with connection_errors():
+        with self._errors():
             async with self._client.stream(
                 "POST", self.base + self._wire.path, content=body, headers={"Content-Type": "application/json"}
             ) as response:
@@ -84,6 +84,16 @@ class Upstream:
                             return
         check_complete(scanners)
 
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """``connection_errors``; after any error the upstream is asked anew what it is: it may come back as another."""
+        try:
+            with connection_errors():
+                yield
+        except UpstreamError:
+            self._described = None
+            raise
+
     async def describe(self) -> Described:
         """The model that is asked for and its context, from /v1/models. Raises UpstreamError if it is not served."""
         if self._described is not None:
@@ -97,24 +107,26 @@ class Upstream:
 
     def _choose(self, listed: Any) -> Described:
         try:
-            cards = {card["id"]: card for card in listed["data"]}
+            contexts = {card["id"]: card.get("max_model_len") for card in listed["data"]}
+            if not all(isinstance(context, int | None) for context in contexts.values()):
+                raise TypeError
         except (TypeError, KeyError):
             raise UpstreamError(
                 "the upstream's /v1/models is not a list of models", code="upstream_malformed"
             ) from None
         wanted = self._settings.model
-        if wanted is None and len(cards) == 1:
-            wanted = next(iter(cards))
+        if wanted is None and len(contexts) == 1:
+            wanted = next(iter(contexts))
         if wanted is None:
             raise UpstreamError(
-                f"the upstream serves {len(cards)} models; choose with --model", code="upstream_wrong_model"
+                f"the upstream serves {len(contexts)} models; choose with --model", code="upstream_wrong_model"
             )
-        if wanted not in cards:
+        if wanted not in contexts:
             raise UpstreamError(
-                "the upstream does not serve the model of --model; it serves: " + ", ".join(map(str, cards))[:300],
+                "the upstream does not serve the model of --model; it serves: " + ", ".join(map(str, contexts))[:300],
                 code="upstream_wrong_model",
             )
-        return Described(wanted, cards[wanted].get("max_model_len"))
+        return Described(wanted, contexts[wanted])
 
     async def prove(self, probe_TD: torch.Tensor) -> None:
         """Have one token generated from ``probe_TD``: reachable, right width, embeddings accepted, key accepted.
@@ -124,13 +136,9 @@ class Upstream:
         async with self._probing:
             if time.monotonic() - self._proved_at < PROBE_EVERY_S:
                 return
-            try:
-                described = await self.describe()
-                options = Options(max_tokens=1, temperature=0.0)
-                body = await asyncio.to_thread(self.body, probe_TD, options, described.model)
-                async for _ in self.stream(body, options):
-                    pass
-            except UpstreamError:
-                self._described = None  # it may come back as another
-                raise
+            described = await self.describe()
+            options = Options(max_tokens=1, temperature=0.0)
+            body = await asyncio.to_thread(self.body, probe_TD, options, described.model)
+            async for _ in self.stream(body, options):
+                pass
             self._proved_at = time.monotonic()

@@ -1,5 +1,6 @@
 """Every backend over the same real trunk: the same embeddings must get the same answer."""
 
+import asyncio
 import base64
 import io
 import subprocess
@@ -11,6 +12,8 @@ import torch
 
 from sgt_titan.client import VLLM, Options, SGLang, StainedGlassTransform, Transformers, UpstreamError
 from sgt_titan.errors import UserError
+from sgt_titan.serving.settings import Settings
+from sgt_titan.serving.upstream import Upstream
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
 
@@ -106,7 +109,7 @@ def test_log_probabilities_agree(servers, embeds_TD):
 
 
 def test_leaving_the_loop_stops_generation(chat_trunk, embeds_TD):
-    trunk = load_trunk(chat_trunk, delay_s=0.02)
+    trunk = load_trunk(chat_trunk, delay_s=0.02, endless=True)
     with running(vllm_app(trunk)) as url:
         for _ in VLLM(url).stream(embeds_TD, max_tokens=100, temperature=1.0):
             break
@@ -134,15 +137,15 @@ def test_half_the_bytes_in_bfloat16(servers, embeds_TD, trunk):
     assert torch.equal(trunk.received[-2], embeds_TD.bfloat16().float())
 
 
-def refusal(url, embeds_TD, kind=VLLM, **options):
+def refusal(url, embeds_TD, kind=VLLM, timeout=20, logprobs=None, **options):
     with pytest.raises(UpstreamError) as refused:
-        kind(url, timeout=0.3, **options).generate(embeds_TD, max_tokens=4)
+        kind(url, timeout=timeout, **options).generate(embeds_TD, max_tokens=4, logprobs=logprobs)
     assert "\n" not in str(refused.value)
     return refused.value
 
 
 def test_what_a_server_refuses_is_explained(chat_trunk, embeds_TD):
-    trunk = load_trunk(chat_trunk, embeds=False)
+    trunk = load_trunk(chat_trunk, embeds=False, endless=True)
     with running(vllm_app(trunk)) as vllm, running(sglang_app(trunk)) as sglang:
         assert "--enable-prompt-embeds" in str(refusal(vllm, embeds_TD))
         assert "--disable-radix-cache" in str(refusal(sglang, embeds_TD, SGLang))
@@ -157,7 +160,7 @@ def test_what_a_server_refuses_is_explained(chat_trunk, embeds_TD):
         trunk.key, trunk.break_after = None, 2
         assert refusal(vllm, embeds_TD).code == "upstream_error"
         trunk.break_after, trunk.delay_s = None, 1.0
-        slow = refusal(vllm, embeds_TD)
+        slow = refusal(vllm, embeds_TD, timeout=0.3)
         assert (slow.code, slow.status) == ("upstream_timeout", 504)
 
 
@@ -184,6 +187,26 @@ def test_the_stub_is_as_strict_as_vllm(servers, embeds_TD, change, message):
     assert response.status_code in (400, 404) and message in response.json()["error"]["message"]
 
 
+def test_a_proxy_of_the_environment_sees_nothing(monkeypatch, trunk, embeds_TD):
+    """It would see the embeddings and, in clear text, the answers."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with running(vllm_app(trunk)) as url:
+        assert VLLM(url).generate(embeds_TD, **GREEDY).text
+        upstream = Upstream(Settings(url))
+        assert asyncio.run(upstream.describe()).model == "trunk"
+
+
+def test_a_certificate_that_is_not_accepted_is_told_apart(embeds_TD):
+    def refuse(request):
+        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+
+    with pytest.raises(UpstreamError, match="certificate is not accepted; SSL_CERT_FILE"):
+        VLLM("https://x", client=httpx.Client(transport=httpx.MockTransport(refuse))).generate(embeds_TD)
+
+
 def test_no_server(embeds_TD):
     assert refusal("http://127.0.0.1:9", embeds_TD).code == "upstream_down"
     assert refusal("no url", embeds_TD).code == "upstream_cut_off"
@@ -194,23 +217,33 @@ def test_an_answer_cut_off_is_no_answer(embeds_TD):
     from starlette.responses import Response
 
     app = FastAPI()
-    bodies = iter(
-        [
-            'data: {"choices": [{"index": 0, "text": "half"}]}\n\n',
-            'data: {"choices": [{"index": 0, "text": "half"}]}\n\ndata: [DONE]\n\n',
-            "data: not json\n\n",
-            'data: {"choices": [{"index": 5, "text": "x"}]}\n\n',
-            "data: [1]\n\n",
-        ]
-    )
+    whole = 'data: {"choices": [{"index": 0, "text": "x", "finish_reason": "stop", %s}], "usage": %s}\n\n'
+    cut_off = [
+        'data: {"choices": [{"index": 0, "text": "half"}]}\n\n',
+        'data: {"choices": [{"index": 0, "text": "half"}]}\n\ndata: [DONE]\n\n',
+    ]
+    malformed = [
+        "data: not json\n\n",
+        "data: " + "[" * 100_000 + "\n\n",
+        'data: {"choices": [{"index": 5, "text": "x"}]}\n\n',
+        'data: {"choices": [{"index": 1e999, "text": "x"}]}\n\n',
+        "data: [1]\n\n",
+        whole % ('"text": 5', "null"),
+        whole % ('"text": "\\ud800"', "null"),
+        whole % ('"finish_reason": 5', "null"),
+        whole % ('"logprobs": {"tokens": [5], "token_logprobs": [-1]}', "null"),
+        whole % ('"logprobs": {"tokens": ["x"], "token_logprobs": ["x"]}', "null"),
+        whole % ('"a": 0', '{"completion_tokens": "x"}'),
+    ]
+    bodies = iter([*cut_off, *malformed])
 
     @app.post("/v1/completions")
     async def cut():
         return Response(next(bodies), media_type="text/event-stream")
 
     with running(app) as url:
-        codes = [refusal(url, embeds_TD).code for _ in range(5)]
-    assert codes == ["upstream_cut_off"] * 2 + ["upstream_malformed"] * 3
+        codes = [refusal(url, embeds_TD, logprobs=0).code for _ in cut_off + malformed]
+    assert codes == ["upstream_cut_off"] * len(cut_off) + ["upstream_malformed"] * len(malformed)
 
 
 def test_what_transformers_cannot_do(local, embeds_TD):

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -58,8 +61,6 @@ def test_a_template_that_refuses_a_content_does_not_repeat_it(chat_trunk, tmp_pa
         "{% for m in messages %}{% if '7741' in m.content %}{{ raise_exception('bad: ' + m.content) }}{% endif %}"
     )
     folder = with_chat_template(make_export(chat_trunk, tmp_path / "export"), template + "{{ m.content }}{% endfor %}")
-    import json
-
     config = json.loads((folder / "config.json").read_text())
     del config["fingerprints"]["tokenizer"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -94,18 +95,45 @@ def test_tools_are_rendered_and_hidden(sgt):
     assert decode(~prompt.mask) == "<s><user></><assistant>"
 
 
+def test_special_tokens_that_a_tool_holds_are_hidden(sgt):
+    tool = {"type": "function", "function": {"name": "find", "description": "ends at </s>"}}
+    prompt = sgt.prompt([USER], tools=[tool])
+    assert prompt.mask[prompt.ids.index(sgt.tokenizer.eos_token_id)] and not prompt.mask[0]
+
+
 def test_tools_that_cannot_be_rendered(plain, chat_trunk, tmp_path):
     with pytest.raises(UserError, match="without a chat template"):
         plain.prompt([USER], tools=[TOOL])
-    folder = tmp_path / "trunk"
-    import shutil
-
-    shutil.copytree(chat_trunk, folder)
+    folder = shutil.copytree(chat_trunk, tmp_path / "trunk")
     with_chat_template(folder, "{% for m in messages %}{{ m.content }}{% endfor %}")
     sgt = StainedGlassTransform.from_pretrained(make_export(folder, tmp_path / "export"))
     with pytest.raises(UserError, match="does not render them") as refused:
         sgt.prompt([USER], tools=[TOOL])
     assert CANARY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ tools | tojson }}",  # then it is the tokenizer that fails, at a lone surrogate
+        "{% for t in tools or [] %}{{ raise_exception('no such tool: ' + t.function.name) }}{% endfor %}",
+        "{% for t in tools or [] %}{{ t.function.name + 1 }}{% endfor %}",
+    ],
+)
+def test_a_failure_over_tools_does_not_repeat_them(chat_trunk, tmp_path, template):
+    folder = shutil.copytree(chat_trunk, tmp_path / "trunk")
+    with_chat_template(folder, template + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    sgt = StainedGlassTransform.from_pretrained(make_export(folder, tmp_path / "export"))
+    tool = {"type": "function", "function": {"name": CANARY + "\ud800"}}
+    with pytest.raises(UserError, match="tools: ") as refused:
+        sgt.prompt([USER], tools=[tool])
+    assert CANARY not in str(refused.value) and refused.value.__suppress_context__
+
+
+@pytest.mark.parametrize("tools", [5, "tools", [CANARY], {"name": CANARY}])
+def test_what_are_no_tools(sgt, tools):
+    with pytest.raises(UserError, match="tools: must be a list of objects"):
+        sgt.prompt([USER], tools=tools)
 
 
 def test_a_prompt_of_ones_own(sgt):

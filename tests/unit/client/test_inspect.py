@@ -64,11 +64,13 @@ def test_command(identity_export, tmp_path, capsys, monkeypatch):
 def test_bad_input(identity_export, tmp_path, capsys):
     (tmp_path / "bytes").write_bytes(b"Zorblax \xff")
     (tmp_path / "text").write_text("Zorblax")
+    (tmp_path / "deep").write_text("[" * 100_000)
     (tmp_path / "results.json").write_text('{"about": 1}')
     for words, message in (
         ([str(tmp_path / "missing")], "cannot be read"),
         ([str(tmp_path / "bytes")], "not valid UTF-8"),
         ([str(tmp_path / "text"), "--messages"], "not JSON"),
+        ([str(tmp_path / "deep"), "--messages"], "not JSON"),
         ([str(tmp_path / "text"), "--results", str(tmp_path / "results.json")], "not the results.json"),
     ):
         assert cli.main(["inspect", str(identity_export), *words]) == 2

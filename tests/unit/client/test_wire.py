@@ -1,5 +1,6 @@
 import base64
 import io
+import math
 import zipfile
 
 import pytest
@@ -79,6 +80,18 @@ def test_sglang_events_are_cumulative():
         list(read({"text": "", "meta_info": {"finish_reason": {"type": "abort", "message": "words"}}}))
 
 
+def test_a_log_probability_that_is_no_number_is_vllm_s_lowest():
+    """JSON says neither infinity nor NaN: servers write null, or what our own answers could not repeat."""
+    tops = {"x": None, "y": -math.inf, "z": -1}
+    found = {"tokens": ["x", "y"], "token_logprobs": [None, math.nan], "top_logprobs": [tops, None]}
+    (delta,) = VLLM.reader(FULL)({"choices": [{"index": 0, "text": "xy", "logprobs": found}]})
+    assert [t.logprob for t in delta.logprobs] == [-9999, -9999]
+    assert delta.logprobs[0].top == (("z", -1.0), ("x", -9999.0))
+    meta = {"output_token_logprobs": [[None, 5, "x"]], "output_top_logprobs": [[[None, 5, "x"]]]}
+    (delta,) = SGLANG.reader(FULL)({"text": "x", "meta_info": meta})
+    assert delta.logprobs == (TokenLogprob("x", -9999.0, (("x", -9999.0),)),)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
 def test_events_in_any_pieces(size):
     stream = (
@@ -140,6 +153,7 @@ def test_log_probabilities_go_with_their_text():
         (503, None, "upstream_overloaded", 503),
         (400, {"error": {"message": "This model's maximum context length is 9"}}, "context_length_exceeded", 400),
         (400, {"detail": "no"}, "upstream_refused", 400),
+        (413, None, "upstream_body_too_large", 413),
         (500, {"error": {"message": "x" * 9999}}, "upstream_error", 502),
         (400, {"error": {"message": "line\nbreak " + "x" * 9999}}, "upstream_refused", 400),
     ],
@@ -151,7 +165,10 @@ def test_refusals_are_explained(status, payload, code, handed_on):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"max_tokens": 0}, {"n": 0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"stop": ("",)}, {"logprobs": 99}],
+    [
+        *({"max_tokens": 0}, {"n": 0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 1.5}),
+        *({"stop": ("",)}, {"stop": "END"}, {"logprobs": 99}, {"seed": 10**400}),
+    ],
 )
 def test_options_out_of_range(bad):
     with pytest.raises(UserError, match=next(iter(bad))):

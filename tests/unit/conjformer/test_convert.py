@@ -70,8 +70,9 @@ def test_plain_fold_is_the_same_function_with_unit_gains(trunk_of, name, tmp_pat
 
 def test_mean_of_qk_gains_frees_every_plane(rotated, trunk_of):
     """Qwen3: exact folding leaves half turns (signs), plane-wise means any angle."""
-    exact = Conversion(trunk_of("qwen3"), Secret.fresh())
-    mean = Conversion(trunk_of("qwen3"), Secret.fresh(), norms="mean")
+    secret = Secret(bytes(32))  # a fresh one turns most of so few planes by little in one of a few hundred runs
+    exact = Conversion(trunk_of("qwen3"), secret)
+    mean = Conversion(trunk_of("qwen3"), secret, norms="mean")
     turned = exact.basis._query(0)
     eye = torch.eye(16, dtype=torch.float64).expand_as(turned)
     torch.testing.assert_close(turned.abs(), eye, atol=1e-15, rtol=0)
@@ -188,12 +189,28 @@ def test_refusals_write_nothing(rotated, trunk_of, trunk_dir, tmp_path):
     refused([trunk, out, "--plain", "--secret", secret], "--secret FILE to rotate, or --plain", out, secret)
     refused([trunk, out, "--secret", out / "s"], "which the server gets", out)
     refused([trunk, out, "--secret", secret, "--client", out / "c"], "which the server gets", out, secret)
-    refused([trunk, out, "--secret", secret, "--shard-size", "0"], "--shard-size must be positive", out, secret)
+    for size in ("0", "nan", "inf"):
+        refused([trunk, out, "--secret", secret, "--shard-size", size], "--shard-size must be positive", out, secret)
+    client = tmp_path / "out-client"
+    refused([trunk, out, "--secret", client / "s"], "lies in the client's directory", out, client)
+    (tmp_path / "sub").mkdir()
+    refused([trunk, tmp_path / "sub" / ".." / "out", "--secret", out / "s"], "which the server gets", out, client)
+    refused([trunk, ".", "--secret", secret], "name a new directory", secret)
     refused([trunk, out, "--secret", rotated("llama").secret], "makes a new secret", out)
     refused([trunk_dir("deepseek-dense"), out, "--secret", secret], "model_type 'deepseek_v3'", out, secret)
     refused([tmp_path / "none", out, "--secret", secret], "config.json", out, secret)
     refused([trunk, rotated("llama").server, "--secret", secret], "not an empty directory", secret)
     refused([trunk, out, "--secret", secret, "--device", "cuda:77"], "no such device", out, secret)
+
+
+def test_a_server_that_cannot_be_written_leaves_nothing(trunk_of, tmp_path, monkeypatch):
+    """Neither the secret nor the client's directory, which the next attempt would stumble over."""
+    out, secret, client = tmp_path / "out", tmp_path / "s", tmp_path / "out-client"
+    out.mkdir()  # an empty one may be there
+    monkeypatch.setattr("sgt_titan.conjformer.write.plan_shards", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([str(trunk_of("llama")), str(out), "--secret", str(secret)])
+    assert not secret.exists() and not client.exists() and not list(out.iterdir())
 
 
 def test_a_tensor_without_a_place_is_refused(trunk_of, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import shutil
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from sgt_titan.conjformer.generate import Local, Remote, generate, sample
 from sgt_titan.conjformer.serve import make_server
 from sgt_titan.conjformer.talk import generate as generate_command
+from sgt_titan.conjformer.talk import serve as serve_command
 from sgt_titan.errors import UserError
 
 PROMPT = [0, 17, 33, 120, 250, 4]
@@ -82,6 +84,21 @@ def test_ends_and_an_empty_prompt(rotated):
         list(generate(found.load_client(), Local(model), []))
 
 
+def test_a_session_that_was_forgotten_is_not_begun_anew(served, monkeypatch):
+    """Its answers would go on, behind nothing."""
+    found, url = served
+    monkeypatch.setattr("sgt_titan.conjformer.serve.MAX_SESSIONS", 1)
+    client, one, other = found.load_client(), Remote(url), Remote(url)
+    x_TD = client.encode(torch.tensor([PROMPT]))[0]
+    one.step(x_TD)
+    with pytest.raises(UserError, match="longer than 128 positions"):
+        one.step(x_TD.repeat(30, 1))
+    one.step(x_TD)  # a refused request changes nothing
+    other.step(x_TD)
+    with pytest.raises(UserError, match="has 0 positions of this session, not 12; start again"):
+        one.step(x_TD)
+
+
 def test_sampling_follows_the_distribution():
     logits_V = torch.tensor([2.0, 1.0, 0.0, -9.0])
     random = torch.Generator().manual_seed(0)
@@ -115,11 +132,40 @@ def test_the_server_refuses_what_it_cannot_run(served):
 
 def test_the_command(served, monkeypatch, capsys):
     found, url = served
-    monkeypatch.setattr("sys.stdin", io.StringIO("once upon a time\n"))
+    stdin = lambda content: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))  # noqa: E731
+    stdin(b"once upon a time\n")
     words = [str(found.client), "--secret", str(found.secret), "--url", url, "--max-tokens", "5", "--traffic"]
     assert generate_command(words) == 0
     out = capsys.readouterr()
     assert "bytes up" in out.err and "once upon" not in out.err
-    with pytest.raises(UserError, match="is the server up"):
-        monkeypatch.setattr("sys.stdin", io.StringIO("x"))
-        generate_command([str(found.client), "--secret", str(found.secret), "--url", "http://127.0.0.1:9"])
+    nowhere = ["--url", "http://127.0.0.1:9"]
+    for content, changes, message in (
+        (b"x", nowhere, "is the server up"),
+        (b"x", ["--url", "http://127.0.0.1:99999"], "not an address"),
+        (b"x", ["--url", "http://[::1"], "not an address"),
+        (b"Zorblax \xff", nowhere, "standard input: is not valid UTF-8"),
+        (b"x", ["--temperature", "nan"], "--temperature at least 0"),
+    ):
+        stdin(content)
+        with pytest.raises(UserError, match=message) as refused:
+            generate_command([*words, *changes])
+        assert "Zorblax" not in str(refused.value)
+
+
+def test_what_is_not_served_or_asked(rotated, tmp_path, monkeypatch):
+    found = rotated("llama-tied")
+    for words, message in (
+        ([str(found.server), "--port", "99999"], "--host 127.0.0.1 --port 99999: cannot listen there"),
+        ([str(found.server), "--host", "256.0.0.1"], "--host 256.0.0.1 --port"),
+        ([str(found.client)], "no config.json"),
+        ([str(found.trunk)], "not a rotated checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            serve_command(words)
+    damaged = shutil.copytree(found.server, tmp_path / "server")
+    (damaged / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        serve_command([str(damaged)])
+    bare = shutil.copytree(found.client, tmp_path / "client", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match="no tokenizer"):
+        generate_command([str(bare), "--secret", str(found.secret)])

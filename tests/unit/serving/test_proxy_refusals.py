@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import pytest
 from sgt_titan.client import StainedGlassTransform
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
+from tests import stub_servers
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
 
@@ -35,7 +37,7 @@ def trunk(chat_trunk, _loaded):
 
 @pytest.fixture(scope="module")
 def _loaded(chat_trunk):
-    return load_trunk(chat_trunk)
+    return load_trunk(chat_trunk, endless=True)
 
 
 @contextmanager
@@ -82,7 +84,10 @@ def shared(_loaded, sgt):
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 51}, "at most 50"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0, "max_tokens": 5}, "max_tokens"),
         ({"n": 1000}, "n: 1000"),
+        ({"n": 0}, "n: 0"),
+        ({"seed": 10**400}, "seed"),  # more than a float holds
         ({"stop": [CANARY] * 17}, "at most 16"),
         ({"top_logprobs": 3}, "needs logprobs"),
         ({"logit_bias": {"17": 3}}, "logit_bias: unsupported; token ids would leave"),
@@ -160,6 +165,13 @@ def test_authentication(trunk, sgt):
         assert trunk.headers[0]["authorization"] == f"Bearer {trunk.key}" and key not in str(trunk.headers)
 
 
+def test_what_is_printed_by_mistake_holds_no_secret(sgt):
+    key, other = "key-Blatherskite-0123", "up-Blatherskite-0123"
+    assert "Blatherskite" not in repr(Settings("http://x", api_keys=(key,), upstream_key=other))
+    prompt = sgt.prompt(CANARY)
+    assert repr(prompt) == f"Prompt({len(prompt)} tokens)"
+
+
 def test_upstream_errors_are_openai_errors(trunk, sgt):
     with proxy(trunk, sgt) as url:
         trunk.embeds = False
@@ -196,6 +208,25 @@ def test_another_model_upstream(trunk, sgt, trunk_dir):
         assert httpx.get(url + "/readyz").json()["error"]["code"] == "upstream_wrong_model"
 
 
+def test_an_upstream_that_comes_back_as_another(trunk, sgt):
+    """Its name and context are asked once, and again when it refuses."""
+    trunk.name = "before"
+    with proxy(trunk, sgt, served_name="trunk") as url:
+        assert post(url, {**CHAT, "max_tokens": 1}).status_code == 200
+        trunk.name = "after"
+        assert error(post(url, CHAT), 502)["code"] == "upstream_not_found"
+        assert post(url, {**CHAT, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("listed", [None, [], {"data": [3]}, {"data": [{"id": "trunk", "max_model_len": "many"}]}])
+def test_an_upstream_that_lists_no_models(sgt, listed):
+    def answer(request):
+        return httpx.Response(200, json=listed)
+
+    with running(create_app(Settings("http://upstream"), sgt, httpx.MockTransport(answer))) as url:
+        assert error(post(url, CHAT), 502)["code"] == "upstream_malformed"
+
+
 def test_no_upstream(sgt):
     with running(create_app(Settings("http://127.0.0.1:9"), sgt)) as url:
         assert error(post(url, CHAT), 502)["code"] == "upstream_down"
@@ -203,10 +234,10 @@ def test_no_upstream(sgt):
 
 
 def test_slow_upstream(trunk, sgt):
-    trunk.delay_s = 0.4
-    with proxy(trunk, sgt, silence_timeout_s=0.15) as url:
+    trunk.delay_s = 1.0
+    with proxy(trunk, sgt, silence_timeout_s=0.5) as url:
         assert error(post(url, CHAT), 504)["code"] == "upstream_timeout"
-    with proxy(trunk, sgt, total_timeout_s=0.6) as url:
+    with proxy(trunk, sgt, total_timeout_s=1.5) as url:
         assert error(post(url, CHAT), 504)["code"] == "timeout"
     wait_for(lambda: trunk.cancelled == 2)
 
@@ -228,12 +259,43 @@ def test_a_client_that_leaves_cancels_the_upstream(trunk, sgt, stream):
                 next(response.iter_bytes())
         else:
             with pytest.raises(httpx.ReadTimeout):
-                post(url, body, timeout=0.4)
+                post(url, body, timeout=1.0)
         wait_for(lambda: trunk.cancelled == 1)
         assert trunk.steps < 60
         assert post(url, {**CHAT, "max_tokens": 1}).status_code == 200, "the slot was not given back"
         if not stream:
             assert 'status="499"' in httpx.get(url + "/metrics").text
+
+
+def test_a_client_that_reads_nothing_gives_its_slot_back(sgt):
+    """Neither timeout of the upstream would end it: the upstream has answered."""
+    endless = 'data: {"choices": [{"index": 0, "text": "' + "x" * 100_000 + '"}]}\n\n'
+
+    class Answer(httpx.AsyncByteStream):
+        closed = False
+
+        async def __aiter__(self):
+            while True:
+                yield endless.encode()
+
+        async def aclose(self):
+            self.closed = True
+
+    answer = Answer()
+
+    def respond(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "trunk"}]})
+        return httpx.Response(200, stream=answer)
+
+    app = create_app(Settings("http://upstream", silence_timeout_s=0.5), sgt, httpx.MockTransport(respond))
+    with running(app) as url, socket.create_connection(url.removeprefix("http://").split(":")) as client:
+        body = json.dumps({**CHAT, "stream": True}).encode()
+        head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
+        wait_for(lambda: app.state.service.admission.active == 1)
+        wait_for(lambda: app.state.service.admission.active == 0, 20)
+        assert answer.closed
 
 
 def test_back_pressure(trunk, sgt):
@@ -258,6 +320,21 @@ async def _two(url):
     async with httpx.AsyncClient(timeout=20) as client:
         send = lambda: client.post(url + "/v1/chat/completions", json={**CHAT, "max_tokens": 8})  # noqa: E731
         return await asyncio.gather(send(), send())
+
+
+def test_the_embeddings_of_many_prompts_are_made_one_at_a_time(trunk, sgt, monkeypatch):
+    """They are thousands of times as large as the text; what is wrong with any prompt is found before the first."""
+    events = []
+    encode, load = type(sgt).encode, stub_servers.load_embeds
+    monkeypatch.setattr(type(sgt), "encode", lambda self, prompt: events.append("encode") or encode(self, prompt))
+    monkeypatch.setattr(stub_servers, "load_embeds", lambda *args: events.append("send") or load(*args))
+    with proxy(trunk, sgt) as url:
+        body = {"model": "trunk", "max_tokens": 1}
+        assert post(url, {**body, "prompt": ["a", "b", "c"]}, "/v1/completions").status_code == 200
+        assert events == ["encode", "send"] * 3
+        events.clear()
+        error(post(url, {**body, "prompt": ["a", "b", "c" * 500]}, "/v1/completions"), 400)
+        assert not events
 
 
 def test_a_defect_of_ours_says_nothing(trunk, sgt, monkeypatch, caplog):

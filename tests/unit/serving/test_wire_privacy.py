@@ -24,7 +24,8 @@ from sgt_titan.serving.settings import Settings
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
 
-CANARY, SECOND = "Zorblax Quuxington, IBAN 7741", "hé Wibblefrotz 88"
+# No part is digits alone: their hexadecimal form is digits too, which a list of fresh noise may hold by chance.
+CANARY, SECOND = "Zorblax Quuxington, IBAN K7741", "hé Wibblefrotz 88"
 STOP, TOOL, USER, KEY = "stopat-Xylo", "tool_Grumblekin", "user-Snorkel", "key-Blatherskite-0123"
 CHAT = [{"role": "system", "content": SECOND}, {"role": "user", "content": CANARY}]
 
