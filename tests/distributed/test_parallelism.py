@@ -123,9 +123,9 @@ def trace_only(rank: int, folder: Path) -> None:
     """Blocks and loss are traced and differentiated as inductor would have them, and no code is generated."""
     from functools import partial
 
-    from sgt_titan.titan import config
+    from sgt_titan.titan import options
 
-    config.CompileConfig = partial(config.CompileConfig, backend="aot_eager")
+    options.CompileConfig = partial(options.CompileConfig, backend="aot_eager")
 
 
 @pytest.mark.parametrize("float8", ["none", "weights"])
