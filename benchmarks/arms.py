@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -176,6 +177,7 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: 
     from sgt_titan.titan.initialize import initialize_estimator
     from sgt_titan.titan.pairs import make_pair_groups
 
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     cpu_support.install()
     world = torch.distributed.get_world_size()
     config = Config()
