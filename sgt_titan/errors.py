@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -20,13 +21,22 @@ class UserError(Exception):
 
 def guarded(action: Callable[[], int]) -> int:
     """Run an entry point: bad input, or an extra that is not installed, becomes one line on stderr and exit code 2,
-    Ctrl-C exit code 130.
+    Ctrl-C exit code 130, a reader of stdout that has seen enough (``| head``) exit code 141.
 
     Ranks other than 0 keep quiet, since most mistakes are everyone's, and leave the line in torchrun's
     failure report instead, where a mistake of one node alone can be read.
     """
     try:
-        return action()
+        code = action()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(1, 0)
+        if not stdout.poll(0):
+            raise  # another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python flushes once more at its end, and complains
+        return 141
     except UserError as error:
         tell(error)
         return 2

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.config.keys import get
-from sgt_titan.config.paths import expand
+from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 from sgt_titan.errors import UserError
 
@@ -91,11 +91,13 @@ def resolve(config: Config, *, world_size: int | None) -> Config:
     the global batch size. Resolving a resolved config changes nothing.
 
     Raises:
-        UserError: a path names an environment variable that is not set.
+        UserError: a path names an environment variable that is not set (``trunk.path`` may, with an ``architecture``).
     """
     config = copy.deepcopy(config)
     run, data, training = config.run, config.data, config.training
     for key in _PATHS:
+        if key == "trunk.path" and config.trunk.architecture and unset(config.trunk.path):
+            continue  # dry runs and arithmetic do without the trunk; `read_trunk` says it to the others
         section, name = key.split(".")
         setattr(getattr(config, section), name, expand(get(config, key), key))
     if config.trunk.path == "demo":
@@ -166,6 +168,8 @@ def read_trunk(config: Config, *, weights: bool = True) -> dict[str, Any]:
         UserError: neither exists, a file is missing or no JSON object, or the two disagree on a shape.
     """
     path, architecture = config.trunk.path, config.trunk.architecture
+    if weights:
+        path = expand(path, "trunk.path")
     if not path and (weights or not architecture):
         raise UserError("trunk.path is not set: it must be the directory with the frozen model's checkpoint")
     own = Path(path, "config.json") if path else None

@@ -195,8 +195,8 @@ def prepare(
     Raises:
         UserError: anything wrong with the source, the tokenizer or single rows; no usable rows.
     """
+    tokenizer = load_tokenizer(tokenizer_dir)  # first: the rows may have to be fetched
     rows = load_rows(config.data)
-    tokenizer = load_tokenizer(tokenizer_dir)
     options = make_options(config, rows, tokenizer)
     name = fingerprint(rows, options, tokenizer_dir)
     root = cache_dir(config)

@@ -12,7 +12,7 @@ import pytest
 from sgt_titan import cli, config_registry, train
 from sgt_titan.config.keys import keys
 from sgt_titan.config.load import load, resolve
-from sgt_titan.errors import UserError
+from sgt_titan.errors import UserError, guarded
 
 ROOT = Path(__file__).resolve().parents[2]
 TRUNK = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -109,6 +109,22 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, runs, her
     out, err = capsys.readouterr()
     assert (out, err.strip()) == ("", f"sgt-titan: error: {message.replace('{here}', str(here))}".strip())
     assert runs == []
+
+
+def test_a_reader_that_leaves(here):
+    """``sgt-titan ... | head -1``"""
+    words = [sys.executable, "-c", "import sys; from sgt_titan.cli import main; sys.exit(main())", "configs"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=here)
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, b"")
+
+
+def test_another_broken_pipe_is_no_reader_that_left():
+    def action():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        guarded(action)
 
 
 def test_unknown_command(capsys):

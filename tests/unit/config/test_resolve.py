@@ -404,6 +404,16 @@ def test_read_trunk(tmp_path):
     assert read_trunk(config_of(words, tmp=str(tmp_path / "no")), weights=False)["rope_theta"] == 1
 
 
+def test_arithmetic_needs_no_variable(tmp_path, monkeypatch):
+    """A dry run of a shipped config, before the site has said where its trunks are."""
+    monkeypatch.delenv("SGT_NO", raising=False)
+    (tmp_path / "a.json").write_text(json.dumps(TRUNK))
+    config = resolve(config_of("trunk.path=${SGT_NO}/m", f"trunk.architecture={tmp_path}/a.json"), world_size=1)
+    assert read_trunk(config, weights=False) == TRUNK
+    with pytest.raises(UserError, match=r"^trunk\.path: environment variable SGT_NO is not set"):
+        read_trunk(config)
+
+
 def test_mistakes_of_the_trunk_directory(tmp_path):
     no = tmp_path / "no"
     architecture = tmp_path / "arch.json"
