@@ -93,24 +93,21 @@ def commit(path: Path, files: dict[str, dict[str, int]]) -> None:
     write_durably(path / MARKER, json.dumps({"files": files}, indent=1))
 
 
-def read_marker(path: Path) -> dict[str, dict[str, int]]:
-    return json.loads((path / MARKER).read_text())["files"]
-
-
 def problems(path: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:
     """What is wrong with a committed directory: sizes of all files, checksums of every ``parts``-th from ``part``."""
     try:
-        files = read_marker(path)
-    except (OSError, ValueError, KeyError) as error:
+        files = json.loads((path / MARKER).read_text())["files"]
+        committed = [(name, entry["bytes"], entry["crc32"]) for name, entry in sorted(files.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{path / MARKER}: unreadable ({error})"]
     found = []
-    for index, (name, expected) in enumerate(sorted(files.items())):
+    for index, (name, size, checksum) in enumerate(committed):
         file = path / name
         if not file.is_file():
             found.append(f"{file}: missing")
-        elif (size := file.stat().st_size) != expected["bytes"]:
-            found.append(f"{file}: {size} bytes, committed with {expected['bytes']}")
-        elif checksums and index % parts == part and crc32(file) != expected["crc32"]:
+        elif file.stat().st_size != size:
+            found.append(f"{file}: {file.stat().st_size} bytes, committed with {size}")
+        elif checksums and index % parts == part and crc32(file) != checksum:
             found.append(f"{file}: checksum differs from the one it was committed with")
     return found
 

@@ -81,8 +81,10 @@ def test_damage_is_named(tmp_path):
     assert damaged(5, lambda f: (f.parent / checkpoint.STATE).write_text("{}")) == [
         f"{checkpoint.STATE}: 2 bytes, committed with 11"
     ]
-    marker = damaged(6, lambda f: (f.parent / checkpoint.MARKER).write_text("not json"))
-    assert len(marker) == 1 and marker[0].startswith("COMMITTED: unreadable")
+    texts = "not json", "[]", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"a": 1}}'
+    for step, text in enumerate(texts, start=6):
+        marker = damaged(step, lambda f, text=text: (f.parent / checkpoint.MARKER).write_text(text))
+        assert len(marker) == 1 and marker[0].startswith("COMMITTED: unreadable")
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
