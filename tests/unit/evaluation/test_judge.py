@@ -97,8 +97,10 @@ def test_what_is_no_answer(answer, message):
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = server.accept()
-                    connection.recv(1 << 16)
                     connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(1 << 16):  # closing over unread bytes would reset the connection
+                        pass
                     connection.close()
 
         threading.Thread(target=serve, daemon=True).start()
