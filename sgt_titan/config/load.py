@@ -152,6 +152,24 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=4096)
 
 
+HOW_IT_RUNS = (
+    "run.name",
+    "run.output_dir",
+    "run.deterministic",
+    "cluster.",
+    "trunk.path",
+    "data.cache_dir",
+    "parallelism.",
+    "activation_checkpoint.",
+    "compile.",
+    "checkpoint.",
+    "metrics.",
+    "comm.",
+    "export.",
+)
+"""Sections and keys that say where and on what a run works and what is shown of it, not what is learned."""
+
+
 def difference(a: Config, b: Config) -> list[str]:
     """The keys whose values differ, as ``training.steps: 100 -> 200``, in the schema's order."""
     pairs = ((key, get(a, key), get(b, key)) for key in keys())

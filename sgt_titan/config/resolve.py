@@ -154,7 +154,10 @@ def dp_degree(config: Config, world_size: int) -> int:
 
 def pair_groups_fit(config: Config, dp: int) -> bool:
     """Whether groups of ``objective.mi_group`` rows tile a microbatch of ``dp`` ranks, each in or of whole ranks."""
-    local, group = config.training.local_batch_size, config.objective.mi_group
+    return _tile(config.objective.mi_group, config.training.local_batch_size, dp)
+
+
+def _tile(group: int, local: int, dp: int) -> bool:
     return local * dp % group == 0 and (group % local == 0 or local % group == 0)
 
 
@@ -321,7 +324,7 @@ def _batch_problems(config: Config, dp: int) -> Iterator[str]:
     if rows < 2:
         yield f"objective.mi pairs rows of one microbatch, which has 1 row ({ranks}); raise training.local_batch_size"
     else:
-        fits = [g for g in range(2, rows + 1) if not rows % g and not (g % local and local % g)]
+        fits = [g for g in range(2, rows + 1) if _tile(g, local, dp)]
         yield (f"objective.mi_group {group} does not divide a microbatch evenly ({ranks} rows); {_either(fits)} would")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import http.client
 import secrets
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import DynamicCache, PreTrainedModel
 
+from sgt_titan.arguments import http_url
 from sgt_titan.conjformer.client import Client
 from sgt_titan.errors import UserError
 
@@ -63,15 +63,11 @@ class Remote:
     """A served rotated trunk. wire: type in which vectors are sent; half the bytes in bfloat16."""
 
     def __init__(self, url: str, *, wire: str = "float32", timeout: float = 60.0):
-        try:
-            parts = urllib.parse.urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host = port = None
-        if not host or parts.scheme not in ("http", "https"):
+        parts = http_url(url)
+        if parts is None:
             raise UserError(f"--url {url}: not an address like http://host:port")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.url, self.connection = url, kind(host, port, timeout=timeout)
+        self.url, self.connection = url, kind(parts.hostname, parts.port, timeout=timeout)
         self.session, self.wire, self.traffic = secrets.token_hex(16), TYPES[wire], Traffic()
 
     def step(self, x_TD: torch.Tensor) -> torch.Tensor:

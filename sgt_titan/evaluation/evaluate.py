@@ -13,10 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from sgt_titan import __version__
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, check_seed, http_url
 from sgt_titan.errors import UserError
 
 FORMAT = 1
@@ -156,8 +155,7 @@ def checked(arguments: argparse.Namespace) -> None:
     """What can be said before anything is imported."""
     if arguments.rows is not None and arguments.rows < 2:
         raise UserError(f"--rows must be at least 2 (MI needs pairs of rows), got {arguments.rows}")
-    if not 0 <= arguments.seed < 1 << 31:
-        raise UserError(f"--seed must be from 0 to {(1 << 31) - 1}, got {arguments.seed}")
+    check_seed(arguments.seed)
     if arguments.examples < 0:
         raise UserError(f"--examples must be at least 0, got {arguments.examples}")
     for name in ("minutes", "memory"):
@@ -166,11 +164,9 @@ def checked(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be positive, got {value:g}")
     if bool(arguments.judge) != bool(arguments.judge_model):
         raise UserError("--judge and --judge-model belong together")
-    if arguments.judge:
-        url = urlsplit(arguments.judge)
-        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
-            # Not repeated: what stands before an @ is a secret, and results.json holds the command.
-            raise UserError("--judge: give http://HOST/v1 or https://HOST/v1; a key goes into OPENAI_API_KEY")
+    if arguments.judge and (not (url := http_url(arguments.judge)) or "@" in url.netloc):
+        # Not repeated: what stands before an @ is a secret, and results.json holds the command.
+        raise UserError("--judge: give http://HOST/v1 or https://HOST/v1; a key goes into OPENAI_API_KEY")
     if arguments.rotated and len(arguments.rotated.split(",")) != 3:
         raise UserError("--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjform`")
     if arguments.benchmark_dir and not arguments.benchmarks:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sgt_titan.arguments import check_seed
 from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
@@ -146,8 +147,7 @@ def summarise(
     """
     if samples < 2 or examples < 0:
         raise UserError(f"--samples must be at least 2 and --examples at least 0, got {samples} and {examples}")
-    if not 0 <= seed < 1 << 31:
-        raise UserError(f"--seed must be from 0 to {(1 << 31) - 1}, got {seed}")
+    check_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transform = load_export(export_dir)
     notes = check_fit(transform, trunk_path, str(export_dir))

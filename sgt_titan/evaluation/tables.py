@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.arguments import Parser
-from sgt_titan.config.load import dump, get, keys, load, parse_overrides, resolve
+from sgt_titan.config.load import HOW_IT_RUNS, dump, get, keys, load, parse_overrides, resolve
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.evaluate import benchmark_names
@@ -30,23 +30,7 @@ REFERENCE = "mi_abs_cos_norm"  # the row whose evaluation carries the baselines,
 
 Execute = Callable[[Sequence[str]], int]
 
-# What a run may choose for itself, and keys that do not decide what is learned.
-RESOLVED = (-1, "auto", "")
-MAY_DIFFER = (
-    "run.name",
-    "run.output_dir",
-    "run.deterministic",
-    "cluster.",
-    "trunk.path",
-    "data.cache_dir",
-    "parallelism.",
-    "activation_checkpoint.",
-    "compile.",
-    "checkpoint.",
-    "metrics.",
-    "comm.",
-    "export.",
-)
+RESOLVED = (-1, "auto", "")  # a run chooses for itself
 
 
 @dataclass(frozen=True)
@@ -71,7 +55,7 @@ class Step:
         home, trained = self.done.parents[2], load(str(self.done.parents[1] / "config.yaml"))
         for key in keys():
             old, new = get(trained, key), get(self.asked, key)
-            if old != new and not key.startswith(MAY_DIFFER) and new not in RESOLVED:
+            if old != new and not key.startswith(HOW_IT_RUNS) and new not in RESOLVED:
                 raise UserError(
                     f"{home}: was trained with --{key} {old}, not {new}; choose another --out, or delete it"
                 )

@@ -11,9 +11,8 @@ import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, http_url
 from sgt_titan.errors import UserError
 
 MIN_KEY = 16
@@ -86,14 +85,9 @@ def _parser() -> Parser:
 def _check(arguments) -> None:
     if "@" in arguments.upstream:  # first: the next message repeats the URL
         raise UserError("--upstream: credentials in a URL end up in logs; use --upstream-api-key-file")
-    wrong = UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
-    try:
-        parts = urlsplit(arguments.upstream)
-        parts.port  # noqa: B018 (it is read here to be checked)
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise wrong
+    parts = http_url(arguments.upstream)
+    if parts is None or parts.query or parts.fragment:
+        raise UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
     for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
         if not getattr(arguments, name) > 0:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0")

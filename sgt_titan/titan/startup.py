@@ -25,7 +25,7 @@ from transformers import AutoConfig, PretrainedConfig
 import sgt_titan
 from sgt_titan import checkpoint
 from sgt_titan.cluster import attempts, ownership, preflight, status
-from sgt_titan.config.load import difference, dump, load
+from sgt_titan.config.load import HOW_IT_RUNS, difference, dump, load
 from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
 from sgt_titan.data.batch import BatchSource
@@ -45,30 +45,18 @@ from .trunks import Family, build, build_body, family_of
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 
-# Sections and keys in which a resumed run may differ from the one that wrote its checkpoint: where and on what it
-# runs, how long, and what is shown of it. Everything else decides what is learned.
+# Sections and keys in which a resumed run may differ from the one that wrote its checkpoint. Everything else decides
+# what is learned.
 MAY_DIFFER = (
-    "run.name",
-    "run.output_dir",
-    "run.deterministic",
-    "cluster.",
-    "trunk.path",  # its fingerprint is compared instead
+    *HOW_IT_RUNS,
     "trunk.architecture",
-    "data.cache_dir",
-    "data.source",  # likewise
+    "data.source",  # its fingerprint is compared instead, as the trunk's
     "teacher_cache.dir",
     "training.steps",
     "training.epochs",
     "training.local_batch_size",
     "training.loss_chunk_tokens",
     "training.max_nonfinite_steps",
-    "parallelism.",
-    "activation_checkpoint.",
-    "compile.",
-    "checkpoint.",
-    "metrics.",
-    "comm.",
-    "export.",
 )
 
 

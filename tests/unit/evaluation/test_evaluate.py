@@ -199,6 +199,7 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         (["--attacks", "nearest_l2,telepathy"], "'telepathy' is unknown; there are nearest_l2"),
         (["--judge", "http://x"], "--judge and --judge-model"),
         (["--judge", "localhost:8000/v1", "--judge-model", "m"], "--judge: give http://HOST/v1"),
+        (["--judge", "http://[::1/v1", "--judge-model", "m"], "--judge: give http://HOST/v1"),
         (["--judge", "http://user:secret@x/v1", "--judge-model", "m"], r"--judge: give [^@]*OPENAI_API_KEY$"),
         (["--benchmarks", "arc_hard"], "'arc_hard' is unknown; there are arc_challenge"),
         (["--benchmark-dir", "/nowhere"], "--benchmark-dir without --benchmarks"),
