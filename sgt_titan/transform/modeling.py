@@ -149,8 +149,10 @@ class StainedGlassTransform(PreTrainedModel):
         ``inputs``: token ids ``(B, T)`` (integer) or embeddings ``(B, T, D)`` (float). ``mask_BT`` (bool): true where
         to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
         system's generator and is never the same twice; ``generator`` or ``seed`` replace it, for tests and
-        measurements; ``noise_BTD`` is standard normal noise of the caller's own (the client's held noise). Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or
-        infinity would come out; ValueError for shapes that do not match.
+        measurements; ``noise_BTD`` is standard normal noise of the caller's own (the client's held noise).
+
+        Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or infinity would come
+        out; ValueError for shapes that do not match.
         """
         is_ids = not inputs.is_floating_point()
         if is_ids and inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.config.vocab_size:
