@@ -107,7 +107,7 @@ def load_setting(export: str, config: Config, *, rows: int, corpus: int) -> Sett
         trunk=load_trunk(trunk_path, device),
         tokenizer=tokenizer,
         rows=chosen,
-        corpus=[row.prompt() for row in read_samples(dataset.train, config, corpus)],
+        corpus=[row.prompt() for row in read_samples(dataset.train, config, corpus, tokenizer=tokenizer)],
         held_out=held_out,
         data_fingerprint=dataset.fingerprint,
         trunk_fingerprint=TrunkFiles(trunk_path).fingerprint(),
