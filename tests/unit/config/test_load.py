@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sgt_titan.config.keys import choices, get, inner, is_optional, keys, sections
-from sgt_titan.config.load import available, difference, dump, find, load
+from sgt_titan.config.load import available, difference, dump, find, load, parse_overrides
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 

@@ -135,7 +135,9 @@ def test_fingerprint_follows_every_option(chats, write, make_config, tokenizer_d
 
     base = name()
     changed = [name(seq_len=63), name(template="plain"), name(truncation="left"), name(min_prompt_tokens=2),
-               name(max_samples=50), name(template_kwargs={"a": 1}), name(template_date="2020-01-01"), name(validation_samples=3), name(directory=plain_tokenizer_dir),
+               name(max_samples=50),
+               name(template_kwargs={"a": 1}), name(template_date="2020-01-01"), name(validation_samples=3),
+               name(directory=plain_tokenizer_dir),
                name(source=write([{"text": "the cat"}], "other.jsonl"))]  # fmt: skip
     assert len({base, *changed}) == 1 + len(changed)
     assert name() == base and name(obfuscate="all") == base
