@@ -72,7 +72,7 @@ def _check_like_file(tokenizer: Any, raw: Any, path: Path) -> None:
         != raw.encode(PROBE, add_special_tokens=False).ids
     ):
         raise UserError(
-            f"{path}: tokenizer_config.json changes the ids that tokenizer.json gives (add_prefix_space and the like); "
+            f"{path}: tokenizer_config.json changes the ids that tokenizer.json gives (added_tokens_decoder?); "
             "remove what it changes, or save the tokenizer again"
         )
     known = tokenizer.get_vocab()
