@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
     "transform": {"errors", "folders", "trunk"},
+    "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
     "demo": {"errors"},
