@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
     "transform": {"errors", "folders"},
+    "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
     "demo": {"errors"},
