@@ -63,7 +63,7 @@ SEQUENCE = "arXiv 2004.00053, with a posterior over the vocabulary"
 # Of the sequence attacker and of the one who sees nothing: equal, so that their difference is what was sent.
 READER: Mapping[str, Mapping[str, Any]] = {
     "quick": {"first": 100, "most": 400, "layers": 4, "width": 128, "lr": 2e-3},
-    "standard": {"first": 200, "most": 3200, "layers": 4, "width": 256},
+    "standard": {"first": 200, "most": 3200, "layers": 4, "width": 192, "lr": 2e-3},
     "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384},
 }
 GUESSING = "guess"  # what every reading is compared with; no attack
@@ -121,11 +121,11 @@ ATTACKS: dict[str, Attack] = {
     "autoregressive": Attack(
         "sequence attacker, left to right", sequence.autoregressive, sequence.cost, SEQUENCE,
         {
-            "quick": {"first": 100, "most": 200, "layers": 3, "width": 128, "lr": 2e-3, "beams": 2},
-            "standard": {"first": 200, "most": 1600, "layers": 4, "width": 192, "lr": 2e-3, "beams": 4},
+            "quick": {"first": 50, "most": 100, "layers": 2, "width": 128, "beams": 2},
+            "standard": {"first": 200, "most": 1600, "layers": 4, "width": 192, "beams": 4},
             "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384, "beams": 8},
         },
-        {"from_trunk": True},
+        {"from_trunk": True, "lr": 5e-4},
     ),
     "sequence_at_z": Attack("sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE, READER),
     GUESSING: Attack("guessing: the same without what was sent", sequence.guess, sequence.cost, SEQUENCE, READER),

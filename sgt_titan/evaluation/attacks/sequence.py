@@ -52,7 +52,8 @@ GUESSES = 10
 HELD_ROWS = 64  # of the corpus, never trained on: they decide when to stop
 FIT_TOKENS = 8192  # that the linear start is fitted on, or four times the width where that is more
 SMOOTHING = 0.5  # added to every token's count: a token that the corpus lacks is not impossible
-SETTLED_LOSS, SETTLED_SHARE = 0.005, 0.005  # a doubling that brings less is the last: relative loss, top-1
+SETTLED_LOSS = 0.005  # a doubling that brings less is the last: share of the loss, nats below one nat
+SETTLED_SHARE = 0.005  # and top-1
 CHUNK = 1024  # tokens whose logits exist at a time when guessing
 
 
@@ -188,8 +189,8 @@ def _read(
     tokens = stages[-1].steps * effort.batch_rows * float(np.mean([len(row.ids) for row in train_rows]))
     spent = tokens * (6.0 * parameters + 6.0 * table.rows_VD.numel())
     notes = [
-        f"starts as {begins}, trained for {best.steps} steps of {effort.batch_rows} rows; on text kept aside its loss is "
-        f"{best.loss:.3f} nats a token and it reads {best.share:.1%}"
+        f"starts as {begins}, trained for {best.steps} steps of {effort.batch_rows} rows; on text kept aside its loss "
+        f"is {best.loss:.3f} nats a token and it reads {best.share:.1%}"
         + (" given the true tokens before" if reader.decoder is not None else ""),
         _verdict(stages),
     ]
@@ -268,7 +269,7 @@ def _cycles(
     random, done, last = np.random.default_rng(seed), 0, None
     stage = _stage(reader, own, held, observation, effort, 0)
     yield stage
-    while done < effort.most and not (last is not None and _settled(last, stage)):
+    while done < effort.most and not (last is not None and last.steps and _settled(last, stage)):
         length = min(max(effort.first, done), effort.most - done)
         for step in range(length):
             for group in optimizer.param_groups:
@@ -317,7 +318,7 @@ def before(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 def _settled(last: Stage, stage: Stage) -> bool:
-    return last.loss - stage.loss < SETTLED_LOSS * last.loss and stage.share - last.share < SETTLED_SHARE
+    return last.loss - stage.loss < SETTLED_LOSS * max(last.loss, 1.0) and stage.share - last.share < SETTLED_SHARE
 
 
 def _verdict(stages: Sequence[Stage]) -> str:

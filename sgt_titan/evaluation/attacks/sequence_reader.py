@@ -161,6 +161,11 @@ class Reader(nn.Module):
         if self.head is not None:
             in_BTG = in_BTG + rows_BTD * self.scale_D
         more: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+        length = in_BTG.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if self.head is not None and length > 1:  # a language model never saw the place before the first token
+            seen_BT = torch.ones(in_BTG.shape[0], length, dtype=torch.bool, device=in_BTG.device)
+            seen_BT[:, 0] = False
+            more["attention_mask"] = seen_BT
         return self.decoder(inputs_embeds=in_BTG, **more).last_hidden_state
 
     def following(self, g_NG: torch.Tensor, x_ND: torch.Tensor | None) -> torch.Tensor:

@@ -20,7 +20,7 @@ from sgt_titan.evaluation.world import World
 
 LENGTH = 8
 STATES = 5  # of the Markov source: tokens 20..24
-SMALL = {"layers": 1, "width": 64, "batch_rows": 48, "lr": 8e-3}
+SMALL = {"layers": 1, "width": 64, "batch_rows": 64, "lr": 6e-3}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_independent_tokens_through_noise_are_read_at_bayes_rate(trunk):
     table_VD = trunk.get_input_embeddings().weight.detach()
     std, p = 2.5 * table_VD.std().item(), zipf(300)
     here = worlds(trunk, lambda random: random.choice(300, LENGTH, p=p), constant_noise(std), corpus=1500)
-    found = sequence.sequence(**here.granted(sequence.sequence), first=40, most=80, **SMALL)
+    found = sequence.sequence(**here.granted(sequence.sequence), first=20, most=40, **SMALL)
     x_ND = here.observation.x_tilde_ND
     logits_NV = -torch.cdist(x_ND.double(), table_VD.double()).square() / (2 * std**2) + torch.from_numpy(p).log()
     exact = (logits_NV.argmax(-1) == here.truth_N).double().mean().item()
@@ -119,13 +119,13 @@ def test_a_markov_source_is_read_at_the_rate_of_forward_and_backward(source):
     marginal_NS, _, _ = posteriors(here, std)
     truth_N = here.truth_N.numpy()
     exact = (marginal_NS.argmax(-1) + 20 == truth_N).mean()
-    found = sequence.sequence(**here.granted(sequence.sequence), first=60, most=240, **SMALL)
+    found = sequence.sequence(**here.granted(sequence.sequence), first=80, most=320, **SMALL)
     alone = found.curve.top_N[0]  # the linear start: each token for itself
     assert 0.5 < exact < 0.95
     assert top1(found, here) >= exact - 0.04
     assert (alone.numpy() == truth_N).mean() < exact - 0.1
     exact_loss = -marginal_NS[np.arange(len(truth_N)), truth_N - 20].mean()
-    assert found.curve.extra[-1] == pytest.approx(exact_loss, abs=0.12)
+    assert found.curve.extra[-1] == pytest.approx(exact_loss, abs=0.15)
 
 
 def test_from_left_to_right_it_finds_the_most_probable_sequence(source):
@@ -133,7 +133,7 @@ def test_from_left_to_right_it_finds_the_most_probable_sequence(source):
     _, following_NS, viterbi_N = posteriors(here, std)
     truth_N = here.truth_N.numpy()
     run = sequence.autoregressive
-    found = run(**here.granted(run), first=60, most=240, beams=3, from_trunk=False, **SMALL)
+    found = run(**here.granted(run), first=80, most=160, beams=3, from_trunk=False, **SMALL)
     assert top1(found, here) >= (viterbi_N == truth_N).mean() - 0.04
     exact_loss = -following_NS[np.arange(len(truth_N)), truth_N - 20].mean()
     assert found.curve.extra[-1] == pytest.approx(exact_loss, abs=0.12)
@@ -141,7 +141,7 @@ def test_from_left_to_right_it_finds_the_most_probable_sequence(source):
 
 def test_one_who_sees_nothing_guesses_at_the_rate_of_the_prior(source):
     here, _ = source
-    found = sequence.guess(**here.granted(sequence.guess), first=60, most=120, **SMALL)
+    found = sequence.guess(**here.granted(sequence.guess), first=40, most=80, **SMALL)
     # Of p(x_t | x_0) for a clean x_0: the best guess of t steps ahead.
     power_SS, exact = np.eye(STATES), []
     for _ in range(1, LENGTH):
@@ -237,7 +237,9 @@ def test_the_encoder_looks_both_ways_and_not_at_padding(trunk):
         assert torch.equal(reader.encode(moved, *args, batch.valid_BT)[1], whole[1])
         short = batch.valid_BT.clone()
         short[0, -1] = False
-        assert torch.allclose(reader.encode(moved, *args, short)[0, :-1], reader.encode(x, *args, short)[0, :-1], atol=1e-6)
+        assert torch.allclose(
+            reader.encode(moved, *args, short)[0, :-1], reader.encode(x, *args, short)[0, :-1], atol=1e-6
+        )
 
 
 def test_decoding_step_by_step_is_the_whole_forward(trunk):
@@ -265,7 +267,7 @@ def test_decoding_step_by_step_is_the_whole_forward(trunk):
 
 def test_the_trunk_is_copied_without_its_table(trunk):
     body = trunk_body(trunk)
-    assert body.get_input_embeddings() is None and trunk.get_input_embeddings() is not None
+    assert body.embed_tokens is None and trunk.get_input_embeddings() is not None
     assert next(body.parameters()).requires_grad and not next(trunk.parameters()).requires_grad
 
 
