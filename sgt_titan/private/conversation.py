@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,8 +23,8 @@ from sgt_titan.private.restore import Literal, Restorer
 from sgt_titan.private.spans import Finder, Span, bounded, check_marks, find, plain, settle
 from sgt_titan.private.surrogates import KINDS, ORDER, Kind, as_cased, folded, only_digits
 
-ATTEMPTS = 256
-LENGTHEN_EVERY = 24
+ATTEMPTS = 512
+LENGTHEN_EVERY = 64
 _WORD = re.compile(r"[^\s,;:()\"“”]+")
 _DIGIT_KINDS = ("card", "phone", "ssn", "number", "iban")
 
@@ -67,12 +67,16 @@ class Conversation:
         self, key: bytes, name: str, finders: Sequence[Finder], kinds: Mapping[str, Sequence[str]] | None = None
     ):
         self.name, self._key, self._finders = name, key, finders
-        self._kinds = KINDS | {kind: _own_kind(tuple(items)) for kind, items in (kinds or {}).items()}
+        self._kinds = KINDS | {kind: _own_kind(tuple(items), KINDS.get(kind)) for kind, items in (kinds or {}).items()}
+        self._hosts = tuple((kinds or {}).get("domain", ()))
         self._units: dict[tuple[str, str], Unit] = {}
         self._counts: dict[str, int] = {}
         self._taken: set[str] = set()
         self._seen = ""  # every text so far, folded
         self._occurrences: dict[str, Literal] = {}
+        # A further wish of (value, surrogate), given up after half of the attempts. An answer that depends on more of
+        # the value than is said in docs/PRIVATE_VALUES.md is the caller's to state.
+        self.accept: Callable[[str, str], bool] | None = None
 
     def __repr__(self) -> str:
         return f"Conversation({len(self._units)} values)"  # never the values
@@ -140,9 +144,12 @@ class Conversation:
             found = row.draw(shape, draw, attempt // LENGTHEN_EVERY)
             if kind == "card" and (end := self._end_of(norm)) and not found.endswith(end):
                 continue
-            if self._free(kind, folded(found), norm):
+            if self._free(kind, folded(found), norm) and self._wanted(text, row.write(found, text), attempt):
                 return found
         raise UserError(f"private values: no surrogate of kind {kind} is left in this conversation; start a new one")
+
+    def _wanted(self, value: str, written: str, attempt: int) -> bool:
+        return self.accept is None or attempt >= ATTEMPTS // 2 or self.accept(value, written)
 
     def _free(self, kind: str, found: str, norm: str) -> bool:
         if found in self._taken or found == norm or (kind, found) in self._units:
@@ -189,25 +196,29 @@ class Conversation:
                     pieces.append(piece)
             if attempt >= LENGTHEN_EVERY:
                 pieces.append(draw.letters(tables.DIGITS, 3))
-            found = "".join(pieces) + "@" + self._domain(domain)
-            if self._free("email", found, folded(text)):
+            host = self._domain(domain, attempt)
+            if host is None:
+                continue
+            found = "".join(pieces) + "@" + host
+            if self._free("email", found, folded(text)) and self._wanted(text, found, attempt):
+                if ("domain", domain) not in self._units:
+                    self._counts["domain"] = self._counts.get("domain", 0) + 1
+                    self._units["domain", domain] = Unit("domain", domain, domain, host)
+                    self._taken.add(host)
                 return found
         raise UserError("private values: no surrogate of kind email is left in this conversation; start a new one")
 
-    def _domain(self, domain: str) -> str:
-        if ("domain", domain) not in self._units:
-            number = self._counts["domain"] = self._counts.get("domain", 0) + 1
-            found = next(
-                name
-                for attempt in range(ATTEMPTS)
-                if (name := self._host(number, attempt)) not in self._taken and name not in self._seen
-            )
-            self._units["domain", domain] = Unit("domain", domain, domain, found)
-            self._taken.add(found)
-        return self._units["domain", domain].surrogate
+    def _domain(self, domain: str, attempt: int) -> str | None:
+        """The surrogate of a known domain, or one to try for a new one; None if that is taken."""
+        if ("domain", domain) in self._units:
+            return self._units["domain", domain].surrogate
+        host = self._host(self._counts.get("domain", 0) + 1, attempt)
+        return None if host in self._taken or host in self._seen else host
 
     def _host(self, number: int, attempt: int) -> str:
         draw = Draw(self._key, tables.VERSION, self.name, "domain", "", str(number), str(attempt))
+        if self._hosts and attempt < LENGTHEN_EVERY:
+            return draw.pick(self._hosts).lower()
         return surrogates.coined(draw, extra=attempt // LENGTHEN_EVERY).lower() + ".example"
 
     def _replaced(self, text: str, spans: Sequence[Span]) -> Hidden:
@@ -437,12 +448,19 @@ def _answer_forms(unit: Unit) -> Iterator[tuple[str, str]]:
         yield sent, value
 
 
-def _own_kind(items: tuple[str, ...]) -> Kind:
-    """A user's kind: drawn from his list, then with a number; without a list the template of what stood there."""
+def _own_kind(items: tuple[str, ...], base: Kind | None) -> Kind:
+    """A user's kind, or a kind of ours with a user's surrogates: drawn from his list, and where that is used up as ours
+    are, or with a number. Without a list the template of what stood there."""
     if not items:
-        return Kind(folded, surrogates.template, surrogates.fill, lambda s, o: s)
+        return base or Kind(folded, surrogates.template, surrogates.fill, lambda s, o: s)
 
     def draw(shape: str, draw: Draw, extra: int) -> str:
-        return draw.pick(items) + (f" {2 + draw.below(10**extra)}" if extra else "")
+        picked = draw.pick(items)
+        if base is not None:
+            numeric = base.norm is only_digits
+            return base.draw(shape, draw, extra - 1) if extra else only_digits(picked) if numeric else picked
+        return picked + (f" {2 + draw.below(10**extra)}" if extra else "")
 
-    return Kind(folded, lambda text: "", draw, lambda s, o: s)
+    return (
+        Kind(base.norm, base.shape, draw, base.write) if base else Kind(folded, lambda text: "", draw, lambda s, o: s)
+    )

@@ -2,7 +2,9 @@
 
     words:      {name: [Ada Lovelace], project: [Blue Heron, Heron]}
     patterns:   {ticket: ['TCK-\\d+']}
-    surrogates: {project: [Red Kite, White Stork]}      # drawn from; else coined words, or the template of what matched
+    surrogates: {project: [Red Kite, White Stork]}      # to draw from; else the template of what was found
+
+Surrogates may be given for kinds of ours as well (``first``, ``last``, ``place``, ``org``, ``domain``, ``phone`` ...).
 
 Patterns run in the `regex` package under a limit of time, since an expression can be written that takes exponential
 time: one that is slow on text made to be hard is refused when it is read, one that is slow on a real text stops the
@@ -22,7 +24,7 @@ import yaml
 
 from sgt_titan.errors import UserError
 from sgt_titan.private.spans import Span, bounded
-from sgt_titan.private.surrogates import NAMED
+from sgt_titan.private.surrogates import DRAWN, INNER, NAMED
 
 LIMIT_S = 0.25
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -71,19 +73,12 @@ def make_own(content: Any, where: str) -> Own:
     sections = ("words", "patterns", "surrogates")
     if not isinstance(content, dict) or not content or set(content) - set(sections):
         raise UserError(f"{where}: must hold {', '.join(sections)} and nothing else")
-    lists = {name: _lists(content.get(name) or {}, f"{where}: {name}") for name in sections}
-    kinds = {}
-    for name in sections:
-        for kind, items in lists[name].items():
-            if kind not in NAMED:
-                kinds.setdefault(kind, ())
-                if name == "surrogates":
-                    kinds[kind] = tuple(items)
-            elif name == "surrogates":
-                raise UserError(f"{where}: surrogates.{kind}: {kind} has surrogates of its own; use another kind")
-    for kind in lists["surrogates"]:
-        if kind not in lists["words"] and kind not in lists["patterns"]:
-            raise UserError(f"{where}: surrogates.{kind}: no words and no patterns of this kind")
+    lists = {name: _lists(content.get(name) or {}, f"{where}: {name}", drawn=name == "surrogates") for name in sections}
+    kinds = {kind: () for name in ("words", "patterns") for kind in lists[name] if kind not in NAMED}
+    for kind, items in lists["surrogates"].items():
+        if kind not in kinds and kind not in DRAWN:
+            raise UserError(f"{where}: surrogates.{kind}: no words and no patterns of this kind, and none of ours")
+        kinds[kind] = tuple(items)
     words = [(kind, word) for kind, items in lists["words"].items() for word in items]
     patterns = [
         (kind, _compiled(expression, f"{where}: patterns.{kind}[{i}]"))
@@ -93,11 +88,11 @@ def make_own(content: Any, where: str) -> Own:
     return Own(tuple(words), tuple(patterns), kinds)
 
 
-def _lists(section: Any, where: str) -> dict[str, list[str]]:
+def _lists(section: Any, where: str, *, drawn: bool) -> dict[str, list[str]]:
     if not isinstance(section, dict):
         raise UserError(f"{where}: must be kinds with lists of text")
     for kind, items in section.items():
-        if not isinstance(kind, str) or not _KIND.fullmatch(kind) or kind in ("first", "last", "initial"):
+        if not isinstance(kind, str) or not _KIND.fullmatch(kind) or (kind in INNER and not drawn):
             raise UserError(f"{where}: {kind!r} is no kind; known: {', '.join(NAMED)}; or a new one in a-z, 0-9 and _")
         if (
             not isinstance(items, list)

@@ -291,7 +291,9 @@ KINDS: dict[str, Kind] = {
     "url": Kind(_as_is, url_shape, _url, _plain),
     "secret": Kind(_as_is, secret_shape, _secret, _plain),
 }  # fmt: skip
-# What a caller may name: "name" is written word by word as first, last and initial.
-NAMED = ("name", *(kind for kind in KINDS if kind not in ("first", "last", "initial")))
+# What a caller may name: "name" is written word by word as first, last and initial. What surrogates may be given for.
+INNER = ("first", "last", "initial", "domain")
+NAMED = ("name", *(kind for kind in KINDS if kind not in INNER))
+DRAWN = ("first", "last", "domain", "place", "org", "term", "text", "handle", "phone", "url")
 # Of the same value as a shorter number; drawn before what repeats a part of it.
 ORDER = {"first": 0, "last": 0, "initial": 0, "card": 1, "domain": 2, "email": 3}

@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "metrics",
         "data",
         "conjformer",
+        "private",
     },
     "client": {"errors", "arguments", "transform", "metrics"},
     "serving": {"errors", "arguments", "client"},

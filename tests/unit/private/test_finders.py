@@ -65,7 +65,8 @@ def test_names_need_their_lists(monkeypatch):
         ({"words": {"x": [""]}}, "none of it empty"),
         ({"wrods": {}}, "nothing else"),
         ({"surrogates": {"x": ["y"]}}, "no words and no patterns"),
-        ({"words": {"name": ["Ada"]}, "surrogates": {"name": ["y"]}}, "of its own"),
+        ({"words": {"card": ["x"]}, "surrogates": {"card": ["y"]}}, "none of ours"),
+        ({"words": {"first": ["x"]}}, "is no kind"),
         ([], "nothing else"),
     ],
 )
