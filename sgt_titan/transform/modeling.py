@@ -139,6 +139,7 @@ class StainedGlassTransform(PreTrainedModel):
         *,
         generator: torch.Generator | None = None,
         seed: int | None = None,
+        noise_BTD: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Caches | None = None,
@@ -148,8 +149,10 @@ class StainedGlassTransform(PreTrainedModel):
         ``inputs``: token ids ``(B, T)`` (integer) or embeddings ``(B, T, D)`` (float). ``mask_BT`` (bool): true where
         to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
         system's generator and is never the same twice; ``generator`` or ``seed`` replace it, for tests and
-        measurements. Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or
-        infinity would come out; ValueError for shapes that do not match.
+        measurements; ``noise_BTD`` is standard normal noise of the caller's own (the client's held noise).
+
+        Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or infinity would come
+        out; ValueError for shapes that do not match.
         """
         is_ids = not inputs.is_floating_point()
         if is_ids and inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.config.vocab_size:
@@ -169,7 +172,7 @@ class StainedGlassTransform(PreTrainedModel):
         )
         if attention_mask is not None:
             mask_BT = mask_BT & attention_mask[:, -x_BTD.shape[1] :].to(x_BTD.device, torch.bool)
-        eps_BTD = _noise(out.mean_BTD, generator, seed)
+        eps_BTD = _noise(out.mean_BTD, generator, seed) if noise_BTD is None else noise_BTD.to(out.mean_BTD)
         x_tilde_BTD = obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
         if not bool(x_tilde_BTD[mask_BT].isfinite().all()):
             raise UserError(
