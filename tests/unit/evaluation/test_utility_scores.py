@@ -34,7 +34,7 @@ def batches(rows):
 def constant(trunk, demo_config):
     """The best constant prompt, fitted shortly."""
     training = read_samples(prepare(demo_config, str(TRUNK), progress=False).train, demo_config, 64)
-    return zero.fit(trunk, training, 12).mechanism()
+    return zero.fit(trunk, training, 20).mechanism()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_the_zero_is_the_kindest_of_all(trunk, batches, rows, reference, removed
     found = measured(trunk, batches, rows, constant, reference)["kept"]
     assert found["value"] == pytest.approx(0.0, abs=1e-6)
     old = utility.reference_utility(trunk, batches, {k: v for k, v in removed.items() if k != utility.CONSTANT})
-    assert utility.kept(old, reference.without_B).value > 0.05
+    assert utility.kept(old, reference.without_B).value > 0.02
 
 
 def test_a_reference_survives_its_file(reference):
