@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,7 @@ from sgt_titan.data.marks import fold, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
-
-# Every file of a tokenizer that can change a token.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
+from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 
 # Columns of a sample's role counts. A target is a token that some position predicts: any but the first.
 COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets", "private")
@@ -78,24 +72,8 @@ class Chunk:
 
 
 def load_tokenizer(directory: str) -> Any:
-    """The fast tokenizer of a checkpoint directory, without touching the network or running its code.
-
-    Raises:
-        UserError: not a directory, no tokenizer in it, or a slow one.
-    """
-    path = expand(str(directory), "trunk.path")
-    if not os.path.isdir(path):
-        raise UserError(f"trunk.path: {path} is not a directory; it must hold tokenizer.json and config.json")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{path}: no readable tokenizer (tokenizer.json, tokenizer_config.json): {reason}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{path}: has only a slow tokenizer; convert it to a fast one (tokenizer.json)")
-    return tokenizer
+    """The tokenizer of a checkpoint directory. Raises UserError as ``transform.tokenizer.load_tokenizer``."""
+    return load_from(expand(str(directory), "trunk.path"))
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
@@ -313,12 +291,6 @@ def tokenize_rows(
     finally:
         for pipe in pipes:
             pipe.close()  # a process that reads the end of its pipe ends
-
-
-def tokenizer_files(directory: str) -> list[Path]:
-    """The files of a tokenizer that can change a token, sorted by name."""
-    root = Path(expand(str(directory), "trunk.path"))
-    return [root / name for name in sorted(TOKENIZER_FILES) if (root / name).is_file()]
 
 
 def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: Options) -> None:

@@ -10,9 +10,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sgt_titan.errors import UserError
 from sgt_titan.transform.gaussian import Bounds
+from sgt_titan.trunk.families import TRAINED
 
 FORMAT_VERSION = 1
-FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")
 
 # Facts about the trunk's checkpoint that the estimator does not share: where it lay, how it was quantised, which
 # remote code it wanted, which type it was stored in.
@@ -75,9 +75,9 @@ def check_config(config: SGTConfig) -> None:
             "update sgt_titan"
         )
     trunk = config.trunk_config
-    if not isinstance(trunk, dict) or trunk.get("model_type") not in FAMILIES:
+    if not isinstance(trunk, dict) or trunk.get("model_type") not in TRAINED:
         found = trunk.get("model_type") if isinstance(trunk, dict) else type(trunk).__name__
-        raise UserError(f"config.json: trunk_config.model_type is {found!r}, must be one of {', '.join(FAMILIES)}")
+        raise UserError(f"config.json: trunk_config.model_type is {found!r}, must be one of {', '.join(TRAINED)}")
     for key, allowed in (("body", ("shared", "separate")), ("obfuscate", ("prompt", "all"))):
         if getattr(config, key) not in allowed:
             raise UserError(f"config.json: {key} is {getattr(config, key)!r}, must be one of {', '.join(allowed)}")
@@ -100,8 +100,8 @@ def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: in
         family = raw.pop("model_type", None)
     else:
         family = raw.model_type
-    if family not in FAMILIES:
-        raise UserError(f"trunk config.json: model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+    if family not in TRAINED:
+        raise UserError(f"trunk config.json: model_type {family!r} is not supported; use one of {', '.join(TRAINED)}")
     if isinstance(raw, dict):
         for key in _NOT_INHERITED:
             raw.pop(key, None)
