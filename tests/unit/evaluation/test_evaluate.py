@@ -236,7 +236,7 @@ def test_marked_values_that_are_not_in_the_text(make_export, tmp_path, demo_conf
     options = ["--data.validation_samples", "4", "--data.cache_dir", str(tmp_path / "cache")]
     call = words(make_export(0.1), tmp_path / "out", *options)
     call[call.index("demo", call.index("--data"))] = str(file)
-    with pytest.raises(UserError, match="none of its 40 marked private values .*is in its prompts"):
+    with pytest.raises(UserError, match=r"none of its 40 marked private values .*is in its prompts"):
         evaluate.main(call)
     assert not (tmp_path / "out").exists()
 
