@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -91,6 +92,11 @@ class Setting:
     def reference(self) -> Reference:
         """The 1 and the 0 of ``kept``."""
         return reference_utility(self.trunk, self.full_batches, self.removed)
+
+    @cached_property
+    def answers(self) -> list[np.ndarray]:
+        """Tokens of the response of each of ``prompts``."""
+        return [row.ids[row.target] for row in self.rows if row.prompt().obfuscate.any()]
 
     def batches(self, rows: Sequence[Sample]) -> list[Padded]:
         pad = self.tokenizer.pad_token_id
