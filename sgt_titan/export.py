@@ -137,6 +137,8 @@ def sgt_config(config: Config, state: dict) -> SGTConfig:
         obfuscate=config.data.obfuscate,
         obfuscate_template=config.data.obfuscate_template,
         template=config.data.template,
+        template_kwargs=dict(config.data.template_kwargs),
+        template_date=config.data.template_date,
         fingerprints=dict(state["fingerprints"]),
         training=summary(config, state),
     )

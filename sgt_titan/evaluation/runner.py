@@ -29,6 +29,7 @@ from sgt_titan.evaluation.suite import SUITES, battery
 from sgt_titan.evaluation.threat import Cost, grants, kind_of
 from sgt_titan.evaluation.world import World
 from sgt_titan.metrics.interval import Estimate
+from sgt_titan.transform.chat_template import look
 
 USEFUL_SHARE = 0.25  # of a large matmul's speed that small ones reach: estimates are no better than a factor of three
 
@@ -229,6 +230,7 @@ class Evaluation:
             local_dir=self.benchmark_dir,
             limit=SUITES[self.suite].questions or None,
             seed=self.seed,
+            how=look(setting.transform.config.template_kwargs, setting.transform.config.template_date),
         )[name]
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from sgt_titan.errors import UserError
+from sgt_titan.transform.chat_template import DATE
 from sgt_titan.transform.gaussian import Bounds
 from sgt_titan.trunk.families import TRAINED
 
@@ -37,6 +38,7 @@ class SGTConfig(PretrainedConfig):
     hidden_size, vocab_size: D and V of the trunk's embedding table.
     embeddings: whether the table is shipped in the export.
     obfuscate, obfuscate_template, template: which prompt tokens were obfuscated in training, and in which template.
+    template_kwargs, template_date: the chat template's variables and the date that it prints, as in training.
     fingerprints: sha256 of trunk, tokenizer, embeddings, data, as far as known.
     training: summary of the run.
     """
@@ -57,6 +59,8 @@ class SGTConfig(PretrainedConfig):
     obfuscate: str = "prompt"
     obfuscate_template: bool = False
     template: str = "chat"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_date: str = DATE
     fingerprints: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
