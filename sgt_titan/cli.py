@@ -29,6 +29,7 @@ _FORWARDED = {
         "sgt_titan.evaluation.private_values",
         "Measure surrogates for private values: what is found, what is left, what an attacker reads.",
     ),
+    "zero": ("sgt_titan.evaluation.zero", "Fit the constant prompt that `kept` counts from."),
     "plan": (
         "sgt_titan.plan.command",
         "Memory, communication and time of a config, and how often to save, by arithmetic.",

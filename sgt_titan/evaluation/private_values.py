@@ -17,8 +17,9 @@ from typing import Any
 
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.evaluate import check_zero, zero_argument
 
-ATTACKS = ("nearest_l2", "known_plaintext", "inverter")
+ATTACKS = ("nearest_l2", "known_plaintext", "sequence")
 GENERATED = 64  # tokens of an answer
 
 
@@ -44,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="effort of the attacks")
     parser.add_argument("--rows", type=int, help="prompts to measure on (finding: all; mechanisms: 32)")
     parser.add_argument("--corpus", type=int, default=2000, help="public rows that attackers train on (default 2000)")
+    zero_argument(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     arguments, overrides = parser.parse_known_args(argv)
     check_seed(arguments.seed)
+    check_zero(arguments.zero_steps)
     if arguments.rows is not None and arguments.rows < 2:
         raise UserError(f"--rows must be at least 2, got {arguments.rows}")
     exports = _named(arguments.export)
@@ -143,7 +146,9 @@ def _mechanisms(
     disable_progress_bar()
     first = next(iter(exports.values()))
     config = data_config(first, arguments.trunk, arguments.data, list(overrides))
-    setting = load_setting(first, config, rows=arguments.rows or 32, corpus=arguments.corpus)
+    setting = load_setting(
+        first, config, rows=arguments.rows or 32, corpus=arguments.corpus, zero_steps=arguments.zero_steps
+    )
     transforms = {}
     for name, directory in exports.items():
         transforms[name] = load_export(directory).to(setting.device).eval()
@@ -173,7 +178,7 @@ def _mechanisms(
         listed.append(sgt)
         listed.append(surrogates(found(), table_VD, sgt, f"surrogates+{name}", f"surrogates (found), then {name}"))
         listed.append(surrogates(known(), table_VD, sgt, f"marked+{name}", f"surrogates (marked), then {name}"))
-    reference = utility.reference_utility(setting.trunk, setting.full_batches, setting.shortened)
+    reference = setting.reference
     for mechanism in listed:
         started = time.monotonic()
         random = torch.Generator(device=setting.device).manual_seed(arguments.seed)

@@ -48,12 +48,22 @@ def test_mechanisms(tmp_path, make_export, monkeypatch):
     monkeypatch.setattr(private_values, "GENERATED", 4)
     export = make_export(0.3)
     words = ["--data", "demo", "--rows", "4", "--corpus", "8", "--trunk", str(TRUNK), "--export", f"x={export}"]
-    words += ["--attacks", "nearest_l2", "--data.max_samples", "240", "--data.validation_samples", "24"]
+    words += [
+        "--zero-steps",
+        "1",
+        "--attacks",
+        "nearest_l2",
+        "--data.max_samples",
+        "240",
+        "--data.validation_samples",
+        "24",
+    ]
     words += ["--own", str(TRUNK.parent / "private.yaml"), "--out", str(tmp_path / "out")]
     assert main([*words, "--data.cache_dir", str(tmp_path / "cache"), "--data.template", "chat"]) == 0
     found = json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"]
     leak = {name: entry["attacks"]["nearest_l2"]["pii"]["exact_micro"]["value"] for name, entry in found.items()}
-    assert leak["none"] == 1.0 and leak["redaction"] == 0.0 and leak["marked"] < 0.05 < leak["surrogates"] < leak["x"]
+    assert leak["none"] == 1.0 and leak["redaction"] == 0.0 and leak["marked"] < 0.05
+    assert leak["marked"] <= leak["surrogates"] < leak["x"]
     assert leak["marked+x"] <= leak["surrogates+x"] <= leak["x"]
     assert found["none"]["answers"]["value"] >= found["marked"]["answers"]["value"]
     assert found["marked"]["utility"]["kl"]["value"] < found["redaction"]["utility"]["kl"]["value"]
