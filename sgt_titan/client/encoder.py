@@ -21,7 +21,7 @@ from sgt_titan.client.noise import HeldNoise
 from sgt_titan.client.prompt import Message, Prompt, make_prompt
 from sgt_titan.errors import UserError
 from sgt_titan.transform.fingerprint import check_tokenizer_fingerprint, fingerprint_tensor
-from sgt_titan.transform.gaussian import obfuscate, secure_noise
+from sgt_titan.transform.gaussian import secure_noise
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 PIECE = 2048
@@ -81,6 +81,8 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             model.embed_tokens = _table(model.config, trunk).to(model.device)
         if weights == "int8":
             quantize(model.bodies)
+            if model.denoiser is not None:
+                quantize(model.denoiser.body)
         model.eval().requires_grad_(False)
         return (model, info) if kwargs.get("output_loading_info") else model
 
@@ -136,15 +138,13 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             real_BT[row, : len(prompt)] = 1
         with torch.inference_mode():
             x_BTD = self.embed_tokens(ids_BT.to(self.device))
-            out = self(inputs_embeds=x_BTD, attention_mask=real_BT.to(self.device))
-            encoded = []
+            eps_BTD = torch.zeros(x_BTD.shape)
+            mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
             for row, prompt in enumerate(prompts):
-                own = slice(0, len(prompt))
-                eps_TD = self._noise(prompt, None if seed is None else seed + row)
-                encoded.append(
-                    _hide(x_BTD[row, own], out.mean_BTD[row, own], out.log_std_BTD[row, own], eps_TD, prompt)
-                )
-        return encoded
+                eps_BTD[row, : len(prompt)] = self._noise(prompt, None if seed is None else seed + row)
+                mask_BT[row, : len(prompt)] = torch.from_numpy(prompt.mask)
+            sent_BTD = self._send(x_BTD, mask_BT, eps_BTD, attention_mask=real_BT.to(self.device))
+        return [sent_TD[: len(prompt)] for sent_TD, prompt in zip(sent_BTD, prompts, strict=True)]
 
     def encode_pieces(
         self,
@@ -164,9 +164,15 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             # Not around the yield: the mode would leak into the caller's code.
             with torch.inference_mode():
                 x_TD = self.embed_tokens(torch.tensor(part.ids, device=self.device))
-                out = self(inputs_embeds=x_TD[None], past_key_values=caches)
-                hidden = _hide(x_TD, out.mean_BTD[0], out.log_std_BTD[0], eps_TD[start : start + self.piece], part)
-            yield hidden
+                mask_T, eps = torch.from_numpy(part.mask), eps_TD[start : start + self.piece]
+                sent_BTD = self._send(x_TD[None], mask_T[None], eps[None], past_key_values=caches)
+            yield sent_BTD[0]
+
+    def _send(
+        self, x_BTD: torch.Tensor, mask_BT: torch.Tensor, eps_BTD: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """What leaves, on the CPU. Raises UserError for NaN, never silently: the server would refuse it or answer it."""
+        return self.transform(x_BTD, mask_BT, eps_BTD=eps_BTD.to(self.device), **options).cpu()
 
     def _noise(self, prompt: Prompt, seed: int | None) -> torch.Tensor:
         width = self.config.hidden_size
@@ -175,17 +181,6 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         if self.held_noise is not None:
             return self.held_noise(prompt.ids, prompt.mask, width)
         return secure_noise((len(prompt), width))
-
-
-def _hide(
-    x_TD: torch.Tensor, mean_TD: torch.Tensor, log_std_TD: torch.Tensor, eps_TD: torch.Tensor, prompt: Prompt
-) -> torch.Tensor:
-    mask_T = torch.from_numpy(prompt.mask).to(x_TD.device)
-    hidden_TD = obfuscate(x_TD, mean_TD, log_std_TD, eps_TD.to(x_TD.device), mask_T).cpu()
-    if not bool(hidden_TD.isfinite().all()):
-        # Never silently: a NaN row would be refused or, worse, answered.
-        raise UserError("the transform gave NaN or infinite values for this prompt; load it with weights=float32")
-    return hidden_TD
 
 
 def _load_tokenizer(directory: Path, config: transform.SGTConfig) -> PreTrainedTokenizerBase:

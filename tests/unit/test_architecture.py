@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "folders"},
+    "transform": {"errors", "folders", "objectives"},
     "objectives": {"errors"},
     "metrics": set(),
     "demo": {"errors"},
