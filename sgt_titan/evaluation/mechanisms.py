@@ -23,11 +23,20 @@ from sgt_titan.transform.trunk_files import TrunkFiles
 
 
 class Obfuscated(NamedTuple):
-    """Embeddings to send, and the Gaussian they were drawn from; ``log_std_BTD`` is None where there is no noise."""
+    """Embeddings to send, and the Gaussian that z was drawn from; ``log_std_BTD`` is None where there is no noise.
+
+    z_BTD: the noisy embeddings before the client's denoiser, which are not sent. None: z is what is sent.
+    """
 
     x_tilde_BTD: torch.Tensor
     center_BTD: torch.Tensor
     log_std_BTD: torch.Tensor | None
+    z_BTD: torch.Tensor | None = None
+
+    @property
+    def noisy_BTD(self) -> torch.Tensor:
+        """z, whether or not a denoiser follows it."""
+        return self.x_tilde_BTD if self.z_BTD is None else self.z_BTD
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class Mechanism:
     """``obfuscate(batch, x_BTD, random)``: embeddings of a batch, obfuscated where ``batch.obfuscate_BT``.
 
     transform: the SGT, where it is one. rotation: where what is sent is in a secret basis (rotated.py). std: of a
-    constant noise, embedding units; 0 where there is none. facts: what else a report states about it, by name.
+    constant noise, embedding units; 0 where there is none. denoises: a denoiser stands between z and what is sent.
+    facts: what else a report states about it, by name.
     """
 
     name: str
@@ -56,6 +66,7 @@ class Mechanism:
     transform: StainedGlassTransform | None = field(default=None, repr=False)
     rotation: Rotation | None = field(default=None, repr=False)
     std: float = 0.0
+    denoises: bool = False
     facts: dict[str, float] = field(default_factory=dict)
 
 

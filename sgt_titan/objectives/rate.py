@@ -75,13 +75,11 @@ def learned_rate(
     logit: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """:func:`mixture_rate` with the token's component at ``gain x + scale shift``, std ``scale exp(prior_log_std)``, (B, T).
+    """:func:`mixture_rate` with the token's component at ``gain x + scale shift`` with std ``scale exp(prior_log_std)``.
 
-    scale: the table's std, so that what is learned is of order 1.
+    (B, T). scale: the table's std, so that what is learned is of order 1.
     """
-    token_BT = gaussian_kl(
-        center_BTD, log_std_BTD, gain_D * x_BTD + scale * shift_D, prior_log_std_D + math.log(scale)
-    )
+    token_BT = gaussian_kl(center_BTD, log_std_BTD, gain_D * x_BTD + scale * shift_D, prior_log_std_D + math.log(scale))
     return mixture_rate(broad_BT, token_BT, logit, log_p_BT)
 
 

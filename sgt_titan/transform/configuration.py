@@ -12,8 +12,8 @@ from sgt_titan.errors import UserError
 from sgt_titan.objectives.rate import PRIORS
 from sgt_titan.transform.gaussian import Bounds
 
-# 2: a denoiser or a learned prior. An export without either says 1, so that who has no need to update does not have to; a
-# client that does not know denoisers refuses 2, since without it the answers are ruined.
+# 2: a denoiser or a learned prior. An export without either says 1, so that nobody updates without need; a client that
+# does not know denoisers refuses 2, since without it the answers are ruined.
 FORMAT_VERSION = 2
 FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")
 
@@ -37,8 +37,8 @@ class SGTConfig(PretrainedConfig):
     body: "shared" (one body, two heads) or "separate" (body 0 feeds the mean, body 1 the std).
     std_min, std_max, std_init, mean_bound: units of ``scale``; see :class:`sgt_titan.transform.gaussian.Bounds`.
     denoiser_layers: decoder layers between noise and wire; 0: none.
-    rate_prior, rate_tau, context_layers, context_rank: the prior of the rate (``schema.Rate``); broad for a transform that
-        was trained without one, whose rate it bounds as well.
+    rate_prior, rate_tau, context_layers, context_rank: the prior of the rate (``schema.Rate``); broad for a transform
+        that was trained without one, whose rate it bounds as well.
     scale, median_norm: per-feature std and median row norm of the trunk's embedding table, embedding units.
     hidden_size, vocab_size: D and V of the trunk's embedding table.
     embeddings: whether the table is shipped in the export.
@@ -103,8 +103,8 @@ def check_config(config: SGTConfig) -> None:
             raise UserError(f"config.json: {key} is {value!r}, must be a whole number, at least {least}")
     if config.format_version < needed_version(config):
         raise UserError(
-            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from version 2 "
-            "on; export again"
+            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from version "
+            "2 on; export again"
         )
     for key in ("hidden_size", "vocab_size"):
         if getattr(config, key) != trunk.get(key):
@@ -150,8 +150,9 @@ def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: in
 
 
 def decoder_config(trunk_config: dict[str, Any], layers: int | None = None) -> PretrainedConfig:
-    """The Hugging Face config object of a body, from the dict made by :func:`estimator_config`; of ``layers`` layers, if
-    that is another number.
+    """The Hugging Face config object of a body, from the dict made by :func:`estimator_config`.
+
+    layers: of that many layers; None: of as many as the dict says.
     """
     fields = copy.deepcopy(trunk_config)
     if layers is not None:

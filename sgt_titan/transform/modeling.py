@@ -7,8 +7,8 @@ the state dict are a contract with the training side, which writes them from its
     bodies.{0|1}.layers.{i}.<HF layer names>   Hugging Face layouts
     bodies.{0|1}.norm.weight (D,)
     mean_head.{weight,bias}, log_std_head.{weight,bias}   (D, D) and (D,)
-    denoiser.body..., denoiser.mark.weight (D, 1), denoiser.head.{weight,bias}    with denoiser_layers
-    prior.{logit,gain,shift,log_std,log_frequency}, prior.body..., prior.{down,up}    with a learned rate_prior (prior.py)
+    denoiser.body..., denoiser.mark.weight (D, 1), denoiser.head.{weight,bias}  with denoiser_layers
+    prior...                                    with a learned rate_prior (prior.py)
 
 Shapes: B batch, T sequence, D model width, V vocabulary, S past + T.
 """
@@ -158,9 +158,9 @@ class StainedGlassTransform(PreTrainedModel):
         inputs: torch.Tensor,
         mask_BT: torch.Tensor,
         *,
-        eps_BTD: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
+        noise_BTD: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Caches | None = None,
@@ -169,9 +169,9 @@ class StainedGlassTransform(PreTrainedModel):
 
         ``inputs``: token ids ``(B, T)`` (integer) or embeddings ``(B, T, D)`` (float). ``mask_BT`` (bool): true where
         to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
-        system's generator and is never the same twice; ``eps_BTD`` (standard normal, for a caller that holds its noise),
-        ``generator`` or ``seed`` (tests and measurements) replace it. ``past_key_values`` as in :meth:`forward`; pieces give
-        what one pass gives. Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or
+        system's generator and is never the same twice; ``noise_BTD`` (standard normal, for a caller that holds its
+        noise), ``generator`` or ``seed`` (tests and measurements) replace it. ``past_key_values`` as in
+        :meth:`forward`; pieces give what one pass gives. Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or
         infinity would come out; ValueError for shapes that do not match.
         """
         x_BTD, mask_BT = self._inputs(inputs, mask_BT, attention_mask)
@@ -181,8 +181,7 @@ class StainedGlassTransform(PreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
         )
-        if eps_BTD is None:
-            eps_BTD = _noise(out.mean_BTD, generator, seed)
+        eps_BTD = _noise(out.mean_BTD, generator, seed) if noise_BTD is None else noise_BTD.to(out.mean_BTD)
         z_BTD = obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
         sent_BTD = z_BTD
         if self.denoiser is not None:
@@ -297,7 +296,9 @@ class Denoiser(nn.Module):
         """(B, T, D) in the dtype of z, z itself outside the mask. ``past_key_values``: its own cache is the last."""
         dtype = self.mark.weight.dtype
         marked_BTD = z_BTD.to(dtype) + self.scale * self.mark(mask_BT[..., None].to(dtype))
-        hidden_BTD = run_body(self.body, marked_BTD, attention_mask, position_ids, past_key_values and past_key_values[-1])
+        hidden_BTD = run_body(
+            self.body, marked_BTD, attention_mask, position_ids, past_key_values and past_key_values[-1]
+        )
         cleaned_BTD = z_BTD.float() + self.scale * self.head(hidden_BTD).float()
         return torch.where(mask_BT[..., None], cleaned_BTD.to(z_BTD.dtype), z_BTD)
 
