@@ -75,7 +75,7 @@ def learned_rate(
     logit: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """:func:`mixture_rate` with the token's component at ``gain x + scale shift`` with std ``scale exp(prior_log_std)``.
+    """:func:`mixture_rate` whose token stands at ``gain x + scale shift`` with std ``scale exp(prior_log_std)``.
 
     (B, T). scale: the table's std, so that what is learned is of order 1.
     """

@@ -103,8 +103,8 @@ def check_config(config: SGTConfig) -> None:
             raise UserError(f"config.json: {key} is {value!r}, must be a whole number, at least {least}")
     if config.format_version < needed_version(config):
         raise UserError(
-            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from version "
-            "2 on; export again"
+            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from 2 on; "
+            "export again"
         )
     for key in ("hidden_size", "vocab_size"):
         if getattr(config, key) != trunk.get(key):

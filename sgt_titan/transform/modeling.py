@@ -144,7 +144,6 @@ class StainedGlassTransform(PreTrainedModel):
             past_key_values=past_key_values,
         )
 
-    @torch.no_grad()
     def transform(self, inputs: torch.Tensor, mask_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         """What may be sent, ``(B, T, D)``, in the dtype of the embeddings (Eq. 1, then the denoiser if there is one).
 
@@ -171,8 +170,8 @@ class StainedGlassTransform(PreTrainedModel):
         to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
         system's generator and is never the same twice; ``noise_BTD`` (standard normal, for a caller that holds its
         noise), ``generator`` or ``seed`` (tests and measurements) replace it. ``past_key_values`` as in
-        :meth:`forward`; pieces give what one pass gives. Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or
-        infinity would come out; ValueError for shapes that do not match.
+        :meth:`forward`; pieces give what one pass gives. Raises UserError for ids outside the vocabulary, when no table
+        was shipped, or where NaN or infinity would come out; ValueError for shapes that do not match.
         """
         x_BTD, mask_BT = self._inputs(inputs, mask_BT, attention_mask)
         out = self(
@@ -204,8 +203,8 @@ class StainedGlassTransform(PreTrainedModel):
     ) -> torch.Tensor:
         """Nats that one observation of each position can tell at most, ``(B, T)`` float32; 0 where not obfuscated.
 
-        The sum over a prompt is R of objectives/rate.py, under the prior that the export carries. ``tokens_BT``: ids; the
-        export must have, or have been given, its embedding table. The context prior looks at one draw of the noise
+        The sum over a prompt is R of objectives/rate.py, under the prior that the export carries. ``tokens_BT``: ids;
+        the export must have, or have been given, its embedding table. The context prior looks at one draw of the noise
         (``generator``), the others do not. Errors as :meth:`release`.
         """
         x_BTD, mask_BT = self._inputs(tokens_BT, mask_BT, attention_mask)
@@ -276,7 +275,7 @@ class StainedGlassTransform(PreTrainedModel):
 
 
 class Denoiser(nn.Module):
-    """``sent = z + scale g(z, mask)`` where obfuscated: g is a decoder of the trunk's family and a linear head. Causal."""
+    """``sent = z + scale g(z, mask)`` where obfuscated: a decoder of the trunk's family and a linear head. Causal."""
 
     def __init__(self, config: SGTConfig):
         super().__init__()
@@ -344,7 +343,7 @@ def _noise(like: torch.Tensor, generator: torch.Generator | None, seed: int | No
         warnings.warn(
             "an explicit seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it "
             "across prompts ties them together; leave it out except in tests",
-            stacklevel=4,
+            stacklevel=5,  # whoever called `transform`
         )
         generator = torch.Generator(device=like.device).manual_seed(seed)
     return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
