@@ -30,7 +30,7 @@ from .estimator import Denoiser, Estimator
 from .head import DistillationHead
 from .layout import like, local, whole
 from .pairs import Exchange, PairGroups
-from .parallelize import head_sharding
+from .parallelize import head_sharding, prior_sharding
 from .prior import Prior
 
 
@@ -123,6 +123,7 @@ class SGTModel(BaseModel):
                     rank=self.prior.context_rank,
                     body=None if self.context is None else body(self.context),
                     enable_sp=self.enable_sp,
+                    sharding_config=prior_sharding(self.enable_sp),
                 )
             return Estimator.Config(
                 bodies=[body(self.body)] * (2 if self.separate_bodies else 1),
@@ -224,8 +225,10 @@ class SGTModel(BaseModel):
             cleaned_BTD = z_BTD + local(denoiser(z, noisy, attention_masks, positions_BT)).float()
             x_tilde_BTD = torch.where(mask_BT[..., None], cleaned_BTD, x_BTD)
         if prior is not None:
+            # Only where it is read: FSDP's hook would meet its missing gradient with zeros that are no DTensor.
+            seen = None if prior.body is None else z
             rate_BT = prior(
-                x_BTD, x_BTD + mean_BTD, log_std_BTD, mask_BT, tokens_BT, part, z, attention_masks, positions_BT
+                x_BTD, x_BTD + mean_BTD, log_std_BTD, mask_BT, tokens_BT, part, seen, attention_masks, positions_BT
             )
 
         teacher = embedded if targets is None else None

@@ -36,6 +36,13 @@ def head_sharding(enable_sp: bool, bias: bool = True) -> ShardingConfig:
     )
 
 
+def prior_sharding(enable_sp: bool) -> ShardingConfig:
+    """A prior's numbers: whole on every rank, like the heads; its forward takes them apart itself."""
+    kind = spmd.R if enable_sp else spmd.I
+    names = ("logit", "gain", "shift", "log_std", "log_frequency", "down", "up")
+    return ShardingConfig(state_shardings={name: dense_param_placement(tp=kind) for name in names})
+
+
 def parallelize_sgt(
     model,
     *,

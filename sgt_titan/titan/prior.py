@@ -57,7 +57,7 @@ class Prior(Module):
             tokens_BT: int64, whole rows; ``part`` is the slice.
             z: what the client released, laid out as the trunk's embeddings: only ``context`` looks at it.
         """
-        log_p_BT = self.log_frequency[tokens_BT[:, part]]
+        log_p_BT = self._local(self.log_frequency)[tokens_BT[:, part]]
         if self.body is not None:
             log_p_BT = self._context(z, attention_masks, positions, tokens_BT, part, mask_BT)
         return learned_rate(
@@ -81,9 +81,10 @@ class Prior(Module):
         before_BTD = F.pad(hidden_BTD, (0, 0, 1, 0))[:, :-1][:, part]
         features_NR = before_BTD[mask_BT] @ self._local(self.down).T
         up_VR, targets_N = self._local(self.up), tokens_BT[:, part][mask_BT]
+        log_frequency_V = self._local(self.log_frequency)
         size = max(1, CHUNK_LOGITS // up_VR.shape[0])
         pieces = [
-            checkpoint(token_log_probability, features, up_VR, self.log_frequency, targets, use_reentrant=False)
+            checkpoint(token_log_probability, features, up_VR, log_frequency_V, targets, use_reentrant=False)
             for features, targets in zip(features_NR.split(size), targets_N.split(size), strict=True)
         ]
         log_p_BT = torch.zeros(mask_BT.shape, device=features_NR.device)
