@@ -115,9 +115,9 @@ class StainedGlassTransform(transform.StainedGlassTransform):
     ) -> torch.Tensor:
         """What may leave the machine for this prompt: ``(T, D)`` in the embedding table's dtype, on the CPU.
 
-        Positions outside the trained mask (template and special tokens) are the trunk's clean embeddings. Noise is held:
-        the same prompt gives the same embeddings. With ``hold_noise=False`` it comes from the operating system and
-        differs with every call; ``seed`` is for tests and warns.
+        Positions outside the trained mask (template and special tokens) are the trunk's clean embeddings. Noise is
+        held: the same prompt gives the same embeddings. With ``hold_noise=False`` it comes from the operating system
+        and differs with every call; ``seed`` is for tests and warns.
 
         Raises:
             UserError: empty or over-long prompt, unknown role, tools the template cannot render, invalid Unicode.

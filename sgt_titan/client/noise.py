@@ -2,9 +2,9 @@
 
 The noise of a position is a function of a secret key, of the export, and of all tokens up to it: SHAKE-256 turned into
 normals. Mean and std of a position depend on the tokens up to it and on nothing else (the estimator is causal), so what
-is held is the whole sample z = x + mean + std eps, and not eps alone: a position is sent again either bit for bit (up to
-the rounding of a longer pass) or, when any token up to it has changed, with noise that has nothing to do with the old
-one. No two values that share an eps and differ in their mean are ever sent, whose difference would show that of the
+is held is the whole sample z = x + mean + std eps, and not eps alone: a position is sent again either bit for bit (up
+to the rounding of a longer pass) or, when any token up to it has changed, with noise that has nothing to do with the
+old one. No two values that share an eps and differ in their mean are ever sent, whose difference would show that of the
 means. The export is part of the function for the same reason: another transform, or the same one in other numbers
 (``weights=``), has other means.
 

@@ -20,7 +20,7 @@ from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 from sgt_titan.errors import UserError
 
 _PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
-_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages")
+_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages", "private")
 
 # Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
 _SHAPE_KEYS = (

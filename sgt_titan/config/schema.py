@@ -161,7 +161,8 @@ class Data:
         "auto", "text: one column; instruction: instruction/input/output columns (or those mapped to them); chat: a "
                 "list of {role, content}. auto: the preset's, else by the columns found.")  # fmt: skip
     columns: dict[str, str] = field(default_factory=dict, metadata={
-        "help": "Maps a field (text, system, instruction, input, output, messages) to its column."})  # fmt: skip
+        "help": "Maps a field (text, system, instruction, input, output, messages, private) to its column; an empty name: "
+                "the field is not used. private marks private values (docs/TRAINING.md)."})  # fmt: skip
     template: Literal["auto", "chat", "plain"] = opt(
         "auto", "chat: the tokenizer's chat template around the turns; plain: prompt and response as they are after "
                 "BOS. auto: chat where the tokenizer has a template.")  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
+from sgt_titan.data.marks import fold, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
@@ -25,7 +26,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 # Columns of a sample's role counts. A target is a token that some position predicts: any but the first.
-COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets")
+COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets", "private")
+
+MARK_FIELDS = 5
 
 DROPS = ("too_long", "short_prompt")
 PARALLEL_ROWS = 50_000
@@ -54,8 +57,9 @@ class Options:
 @dataclass(frozen=True)
 class Chunk:
     """Some consecutive rows, tokenized: flat uint32 tokens and uint8 roles, per-sample lengths (int64),
-    role counts (int32, see COUNTS), hashes (uint64) and row numbers in the source (int64); rows read and dropped by
-    reason."""
+    role counts (int32, see COUNTS), hashes (uint64) and row numbers in the source (int64); marks of private values,
+    int32 (M, 5): start, stop, lead, characters, index in ``kinds`` (see ``marks.Mark``), and how many each sample has
+    (int64); rows read and dropped by reason; values marked and those of them that no prompt holds."""
 
     tokens: np.ndarray
     roles: np.ndarray
@@ -63,9 +67,14 @@ class Chunk:
     counts: np.ndarray
     hashes: np.ndarray
     sources: np.ndarray
+    marks: np.ndarray
+    mark_counts: np.ndarray
+    kinds: list[str]
     read: int
     dropped: dict[str, int]
     truncated: int
+    marked_values: int
+    values_not_found: int
 
 
 def load_tokenizer(directory: str) -> Any:
@@ -171,8 +180,8 @@ def label_text(roles_T: np.ndarray, prompt_tokens: int) -> np.ndarray:
     return roles_T
 
 
-def role_counts(roles_T: np.ndarray) -> tuple[int, ...]:
-    """How many tokens of each kind in COUNTS a sample has."""
+def role_counts(roles_T: np.ndarray, private: int = 0) -> tuple[int, ...]:
+    """How many tokens of each kind in COUNTS a sample has; ``private`` is known by its marks."""
     template = roles_T == TEMPLATE
     response = roles_T == RESPONSE
     return (
@@ -181,7 +190,16 @@ def role_counts(roles_T: np.ndarray) -> tuple[int, ...]:
         int((roles_T == PROMPT).sum()),
         int(response.sum()),
         int(response[1:].sum()),
+        private,
     )
+
+
+def private_tokens(marks_M5: np.ndarray, length: int) -> np.ndarray:
+    """Which of a sample's tokens carry a private value: bool (length,)."""
+    edges = np.zeros(length + 1, dtype=np.int32)
+    np.add.at(edges, marks_M5[:, 0], 1)
+    np.add.at(edges, marks_M5[:, 1], -1)
+    return np.cumsum(edges[:-1]) > 0
 
 
 def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
@@ -194,10 +212,11 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
         UserError: a row that cannot be used at all (missing field, refused by the template); names the row.
     """
     ids_parts, role_parts, counts, hashes, sources = [], [], [], [], []
+    marks, mark_counts, kinds = [], [], {}
     dropped = dict.fromkeys(DROPS, 0)
-    truncated = 0
+    truncated, values, values_not_found = 0, 0, 0
     for i in range(start, stop):
-        messages = rows.messages(i)
+        messages, units = rows.sample(i)
         try:
             encoded = encode_turns(tokenizer, messages, template=options.template)
         except UserError as error:
@@ -214,6 +233,17 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
             dropped["short_prompt"] += 1
             continue
         truncated += len(cut[0]) < len(ids)
+        here = list(mark(tokenizer, cut[0], roles, units)) if units else []
+        rows_M5 = [(m.start, m.stop, m.lead, len(m.text), kinds.setdefault(m.kind, len(kinds))) for m in here]
+        marks_M5 = np.array(rows_M5, dtype=np.int32).reshape(-1, MARK_FIELDS)
+        if here:
+            count = (*count[:-1], int(private_tokens(marks_M5, len(roles)).sum()))
+            marks.append(marks_M5)
+        mark_counts.append(len(here))
+        values += len(units)
+        if units:
+            said = {fold(m.text)[0] for m in here}
+            values_not_found += sum(fold(text)[0] not in said for text, _ in units)
         ids_parts.append(cut[0])
         role_parts.append(roles)
         counts.append(count)
@@ -226,9 +256,14 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
         counts=np.array(counts, dtype=np.int32).reshape(-1, len(COUNTS)),
         hashes=np.array(hashes, dtype=np.uint64),
         sources=np.array(sources, dtype=np.int64),
+        marks=np.concatenate(marks) if marks else np.zeros((0, MARK_FIELDS), np.int32),
+        mark_counts=np.array(mark_counts, dtype=np.int64),
+        kinds=list(kinds),
         read=stop - start,
         dropped=dropped,
         truncated=truncated,
+        marked_values=values,
+        values_not_found=values_not_found,
     )
 
 

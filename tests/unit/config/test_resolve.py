@@ -288,7 +288,7 @@ P = "parallelism"
         (
             ['data.columns={"txt": "a"}'],
             1,
-            "data.columns.txt is no field; the fields are text, system, instruction, input, output, messages",
+            "data.columns.txt is no field; the fields are text, system, instruction, input, output, messages, private",
         ),
         (
             ["data.validation_samples=0"],

@@ -12,10 +12,11 @@ import pytest
 
 from sgt_titan.data import cache
 from sgt_titan.data.cache import cache_dir, open_cache, prepare, split, wait_or_prepare
+from sgt_titan.data.marks import texts
 from sgt_titan.data.sources import load_rows
 from sgt_titan.data.tokenization import COUNTS, load_tokenizer, role_counts
 from sgt_titan.errors import UserError
-from sgt_titan.transform.prompts import encode_turns
+from sgt_titan.transform.prompts import PROMPT, encode_turns
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_holds_what_encode_turns_says(chats, make_config, tokenizer_dir):
             assert view.tokens(i).tolist() == encoded.ids[:20]
             assert view.roles(i).tolist() == encoded.roles[:20]
             assert view.lengths[i] == len(view.tokens(i))
-            assert tuple(view.counts(k)[i] for k in COUNTS) == role_counts(view.roles(i))
+            assert tuple(view.counts(k)[i] for k in COUNTS) == role_counts(view.roles(i), int(view.private(i).sum()))
             seen.add(number)
     assert seen == set(range(60))
     assert dataset.tokens.dtype == np.uint16 and dataset.roles.dtype == np.uint8 and dataset.offsets.dtype == np.int64
@@ -53,6 +54,55 @@ def test_holds_what_encode_turns_says(chats, make_config, tokenizer_dir):
     assert (meta["rows_read"], meta["samples"], meta["tokens"]) == (60, 60, len(dataset.tokens))
     assert meta["prompt_tokens"] == int((dataset.roles == 1).sum())
     assert "the cat" not in json.dumps(meta)
+
+
+def test_marks_are_carried(write, make_config, tokenizer_dir, plain_tokenizer_dir):
+    rows = [
+        {"text": f"the cat Ann{i % 3} sat on the mat of ann{i % 3} and Bob", "pii_units": f"ann{i % 3}||Bob||nobody"}
+        for i in range(40)
+    ]
+    path = write(rows)
+    dataset = prepare(make_config(path, seq_len=40), tokenizer_dir, progress=False)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    for i in range(len(dataset.train)):
+        ids, view = dataset.train.tokens(i), dataset.train
+        marks, private = view.marks(i), view.private(i)
+        expected = np.zeros(len(ids), dtype=bool)
+        for start, stop, *_ in marks:
+            expected[start:stop] = True
+        assert (private == expected).all() and view.counts("private")[i] == private.sum() > 3
+        ann = f"ann{view.source(i) % 3}"
+        assert [t.casefold() for t in texts(tokenizer, ids, view.roles(i), marks[:, :4])][:2] == [ann, ann]
+        assert not private[view.roles(i) != PROMPT].any()
+    assert dataset.meta["marks"] == {"kinds": [""], "values": 120, "not_found": 40}
+    # Without marks nothing is private, and the tokens are the same; it is another data set.
+    bare = prepare(make_config(path, seq_len=40, columns={"private": ""}), tokenizer_dir, progress=False)
+    assert not bare.train.private(0).any() and bare.meta["private_tokens"] == 0
+    assert np.array_equal(bare.tokens, dataset.tokens) and bare.fingerprint != dataset.fingerprint
+
+
+def test_marks_of_another_text_are_refused(write, make_config, tokenizer_dir):
+    path = write([{"text": "the cat", "pii_units": "Ann"}] * 3)
+    with pytest.raises(UserError, match=r"none of its 3 marked private values .'pii_units'. is in its prompts"):
+        prepare(make_config(path), tokenizer_dir, progress=False)
+    path = write([{"text": "the cat", "spans": [{"start": 4, "end": 9}]}])
+    with pytest.raises(UserError) as error:
+        prepare(make_config(path), tokenizer_dir, progress=False)
+    assert str(error.value) == (
+        f"{path}: row 1: spans[0] (field 'private'): characters 4 to 9 lie outside of the text of turn 0, which has 7"
+    )
+
+
+def test_demo_kinds_survive_chunks(make_config, tokenizer_dir, monkeypatch):
+    """Kinds are numbered in each chunk by first appearance, in the cache once."""
+    found = {}
+    for size in (1000, 3):
+        monkeypatch.setattr("sgt_titan.data.tokenization.CHUNK_ROWS", size)
+        config = make_config("demo", seq_len=200, max_samples=12, validation_samples=0)
+        config.data.cache_dir += str(size)
+        view = prepare(config, tokenizer_dir, progress=False).train
+        found[size] = [[(*map(int, m[:4]), view.kinds[m[4]]) for m in view.marks(i)] for i in range(len(view))]
+    assert found[1000] == found[3] and len({m[4] for marks in found[3] for m in marks}) > 3
 
 
 def test_wide_vocabulary_takes_uint32(write, make_config, make_tokenizer, monkeypatch):

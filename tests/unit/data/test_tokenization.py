@@ -70,6 +70,7 @@ def test_role_counts_by_brute_force():
             "prompt": sum(r == P for r in roles),
             "response": sum(r == R for r in roles),
             "response_targets": sum(roles[t + 1] == R for t in range(len(roles) - 1)),
+            "private": 0,
         }
 
 
@@ -131,7 +132,7 @@ def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokeniz
     found = tokenize_rows(opened, tokenizer, tokenizer_dir, options, workers=2)
     for a in expected:
         b = next(found)
-        for name in ("tokens", "roles", "lengths", "counts", "hashes", "sources"):
+        for name in ("tokens", "roles", "lengths", "counts", "hashes", "sources", "marks", "mark_counts"):
             assert np.array_equal(getattr(a, name), getattr(b, name))
     with pytest.raises(UserError) as error:
         next(found)
