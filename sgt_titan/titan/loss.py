@@ -170,7 +170,7 @@ class SGTLoss(BaseLoss):
             loss = (
                 loss
                 + group_loss(
-                    pred.x_tilde_BTD[rows],
+                    pred.z_BTD[rows],
                     pred.log_std_BTD[rows],
                     masks[0],
                     y_center[group],
