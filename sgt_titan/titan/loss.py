@@ -139,13 +139,13 @@ class SGTLoss(BaseLoss):
             rows = obfuscate_BT.shape[0] / counts.rows
             price = exchange(weights["rate"], counts.utility_tokens, counts.obfuscated_tokens)
             reported = {
-                "rate_prompt": values["rate"] * n_tokens / counts.rows / slices,
-                "rate_exchange": torch.full_like(mi_offset, price * rows / tp_size),
                 "loss": utility / tp_size + obfuscation / slices,
                 "utility": utility / tp_size,
                 "kl": (cross_entropy - entropy) / tp_size,
                 "agreement": soft.agree_N.sum() / n_utility / tp_size,
-                **{name: value / slices for name, value in values.items()},
+                **{name: values[name] / slices for name in TERMS},
+                "rate_prompt": values["rate"] * n_tokens / counts.rows / slices,
+                "rate_exchange": torch.full_like(mi_offset, price * rows / tp_size),
                 "std": per_token(pred.log_std_BTD.exp().mean(-1)) / bounds.scale / slices,
                 "std_spread": per_token(pred.log_std_BTD.std(-1)) / slices,
                 "std_saturated": per_token(_saturated(pred.log_std_BTD, bounds)) / slices,
