@@ -166,6 +166,11 @@ class Data:
     template: Literal["auto", "chat", "plain"] = opt(
         "auto", "chat: the tokenizer's chat template around the turns; plain: prompt and response as they are after "
                 "BOS. auto: chat where the tokenizer has a template.")  # fmt: skip
+    template_kwargs: dict[str, Any] = field(default_factory=dict, metadata={
+        "help": "Variables of the chat template (enable_thinking: false, ...), the same in training, client and "
+                "evaluation: they travel in the export."})  # fmt: skip
+    template_date: str = opt("2024-07-26", "The date that a chat template prints which prints today's: the same on every "
+                                           "day, in training, client and evaluation.")  # fmt: skip
     prompt_tokens: int = opt(0, "format text: how many leading tokens are the prompt, the rest being the response; "
                                 "0: the whole text is prompt.")  # fmt: skip
     obfuscate: Literal["prompt", "all"] = opt(

@@ -48,14 +48,14 @@ from sgt_titan.data.tokenization import (
     make_options,
     private_tokens,
     tokenize_rows,
-    tokenizer_files,
 )
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3  # of the arrays; another one is built again
-TOKENS_VERSION = 2  # of what the arrays say: part of the fingerprint, which runs and exports record
+TOKENS_VERSION = 3  # of what the arrays say: part of the fingerprint, which runs and exports record
 ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources", "marks", "mark_offsets")
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1
@@ -202,7 +202,7 @@ def fingerprint(rows: Rows, options: Options, tokenizer_dir: str) -> str:
     total = hashlib.sha256()
     parts = {"version": TOKENS_VERSION, "source": rows.fingerprint, "options": options.as_dict()}
     total.update(json.dumps(parts, sort_keys=True).encode())
-    for file in tokenizer_files(tokenizer_dir):
+    for file in tokenizer_files(expand(tokenizer_dir, "trunk.path")):
         total.update(f"\0{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return total.hexdigest()
 

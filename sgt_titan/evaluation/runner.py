@@ -18,17 +18,18 @@ from typing import Any
 import torch
 
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation import pii, privacy, recovery, utility
-from sgt_titan.evaluation.attacks import Attack
+from sgt_titan.evaluation import pii, privacy, reading, recovery, utility
+from sgt_titan.evaluation.attacks import GUESSING, Attack
 from sgt_titan.evaluation.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.rotated import load_rotation
 from sgt_titan.evaluation.samples import generator
 from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
-from sgt_titan.evaluation.threat import Cost, grants
+from sgt_titan.evaluation.threat import Cost, grants, kind_of
 from sgt_titan.evaluation.world import World
 from sgt_titan.metrics.interval import Estimate
+from sgt_titan.transform.chat_template import look
 
 USEFUL_SHARE = 0.25  # of a large matmul's speed that small ones reach: estimates are no better than a factor of three
 
@@ -76,7 +77,8 @@ class Evaluation:
         return {mechanism.name: mechanism for mechanism in found}
 
     def world(self, mechanism: Mechanism) -> World:
-        return World(self.setting.prompts, self.setting.corpus, mechanism, self.setting.trunk, self.seed)
+        setting = self.setting
+        return World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed, setting.answers)
 
     @cached_property
     def frequent(self) -> set[int]:
@@ -110,7 +112,8 @@ class Evaluation:
             yield Job(f"{name}/utility", lambda m=mechanism: self._utility(m), Cost(6 * one, 4 * logits))
             world = self.world(mechanism)
             rotated = mechanism.rotation is not None
-            for key, attack in battery(self.suite, name, self.only, rotated=rotated).items():
+            given = {"rotated": rotated, "denoises": mechanism.denoises}
+            for key, attack in battery(self.suite, name, self.only, **given).items():
                 cost = attack.cost(world.size, **(attack.arguments(self.suite) or {}))
                 run = lambda m=mechanism, k=key, a=attack: self._attack(m, k, a)  # noqa: E731
                 yield Job(f"{name}/attacks/{key}", run, cost)
@@ -167,6 +170,7 @@ class Evaluation:
         part: dict[str, Any] = {
             "title": attack.title,
             "source": attack.source,
+            "kind": kind_of(attack.run),
             "sees": [kind.title for kind in grants(attack.run).values() if kind.title],
             "seconds": time.monotonic() - started,
             "flops": guess.flops,
@@ -216,6 +220,7 @@ class Evaluation:
             local_dir=self.benchmark_dir,
             limit=SUITES[self.suite].questions or None,
             seed=self.seed,
+            how=look(setting.transform.config.template_kwargs, setting.transform.config.template_date),
         )[name]
 
     @property
@@ -332,9 +337,12 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
         entry["utility"] = found.get(f"{name}/utility", {})
         prefix = f"{name}/attacks/"
         attacks = {key.removeprefix(prefix): part for key, part in found.items() if key.startswith(prefix)}
-        entry["attacks"] = {key: {k: v for k, v in part.items() if k != "reads"} for key, part in attacks.items()}
-        if attacks:
-            entry["best"] = max(attacks, key=lambda key: attacks[key]["top1"]["value"] or 0.0)
+        guess = found.get(f"sgt/attacks/{GUESSING}")  # it saw nothing of any mechanism
+        entry["attacks"] = {
+            key: {k: v for k, v in part.items() if k != "reads"}
+            for key, part in reading.compared(attacks, guess, seed=evaluation.seed).items()
+        }
+        entry |= reading.best(attacks)
         benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}
         if benchmarks:
             entry["benchmarks"] = {key.rpartition("/")[2]: part for key, part in benchmarks.items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sgt_titan.config.load import load, parse_overrides, read_trunk, resolve
 from sgt_titan.config.schema import Config
@@ -22,6 +22,7 @@ from sgt_titan.transform import StainedGlassTransform, fingerprint_tensor
 from sgt_titan.transform.modeling import read_config
 from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
 from sgt_titan.transform.trunk_files import TrunkFiles
+from sgt_titan.trunk.check import check_tie
 
 MAX_ROWS = 16  # in a batch
 LOGIT_BUDGET = 1 << 27  # elements of a (B, T, V) tensor: half a gigabyte in float32
@@ -97,7 +98,7 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
         config = asked
     config.trunk.path = asked.trunk.path
     export = read_config(Path(export_dir))
-    for name in ("obfuscate", "obfuscate_template", "template"):
+    for name in ("obfuscate", "obfuscate_template", "template", "template_kwargs", "template_date"):
         setattr(config.data, name, getattr(export, name))
     limit = read_trunk(config).get("max_position_embeddings")
     if "training.seq_len" not in values and limit:
@@ -136,11 +137,34 @@ def check_fit(transform: StainedGlassTransform, trunk_path: str | Path, export: 
 
 
 def load_trunk(path: str | Path, device: torch.device) -> PreTrainedModel:
-    """The frozen model, float32 on CPU and bfloat16 on GPU. Safetensors only, no code from the checkpoint."""
+    """The frozen model, float32 on CPU and bfloat16 on GPU: the weights that training reads, and no others.
+
+    Safetensors only, no code from the checkpoint. Quantised weights are dequantised as training does it.
+
+    Raises:
+        UserError: two answers to which files are the model, a quantisation that is not read here, a tensor that is
+            missing, not expected, of another shape or holds what no weight can.
+    """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    files = TrunkFiles(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    check_tie(files.path, bool(config.tie_word_embeddings), files.entries)
+    options = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    if files.scheme is None:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, **options
+        )
+    else:
+        del config.quantization_config
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+        weights = {name: files.read(name).to(dtype) for name in files.entries}
+        model, info = kind.from_pretrained(None, state_dict=weights, **options)
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise UserError(f"{path}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}")
+    for name, tensor in model.named_parameters():
+        files.check_values(name, tensor.detach())
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -56,6 +57,11 @@ class Setting:
         """The rows cut before their responses, those with something to hide."""
         cut = [row.prompt() for row in self.rows]
         return [row for row in cut if row.obfuscate.any()]
+
+    @cached_property
+    def answers(self) -> list[np.ndarray]:
+        """Tokens of the response of each of ``prompts``."""
+        return [row.ids[row.target] for row in self.rows if row.prompt().obfuscate.any()]
 
     def batches(self, rows: Sequence[Sample]) -> list[Padded]:
         pad = self.tokenizer.pad_token_id

@@ -11,6 +11,7 @@ from math import ceil, prod
 from typing import Any
 
 from sgt_titan.config.schema import Config
+from sgt_titan.trunk.families import FAMILIES, head_dim, kv_heads
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,6 @@ def gated_mlp(hidden: int, width: int) -> list[Weight]:
     return [column(hidden, width), column(hidden, width), row(width, hidden)]
 
 
-def head_dim(trunk: dict[str, Any]) -> int:
-    return trunk.get("head_dim") or trunk["hidden_size"] // trunk["num_attention_heads"]
-
-
 def attention_weights(trunk: dict[str, Any]) -> list[Weight]:
     """Grouped-query attention, or DeepSeek's latent attention where the config has ``kv_lora_rank``."""
     width, heads = trunk["hidden_size"], trunk["num_attention_heads"]
@@ -86,11 +83,12 @@ def attention_weights(trunk: dict[str, Any]) -> list[Weight]:
             column(heads * (nope + value), kv_rank),
             row(width, heads * value),
         ]
-    dim, outputs = head_dim(trunk), (heads, trunk["num_key_value_heads"], trunk["num_key_value_heads"])
+    dim, outputs = head_dim(trunk), (heads, kv_heads(trunk), kv_heads(trunk))
     weights = [*(column(n * dim, width) for n in outputs), row(width, heads * dim)]
-    if trunk["model_type"] == "qwen2":
+    family = FAMILIES[trunk["model_type"]]
+    if family.qkv_bias:
         weights += [Weight((n * dim,), tp_dim=0) for n in outputs]
-    if trunk["model_type"] == "qwen3":
+    if family.qk_norm:
         weights += [Weight((dim,)), Weight((dim,))]
     return weights
 

@@ -36,6 +36,7 @@ from sgt_titan.export import export_checkpoint
 from sgt_titan.folders import writable
 from sgt_titan.objectives.rate import log_frequencies
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
+from sgt_titan.transform.tokenizer import fingerprint_ids
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 from .flops import hardware_flops_per_token
@@ -133,7 +134,7 @@ def prepare(config: Config) -> Prepared:
         statistics=statistics,
         train_source=train_source,
         probe_source=probe_source,
-        fingerprints={"trunk": fingerprint, "data": data_fingerprint},
+        fingerprints={"trunk": fingerprint, "data": data_fingerprint, "ids": fingerprint_ids(tokenizer)},
         log_frequency_V=None
         if config.objective.rate.prior == "broad"
         else log_frequencies(train_source.token_counts(hf.vocab_size)),
@@ -265,7 +266,7 @@ def check_output_dir(prepared: Prepared) -> int:
     found = [
         f"{name} fingerprint {recorded['fingerprints'].get(name, '?')[:12]} -> {value[:12]}"
         for name, value in prepared.fingerprints.items()
-        if recorded["fingerprints"].get(name) != value
+        if recorded["fingerprints"].get(name, value) != value  # runs before there was one have none to compare
     ]
     old = load(str(folder / CONFIG_FILE), [])
     found += [line for line in difference(old, config) if not line.startswith(MAY_DIFFER)]

@@ -29,6 +29,7 @@ from .interruption import Reason, StopRequest
 from .load_trunk import load_trunk
 from .loss import REPORTED
 from .noise import draw
+from .optimizer import NonFiniteError
 from .pairs import make_pair_groups
 from .startup import Prepared, check_output_dir, claim_output_dir, finish
 from .teacher_cache import open_teacher_cache
@@ -88,6 +89,7 @@ class SGTTrainer(Trainer):
         self.owner = self.checkpointer.owner = owner
         self.stop, self.stopped = StopRequest(), Reason.NONE
         self.watchdog = Watchdog()
+        self.steps_here = 0
         self.patience = self.run.comm.init_timeout_seconds  # compiling may take longer than any step after it
         try:
             super().train()
@@ -116,10 +118,17 @@ class SGTTrainer(Trainer):
 
     def train_step(self, data_iterator) -> None:
         first = self.metrics_processor.first_step is None
+        self.steps_here += 1
         if first:
             self.prepared.timeline.mark("checkpoint")
         self.metrics_processor.start_step(self.step)
         super().train_step(data_iterator)
+        if self.step >= self.config.training.steps and self.optimizers.skipped == self.steps_here:
+            # Before it is saved: a checkpoint of the last step would be exported by the next start.
+            raise NonFiniteError(
+                f"all {self.steps_here} steps of this run had a non-finite loss or gradient and were skipped: nothing "
+                "was learned; look at the trunk (its values in trunk.dtype) and at the data"
+            )
         if first:
             self.prepared.timeline.mark("first step")
             logger.info(self.prepared.timeline.summary())

@@ -10,12 +10,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sgt_titan.errors import UserError
 from sgt_titan.objectives.rate import PRIORS
+from sgt_titan.transform.chat_template import DATE
 from sgt_titan.transform.gaussian import Bounds
+from sgt_titan.trunk.families import TRAINED
 
 # 2: a denoiser or a learned prior. An export without either says 1, so that nobody updates without need; a client that
 # does not know denoisers refuses 2, since without it the answers are ruined.
 FORMAT_VERSION = 2
-FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")
 
 # Facts about the trunk's checkpoint that the estimator does not share: where it lay, how it was quantised, which
 # remote code it wanted, which type it was stored in.
@@ -43,6 +44,7 @@ class SGTConfig(PretrainedConfig):
     hidden_size, vocab_size: D and V of the trunk's embedding table.
     embeddings: whether the table is shipped in the export.
     obfuscate, obfuscate_template, template: which prompt tokens were obfuscated in training, and in which template.
+    template_kwargs, template_date: the chat template's variables and the date that it prints, as in training.
     fingerprints: sha256 of trunk, tokenizer, embeddings, data, as far as known.
     training: summary of the run.
     """
@@ -68,6 +70,8 @@ class SGTConfig(PretrainedConfig):
     obfuscate: str = "prompt"
     obfuscate_template: bool = False
     template: str = "chat"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_date: str = DATE
     fingerprints: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = 1
@@ -86,9 +90,9 @@ def check_config(config: SGTConfig) -> None:
             "update sgt_titan"
         )
     trunk = config.trunk_config
-    if not isinstance(trunk, dict) or trunk.get("model_type") not in FAMILIES:
+    if not isinstance(trunk, dict) or trunk.get("model_type") not in TRAINED:
         found = trunk.get("model_type") if isinstance(trunk, dict) else type(trunk).__name__
-        raise UserError(f"config.json: trunk_config.model_type is {found!r}, must be one of {', '.join(FAMILIES)}")
+        raise UserError(f"config.json: trunk_config.model_type is {found!r}, must be one of {', '.join(TRAINED)}")
     for key, allowed in (("body", ("shared", "separate")), ("obfuscate", ("prompt", "all"))):
         if getattr(config, key) not in allowed:
             raise UserError(f"config.json: {key} is {getattr(config, key)!r}, must be one of {', '.join(allowed)}")
@@ -130,8 +134,8 @@ def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: in
         family = raw.pop("model_type", None)
     else:
         family = raw.model_type
-    if family not in FAMILIES:
-        raise UserError(f"trunk config.json: model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+    if family not in TRAINED:
+        raise UserError(f"trunk config.json: model_type {family!r} is not supported; use one of {', '.join(TRAINED)}")
     if isinstance(raw, dict):
         for key in _NOT_INHERITED:
             raw.pop(key, None)

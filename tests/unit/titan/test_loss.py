@@ -207,7 +207,7 @@ def test_microbatches_add_up_to_the_batch(data):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_the_rows_of_table_1(preset):
+def test_presets_are_the_rows_of_table_1_and_the_rate_s(preset):
     wanted = {
         "comp_entr": {"comp_entr"},
         "cos_sim": {"cos_sim"},
@@ -215,6 +215,9 @@ def test_presets_are_the_rows_of_table_1(preset):
         "mi": {"mi"},
         "mi_abs_cos": {"mi", "abs_cos"},
         "mi_abs_cos_norm": {"mi", "abs_cos", "norm"},
+        "rate": {"rate"},
+        "rate_abs_cos": {"rate", "abs_cos"},
+        "rate_abs_cos_norm": {"rate", "abs_cos", "norm"},
     }
     weights = SGTLoss(SGTLoss.Config(objective=objective(preset))).weights(0)
     assert {name for name, weight in weights.items() if weight} == wanted[preset]
