@@ -88,6 +88,8 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             model.embed_tokens = _table(model.config, trunk).to(model.device)
         if weights == "int8":
             quantize(model.bodies)
+            if model.denoiser is not None:
+                quantize(model.denoiser.body)
         model.eval().requires_grad_(False)
         model.held_noise = _held_noise(model, weights, noise_key) if hold_noise else None
         return (model, info) if kwargs.get("output_loading_info") else model

@@ -55,7 +55,7 @@ from sgt_titan.trunk.tokenizer_files import tokenizer_files
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3  # of the arrays; another one is built again
-TOKENS_VERSION = 2  # of what the arrays say: part of the fingerprint, which runs and exports record
+TOKENS_VERSION = 3  # of what the arrays say: part of the fingerprint, which runs and exports record
 ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources", "marks", "mark_offsets")
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from sgt_titan.config.paths import expand
 from sgt_titan.data.marks import fold, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.errors import UserError
+from sgt_titan.transform.chat_template import look
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
 from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 
@@ -43,6 +45,8 @@ class Options:
     min_prompt_tokens: int
     max_samples: int
     strip_suffix: str
+    variables: str  # canonical JSON, see chat_template.Look
+    date: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,6 +121,7 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         raise UserError(f"training.seq_len: must be at least 2, got {seq_len}")
     if data.prompt_tokens and rows.format != "text":
         raise UserError(f"data.prompt_tokens: is for format text; {rows.name} has format {rows.format}; use 0")
+    how = look(data.template_kwargs, data.template_date)
     return Options(
         format=rows.format,
         columns=tuple(sorted(rows.columns.items())),
@@ -127,6 +132,8 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         min_prompt_tokens=data.min_prompt_tokens,
         max_samples=data.max_samples,
         strip_suffix=rows.strip_suffix,
+        variables=how.variables,
+        date=how.date,
     )
 
 
@@ -172,6 +179,12 @@ def role_counts(roles_T: np.ndarray, private: int = 0) -> tuple[int, ...]:
     )
 
 
+def content_hash(messages: Any) -> int:
+    """64 bits of what a row says, before anything is made of it."""
+    text = json.dumps(messages, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
 def private_tokens(marks_M5: np.ndarray, length: int) -> np.ndarray:
     """Which of a sample's tokens carry a private value: bool (length,)."""
     edges = np.zeros(length + 1, dtype=np.int32)
@@ -183,8 +196,8 @@ def private_tokens(marks_M5: np.ndarray, length: int) -> np.ndarray:
 def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
     """Tokenize rows start..stop-1.
 
-    The hash of a sample is that of its ids before truncation, so that the held-out samples of a data set are
-    the same at every seq_len.
+    The hash of a sample is that of its row's content, so that the held-out samples of a data set are the same at every
+    seq_len, behind every template and on every day.
 
     Raises:
         UserError: a row that cannot be used at all (missing field, refused by the template); names the row.
@@ -193,10 +206,13 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
     marks, mark_counts, kinds = [], [], {}
     dropped = dict.fromkeys(DROPS, 0)
     truncated, values, values_not_found = 0, 0, 0
+    variables = json.loads(options.variables)
     for i in range(start, stop):
         messages, units = rows.sample(i)
         try:
-            encoded = encode_turns(tokenizer, messages, template=options.template)
+            encoded = encode_turns(
+                tokenizer, messages, template=options.template, variables=variables, date=options.date
+            )
         except UserError as error:
             raise UserError(f"{rows.where(i)}: {error}") from error
         ids = np.array(encoded.ids, dtype=np.uint32)
@@ -225,7 +241,7 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
         ids_parts.append(cut[0])
         role_parts.append(roles)
         counts.append(count)
-        hashes.append(int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest(), "little"))
+        hashes.append(content_hash(messages))
         sources.append(i)
     return Chunk(
         tokens=np.concatenate(ids_parts) if ids_parts else np.zeros(0, np.uint32),

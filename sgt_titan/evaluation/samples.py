@@ -98,7 +98,7 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
         config = asked
     config.trunk.path = asked.trunk.path
     export = read_config(Path(export_dir))
-    for name in ("obfuscate", "obfuscate_template", "template"):
+    for name in ("obfuscate", "obfuscate_template", "template", "template_kwargs", "template_date"):
         setattr(config.data, name, getattr(export, name))
     limit = read_trunk(config).get("max_position_embeddings")
     if "training.seq_len" not in values and limit:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sgt_titan.errors import UserError
+from sgt_titan.transform.chat_template import DATE
 from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _FIELDS = (
     "obfuscate_template",
     "template",
 )
+# Counted only where they are not what every export was before they existed.
+_LATER_FIELDS = {"template_kwargs": {}, "template_date": DATE}
 
 
 def fingerprint_tensor(tensor: torch.Tensor) -> str:
@@ -71,6 +74,7 @@ def fingerprint_weights(digests: Mapping[str, str]) -> str:
 def fingerprint_config(config: SGTConfig) -> str:
     """sha256 (hex) over the fields of config.json that decide what a client computes."""
     fields = {name: getattr(config, name) for name in _FIELDS}
+    fields |= {name: value for name, old in _LATER_FIELDS.items() if (value := getattr(config, name)) != old}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 

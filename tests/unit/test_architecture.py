@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": {"errors", "trunk"},
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "folders", "trunk"},
+    "transform": {"errors", "folders", "objectives", "trunk"},
     "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),

@@ -17,6 +17,7 @@ from sgt_titan.data.sources import load_rows
 from sgt_titan.data.tokenization import COUNTS, load_tokenizer, role_counts
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import PROMPT, encode_turns
+from tests.chat_templates import DATED
 
 
 @pytest.fixture
@@ -134,7 +135,9 @@ def test_fingerprint_follows_every_option(chats, write, make_config, tokenizer_d
 
     base = name()
     changed = [name(seq_len=63), name(template="plain"), name(truncation="left"), name(min_prompt_tokens=2),
-               name(max_samples=50), name(validation_samples=3), name(directory=plain_tokenizer_dir),
+               name(max_samples=50),
+               name(template_kwargs={"a": 1}), name(template_date="2020-01-01"), name(validation_samples=3),
+               name(directory=plain_tokenizer_dir),
                name(source=write([{"text": "the cat"}], "other.jsonl"))]  # fmt: skip
     assert len({base, *changed}) == 1 + len(changed)
     assert name() == base and name(obfuscate="all") == base
@@ -351,3 +354,22 @@ def test_a_rank_alone_leaves_no_word(make_config, tokenizer_dir, write, monkeypa
     with pytest.raises(UserError, match="no usable rows"):
         wait_or_prepare(config, tokenizer_dir, 0, progress=False)
     assert not (cache_dir(config) / "sessions").exists()
+
+
+def test_a_template_that_prints_the_date(chats, make_config, make_tokenizer):
+    """The same tokens and the same held-out rows on every day; another date is another data set with the same split."""
+    import datetime
+    from unittest import mock
+
+    directory, found = make_tokenizer("dated", template=DATED), []
+    for day, pinned in (("2026-01-01", "2024-07-26"), ("2027-03-04", "2024-07-26"), ("2026-01-01", "2025-05-05")):
+        clock = mock.Mock(wraps=datetime.datetime)
+        clock.now.return_value = datetime.datetime.fromisoformat(day)
+        with mock.patch("transformers.utils.chat_template_utils.datetime", clock):
+            config = make_config(chats, seq_len=128, template_date=pinned)
+            config.data.cache_dir += day
+            found.append(prepare(config, directory, progress=False))
+    a, b, c = found
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+    assert np.array_equal(a.tokens, b.tokens) and not np.array_equal(a.tokens, c.tokens)
+    assert a.validation.index.tolist() == b.validation.index.tolist() == c.validation.index.tolist()

@@ -109,6 +109,9 @@ def test_hash_is_that_of_the_whole_row(write, make_config, tokenizer_dir):
     short = all_chunks(make_config(source, seq_len=4), tokenizer_dir)[0]
     whole = all_chunks(make_config(source, seq_len=40), tokenizer_dir)[0]
     assert short.hashes.tolist() == whole.hashes.tolist()
+    assert all_chunks(make_config(source, template_date="2020-01-01"), tokenizer_dir)[0].hashes.tolist() == (
+        short.hashes.tolist()
+    )
     assert len(set(short.hashes.tolist())) == 2
 
 
