@@ -96,6 +96,14 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         model.held_noise = _held_noise(model, weights, noise_key) if hold_noise else None
         return (model, info) if kwargs.get("output_loading_info") else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what is in memory (a table from the trunk, int8 weights, no tokenizer files) is no export.
+
+        Raises:
+            UserError: always, with what to do instead.
+        """
+        raise UserError("save_pretrained: copy the export's directory instead; what is loaded here is not all of it")
+
     @property
     def limit(self) -> int | None:
         """The most tokens of a prompt and its answer: what the trunk was made for."""
