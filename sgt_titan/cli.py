@@ -13,8 +13,8 @@ from pathlib import Path
 
 from sgt_titan import __version__, train
 from sgt_titan.arguments import Parser
-from sgt_titan.config.help import help_text
 from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.help import help_text
 from sgt_titan.config.load import available, dump, load
 from sgt_titan.errors import UserError, guarded
 

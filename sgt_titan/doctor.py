@@ -158,7 +158,9 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
     report["same"] = {"device": device}
     attempt(report, device, lambda: _device(report, device, process))
     report["tmp_bytes"] = shutil.disk_usage(tempfile.gettempdir()).free
-    attempt(report, "network interface", lambda: check_interfaces(os.environ, [name for _, name in socket.if_nameindex()]))
+    attempt(
+        report, "network interface", lambda: check_interfaces(os.environ, [name for _, name in socket.if_nameindex()])
+    )
     attempt(report, "clock", lambda: report.update(clock=_clock(beside or Path(tempfile.gettempdir()))))
     if config is None:
         return
@@ -235,7 +237,7 @@ def check_interfaces(env: Mapping[str, str], present: Sequence[str]) -> None:
             continue
         exact = variable.startswith("GLOO") or text.startswith("=")
         names = [name.strip() for name in text.lstrip("=").split(",") if name.strip()]
-        if not any(have == name or not exact and have.startswith(name) for have in present for name in names):
+        if not any(have == name or (not exact and have.startswith(name)) for have in present for name in names):
             raise RuntimeError(f"{variable}={text}: no such interface; here are {', '.join(present)}")
 
 

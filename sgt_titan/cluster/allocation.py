@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sgt_titan.errors import UserError
 
 OWN = "SGT_PROCS_PER_NODE"
-LEAST_SECONDS = 120.0  # of training that an attempt must have room for: a start takes a minute where nothing is slow
+LEAST_SECONDS = 60.0  # before the notice that an attempt must have: nothing starts faster where trunks are large
 
 
 # -- ranks a node --------------------------------------------------------------------------------------------------------
@@ -37,7 +37,10 @@ def ranks_per_node(env: Mapping[str, str], nodes: int) -> tuple[int, str]:
     for (one, rule), (other, beside) in zip(asked, asked[1:], strict=False):
         if one != other:
             raise UserError(f"{rule} asks for {_gpus(one)} a node and {beside} for {_gpus(other)}; say one of them")
-    for rule, least in [*((rule, count) for count, rule in asked), *([(f"{OWN}={given}", int(given))] if given else [])]:
+    for rule, least in [
+        *((rule, count) for count, rule in asked),
+        *([(f"{OWN}={given}", int(given))] if given else []),
+    ]:
         for count, where in shown:
             if 0 < count < least:
                 raise UserError(f"{rule} wants {_gpus(least)} a node, but {where} shows {_gpus(count)}")
@@ -202,5 +205,3 @@ def submitted(path: str) -> str:
             return stream.read()
     except OSError:
         return ""
-
-

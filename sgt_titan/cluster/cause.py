@@ -21,7 +21,8 @@ TAIL_BYTES = 1 << 20  # of a log that are looked at: the end is where a failure 
 
 _RANK = re.compile(r"^\[\w+?(\d+)\]:\s?")  # torchrun's prefix of a rank's line: role and local rank
 _ERROR = re.compile(
-    r"\w*(Error|Exception)\b|\berror:|\bnot found\b|No such file|Permission denied|\bfatal\b|Segmentation fault|Killed$", re.I
+    r"\w*(Error|Exception)\b|\berror:|\bnot found\b|No such file|Permission denied|\bfatal\b|Segmentation fault|Killed$",
+    re.I,
 )
 # What a scheduler or a launcher says because something else has gone wrong, and lines of a stack.
 _NOISE = re.compile(
@@ -62,7 +63,9 @@ class Failure:
         if self.code < 0:
             number = -self.code
             name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
-            often = {"SIGKILL": " (out of memory, or somebody's kill)", "SIGBUS": " (a full /dev/shm, often)"}.get(name, "")
+            often = {"SIGKILL": " (out of memory, or somebody's kill)", "SIGBUS": " (a full /dev/shm, often)"}.get(
+                name, ""
+            )
             return f"{who} was killed by {name}{often}"
         return f"{who} ended with exit code {self.code}"
 
@@ -138,7 +141,12 @@ def paragraph(
         if export is not None:
             facts["Result"] = str(export)
     elif state in ("stopped", "unfit", "refused", "failed"):
-        how = {"stopped": "ended on notice", "unfit": "the checks found bad nodes", "refused": "refused", "failed": "gave up"}
+        how = {
+            "stopped": "ended on notice",
+            "unfit": "the checks found bad nodes",
+            "refused": "refused",
+            "failed": "gave up",
+        }
         facts["What happened"] = f"{how[state]}: {reason}"
     else:
         failure = first(failures(logs))

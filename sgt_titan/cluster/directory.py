@@ -1,7 +1,7 @@
 """Whose an output directory is, and with which config: asked before anything expensive, and without torch.
 
-    <output_dir>/run.json       versions and fingerprints of the run that made it
-    <output_dir>/config.yaml    its resolved config
+<output_dir>/run.json       versions and fingerprints of the run that made it
+<output_dir>/config.yaml    its resolved config
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _HARMLESS = {
     "logs",
     ".cache",
     "tb",
+    "wandb",
+    "wandb_id.txt",
     "comm_traces",
     "structured_logs",
     CONFIG_FILE,

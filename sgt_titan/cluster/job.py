@@ -102,8 +102,6 @@ def _begin(name: str, overrides: list[str], nodes: int, shared: str, *, script: 
         return 0
     require_tracking(config, os.environ)
     directory.check(config, unknown=("data.template",) if config.data.template == "auto" else ())
-    if warning := storage.warning(folder, nodes):
-        print(f"warning: {warning}", file=sys.stderr)
     Ownership(folder).claim(pid)
     entry = attempts.begin(folder, attempt_name(), nodes)
     # From here on the run may say how it ended, be it before its first collective.
@@ -112,8 +110,12 @@ def _begin(name: str, overrides: list[str], nodes: int, shared: str, *, script: 
     logs.mkdir(parents=True, exist_ok=True)
     print(f"output {folder.absolute()}\nlogs   {logs}", file=sys.stderr)
     print(f"ranks  {nodes} x {ranks}: {rule}", file=sys.stderr)
+    if warning := storage.warning(folder, nodes):
+        print(f"warning: {warning}", file=sys.stderr)
     if told.why_no_requeue:
-        print(f"note: {told.why_no_requeue}; when it ends early, submit the same command again to go on", file=sys.stderr)
+        print(
+            f"note: {told.why_no_requeue}; when it ends early, submit the same command again to go on", file=sys.stderr
+        )
     print(entry.summary(), file=sys.stderr)
     for variable, value in (("OUTPUT_DIR", folder.absolute()), ("LOGS", logs), ("PROCS", ranks)):
         print(f"{variable}={shlex.quote(str(value))}")

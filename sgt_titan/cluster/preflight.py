@@ -125,7 +125,7 @@ def _absent_ones(
         return False
     elsewhere = [node for node in by_node if node not in absent]
     took = max((r.get("import_seconds", 0.0) for own in by_node.values() for r in own), default=0.0)
-    if not elsewhere or took > seconds / 2 and not any(said.get(node) for node in absent):
+    if not elsewhere or (took > seconds / 2 and not any(said.get(node) for node in absent)):
         problems.append(_why_absent(by_node, absent, said, seconds, took))
         return True
     for node in absent:

@@ -41,6 +41,7 @@ from .load_trunk import check_trunk
 from .timeline import Timeline
 from .trunks import Family, build, build_body, family_of
 
+
 @dataclass
 class Prepared:
     """Everything known before the first collective."""

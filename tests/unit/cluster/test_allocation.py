@@ -67,7 +67,15 @@ def test_what_the_controller_says():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("10", 600), ("10:30", 630), ("01:00:00", 3600), ("2-0", 172800), ("1-02:30", 95400), ("UNLIMITED", None), ("", None)],
+    [
+        ("10", 600),
+        ("10:30", 630),
+        ("01:00:00", 3600),
+        ("2-0", 172800),
+        ("1-02:30", 95400),
+        ("UNLIMITED", None),
+        ("", None),
+    ],
 )
 def test_times(text, seconds):
     assert seconds_of(text) == seconds
@@ -79,7 +87,8 @@ def test_a_limit_that_leaves_no_time():
     assert notice_seconds(script, {"SBATCH_SIGNAL": "B:USR1@90"}) == 90
     assert notice_seconds("#SBATCH --signal=USR1", {}) == 60 and notice_seconds("", {}) is None
     check_time(1200.0, 600.0)
+    check_time(660.0, 600.0)
     check_time(None, 600.0)
-    for limit in (600.0, 300.0, 660.0):
+    for limit in (600.0, 300.0, 630.0):
         with pytest.raises(UserError, match=r"leaves \d+ s before the notice to stop .* raise --time"):
             check_time(limit, 600.0)
