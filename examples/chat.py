@@ -4,8 +4,10 @@ import sys
 
 from sgt_titan.client import VLLM, StainedGlassTransform
 
-# hold_noise: every turn sends the whole conversation again; of fresh noise each time the server could take the mean.
-sgt, server = StainedGlassTransform.from_pretrained(sys.argv[1], hold_noise=True), VLLM(sys.argv[2])
+# Every turn sends the whole conversation again. Noise is held, so the server gets no second sample of it to average;
+# the key is kept (and made, the first time), so a restart is none either.
+sgt = StainedGlassTransform.from_pretrained(sys.argv[1], noise_key="noise.key")
+server = VLLM(sys.argv[2])
 messages = []
 for line in filter(str.strip, sys.stdin):
     messages.append({"role": "user", "content": line.strip()})

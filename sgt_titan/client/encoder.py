@@ -5,6 +5,7 @@ Shapes: T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,15 +14,16 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sgt_titan import transform
 from sgt_titan.client.int8 import quantize
-from sgt_titan.client.noise import HeldNoise
+from sgt_titan.client.noise import HeldNoise, held_key
 from sgt_titan.client.prompt import Message, Prompt, make_prompt
 from sgt_titan.errors import UserError
 from sgt_titan.transform.fingerprint import check_tokenizer_fingerprint, fingerprint_tensor
-from sgt_titan.transform.gaussian import obfuscate, secure_noise
+from sgt_titan.transform.gaussian import secure_noise
+from sgt_titan.transform.tokenizer import check_ids_fingerprint, load_tokenizer
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 PIECE = 2048
@@ -45,7 +47,8 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         *args: Any,
         trunk: str | os.PathLike | None = None,
         weights: Literal["stored", "float32", "bfloat16", "int8"] = "stored",
-        hold_noise: bool = False,
+        hold_noise: bool = True,
+        noise_key: str | os.PathLike | None = None,
         piece: int = PIECE,
         **kwargs: Any,
     ) -> StainedGlassTransform:
@@ -56,18 +59,23 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             trunk: checkpoint directory of the trunk, for an export without an embedding table; only the table is read.
             weights: type of the estimator's weights in memory. int8: the bodies' linear layers, by rows;
                 docs/SERVING.md has what each does to mean and std.
-            hold_noise: the same prompt, and a shared beginning, keeps its noise while this object lives (see noise.py).
+            hold_noise: the same prompt, and a shared beginning, keeps its noise (see noise.py). False: fresh noise with
+                every call; the server can average what is sent twice, and a client's retry is such a case.
+            noise_key: file with the key of held noise, made (mode 0600) if there is none; without it
+                SGT_TITAN_NOISE_KEY, and else a key that lives as long as this process, with a warning.
             piece: tokens that go through the estimator at a time; longer prompts are streamed through its cache.
             kwargs: as ``PreTrainedModel.from_pretrained`` (``device_map``, ``attn_implementation``).
 
         Raises:
             UserError: not an export, damaged, changed by hand, NaN weights; another tokenizer or table than it was
-                trained with; no table here and none given.
+                trained with; no table here and none given; a noise key that is none or that others may read.
         """
         if weights not in ("stored", "float32", "bfloat16", "int8"):
             raise UserError(f"weights: {weights!r}, must be stored, float32, bfloat16 or int8")
         if piece < 1:
             raise UserError(f"piece: {piece}, must be at least 1")
+        if noise_key is not None and not hold_noise:
+            raise UserError("noise_key: a key is given, but hold_noise is off; choose one")
         directory = Path(path)
         if not directory.is_dir():
             raise UserError(f"{path}: no such directory; give the directory of an export")
@@ -75,13 +83,15 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             kwargs["dtype"] = getattr(torch, weights)
         model, info = super().from_pretrained(directory, *args, **kwargs | {"output_loading_info": True})
         model.tokenizer = _load_tokenizer(directory, model.config)
-        model.held_noise = HeldNoise() if hold_noise else None
         model.piece = piece
         if model.embed_tokens is None:
             model.embed_tokens = _table(model.config, trunk).to(model.device)
         if weights == "int8":
             quantize(model.bodies)
+            if model.denoiser is not None:
+                quantize(model.denoiser.body)
         model.eval().requires_grad_(False)
+        model.held_noise = _held_noise(model, weights, noise_key) if hold_noise else None
         return (model, info) if kwargs.get("output_loading_info") else model
 
     @property
@@ -106,8 +116,9 @@ class StainedGlassTransform(transform.StainedGlassTransform):
     ) -> torch.Tensor:
         """What may leave the machine for this prompt: ``(T, D)`` in the embedding table's dtype, on the CPU.
 
-        Positions outside the trained mask (template and special tokens) are the trunk's clean embeddings. Noise comes
-        from the operating system and differs with every call, unless it is held; ``seed`` is for tests and warns.
+        Positions outside the trained mask (template and special tokens) are the trunk's clean embeddings. Noise is
+        held: the same prompt gives the same embeddings. With ``hold_noise=False`` it comes from the operating system
+        and differs with every call; ``seed`` is for tests and warns.
 
         Raises:
             UserError: empty or over-long prompt, unknown role, tools the template cannot render, invalid Unicode.
@@ -134,17 +145,14 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         for row, prompt in enumerate(prompts):
             ids_BT[row, : len(prompt)] = torch.tensor(prompt.ids)
             real_BT[row, : len(prompt)] = 1
-        with torch.inference_mode():
-            x_BTD = self.embed_tokens(ids_BT.to(self.device))
-            out = self(inputs_embeds=x_BTD, attention_mask=real_BT.to(self.device))
-            encoded = []
-            for row, prompt in enumerate(prompts):
-                own = slice(0, len(prompt))
-                eps_TD = self._noise(prompt, None if seed is None else seed + row)
-                encoded.append(
-                    _hide(x_BTD[row, own], out.mean_BTD[row, own], out.log_std_BTD[row, own], eps_TD, prompt)
-                )
-        return encoded
+        eps_BTD = torch.zeros(*ids_BT.shape, self.config.hidden_size)
+        mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            eps_BTD[row, : len(prompt)] = self._noise(prompt, None if seed is None else seed + row)
+            mask_BT[row, : len(prompt)] = torch.from_numpy(prompt.mask)
+        sent_BTD = self._sent(ids_BT, mask_BT, eps_BTD, attention_mask=real_BT.to(self.device))
+        # Copies: a view would carry the other prompts of the batch wherever it is saved.
+        return [sent_BTD[row, : len(prompt)].clone() for row, prompt in enumerate(prompts)]
 
     def encode_pieces(
         self,
@@ -159,14 +167,16 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             warnings.warn(_SEED_WARNING, stacklevel=2)
         eps_TD = self._noise(prompt, seed)
         caches = self.new_caches() if len(prompt) > self.piece else None
+        ids_BT, mask_BT = torch.tensor([prompt.ids]), torch.from_numpy(prompt.mask)[None]
         for start in range(0, len(prompt), self.piece):
-            part = Prompt(prompt.ids[start : start + self.piece], prompt.mask[start : start + self.piece])
-            # Not around the yield: the mode would leak into the caller's code.
-            with torch.inference_mode():
-                x_TD = self.embed_tokens(torch.tensor(part.ids, device=self.device))
-                out = self(inputs_embeds=x_TD[None], past_key_values=caches)
-                hidden = _hide(x_TD, out.mean_BTD[0], out.log_std_BTD[0], eps_TD[start : start + self.piece], part)
-            yield hidden
+            part = slice(start, start + self.piece)
+            yield self._sent(ids_BT[:, part], mask_BT[:, part], eps_TD[None, part], past_key_values=caches)[0]
+
+    def _sent(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, eps_BTD: torch.Tensor, **options: Any) -> torch.Tensor:
+        """What may leave the machine, ``(B, T, D)`` on the CPU: the one place where the client runs the transform."""
+        # Not around a yield: the mode would leak into the caller's code.
+        with torch.inference_mode():
+            return self.transform(ids_BT.to(self.device), mask_BT, noise_BTD=eps_BTD, **options).cpu()
 
     def _noise(self, prompt: Prompt, seed: int | None) -> torch.Tensor:
         width = self.config.hidden_size
@@ -177,15 +187,14 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         return secure_noise((len(prompt), width))
 
 
-def _hide(
-    x_TD: torch.Tensor, mean_TD: torch.Tensor, log_std_TD: torch.Tensor, eps_TD: torch.Tensor, prompt: Prompt
-) -> torch.Tensor:
-    mask_T = torch.from_numpy(prompt.mask).to(x_TD.device)
-    hidden_TD = obfuscate(x_TD, mean_TD, log_std_TD, eps_TD.to(x_TD.device), mask_T).cpu()
-    if not bool(hidden_TD.isfinite().all()):
-        # Never silently: a NaN row would be refused or, worse, answered.
-        raise UserError("the transform gave NaN or infinite values for this prompt; load it with weights=float32")
-    return hidden_TD
+def _held_noise(model: StainedGlassTransform, weights: str, file: str | os.PathLike | None) -> HeldNoise:
+    """Held noise of this export, in these numbers: mean and std of another are others under the same tokens."""
+    known = dict(model.config.fingerprints)
+    if not {"weights", "config"} <= known.keys():  # an export from before they were written
+        tensors = model.state_dict()
+        known |= {name: fingerprint_tensor(tensors[name]) for name in sorted(tensors)}
+    context = json.dumps({"fingerprints": known, "weights": weights, "dtype": str(model.dtype)}, sort_keys=True)
+    return HeldNoise(held_key(file), context)
 
 
 def _load_tokenizer(directory: Path, config: transform.SGTConfig) -> PreTrainedTokenizerBase:
@@ -196,13 +205,8 @@ def _load_tokenizer(directory: Path, config: transform.SGTConfig) -> PreTrainedT
             "checked. Export again to have them",
             stacklevel=3,
         )
-    try:
-        # trust_remote_code is said aloud: transformers would otherwise ask on a terminal.
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory}: no readable tokenizer ({type(error).__name__}); copy the export again"
-        ) from error
+    tokenizer = load_tokenizer(directory, "export")
+    check_ids_fingerprint(tokenizer, config, directory)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, the embedding table {config.vocab_size} rows; "

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.client.quiet import quiet
 
     with quiet(lambda text: print(f"sgt-titan: {text}", file=sys.stderr)):
-        sgt = StainedGlassTransform.from_pretrained(arguments.export, trunk=arguments.trunk)
+        sgt = StainedGlassTransform.from_pretrained(
+            arguments.export, trunk=arguments.trunk, hold_noise=False
+        )  # nothing is sent
     prompt = sgt.prompt(what)
     reading = read_nearest(sgt, prompt, sgt.encode(prompt))
     if arguments.json:

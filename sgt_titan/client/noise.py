@@ -1,9 +1,20 @@
 """Noise that is held: the same prompt gets the same noise again, so that repeating it leaves nothing to average.
 
-The noise of a position is a function of a secret of this process and of all tokens up to it: SHAKE-256 keyed with 32
-bytes from the operating system, turned into normals. So the shared beginning of two prompts (a conversation, sent again
-with every turn) also keeps its noise, nothing has to be remembered, and another process starts with another secret.
-What it costs: the server sees that two prompts begin alike, and how far. Fresh noise hides that, and can be averaged.
+The noise of a position is a function of a secret key, of the export, and of all tokens up to it: SHAKE-256 turned into
+normals. Mean and std of a position depend on the tokens up to it and on nothing else (the estimator is causal), so what
+is held is the whole sample z = x + mean + std eps, and not eps alone: a position is sent again either bit for bit (up
+to the rounding of a longer pass) or, when any token up to it has changed, with noise that has nothing to do with the
+old one. No two values that share an eps and differ in their mean are ever sent, whose difference would show that of the
+means. The export is part of the function for the same reason: another transform, or the same one in other numbers
+(``weights=``), has other means.
+
+So the shared beginning of two prompts (a conversation, sent again with every turn) keeps its noise, and nothing has to
+be remembered. What it gives up:
+
+* The server sees that two prompts begin alike, and how far. With one key for many users it sees it across them.
+* An edit near the beginning draws all noise after it anew: K such edits are K samples of the rest.
+* A value that occurs in many different prompts is a fresh sample in each.
+* Whoever holds the key can subtract the noise from everything that was sent under it.
 
 Shapes: T tokens, D model width.
 """
@@ -11,23 +22,40 @@ Shapes: T tokens, D model width.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import secrets
+import stat
+import warnings
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 
+from sgt_titan.errors import UserError
 from sgt_titan.transform.gaussian import normals
+
+KEY_BYTES = 32
+KEY_VARIABLE = "SGT_TITAN_NOISE_KEY"
 
 
 class HeldNoise:
-    """``eps_TD(ids, mask, width)`` of one secret; :meth:`forget` draws another."""
+    """``eps_TD(ids, mask, width)`` of one secret in one context; :meth:`forget` draws another secret.
 
-    def __init__(self) -> None:
-        self.forget()
+    context: whatever else decides what is sent (the export's fingerprints): noise of two contexts is independent.
+    """
+
+    def __init__(self, secret: bytes | None = None, context: str = ""):
+        self._context = context
+        self._use(secrets.token_bytes(KEY_BYTES) if secret is None else secret)
+
+    def _use(self, secret: bytes) -> None:
+        self._secret = hashlib.blake2b(self._context.encode(), key=secret, digest_size=32, person=b"sgt-held").digest()
 
     def forget(self) -> None:
-        """From here on all noise is new."""
-        self._secret = secrets.token_bytes(32)
+        """From here on all noise of this object is new; a key that is kept in a file stays what it is."""
+        self._use(secrets.token_bytes(KEY_BYTES))
 
     def __call__(self, ids: Sequence[int], mask: Sequence[bool], width: int) -> torch.Tensor:
         """float32 ``(T, D)``, standard normal."""
@@ -41,3 +69,63 @@ class HeldNoise:
 
     def __repr__(self) -> str:
         return "HeldNoise(...)"  # never the secret
+
+
+def held_key(file: str | os.PathLike | None = None) -> bytes:
+    """The secret of held noise: of ``file`` (made if there is none), of the environment, or of this process.
+
+    Without a file and without ``SGT_TITAN_NOISE_KEY`` (64 hexadecimal digits) it is drawn once for this process, and a
+    warning says that a restart sends the same prompts with other noise. Raises UserError, without a word of the key.
+    """
+    if file is not None:
+        return _of_file(Path(file))
+    text = os.environ.get(KEY_VARIABLE)
+    if text is not None:
+        return _parsed(text, KEY_VARIABLE)
+    warnings.warn(
+        "noise is held while this process lives: after a restart the same prompt is sent with other noise, and the "
+        f"server can average the two. Keep a key: noise_key=FILE, --noise-key FILE, or {KEY_VARIABLE}",
+        stacklevel=4,
+    )
+    return _of_process()
+
+
+@cache
+def _of_process() -> bytes:
+    return secrets.token_bytes(KEY_BYTES)
+
+
+def _of_file(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _read(path)
+    except OSError as error:
+        raise UserError(f"noise key {path}: cannot be made ({error.strerror})") from None
+    key = secrets.token_bytes(KEY_BYTES)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(key.hex() + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would be waited for
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"noise key {path}: not a file")
+            if os.name == "posix" and status.st_mode & 0o077:
+                raise UserError(f"noise key {path}: others may read it; chmod 600 it")
+            content = stream.read(1024)
+    except OSError as error:
+        raise UserError(f"noise key {path}: cannot be read ({error.strerror})") from None
+    return _parsed(content.decode("ascii", "replace"), f"noise key {path}")
+
+
+def _parsed(text: str, where: str) -> bytes:
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}", text.strip()):
+        raise UserError(f"{where}: must be {2 * KEY_BYTES} hexadecimal digits; make one with `openssl rand -hex 32`")
+    return bytes.fromhex(text.strip())

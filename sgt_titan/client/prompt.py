@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sgt_titan.client.tools import encode_with_tools
 from sgt_titan.errors import UserError
 from sgt_titan.transform import SGTConfig
 from sgt_titan.transform.prompts import (
     PROMPT,
     RESPONSE,
     TEMPLATE,
+    TOOLS_NOT_PRINTED,
     EncodedPrompt,
     encode_turns,
     obfuscation_mask,
@@ -111,9 +111,20 @@ def _messages(
             raise UserError("tools: this transform was trained without a chat template, which could render them")
         joined = [{"role": "user", "content": turn["content"]} for turn in turns]
         return encode_turns(tokenizer, joined, template="plain", add_generation_prompt=True)
-    if tools:
-        return encode_with_tools(tokenizer, turns, tools)
-    return encode_turns(tokenizer, turns, template="chat", add_generation_prompt=True)
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools: must be a list of objects")
+    encoded = encode_turns(
+        tokenizer,
+        turns,
+        template="chat",
+        add_generation_prompt=True,
+        variables=config.template_kwargs,
+        date=config.template_date,
+        tools=tools,
+    )
+    if TOOLS_NOT_PRINTED in encoded.notes:
+        raise UserError("tools: the chat template of this model does not render them; leave them out")
+    return encoded
 
 
 def _turn(index: int, message: Message) -> dict[str, str]:

@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sgt_titan.errors import UserError
 
@@ -18,7 +19,7 @@ OWN = "SGT_PROCS_PER_NODE"
 LEAST_SECONDS = 60.0  # before the notice that an attempt must have: nothing starts faster where trunks are large
 
 
-# -- ranks a node --------------------------------------------------------------------------------------------------------
+# -- ranks a node ------------------------------------------------------------------------------------------------------
 
 
 def ranks_per_node(env: Mapping[str, str], nodes: int) -> tuple[int, str]:
@@ -34,7 +35,7 @@ def ranks_per_node(env: Mapping[str, str], nodes: int) -> tuple[int, str]:
     given = env.get(OWN, "")
     if given and not re.fullmatch(r"[1-9]\d*", given):
         raise UserError(f"{OWN}={given}: must be a number of processes, at least 1")
-    for (one, rule), (other, beside) in zip(asked, asked[1:], strict=False):
+    for (one, rule), (other, beside) in pairwise(asked):
         if one != other:
             raise UserError(f"{rule} asks for {_gpus(one)} a node and {beside} for {_gpus(other)}; say one of them")
     for rule, least in [
@@ -110,7 +111,7 @@ def _count(name: str, text: str) -> int:
     return found
 
 
-# -- what the controller says --------------------------------------------------------------------------------------------
+# -- what the controller says ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ class Told:
         if not self.batch:
             return "it runs inside an allocation (salloc), which Slurm cannot requeue"
         return "" if self.requeue else "Slurm was told not to requeue it (--no-requeue, Requeue=0)"
+
+
+NOTHING = Told()
 
 
 def read_told(text: str) -> Told:
@@ -193,8 +197,8 @@ def check_time(limit: float | None, notice: float | None) -> None:
     if limit is not None and notice is not None and limit - notice < LEAST_SECONDS:
         raise UserError(
             f"the time limit of {limit / 60:.0f} min leaves {max(0.0, limit - notice):.0f} s before the notice to stop "
-            f"({notice:.0f} s before it, --signal): nothing would be trained; raise --time, or lower --signal=B:USR1@SECONDS "
-            "to the time of a save plus a minute"
+            f"({notice:.0f} s before it, --signal): nothing would be trained; raise --time, or lower "
+            "--signal=B:USR1@SECONDS to the time of a save plus a minute"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from sgt_titan.checkpoint import latest_committed, step_of
 from sgt_titan.cluster import status
-from sgt_titan.cluster.allocation import Told
+from sgt_titan.cluster.allocation import NOTHING, Told
 
 FILE = "attempts.jsonl"
 MOST_IN_VAIN = 3  # attempts in a row that may end without a new checkpoint (SGT_MAX_IN_VAIN)
@@ -121,7 +121,7 @@ def end(
         max_restarts,
         [*in_vain(history, attempt), last <= begun.first_step],
         most_in_vain=most_in_vain,
-        told=told or Told(),
+        told=told or NOTHING,
         seconds=now - begun.began,
     )
     entry = replace(begun, ended=now, last_step=last, state=state, decision=decision, reason=reason)
@@ -137,7 +137,7 @@ def decide(
     vain: list[bool],
     *,
     most_in_vain: int = MOST_IN_VAIN,
-    told: Told = Told(),
+    told: Told = NOTHING,
     seconds: float = float("inf"),
 ) -> tuple[Decision, str]:
     """What to do after an attempt that left ``state`` and ``said`` why.

@@ -21,7 +21,8 @@ TAIL_BYTES = 1 << 20  # of a log that are looked at: the end is where a failure 
 
 _RANK = re.compile(r"^\[\w+?(\d+)\]:\s?")  # torchrun's prefix of a rank's line: role and local rank
 _ERROR = re.compile(
-    r"\w*(Error|Exception)\b|\berror:|\bnot found\b|No such file|Permission denied|\bfatal\b|Segmentation fault|Killed$",
+    r"\w*(Error|Exception)\b|\berror:|\bnot found\b|No such file|Permission denied|\bfatal\b|Segmentation fault"
+    r"|Killed$",
     re.I,
 )
 # What a scheduler or a launcher says because something else has gone wrong, and lines of a stack.
@@ -31,7 +32,8 @@ _NOISE = re.compile(
 )
 # What a rank says because another one is gone.
 _CONSEQUENCE = re.compile(
-    r"Connection (reset|closed|refused)|Broken pipe|[Ss]ocket (closed|Timeout)|failed to (recv|send)|Dist(Network|Store)Error"
+    r"Connection (reset|closed|refused)|Broken pipe|[Ss]ocket (closed|Timeout)|failed to (recv|send)"
+    r"|Dist(Network|Store)Error"
     r"|remote process exited|Rendezvous\w*Error|SignalException|Timed out waiting"
 )
 _REPORT = re.compile(

@@ -81,7 +81,7 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
     found = [
         f"{name} fingerprint {recorded['fingerprints'].get(name, '?')[:12]} -> {value[:12]}"
         for name, value in (fingerprints or {}).items()
-        if recorded["fingerprints"].get(name) != value
+        if recorded["fingerprints"].get(name, value) != value  # runs before there was one have none to compare
     ]
     old = load(str(folder / CONFIG_FILE), [])
     found += [line for line in difference(old, config) if not line.startswith((*MAY_DIFFER, *unknown))]

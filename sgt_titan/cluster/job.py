@@ -1,4 +1,4 @@
-"""What a batch script asks before, during and after an attempt: ``python -m sgt_titan.cluster.job begin|follow|end ...``.
+"""What a batch script asks around an attempt: ``python -m sgt_titan.cluster.job begin|follow|end ...``.
 
 ``begin`` checks the run against the allocation, claims its directory and prints shell assignments; ``follow`` prints a
 line of progress a minute; ``end`` prints what to do next on stdout, and on stderr what happened, where, and why.

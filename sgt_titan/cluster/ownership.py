@@ -4,9 +4,10 @@
 
 Two jobs started by mistake would overwrite each other's checkpoints. And a scheduler that loses contact with a node
 requeues the job while the orphaned processes train on; they must not commit another checkpoint once the new attempt has
-begun. So the file is a token: a new attempt of the *same* job takes it, any other must wait until the scheduler says that
-the holder's job is over, or, where it does not know, until the heartbeat has stopped; and a holder that finds another's
-name in it ends without saving. A job has its directory from ``begin`` on (``claim``), before its ranks are there to hold it.
+begun. So the file is a token: a new attempt of the *same* job takes it, any other must wait until the scheduler says
+that the holder's job is over, or, where it does not know, until the heartbeat has stopped; and a holder that finds
+another's name in it ends without saving. A job has its directory from ``begin`` on (``claim``), before its ranks are
+there to hold it.
 
 Ages are differences of modification times in one directory: clocks of two nodes are never compared.
 """
@@ -206,8 +207,8 @@ def _started(pid: int | str) -> str:
 
 
 def _is_running(job: str) -> bool | None:
-    """Whether Slurm says that a job runs or will. None where there is no Slurm to ask, or it does not know the job, which
-    may be of another cluster that shares the files.
+    """Whether Slurm says that a job runs or will. None where there is no Slurm to ask, or it does not know the job,
+    which may be of another cluster that shares the files.
     """
     words = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job]
     try:

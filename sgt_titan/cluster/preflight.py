@@ -40,8 +40,8 @@ TMP_BYTES = 1 << 30
 # sinfo's short states of a node that can be had sooner or later.
 UP = ("idle", "alloc", "mix", "comp", "resv", "plnd", "boot")
 
-# In the order in which a process comes to them. begun: Slurm has started it, before there is any Python; started: Python
-# runs; imported: torch is there.
+# In the order in which a process comes to them. begun: Slurm has started it, before there is any Python; started:
+# Python runs; imported: torch is there.
 PHASES = ("begun", "started", "imported", "local", "pairs", "rendezvous", "node", "all")
 # Findings that no other node's would be needed to believe: they are of the machine, not of what the job was given.
 OF_THE_NODE = ("cpu", "cuda", "clock", "all-reduce")

@@ -42,7 +42,7 @@ def read(output_dir: str | Path, attempt: str | None = None) -> dict[str, Any] |
 
 
 def finished(output_dir: str | Path) -> dict[str, Any] | None:
-    """What the attempt said that finished the run; None where there is none, or its last checkpoint has been deleted."""
+    """What the attempt said that finished the run; None where none did, or its last checkpoint has been deleted."""
     latest = latest_committed(output_dir)
     step = (step_of(latest) or 0) if latest else 0
     return next((f for f in _newest_first(output_dir) if f["state"] == "finished" and f["step"] <= step), None)

@@ -17,17 +17,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sgt_titan.evaluation.samples import Padded
+from sgt_titan.evaluation.samples import Padded, Sample
 from sgt_titan.transform import StainedGlassTransform
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 
 class Obfuscated(NamedTuple):
-    """Embeddings to send, and the Gaussian they were drawn from; ``log_std_BTD`` is None where there is no noise."""
+    """Embeddings to send, and the Gaussian that z was drawn from; ``log_std_BTD`` is None where there is no noise.
+
+    z_BTD: the noisy embeddings before the client's denoiser, which are not sent. None: z is what is sent.
+    """
 
     x_tilde_BTD: torch.Tensor
     center_BTD: torch.Tensor
     log_std_BTD: torch.Tensor | None
+    z_BTD: torch.Tensor | None = None
+
+    @property
+    def noisy_BTD(self) -> torch.Tensor:
+        """z, whether or not a denoiser follows it."""
+        return self.x_tilde_BTD if self.z_BTD is None else self.z_BTD
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,9 @@ class Mechanism:
     """``obfuscate(batch, x_BTD, random)``: embeddings of a batch, obfuscated where ``batch.obfuscate_BT``.
 
     transform: the SGT, where it is one. rotation: where what is sent is in a secret basis (rotated.py). std: of a
-    constant noise, embedding units; 0 where there is none. facts: what else a report states about it, by name.
+    constant noise, embedding units; 0 where there is none. denoises: a denoiser stands between z and what is sent.
+    rewrite: other tokens in place of a batch's own, before anything (surrogates.py); restore: the tokens of an answer
+    to a prompt that was rewritten, with the values put back. facts: what else a report states about it, by name.
     """
 
     name: str
@@ -56,6 +67,9 @@ class Mechanism:
     transform: StainedGlassTransform | None = field(default=None, repr=False)
     rotation: Rotation | None = field(default=None, repr=False)
     std: float = 0.0
+    denoises: bool = False
+    rewrite: Callable[[Padded], Padded] | None = field(default=None, repr=False)
+    restore: Callable[[Sample, Sequence[int]], list[int]] | None = field(default=None, repr=False)
     facts: dict[str, float] = field(default_factory=dict)
 
 
@@ -81,9 +95,8 @@ def learned(transform: StainedGlassTransform) -> Mechanism:
     def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:
         attention_BT = batch.valid_BT.long()
         inputs = batch.tokens_BT if transform.embed_tokens is not None else x_BTD
-        x_tilde_BTD = transform.transform(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
-        out = transform(inputs_embeds=x_BTD, attention_mask=attention_BT)
-        return Obfuscated(x_tilde_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD)
+        found = transform.release(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
+        return Obfuscated(found.sent_BTD, found.center_BTD, found.log_std_BTD, found.z_BTD)
 
     return Mechanism("sgt", "this SGT", obfuscate, transform=transform)
 

@@ -54,6 +54,26 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Noisy(Observation):
+    """The same with z in the place of x~: what the client's denoiser was given. Nobody but the client has it; whoever
+    could undo the denoiser would. Whatever is read from it bounds what this kind of attack could read of x~."""
+
+    title: typing.ClassVar[str] = "z: each prompt's noisy embeddings before the client's denoiser, which are never sent"
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """The prompts without the embeddings: where something is hidden, and the clean tokens around it.
+
+    hidden, tokens: as of an Observation. What is guessed from this is no leak of the mechanism.
+    """
+
+    title: typing.ClassVar[str] = "nothing of what was sent but where it is hidden, and the clean tokens around it"
+    hidden: tuple[torch.Tensor, ...]
+    tokens: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Repeats:
     """The same prompts sent again, each time with new noise. Draws lazily; ``limit`` at most."""
 
@@ -152,6 +172,8 @@ class Seed:
 
 Grant = (
     Observation
+    | Noisy
+    | Unseen
     | Repeats
     | KnownPairs
     | Table
@@ -208,6 +230,20 @@ def grants(attack: Callable[..., Guess]) -> dict[str, type]:
             raise TypeError(f"{attack.__module__}.{attack.__name__}: {name} is no grant of threat.py")
         found[name] = hints[name]
     return found
+
+
+# An attack's threat model as a report groups it. ``guess`` sees nothing, ``single`` what is sent once, ``repeats`` the
+# same prompt with fresh noise as often as it likes, ``noisy`` what the denoiser was given and nobody sends.
+KINDS = ("guess", "single", "repeats", "noisy")
+
+
+def kind_of(attack: Callable[..., Guess]) -> str:
+    """One of ``KINDS``, from what the attack is granted."""
+    granted = set(grants(attack).values())
+    for kind, grant in (("repeats", Repeats), ("noisy", Noisy), ("guess", Unseen)):
+        if grant in granted:
+            return kind
+    return "single"
 
 
 @dataclass(frozen=True)

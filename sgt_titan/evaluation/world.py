@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from sgt_titan.evaluation.threat import (
     Corpus,
     Guess,
     KnownPairs,
+    Noisy,
     Observation,
     Prior,
     Public,
@@ -31,6 +33,7 @@ from sgt_titan.evaluation.threat import (
     Table,
     Transform,
     Trunk,
+    Unseen,
     WithoutSecret,
     grants,
 )
@@ -42,13 +45,15 @@ MAX_REPEATS = 1024
 
 @dataclass(frozen=True)
 class World:
-    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of all randomness."""
+    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of all randomness.
+    answers: the tokens of each prompt's response, where they are known: scores tell apart what they repeat."""
 
     rows: Sequence[Sample] = field(repr=False)
     corpus: Sequence[Sample] = field(repr=False)
     mechanism: Mechanism
     trunk: PreTrainedModel = field(repr=False)
     seed: int = 0
+    answers: Sequence[np.ndarray] = field(default=(), repr=False)
 
     @cached_property
     def table_VD(self) -> torch.Tensor:
@@ -104,6 +109,8 @@ class World:
         """The arguments an attack's type asks for, and no more."""
         make: dict[type, Callable[[], Any]] = {
             Observation: lambda: self.observation,
+            Noisy: lambda: observe(self.rows, self.mechanism, self.trunk, self._noise(0), kind=Noisy),
+            Unseen: lambda: Unseen(self.observation.hidden, self.observation.tokens),
             Repeats: lambda: Repeats(
                 MAX_REPEATS, lambda k: observe(self.rows, self.mechanism, self.trunk, self._noise(1 + k))
             ),
@@ -133,19 +140,25 @@ def _groups(trunk: PreTrainedModel) -> NearDuplicates:
 
 @torch.no_grad()
 def observe(
-    rows: Sequence[Sample], mechanism: Mechanism, trunk: PreTrainedModel, random: torch.Generator
+    rows: Sequence[Sample],
+    mechanism: Mechanism,
+    trunk: PreTrainedModel,
+    random: torch.Generator,
+    *,
+    kind: type[Observation] = Observation,
 ) -> Observation:
-    """Obfuscate every row once."""
+    """Obfuscate every row once. ``kind`` Noisy: z instead of what is sent."""
     x_tilde, vocab = [], trunk.get_input_embeddings().weight.shape[0]
     for part in batched(rows, vocab):
         batch = padded(part, 0, trunk.device)
         sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)
-        x_tilde += [sent.x_tilde_BTD[b, : len(row.ids)].float() for b, row in enumerate(part)]
+        seen_BTD = sent.noisy_BTD if kind is Noisy else sent.x_tilde_BTD
+        x_tilde += [seen_BTD[b, : len(row.ids)].float() for b, row in enumerate(part)]
     hidden = tuple(torch.from_numpy(row.obfuscate) for row in rows)
     tokens = tuple(
         torch.from_numpy(row.ids).masked_fill(hidden_T, UNKNOWN) for row, hidden_T in zip(rows, hidden, strict=True)
     )
-    return Observation(tuple(x_tilde), hidden, tokens)
+    return kind(tuple(x_tilde), hidden, tokens)
 
 
 def known_pairs(

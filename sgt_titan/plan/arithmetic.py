@@ -9,6 +9,7 @@ from sgt_titan.config.door import read_config
 from sgt_titan.config.load import load
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.families import shapes
 
 from .hardware import EXPOSED_RANGE, GPUS, HFU, HFU_RANGE, NO_GPU, Gpu
 from .memory import Memory, item_size, memory
@@ -26,10 +27,6 @@ from .weights import (
     total_bytes,
     trunk_layers,
 )
-
-FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")  # as in titan/trunks.py, which needs torch
-NEEDED = ("hidden_size", "intermediate_size", "vocab_size")
-NEEDED += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -164,10 +161,7 @@ def prepared(name: str, overrides: list[str] | None = None) -> tuple[Config, dic
         raise UserError(f"{name}: run.task is {config.run.task}; plan counts the training of a transform (sgt) alone")
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
     config, trunk = read_config(name, overrides or [], world_size=world_size, trunk="config")
-    if (kind := trunk.get("model_type")) not in FAMILIES:
-        raise UserError(f"trunk: config.json has model_type {kind!r}; supported are {', '.join(FAMILIES)}")
-    if missing := [key for key in NEEDED if key not in trunk]:
-        raise UserError(f"trunk: config.json has no {', '.join(missing)}, which plan needs")
+    shapes(trunk)  # a family that is known, with all that shapes depend on
     return config, trunk
 
 

@@ -53,7 +53,8 @@ def _parser() -> Parser:
     add("--served-name", metavar="NAME", help="the model's name here (default: as at the upstream)")
     add("--trunk", metavar="DIR", help="the trunk's checkpoint, for an export without an embedding table")
     add("--weights", default="stored", choices=("stored", "float32", "bfloat16", "int8"), help="of the transform")
-    add("--hold-noise", action="store_true", help="the same prompt keeps its noise while the proxy runs")
+    add("--noise-key", metavar="FILE", help="key of the held noise, made if there is none; or SGT_TITAN_NOISE_KEY")
+    add("--fresh-noise", action="store_true", help="new noise with every request: repeats and retries can be averaged")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     add("--port", type=int, default=8080, help="0: any free one (default 8080)")
     add("--api-key-file", metavar="FILE", type=Path, help="keys of clients, one a line; or SGT_TITAN_API_KEY")
@@ -200,8 +201,14 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
     )
     with quiet(_say):
         sgt = StainedGlassTransform.from_pretrained(
-            arguments.export, trunk=arguments.trunk, weights=arguments.weights, hold_noise=arguments.hold_noise
+            arguments.export,
+            trunk=arguments.trunk,
+            weights=arguments.weights,
+            hold_noise=not arguments.fresh_noise,
+            noise_key=arguments.noise_key,
         )
+    if arguments.fresh_noise:
+        _say("warning: --fresh-noise: whatever is sent twice, a client's retry too, can be averaged by the upstream")
     _log_to_stderr()
     config = uvicorn.Config(
         create_app(settings, sgt),

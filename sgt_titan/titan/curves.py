@@ -42,7 +42,7 @@ class Curve(BaseLogger):
 
 
 def same_wandb_run(output_dir: str | Path) -> None:
-    """Have ``wandb.init`` go on with the run of this directory, by the variables that it reads; those that are set stay."""
+    """Have ``wandb.init`` go on with the run of this directory, by the variables it reads; those that are set stay."""
     file = Path(output_dir) / WANDB_ID
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

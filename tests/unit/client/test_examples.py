@@ -25,7 +25,8 @@ def run(monkeypatch, name, *words, stdin=""):
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_chat(monkeypatch, capsys, chat_export, trunk):
+def test_chat(monkeypatch, capsys, chat_export, trunk, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where it keeps its noise key
     monkeypatch.setattr(StainedGlassTransform, "limit", None)  # the small trunk's is less than an answer
     with running(vllm_app(trunk)) as url:
         run(monkeypatch, "chat.py", chat_export, url, stdin="hello\n\nagain\n")

@@ -88,7 +88,7 @@ def test_another_config_is_refused_before_anything(begin, tmp_path):
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match=r"belongs to a run that differs: optimizer\.lr: 0\.003 -> 0\.01\. Choose"):
         begin(1, 1, "--optimizer.lr", "0.01")
-    with pytest.raises(UserError, match="training.global_batch_size"):
+    with pytest.raises(UserError, match=r"training\.global_batch_size"):
         begin(1, 1, "--training.global_batch_size", "32")
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 

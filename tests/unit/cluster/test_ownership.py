@@ -165,7 +165,7 @@ def test_a_job_claims_its_directory_before_its_ranks_are_there(tmp_path):
     script = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     job = Ownership(tmp_path, "slurm-7.0")
     job.claim(script.pid)
-    with pytest.raises(UserError, match="in use by slurm-7.0"):
+    with pytest.raises(UserError, match=r"in use by slurm-7\.0"):
         Ownership(tmp_path, "slurm-8.0").claim(os.getpid())
     ranks = Ownership(tmp_path, "slurm-7.0")
     ranks.acquire()

@@ -115,7 +115,8 @@ def test_a_deadline_shorter_than_the_imports_blames_nobody():
     half = [*slow[:4], *(report(node, i, import_seconds=15.0) for node in NODES[2:] for i in range(2))]
     found = judge(half, NODES, 2, {}, 20)
     assert not found.bad and found.problems == [
-        "2 of 4 nodes: no process got past its imports within 20 s; where it did, that took 15 s; SGT_PREFLIGHT_SECONDS gives more"
+        "2 of 4 nodes: no process got past its imports within 20 s; where it did, that took 15 s; "
+        "SGT_PREFLIGHT_SECONDS gives more"
     ]
     # With time to spare elsewhere it is the node.
     assert list(judge(half, NODES, 2, {}, 90).bad) == ["n1", "n2"]

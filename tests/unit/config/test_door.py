@@ -1,4 +1,4 @@
-"""One way in for every command: overrides anywhere among a command's own words, and a config checked cheap things first."""
+"""One way in for every command: overrides anywhere among its words, and a config checked, cheap things first."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_environment_variables_in_a_run_s_name(monkeypatch):
     config, _ = read_config("demo", ["--run.name", "sweep-${SLURM_ARRAY_TASK_ID}"], shared="/runs")
     assert (config.run.name, config.run.output_dir) == ("sweep-3", "/runs/sweep-3")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
-    with pytest.raises(UserError, match="run.name: environment variable SLURM_ARRAY_TASK_ID is not set"):
+    with pytest.raises(UserError, match=r"run\.name: environment variable SLURM_ARRAY_TASK_ID is not set"):
         read_config("demo", ["--run.name", "sweep-${SLURM_ARRAY_TASK_ID}"])
     for name in ("../x", "a/b", "..", "", "~x"):
-        with pytest.raises(UserError, match="run.name must be a name"):
+        with pytest.raises(UserError, match=r"run\.name must be a name"):
             read_config("demo", [f"--run.name={name}"])

@@ -7,8 +7,22 @@ import torch
 from worlds import tiny_trunk, world
 
 from sgt_titan.evaluation.attacks import ATTACKS, SUITES
-from sgt_titan.evaluation.mechanisms import constant_noise, nothing
-from sgt_titan.evaluation.threat import UNKNOWN, Corpus, Guess, KnownPairs, Observation, Repeats, Size, Table, grants
+from sgt_titan.evaluation.mechanisms import Mechanism, constant_noise, nothing
+from sgt_titan.evaluation.threat import (
+    KINDS,
+    UNKNOWN,
+    Corpus,
+    Guess,
+    KnownPairs,
+    Noisy,
+    Observation,
+    Repeats,
+    Size,
+    Table,
+    Unseen,
+    grants,
+    kind_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +72,28 @@ def test_repeats_are_new_noise_of_the_same_prompts_and_reproducible(trunk):
     assert (mean - clean).std().item() == pytest.approx(0.5 / 8, rel=0.1)
 
 
+def test_z_is_what_the_denoiser_was_given_and_is_granted_only_where_asked_for(trunk):
+    def single(observation: Observation) -> Guess: ...
+    def noisy(observation: Noisy) -> Guess: ...
+    def blind(unseen: Unseen) -> Guess: ...
+
+    before = constant_noise(0.5)
+
+    def obfuscate(batch, x_BTD, random):
+        sent = before.obfuscate(batch, x_BTD, random)
+        return sent._replace(x_tilde_BTD=sent.x_tilde_BTD / 2, z_BTD=sent.x_tilde_BTD)
+
+    here = world(Mechanism("halved", "noise, then halved", obfuscate, denoises=True), trunk)
+    sent, z = (here.granted(attack)["observation"] for attack in (single, noisy))
+    assert torch.equal(2 * sent.x_tilde_ND, z.x_tilde_ND)
+    plain = world(before, trunk)  # without a denoiser z is what is sent
+    assert torch.equal(plain.granted(noisy)["observation"].x_tilde_ND, plain.observation.x_tilde_ND)
+    unseen = here.granted(blind)["unseen"]
+    assert not hasattr(unseen, "x_tilde")
+    assert all((tokens[hidden] == UNKNOWN).all() for tokens, hidden in zip(unseen.tokens, unseen.hidden, strict=True))
+    assert [kind_of(attack) for attack in (blind, single, averaging, noisy)] == list(KINDS)
+
+
 def test_known_pairs_are_of_other_rows(trunk):
     def attack(pairs: KnownPairs, corpus: Corpus) -> Guess: ...
 
@@ -81,7 +117,7 @@ LARGE = Size(rows=8, tokens=400, longest=24, width=64, vocab=3000, trunk=100_000
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_declares_what_it_sees_and_costs(name):
     attack = ATTACKS[name]
-    assert any(kind is Observation for kind in grants(attack.run).values())
+    assert any(kind in (Observation, Noisy, Unseen) for kind in grants(attack.run).values())
     assert attack.title and attack.source
     assert set(attack.effort) <= set(SUITES) and attack.effort
     keywords = {k for k, p in inspect.signature(attack.run).parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -46,9 +46,10 @@ def start(export, upstream, *words):
     )
 
 
-def test_nothing_private_is_printed_and_it_stops_gracefully(chat_export, trunk):
+def test_nothing_private_is_printed_and_it_stops_gracefully(chat_export, trunk, tmp_path):
+    key_file = tmp_path / "noise.key"
     with running(vllm_app(trunk)) as upstream:
-        process = start(chat_export, upstream, "--hold-noise", "--inspect", "--served-name", "trunk")
+        process = start(chat_export, upstream, "--noise-key", str(key_file), "--inspect", "--served-name", "trunk")
         lines: list[str] = []
         reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
         reader.start()
@@ -85,7 +86,17 @@ def test_nothing_private_is_printed_and_it_stops_gracefully(chat_export, trunk):
         reader.join(timeout=5)
     text = "".join(lines)
     assert "POST /v1/chat/completions 200" in text and "httpcore" in text, "the loud logging was not on"
-    spellings = [CANARY, STOP, KEY, CANARY.encode().hex(), *CANARY.split("-")[:1], "Blatherskite", "stopat"]
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    spellings = [
+        CANARY,
+        STOP,
+        KEY,
+        key_file.read_text().strip(),
+        CANARY.encode().hex(),
+        *CANARY.split("-")[:1],
+        "Blatherskite",
+        "stopat",
+    ]
     embeds = [body["prompt_embeds"][2000:2040] for body in trunk.bodies if len(body["prompt_embeds"]) > 2100]
     assert embeds and len(answers[0]) > 2
     for private in (*spellings, *embeds, answers[0]):

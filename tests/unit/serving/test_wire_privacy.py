@@ -15,6 +15,7 @@ import zlib
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import torch
 
@@ -185,14 +186,20 @@ def _head(request: bytes) -> list[bytes]:
     return request.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]
 
 
-def test_two_requests_share_no_hidden_row(trunk, sgt):
-    trunk.received.clear()
-    with running(vllm_app(trunk)) as upstream, running(create_app(Settings(upstream), sgt)) as url:
-        for _ in range(2):
-            httpx.post(f"{url}/v1/completions", json={"model": "trunk", "prompt": CANARY, "max_tokens": 1})
-    a, b = trunk.received
+def test_a_client_s_retries_are_one_sample(trunk, sgt, chat_export):
+    """An OpenAI client repeats what failed, twice by default: of fresh noise the upstream gets three samples."""
     hidden = torch.from_numpy(sgt.prompt(CANARY).mask)
-    assert (a != b).any(-1)[hidden].all() and torch.equal(a[~hidden], b[~hidden])
+    fresh = StainedGlassTransform.from_pretrained(chat_export, hold_noise=False)
+    for transform, samples in ((sgt, 1), (fresh, 3)):
+        trunk.received.clear()
+        trunk.break_after = 0
+        with running(vllm_app(trunk)) as upstream, running(create_app(Settings(upstream), transform)) as url:
+            client = openai.OpenAI(base_url=url + "/v1", api_key="unused")
+            with client, pytest.raises(openai.InternalServerError):
+                client.completions.create(model="trunk", prompt=CANARY, max_tokens=1)
+        trunk.break_after = None
+        assert len(trunk.received) == 3
+        assert len({tuple(z_TD[hidden].flatten().tolist()) for z_TD in trunk.received}) == samples
 
 
 def test_the_searches_find_what_is_there(sgt, identity_export):

