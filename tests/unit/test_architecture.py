@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "conjformer",
         "private",
     },
-    "client": {"errors", "arguments", "transform", "metrics"},
+    "client": {"errors", "arguments", "transform", "metrics", "private"},
     "serving": {"errors", "arguments", "client"},
     "titan": {
         "errors",
