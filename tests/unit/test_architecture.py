@@ -46,7 +46,6 @@ MAY_IMPORT = {
     "serving": {"errors", "arguments", "client"},
     "titan": {
         "errors",
-        "folders",
         "config",
         "trunk",
         "transform",
