@@ -59,7 +59,20 @@ MAY_IMPORT = {
     "train": {"errors", "folders", "config", "cluster", "titan"},
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
+    "readings": {"errors", "arguments", "client", "private", "evaluation", "data"},
+    "cli": {
+        "errors",
+        "arguments",
+        "config",
+        "data",
+        "export",
+        "train",
+        "evaluation",
+        "plan",
+        "doctor",
+        "client",
+        "readings",
+    }
     | {"serving", "conjformer"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
