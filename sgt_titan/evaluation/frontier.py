@@ -20,7 +20,8 @@ from typing import Any
 
 from sgt_titan import __version__
 from sgt_titan.arguments import Parser, check_seed
-from sgt_titan.config.load import dump, load, parse_overrides, read_trunk, resolve, validate
+from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.load import dump, parse_overrides
 from sgt_titan.config.schema import PRESETS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.evaluate import check_zero, zero_argument
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None, start: Any = None) -> int:
     Raises:
         UserError: an unknown config, row, preset or option; a training of another config in ``--out``.
     """
-    arguments, overrides = parser().parse_known_args(argv)
+    arguments, overrides = split_words(parser(), sys.argv[2:] if argv is None else argv)
     config = checked(arguments, overrides)
     todo = chains(arguments, overrides, config)
     if arguments.dry_run:
@@ -303,7 +304,7 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
     for key in parse_overrides(list(overrides)):
         if key in ("run.output_dir", "run.seed", "run.name"):
             raise UserError(f"--{key}: every run has its own; leave it out")
-    config = resolve(load(arguments.config, list(overrides)), world_size=None)
+    config, _ = read_config(arguments.config, overrides)
     specs = [part for part in arguments.rows.split(",") if part]
     weights = arguments.weights if arguments.weights is not None else "" if specs or arguments.run else WEIGHTS
     specs = [*(f"rate={weight}" for weight in weights.split(",") if weight), *specs]
@@ -314,8 +315,7 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
     if not arguments.rows and not arguments.run:
         raise UserError("--rows: names no row")
     for row in arguments.rows:  # what would stop a training is said before the first of them
-        asked = resolve(load(arguments.config, [*overrides, *row.words]), world_size=None)
-        validate(asked, None, read_trunk(asked))
+        read_config(arguments.config, [*overrides, *row.words], trunk="weights")
     from sgt_titan.evaluation.attacks import ATTACKS
 
     if unknown := [name for name in arguments.attacks.split(",") if name and name not in ATTACKS]:

@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgt_titan.config.load import HOW_IT_RUNS, get, keys, load, parse_overrides, resolve
+from sgt_titan.config.door import read_config
+from sgt_titan.config.load import HOW_IT_RUNS, get, keys, load, parse_overrides
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
 
@@ -71,7 +72,7 @@ def objective(preset: str) -> list[str]:
 def training(name: str, config: str, run: Path, overrides: Sequence[str]) -> Step:
     """Train ``config`` with ``overrides`` in ``run``; its export says that it is done."""
     words = ["train", config, "--run.name", name, "--run.output_dir", str(run), *overrides]
-    asked = resolve(load(config, list(overrides)), world_size=None)
+    asked, _ = read_config(config, overrides)
     return Step(tuple(words), run / "export" / "config.json", asked)
 
 

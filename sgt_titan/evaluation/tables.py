@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.arguments import Parser
-from sgt_titan.config.load import dump, load, parse_overrides, resolve
+from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.load import dump, load, parse_overrides
 from sgt_titan.config.schema import PRESETS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.evaluate import benchmark_names, check_zero, zero_argument
@@ -30,7 +31,7 @@ REFERENCE = "mi_abs_cos_norm"  # the row whose evaluation carries the baselines,
 
 def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]:
     """Everything to run, in order: row by row, so that an interruption leaves whole rows."""
-    config = resolve(load(arguments.config, overrides), world_size=None)
+    config, _ = read_config(arguments.config, overrides)
     found, cache = [], shared_cache(config, overrides)
     for row in arguments.rows:
         home = arguments.out / row
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     Raises:
         UserError: an unknown config, row or option.
     """
-    arguments, overrides = parser().parse_known_args(argv)
+    arguments, overrides = split_words(parser(), sys.argv[2:] if argv is None else argv)
     check_zero(arguments.zero_steps)
     arguments.rows = [row for row in arguments.rows.split(",") if row]
     if unknown := [row for row in arguments.rows if row not in ROWS]:
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
 
     rows = read(arguments.out, arguments.rows, "evaluation")
     # Where the training data has marked values itself, its own evaluation says it all.
-    own = arguments.pii == resolve(load(arguments.config, overrides), world_size=None).data.source
+    own = arguments.pii == read_config(arguments.config, overrides)[0].data.source
     pii_rows = [row for row in arguments.rows if row in PII_ROWS]
     pii = read(arguments.out, pii_rows, "evaluation" if own else "pii") if arguments.pii else {}
     about = {
