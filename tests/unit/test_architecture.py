@@ -43,7 +43,7 @@ MAY_IMPORT = {
         "private",
     },
     "client": {"errors", "arguments", "transform", "metrics", "private"},
-    "serving": {"errors", "arguments", "client"},
+    "serving": {"errors", "arguments", "client", "private"},
     "titan": {
         "errors",
         "config",
