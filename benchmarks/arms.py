@@ -235,8 +235,9 @@ def ours(
     prior: str = "",
     denoiser: int = 0,
 ) -> Arm:
-    """A step of the composite model; ``stored``: with this many of the teacher's probabilities known beforehand; with the
-    rate under a ``prior``, and this many layers of a ``denoiser``.
+    """A step of the composite model; ``stored``: with this many of the teacher's probabilities known beforehand.
+
+    prior: with the rate under it. denoiser: with this many layers of one.
     """
     from sgt_titan.data.batch import Counts
 
