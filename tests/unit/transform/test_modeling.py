@@ -452,7 +452,7 @@ def with_denoiser(family="llama", **fields):
 @pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("body", ["shared", "separate"])
 def test_a_denoiser_streams(family, body):
-    """Pieces through its cache give what one pass gives; clean positions are left alone; z is what it was without it."""
+    """Pieces through its cache give what one pass gives; clean positions are left alone; z is the plain draw."""
     model, ids = with_denoiser(family, body=body), token_ids()
     mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) > 0.3
     noise = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(2))
