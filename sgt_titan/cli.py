@@ -45,6 +45,7 @@ _FORWARDED = {
     "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
     "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),
     "conjgenerate": ("sgt_titan.conjformer.talk:generate", "Answer a prompt with a served rotated checkpoint."),
+    "frontier": ("sgt_titan.evaluation.frontier", "Train and attack a grid: what is kept against what is read."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 
