@@ -105,12 +105,14 @@ async def _get(app, path):
         return (await client.get(path)).text
 
 
-def test_a_conversation_keeps_its_surrogate_from_turn_to_turn(proxy):
-    first = surrogate(proxy)
-    later = chat()
-    later["messages"] += [{"role": "assistant", "content": MAIL}, {"role": "user", "content": OTHER}]
-    spans = proxy(later, "/v1/inspect").json()["private"]
-    assert [s["sent"] for s in spans[:2]] == [first, first] and spans[2]["sent"] != first
+def test_a_conversation_keeps_its_surrogates_from_turn_to_turn():
+    turns = [{"role": "user", "content": f"mail {MAIL}"}, {"role": "assistant", "content": f"sent to {MAIL}"}]
+    turns.append({"role": "user", "content": f"also {OTHER}"})
+    (first,), (later,) = ask(PRIVATE, None, [turns[:1]]), ask(PRIVATE, None, [turns])
+    assert later.what[0] == first.what[0] and later.what[1]["content"].endswith(first.what[0]["content"][5:])
+    assert later.what[2]["content"][5:] != first.what[0]["content"][5:]
+    (other,) = ask(PRIVATE, {"conversation": "another"}, [turns[:1]])
+    assert other.what != first.what
 
 
 def test_completions_and_stops(proxy):
