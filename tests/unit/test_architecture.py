@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
     "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
-    | {"serving", "conjformer"},
+    | {"serving", "conjformer", "cluster"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
