@@ -44,9 +44,11 @@ _FORWARDED = {
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
     "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
+    "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
     "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
     "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),
     "conjgenerate": ("sgt_titan.conjformer.talk:generate", "Answer a prompt with a served rotated checkpoint."),
+    "frontier": ("sgt_titan.evaluation.frontier", "Train and attack a grid: what is kept against what is read."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "objectives": {"errors"},
     "metrics": set(),
     "demo": {"errors"},
-    "data": {"errors", "config", "transform", "trunk", "demo"},
+    "data": {"errors", "config", "transform", "trunk", "demo", "private"},
     "export": {"errors", "config", "transform", "trunk", "checkpoint"},
     "conjformer": {"errors", "folders", "arguments", "transform", "trunk"},
     "plan": {"errors", "arguments", "config", "trunk"},
@@ -43,7 +43,7 @@ MAY_IMPORT = {
         "private",
     },
     "client": {"errors", "arguments", "transform", "metrics", "private"},
-    "serving": {"errors", "arguments", "client"},
+    "serving": {"errors", "arguments", "client", "private"},
     "titan": {
         "errors",
         "config",
@@ -59,7 +59,20 @@ MAY_IMPORT = {
     "train": {"errors", "folders", "config", "cluster", "titan"},
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
+    "readings": {"errors", "arguments", "client", "private", "evaluation", "data"},
+    "cli": {
+        "errors",
+        "arguments",
+        "config",
+        "data",
+        "export",
+        "train",
+        "evaluation",
+        "plan",
+        "doctor",
+        "client",
+        "readings",
+    }
     | {"serving", "conjformer", "cluster"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
