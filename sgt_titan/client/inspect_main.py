@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="What a nearest-neighbour observer would read from a text of yours. Nothing is sent anywhere.",
         allow_abbrev=False,
     )
-    parser.add_argument("export", metavar="EXPORT", help="an exported directory")
+    parser.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     # No --text: arguments can be seen by every user of a machine and stay in the shell's history.
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="the text (default: standard input)")
     parser.add_argument(
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--private-own", metavar="FILE", help="and for words and patterns of your own (YAML)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
+    inside = Path(arguments.export, "export")
+    if not Path(arguments.export, "config.json").is_file() and (inside / "config.json").is_file():
+        arguments.export = str(inside)  # a run's directory
     from sgt_titan.client.inspect import WARNING, best_attacker, read_nearest
 
     best = best_attacker(arguments.results)
