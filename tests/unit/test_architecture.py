@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "client",
         "readings",
     }
-    | {"serving", "conjformer"},
+    | {"serving", "conjformer", "cluster"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
