@@ -62,8 +62,22 @@ TRUNKS: dict[str, tuple[str, dict]] = {
         _ATTENTION | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "qwen2": ("qwen2", _ATTENTION),
+    "mistral": ("mistral", _ATTENTION | {"sliding_window": None, "head_dim": 16}),
+    "smollm3": ("smollm3", _ATTENTION | {"no_rope_layers": [1, 0, 1], "pad_token_id": 1, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", _ATTENTION | {"head_dim": 16}),
     "qwen3-tied": ("qwen3", _ATTENTION | {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        _ATTENTION
+        | {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
     "deepseek-dense": ("deepseek_v3", _MOE | {"q_lora_rank": 16, "first_k_dense_replace": 3}),
     "deepseek-dense-yarn": (
         "deepseek_v3",

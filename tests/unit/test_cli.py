@@ -145,7 +145,7 @@ def change(folder, **changes) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda f: change(f, model_type="gemma3_text"), "model_type 'gemma3_text'; supported are"),
+        (lambda f: change(f, model_type="gemma3_text"), "model_type 'gemma3_text', which has gains of 1 + w"),
         (lambda f: change(f, quantization_config={"quant_method": "awq"}), "quantised by 'awq'"),
         (lambda f: change(f, attention_bias=True), "attention_bias = True"),
         (lambda f: change(f, num_hidden_layers=3), "has no tensor model.layers.2."),
