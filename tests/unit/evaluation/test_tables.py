@@ -45,7 +45,7 @@ def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path):
     words = ["demo", "--out", str(out), "--rows", "mi"]
     options = {
         "config": "demo", "out": out, "rows": ["mi"], "suite": "quick", "seed": 0, "prompts": None,
-        "benchmarks": "", "benchmark_dir": None, "pii": None, "pii_seq_len": None,
+        "benchmarks": "", "benchmark_dir": None, "pii": None, "pii_seq_len": None, "zero_steps": 600,
     }  # fmt: skip
     for step in tables.steps(SimpleNamespace(**options), ["--training.steps", "7"]):
         finish(step)
@@ -76,7 +76,7 @@ def test_goes_on_where_it_stopped(tmp_path):
     steps = tables.steps(
         SimpleNamespace(
             config="demo", out=tmp_path / "out", rows=["mi", "abs_cos"], suite="quick", seed=0, prompts=None,
-            benchmarks="", benchmark_dir=None, pii=None, pii_seq_len=None,
+            benchmarks="", benchmark_dir=None, pii=None, pii_seq_len=None, zero_steps=600,
         ),
         [],
     )  # fmt: skip
