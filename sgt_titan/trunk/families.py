@@ -173,8 +173,8 @@ def body_fields(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Changes that make a config.json that of its first ``layers`` layers, without experts: a short body has no use for
     them. Which layers go without RoPE stays as it is, by index."""
     changes: dict[str, Any] = {"num_hidden_layers": layers}
-    if config.get("layer_types"):
-        changes["layer_types"] = config["layer_types"][:1] * layers
+    if kinds := config.get("layer_types"):
+        changes["layer_types"] = [kinds[index % len(kinds)] for index in range(layers)]
     experts = FAMILIES[config["model_type"]].experts
     if experts and experts.first_dense:
         changes[experts.first_dense] = layers
