@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": {"errors", "trunk"},
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "folders", "objectives", "trunk"},
+    "transform": {"errors", "folders", "arguments", "objectives", "trunk"},
     "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
     "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
-    | {"serving", "conjformer"},
+    | {"serving", "conjformer", "transform"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
