@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,7 +190,8 @@ def _short(line: str, path: Path) -> str:
     """What is wrong, without where, what would be right, and the reader's own paths."""
     for start in ("trunk.path: ", "trunk: ", "config.json: ", "config.json has "):
         line = line.removeprefix(start)
-    return line.replace(str(path), "DIR").split("; ")[0].split(" (fp8 (by")[0].split(" (float-quantized")[0]
+    line = line.replace(str(path), "DIR").split("; ")[0].split(" (fp8 (by")[0].split(" (float-quantized")[0]
+    return textwrap.shorten(line, 100, placeholder=" ...")
 
 
 def table() -> str:

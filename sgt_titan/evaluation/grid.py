@@ -61,12 +61,14 @@ class Step:
 
 
 def objective(preset: str) -> list[str]:
-    """Overrides that make a config's objective that of a preset: terms it does not have get no weight."""
+    """Overrides that make a config's objective that of a preset: terms it does not have get no weight, at any step; and
+    the paper's rows have no denoiser, which is this project's.
+    """
     words = ["--objective.preset", preset]
     for term in TERMS:
         if term not in PRESETS[preset]:
-            words += [f"--objective.{term}.weight", "0"]
-    return words
+            words += [word for key in ("weight", "start", "ramp_steps") for word in (f"--objective.{term}.{key}", "0")]
+    return words if "rate" in PRESETS[preset] else [*words, "--denoiser.layers", "0"]
 
 
 def training(name: str, config: str, run: Path, overrides: Sequence[str]) -> Step:

@@ -11,12 +11,15 @@ from sgt_titan.evaluation import tables
 
 @pytest.mark.parametrize("row", tables.ROWS)
 def test_a_row_is_its_terms_and_no_other(row):
-    """Also where the config gives a weight of its own, as the demo does for MI."""
+    """Also where the config gives a ramp and a denoiser of its own, as the demo does."""
     from sgt_titan.config.load import resolve
 
     config = resolve(load("demo", tables.objective(row)), world_size=None)
     weights = {term: getattr(config.objective, term).weight for term in TERMS}
     assert {term for term, weight in weights.items() if weight} == set(PRESETS[row])
+    started = {term for term in TERMS if getattr(config.objective, term).start}
+    assert started <= set(PRESETS[row])
+    assert (config.denoiser.layers == 0) == (row in tables.PAPER_ROWS)
 
 
 def test_dry_run_prints_every_command_and_runs_none(tmp_path, capsys):
