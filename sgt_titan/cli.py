@@ -33,6 +33,10 @@ _FORWARDED = {
         "Measure surrogates for private values: what is found, what is left, what an attacker reads.",
     ),
     "zero": ("sgt_titan.evaluation.zero", "Fit the constant prompt that `kept` counts from."),
+    "convert-trunk": (
+        "sgt_titan.transform.convert_trunk",
+        "Write a checkpoint as safetensors: from pickles, or with a LoRA adapter merged.",
+    ),
     "plan": (
         "sgt_titan.plan.command",
         "Memory, communication and time of a config, and how often to save, by arithmetic.",
@@ -43,7 +47,7 @@ _FORWARDED = {
         "sgt_titan.serving.main",
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
-    "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
+    "inspect": ("sgt_titan.client.inspect_main", "What a text of yours would reveal, token by token."),
     "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
     "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
     "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),

@@ -156,7 +156,7 @@ def change(folder, **changes) -> None:
         (lambda f: change(f, num_hidden_layers=1), "which config.json does not describe"),
         (lambda f: change(f, vocab_size=11), "model.embed_tokens.weight is (10, 8), config.json promises (11, 8)"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "its weights are a pickle (.bin)"),
-        (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "it holds GGUF"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "it holds GGUF files"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 9), "not a safetensors file"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (

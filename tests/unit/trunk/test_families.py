@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -99,3 +100,13 @@ def test_layers_that_predict_further_tokens_are_left_out():
     config = json.loads(AutoConfig.for_model(**config).to_json_string(use_diff=False))
     names = dict.fromkeys(["model.layers.3.eh_proj.weight", "model.layers.4.eh_proj.weight"])
     assert families.unexpected(names, config | {"n_routed_experts": 2}) == ["model.layers.4.eh_proj.weight"]
+
+
+def test_the_table_in_the_docs_is_what_happens():
+    """docs/TRAINING.md: ``python -m tests.bare_trunks``."""
+    from tests.bare_trunks import table
+
+    text = (Path(__file__).parents[3] / "docs" / "TRAINING.md").read_text()
+    written = text.split("<!-- trunks -->\n")[1].split("\n<!-- /trunks -->")[0]
+    assert written == table()
+    assert all(f"| {kind} | read |" in written for kind in TRAINED)
