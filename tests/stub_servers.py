@@ -272,7 +272,8 @@ async def _sglang_events(trunk, body, embeds_TD):
     params = body["sampling_params"]
     unknown = params.keys() - {
         *("max_new_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
-        *("frequency_penalty", "repetition_penalty", "sampling_seed"),
+        *("frequency_penalty", "repetition_penalty", "sampling_seed", "min_new_tokens", "ignore_eos"),
+        *("skip_special_tokens", "stop_token_ids", "json_schema"),
     }
     assert not unknown, unknown
     n = params.get("n", 1)

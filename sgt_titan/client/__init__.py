@@ -15,6 +15,7 @@ from sgt_titan.client.inspect import Reading, read_nearest
 from sgt_titan.client.local import Transformers
 from sgt_titan.client.prompt import Prompt
 from sgt_titan.client.remote import VLLM, SGLang
+from sgt_titan.client.tool_calls import ToolCall
 
 __all__ = [
     "VLLM",
@@ -28,6 +29,7 @@ __all__ = [
     "SGLang",
     "StainedGlassTransform",
     "TokenLogprob",
+    "ToolCall",
     "Transformers",
     "UpstreamError",
     "read_nearest",

@@ -8,26 +8,26 @@ unless a tool writes them itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from sgt_titan.errors import UserError
-from sgt_titan.transform.prompts import PROMPT, TEMPLATE, EncodedPrompt, encode_turns, special_ids
+from sgt_titan.transform.prompts import PROMPT, TEMPLATE, EncodedPrompt, special_ids
 
 
 def encode_with_tools(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]
+    tokenizer: PreTrainedTokenizerBase,
+    render: Callable[[PreTrainedTokenizerBase], EncodedPrompt],
+    tools: Sequence[dict[str, Any]],
 ) -> EncodedPrompt:
-    """``encode_turns`` of a chat whose template is given ``tools``. Raises UserError if it does not render them."""
+    """``render(tokenizer)`` of a chat whose template is given ``tools``. UserError if it renders none."""
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError("tools: must be a list of objects")
-    without = encode_turns(tokenizer, turns, template="chat", add_generation_prompt=True)
+    without = render(tokenizer)
     try:
-        with_tools = encode_turns(
-            _WithTools(tokenizer, list(tools)), turns, template="chat", add_generation_prompt=True
-        )
+        with_tools = render(WithTemplateArguments(tokenizer, {"tools": list(tools)}))
     except Exception:  # a template may fail in any way over a tool that it does not expect, and say its words
         raise UserError("tools: the chat template of this model fails over them; check their form") from None
     if with_tools.ids == without.ids:
@@ -47,11 +47,11 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-class _WithTools:
-    """The tokenizer, whose chat template is always given the tools."""
+class WithTemplateArguments:
+    """The tokenizer, whose chat template is always given these arguments."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]]):
-        self._tokenizer, self._tools = tokenizer, tools
+    def __init__(self, tokenizer: Any, arguments: dict[str, Any]):
+        self._tokenizer, self._arguments = tokenizer, arguments
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -60,4 +60,4 @@ class _WithTools:
         return self._tokenizer(*args, **kwargs)
 
     def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
-        return self._tokenizer.apply_chat_template(messages, tools=self._tools, **kwargs)
+        return self._tokenizer.apply_chat_template(messages, **self._arguments, **kwargs)

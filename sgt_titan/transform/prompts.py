@@ -13,6 +13,8 @@ span of a content: a token that carries even one character of the prompt is trea
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -112,11 +114,11 @@ def _encode_plain(
     if tokenizer.bos_token_id is not None:
         ids.append(tokenizer.bos_token_id)
         roles.append(TEMPLATE)
-    prompt_ids = _tokenize(tokenizer, prompt)["input_ids"]
+    prompt_ids = tokenize(tokenizer, prompt)["input_ids"]
     ids += prompt_ids
     roles += [PROMPT] * len(prompt_ids)
     if has_response:
-        response_ids = _tokenize(tokenizer, messages[-1]["content"])["input_ids"]
+        response_ids = tokenize(tokenizer, messages[-1]["content"])["input_ids"]
         if tokenizer.eos_token_id is not None:
             response_ids = [*response_ids, tokenizer.eos_token_id]
         ids += response_ids
@@ -133,9 +135,9 @@ def _encode_chat(
     if not tokenizer.chat_template:
         raise UserError("tokenizer: has no chat template; use template plain")
     rendered, spans = _render(tokenizer, messages, add_generation_prompt)
-    encoding = _tokenize(tokenizer, rendered, return_offsets_mapping=True)
+    encoding = tokenize(tokenizer, rendered, return_offsets_mapping=True)
     ids = list(encoding["input_ids"])
-    owners = _owners(encoding["offset_mapping"], spans)
+    owners = token_owners(encoding["offset_mapping"], spans)
     last = len(messages) - 1
     roles = [
         TEMPLATE if owner < 0 else RESPONSE if has_response and owner == last else PROMPT for owner in owners
@@ -152,7 +154,7 @@ def _encode_chat(
     return EncodedPrompt(ids, roles)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs: bool):
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs: bool):
     # verbose=False: the length warning is noise here, samples are truncated later.
     return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **kwargs)
 
@@ -172,7 +174,7 @@ def _apply(
     except Exception as error:  # templates call raise_exception() with their own words, jinja has its own errors
         if type(error).__module__.split(".")[0] != "jinja2":
             raise
-        roles = ", ".join(m["role"] for m in messages)
+        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
         if private:
             raise UserError(f"chat template: refuses the content of a turn ({roles})") from None
         raise UserError(f"chat template: refuses turns ({roles}): {error}") from error
@@ -200,18 +202,19 @@ def _render(
 
 
 def _split(skeleton: str, marks: list[str], messages: Sequence[dict[str, str]]) -> list[str]:
-    pieces, cursor = [], 0
-    for i, mark in enumerate(marks):
-        times = skeleton.count(mark)
-        at = skeleton.find(mark, cursor)
-        if times != 1 or at < 0:
-            what = "drops" if times == 0 else "repeats" if times > 1 else "moves"
-            raise UserError(
-                f"chat template: {what} the content of turn {i} ({messages[i]['role']}); every turn must appear "
-                "once and in order, so use template plain or turns the template keeps"
-            )
-        pieces.append(skeleton[cursor:at])
-        cursor = at + len(mark)
+    # One pass, whatever the number of turns.
+    found = [(int(m[1]), *m.span()) for m in re.finditer("\ue000(\\d{1,9})\ue001", skeleton) if int(m[1]) < len(marks)]
+    times, order = Counter(i for i, _, _ in found), [i for i, _, _ in found]
+    if order != list(range(len(marks))):
+        i = next(i for i in range(len(marks)) if times[i] != 1 or order[i] != i)
+        what = "drops" if times[i] == 0 else "repeats" if times[i] > 1 else "moves"
+        raise UserError(
+            f"chat template: {what} the content of turn {i} ({messages[i]['role']}); every turn must appear "
+            "once and in order, so use template plain or turns the template keeps"
+        )
+    starts = [0, *(end for _, _, end in found)]
+    pieces = [skeleton[start:at] for start, (_, at, _) in zip(starts, found, strict=False)]
+    cursor = starts[-1]
     return [*pieces, skeleton[cursor:]]
 
 
@@ -238,7 +241,7 @@ def _match(rendered: str, pieces: list[str], messages: Sequence[dict[str, str]])
     return spans
 
 
-def _owners(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+def token_owners(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """For each token the index of the span it overlaps, or -1. A token on two spans belongs to the first."""
     owners, at, last_end = [], 0, 0
     filled = [(i, start, end) for i, (start, end) in enumerate(spans) if start < end]
