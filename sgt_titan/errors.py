@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 # Packages of our extras, and which extra brings them.
-EXTRAS = {"torchtitan": "train", "tensorboard": "train", "datasets": "train", "httpx": "client"}
+EXTRAS = {"torchtitan": "train", "tensorboard": "train", "datasets": "train", "httpx": "client", "faker": "private"}
 
 
 class UserError(Exception):

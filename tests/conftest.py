@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -122,6 +123,30 @@ def write_trunk(path: Path, name: str, *, max_shard_size: str = "5GB") -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def bare_trunk() -> Callable[..., dict]:
+    """``bare_trunk(path, **changes)``: a config.json and weights that are all zero, for what reads headers alone."""
+    return write_bare_trunk
+
+
+def write_bare_trunk(path: Path, **changes) -> dict:
+    from sgt_titan.trunk.families import shapes
+
+    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 10, "max_position_embeddings": 256}
+    config |= changes
+    header, end = {}, 0
+    for name, shape in shapes(config).items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    return config
+
+
 def write_tokenizer(path: Path) -> None:
     """Bytes and two special tokens: 258 ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -150,6 +175,12 @@ def trunk_dir(tmp_path_factory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trunk_kinds() -> dict[str, str]:
+    """Name -> model_type of ``TRUNKS``."""
+    return {name: kind for name, (kind, _) in TRUNKS.items()}
 
 
 @pytest.fixture(scope="session")

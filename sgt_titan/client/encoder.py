@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sgt_titan import transform
 from sgt_titan.client.int8 import quantize
@@ -24,6 +24,7 @@ from sgt_titan.client.template_check import check_template
 from sgt_titan.errors import UserError
 from sgt_titan.transform.fingerprint import check_tokenizer_fingerprint, fingerprint_tensor
 from sgt_titan.transform.gaussian import secure_noise
+from sgt_titan.transform.tokenizer import check_ids_fingerprint, load_tokenizer
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 PIECE = 2048
@@ -92,6 +93,8 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             model.embed_tokens = _table(model.config, trunk).to(model.device)
         if weights == "int8":
             quantize(model.bodies)
+            if model.denoiser is not None:
+                quantize(model.denoiser.body)
         model.eval().requires_grad_(False)
         model.held_noise = _held_noise(model, weights, noise_key) if hold_noise else None
         return (model, info) if kwargs.get("output_loading_info") else model
@@ -226,13 +229,8 @@ def _load_tokenizer(directory: Path, config: transform.SGTConfig) -> PreTrainedT
             "checked. Export again to have them",
             stacklevel=3,
         )
-    try:
-        # trust_remote_code is said aloud: transformers would otherwise ask on a terminal.
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory}: no readable tokenizer ({type(error).__name__}); copy the export again"
-        ) from error
+    tokenizer = load_tokenizer(directory, "export")
+    check_ids_fingerprint(tokenizer, config, directory)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, the embedding table {config.vocab_size} rows; "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sgt_titan.client.chat import encode_chat, needs_marks
-from sgt_titan.client.tools import WithTemplateArguments, encode_with_tools
+from sgt_titan.client.reasoning import begins_inside
 from sgt_titan.errors import UserError
 from sgt_titan.transform import SGTConfig
 from sgt_titan.transform.prompts import (
     PROMPT,
     RESPONSE,
     TEMPLATE,
+    TOOLS_NOT_PRINTED,
     EncodedPrompt,
     encode_turns,
     obfuscation_mask,
@@ -152,38 +152,72 @@ def _messages(
     tokenizer: PreTrainedTokenizerBase, config: SGTConfig, messages: Sequence[Message], rendering: Rendering
 ) -> EncodedPrompt:
     turns = [_turn(i, message) for i, message in enumerate(messages)]
-    if not any(turn["content"].strip() or turn.keys() & {"tool_calls", "reasoning_content"} for turn in turns):
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in turns):
         raise UserError("messages: every content is empty")
-    if rendering.continued and turns[-1]["role"] != "assistant":
-        raise UserError("messages: only a last turn of the assistant can be continued")
+    if not rendering.continued:
+        return _turns(tokenizer, config, turns, rendering)
+    *before, last = turns
+    if last["role"] != "assistant" or not last["content"] or not before:
+        raise UserError("messages: only a last turn of the assistant that says something can be continued")
+    asked = _turns(tokenizer, config, before, rendering)
+    if begins_inside(tokenizer.decode(asked.ids[-8:])):
+        raise UserError("messages: the chat template opens a thought, so an answer cannot be begun for the model")
+    more = tokenizer(last["content"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return EncodedPrompt([*asked.ids, *more], [*asked.roles, *([PROMPT] * len(more))])
+
+
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, config: SGTConfig, turns: Sequence[Turn], rendering: Rendering
+) -> EncodedPrompt:
+    if not isinstance(rendering.tools, list | tuple) or not all(isinstance(tool, dict) for tool in rendering.tools):
+        raise UserError("tools: must be a list of objects")
     if config.template == "plain":
-        return _plain(tokenizer, turns, rendering)
-    tokenizer = WithTemplateArguments(tokenizer, _arguments(tokenizer, rendering.arguments))
-    try:
-        return _chat(tokenizer, turns, rendering)
-    except UserError:
-        as_system = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
-        if as_system == turns:
-            raise
-        return _chat(tokenizer, as_system, rendering)  # a template that knows no developers
+        if rendering.tools or any(turn.get("tool_calls") for turn in turns):
+            raise UserError("tools: this transform was trained without a chat template, which could render them")
+        if rendering.arguments:
+            raise UserError("chat_template_kwargs: this transform was trained without a chat template")
+        joined = [{"role": "user", "content": turn["content"]} for turn in turns]
+        return encode_turns(tokenizer, joined, template="plain", add_generation_prompt=True)
+    variables = {**config.template_kwargs, **_arguments(tokenizer, rendering.arguments)}
+    error = None
+    for variant in _variants(turns):
+        try:
+            encoded = encode_turns(
+                tokenizer,
+                variant,
+                template="chat",
+                add_generation_prompt=True,
+                variables=variables,
+                date=config.template_date,
+                tools=rendering.tools,
+            )
+        except UserError as failure:
+            error = error or failure
+            continue
+        if TOOLS_NOT_PRINTED in encoded.notes:
+            raise UserError("tools: the chat template of this model does not render them; leave them out")
+        return encoded
+    raise error
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], rendering: Rendering) -> EncodedPrompt:
-    if rendering.tools or any(turn.keys() & {"tool_calls"} for turn in turns):
-        raise UserError("tools: this transform was trained without a chat template, which could render them")
-    if rendering.arguments:
-        raise UserError("chat_template_kwargs: this transform was trained without a chat template")
-    joined = [{"role": "user", "content": turn["content"]} for turn in turns]
-    return encode_turns(tokenizer, joined, template="plain", add_generation_prompt=True)
+def _variants(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
+    """As given, and as templates that know less of chats want them: developers as system, arguments as text."""
+    yield turns
+    as_system = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+    if as_system != turns:
+        yield as_system
+    with_text = [t | {"tool_calls": _as_text(t["tool_calls"])} if "tool_calls" in t else t for t in as_system]
+    if with_text != as_system:  # DeepSeek's template adds a text to them
+        yield [
+            turn | {"tool_calls": _as_text(turn["tool_calls"])} if "tool_calls" in turn else turn for turn in as_system
+        ]
 
 
-def _chat(tokenizer: Any, turns: Sequence[Turn], rendering: Rendering) -> EncodedPrompt:
-    def render(tokenizer: Any) -> EncodedPrompt:
-        if rendering.continued or needs_marks(turns):
-            return encode_chat(tokenizer, turns, continued=rendering.continued)
-        return encode_turns(tokenizer, turns, template="chat", add_generation_prompt=True)
-
-    return encode_with_tools(tokenizer, render, rendering.tools) if rendering.tools else render(tokenizer)
+def _as_text(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    dumped = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
+    return [
+        {**call, "function": {**call["function"], "arguments": text}} for call, text in zip(calls, dumped, strict=True)
+    ]
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> dict[str, Any]:

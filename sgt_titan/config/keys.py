@@ -44,6 +44,8 @@ def describe(hint: Any) -> str:
     if is_optional(hint):
         return f"{describe(inner(hint))} or none"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    if typing.get_origin(hint) is dict and typing.get_args(hint)[1] is Any:
+        return "a mapping"
     return names.get(hint, "a mapping from field to column")
 
 

@@ -7,6 +7,7 @@ dotted key (``objective.mi.weight``) to value; inheritance and overrides are upd
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -15,7 +16,7 @@ import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -104,7 +105,8 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
             text = "true"
         where = f"--{word}"
         if item:
-            values[key] = {**values.get(key, {}), item: text}
+            free = get_args(leaf.hint)[1] is Any
+            values[key] = {**values.get(key, {}), item: _scalar(text, where) if free else text}
         else:
             values[key] = _convert(_from_text(text, leaf.hint), leaf.hint, where)
     return values
@@ -290,10 +292,14 @@ def _override_key(word: str) -> tuple[str, Leaf, str]:
         return word, keys()[word], ""
     key, _, item = word.rpartition(".")
     if word in keys():
-        raise UserError(f"--{word} needs a field: --{word}.text COLUMN")
+        raise UserError(f"--{word} needs a field: --{word}.{_item_hint(word)}")
     if key in keys() and get_origin(keys()[key].hint) is dict:
         return key, keys()[key], item
     raise UserError(f"unknown option --{word}{_nearest_key(word, dashes='--')}")
+
+
+def _item_hint(key: str) -> str:
+    return "NAME VALUE" if get_args(keys()[key].hint)[1] is Any else "text COLUMN"
 
 
 def _first_key(section: str) -> str:
@@ -336,6 +342,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) is dict:
         if not isinstance(value, dict):
             raise wrong
+        if get_args(hint)[1] is Any:
+            _refuse_odd(value, where)
+            return copy.deepcopy(value)
         for name, item in value.items():
             if not (isinstance(name, str) and isinstance(item, str)):
                 raise UserError(f"{where}.{name} must be a string, got {_repr.repr(item)}")
@@ -355,6 +364,30 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise wrong
     return value
+
+
+def _scalar(text: str, where: str) -> Any:
+    """What a word stands for in YAML: false, 3, text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{where}: invalid YAML: {_repr.repr(text)}") from None
+
+
+def _refuse_odd(value: Any, where: str) -> None:
+    """Raise UserError unless a value is what JSON can hold."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise UserError(f"{where}: {_repr.repr(name)} must be a name")
+            _refuse_odd(item, f"{where}.{name}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_odd(item, where)
+    elif not isinstance(value, str | int | float | bool | None) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise UserError(f"{where} must be text, a number, true or false, got {_repr.repr(value)}")
 
 
 def _nearest(word: str, candidates: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ What needs the data (steps from epochs, ``format: auto``), the tokenizer (``temp
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -18,9 +17,13 @@ from sgt_titan.config.keys import get
 from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.check import check_checkpoint
+from sgt_titan.trunk.families import check_config
+from sgt_titan.trunk.files import CONFIG, check_folder, holds_weights, read_json
+from sgt_titan.trunk.quantisation import scheme_of
 
 _PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
-_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages")
+_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages", "private")
 
 # Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
 _SHAPE_KEYS = (
@@ -41,6 +44,11 @@ _RANGES = {
     "run.seed": ("0 or more", lambda v: v >= 0),
     "estimator.layers": ("at least 1", lambda v: v >= 1),
     "estimator.mean_bound": ("0 (unbounded) or more", lambda v: v >= 0),
+    "denoiser.layers": ("0 (none) or more", lambda v: v >= 0),
+    "objective.rate.tau": ("above 0", lambda v: v > 0),
+    "objective.rate.private": ("above 0", lambda v: v > 0),
+    "objective.rate.context_layers": ("at least 1", lambda v: v >= 1),
+    "objective.rate.context_rank": ("at least 1", lambda v: v >= 1),
     "objective.mi_group": ("0 (automatic) or at least 2", lambda v: v == 0 or v >= 2),
     "data.prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.min_prompt_tokens": ("0 or more", lambda v: v >= 0),
@@ -165,59 +173,36 @@ def read_trunk(config: Config, *, weights: bool = True) -> dict[str, Any]:
     """The config.json of the trunk of a resolved config: that in ``trunk.path``, else ``trunk.architecture``.
 
     Args:
-        weights: also require ``trunk.path`` with the files of the weights; False for dry runs and arithmetic.
+        weights: also require ``trunk.path`` with the files of the weights; False for dry runs and arithmetic, which
+            check them where they are.
 
     Raises:
-        UserError: neither exists, a file is missing or no JSON object, or the two disagree on a shape.
+        UserError: neither exists, a file is missing or no JSON object, the two disagree on a shape, or the weights'
+            headers are not those of a model that can be trained against.
     """
     path, architecture = config.trunk.path, config.trunk.architecture
     if weights:
         path = expand(path, "trunk.path")
     if not path and (weights or not architecture):
         raise UserError("trunk.path is not set: it must be the directory with the frozen model's checkpoint")
-    own = Path(path, "config.json") if path else None
     if architecture and not Path(architecture).is_file():
         raise UserError(f"trunk.architecture: no file {architecture}")
-    if path and not Path(path).is_dir() and (weights or not architecture):
-        raise UserError(f"trunk.path: no directory {path}")
-    if own and not own.is_file() and (weights or not architecture):
-        raise UserError(f"trunk.path: no config.json in {path}; it must be a Hugging Face checkpoint directory")
-    if weights:
-        _require_weights(Path(path))
-    found = [_read_json(Path(file)) for file in (own, architecture) if file and Path(file).is_file()]
+    own = Path(path, CONFIG) if path else None
+    if own and (weights or not architecture):
+        check_folder(path)
+    found = [read_json(Path(file)) for file in (own, architecture) if file and Path(file).is_file()]
     if len(found) == 2:
         for key in _SHAPE_KEYS:
             if key in found[0] and key in found[1] and found[0][key] != found[1][key]:
                 raise UserError(
                     f"trunk.architecture: {key} is {found[1][key]} in {architecture} but {found[0][key]} in {own}"
                 )
+    if own and own.is_file() and (weights or holds_weights(own.parent)):
+        check_checkpoint(own.parent, any_family=config.run.task != "sgt")
+    elif config.run.task == "sgt":
+        check_config(found[0])
+        scheme_of(found[0])
     return found[0]
-
-
-def _require_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"trunk.path: no *.safetensors in {folder}")
-        return
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no weight_map")
-    missing = sorted({str(name) for name in weight_map.values() if not (folder / str(name)).is_file()})
-    if missing:
-        raise UserError(f"trunk.path: {len(missing)} files of {index.name} are missing in {folder}, first {missing[0]}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return content
 
 
 def _problems(
@@ -337,11 +322,8 @@ def _trunk_problems(config: Config, trunk_config: dict[str, Any]) -> Iterator[st
     experts = trunk.get("num_experts") or trunk.get("n_routed_experts") or trunk.get("num_local_experts")
     if context and config.training.seq_len > context:
         yield (f"training.seq_len {config.training.seq_len} exceeds the trunk's max_position_embeddings {context}")
-    if config.estimator.init_from_trunk and layers and config.estimator.layers > layers:
-        yield (
-            f"estimator.layers {config.estimator.layers} exceeds the trunk's {layers} layers, from which "
-            f"init_from_trunk copies"
-        )
+    if layers and config.estimator.layers > layers:
+        yield f"estimator.layers {config.estimator.layers} exceeds the trunk's {layers} layers; it must be at most that"
     for name, count in (
         ("num_attention_heads", heads),
         ("num_key_value_heads", trunk.get("num_key_value_heads") or heads),

@@ -77,17 +77,13 @@ def generate(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.max_tokens < 1 or not arguments.temperature >= 0 or not 0 < arguments.top_p <= 1:
         raise UserError("--max-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
-    from transformers import AutoTokenizer
-
     from sgt_titan.conjformer import generate as loop
     from sgt_titan.conjformer.client import Client
     from sgt_titan.conjformer.secret import load
+    from sgt_titan.transform.tokenizer import load_tokenizer
 
     client = Client.load(arguments.client, load(arguments.secret))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.client, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{arguments.client}: no tokenizer that can be loaded ({type(error).__name__})") from None
+    tokenizer = load_tokenizer(arguments.client, "--client")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sgt_titan.conjformer.convert import Conversion, Planned
 from sgt_titan.errors import UserError
 from sgt_titan.folders import writable
-from sgt_titan.transform.trunk_files import tokenizer_files
+from sgt_titan.trunk.tokenizer_files import copy_accompanying
 
 CLIENT_FILE, CLIENT_WEIGHTS, CLIENT_FORMAT = "client.json", "client.safetensors", 1
 
@@ -73,7 +73,7 @@ def write_server(
             _write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
         _write_json(work / "config.json", conversion.server_config())
         if conversion.basis is None:
-            copy_tokenizer(conversion.files.path, work)
+            copy_accompanying(conversion.files.path, work)
 
 
 def plan_shards(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]:
@@ -106,12 +106,7 @@ def write_client(conversion: Conversion, out: Path) -> None:
     with whole(out) as work:
         save_file(tensors, work / CLIENT_WEIGHTS, metadata={"format": "pt"})
         _write_json(work / CLIENT_FILE, about)
-        copy_tokenizer(conversion.files.path, work)
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    for file in tokenizer_files(source):
-        shutil.copyfile(file, out / file.name)
+        copy_accompanying(conversion.files.path, work)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -40,6 +40,7 @@ class Batch:
     positions: 0 where a document starts, counting up within it; the padding is a document of its own, so that
     a document mask made from ``positions == 0`` keeps it apart.
     obfuscate: the transform applies. utility: the next-token distribution must survive. valid: not padding.
+    private: the token carries a value that the data mark as private; nowhere where they mark none.
     """
 
     tokens_BT: torch.Tensor  # int64
@@ -47,6 +48,7 @@ class Batch:
     obfuscate_BT: torch.Tensor  # bool
     utility_BT: torch.Tensor  # bool
     valid_BT: torch.Tensor  # bool
+    private_BT: torch.Tensor  # bool
     documents: list[list[Document]]
 
 
@@ -128,6 +130,16 @@ class BatchSource:
         utility, obfuscated, tokens = self._table.sum(axis=1).tolist()
         return Counts(utility, obfuscated, self.rows, tokens)
 
+    def token_counts(self, vocab: int) -> torch.Tensor:
+        """How often each token stands at an obfuscated position of an epoch, int64 (V,)."""
+        counts_V = np.zeros(vocab, dtype=np.int64)
+        for i in range(len(self.view)):
+            hidden_T = obfuscation_mask(
+                self.view.roles(i), obfuscate=self.obfuscate, obfuscate_template=self.obfuscate_template
+            )
+            np.add.at(counts_V, np.asarray(self.view.tokens(i))[hidden_T], 1)
+        return torch.from_numpy(counts_V)
+
     def row_ids(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row) of each row of the step's global batch, in order."""
         epochs, rows = self._global_rows(step)
@@ -169,7 +181,7 @@ class BatchSource:
         shape = (len(row_ids), self.seq_len)
         tokens_BT = np.full(shape, self.pad_id, dtype=np.int64)
         positions_BT = np.zeros(shape, dtype=np.int64)
-        obfuscate_BT, utility_BT, valid_BT = (np.zeros(shape, dtype=bool) for _ in range(3))
+        obfuscate_BT, utility_BT, valid_BT, private_BT = (np.zeros(shape, dtype=bool) for _ in range(4))
         documents: list[list[Document]] = []
         for b, (epoch, row) in enumerate(row_ids):
             at, found = 0, []
@@ -184,11 +196,12 @@ class BatchSource:
                     roles_T, obfuscate=self.obfuscate, obfuscate_template=self.obfuscate_template
                 )
                 utility_BT[b, at : at + length - 1] = self.utility_positions == "all" or roles_T[1:] == RESPONSE
+                private_BT[b, here] = self.view.private(i)
                 found.append(Document(epoch, int(self.view.index[i]), at, length))
                 at += length
             positions_BT[b, at:] = np.arange(self.seq_len - at)
             documents.append(found)
-        arrays = (tokens_BT, positions_BT, obfuscate_BT, utility_BT, valid_BT)
+        arrays = (tokens_BT, positions_BT, obfuscate_BT, utility_BT, valid_BT, private_BT)
         return Batch(*(torch.from_numpy(a) for a in arrays), documents)
 
 

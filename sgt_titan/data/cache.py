@@ -5,9 +5,11 @@ A directory ``<cache_dir>/<fingerprint>`` holds
     tokens.npy    (tokens,)      uint16 or uint32   all samples, one after the other
     roles.npy     (tokens,)      uint8              TEMPLATE, PROMPT, RESPONSE
     offsets.npy   (samples + 1,) int64              sample i is tokens[offsets[i]:offsets[i + 1]]
-    counts.npy    (samples, 5)   int32              tokens of each kind, see tokenization.COUNTS
+    counts.npy    (samples, 6)   int32              tokens of each kind, see tokenization.COUNTS
     hashes.npy    (samples,)     uint64             decides which samples are held out
     sources.npy   (samples,)     int64              number of the row in the source
+    marks.npy     (marks, 5)     int32              private values: start, stop, lead, characters, kind (marks.Mark)
+    mark_offsets.npy (samples + 1,) int64           sample i has marks[mark_offsets[i]:mark_offsets[i + 1]]
     meta.json                                       counts, options, sizes and sha256 of the arrays
 
 It is built under another name and renamed when complete, so a directory that exists is whole unless someone
@@ -34,24 +36,27 @@ import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
+from sgt_titan.data.marks import MarkError
 from sgt_titan.data.sources import Rows, load_rows
 from sgt_titan.data.tokenization import (
     COUNTS,
     DROPS,
+    MARK_FIELDS,
     Chunk,
     Options,
     load_tokenizer,
     make_options,
+    private_tokens,
     tokenize_rows,
-    tokenizer_files,
 )
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # of the arrays; another one is built again
-TOKENS_VERSION = 1  # of what the arrays say: part of the fingerprint, which runs and exports record
-ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources")
+FORMAT_VERSION = 3  # of the arrays; another one is built again
+TOKENS_VERSION = 3  # of what the arrays say: part of the fingerprint, which runs and exports record
+ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources", "marks", "mark_offsets")
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1
 STALE_SECONDS = 7 * 24 * 3600
@@ -90,6 +95,21 @@ class View:
         """Tokens of one kind (see tokenization.COUNTS) in each sample, int64 (len,)."""
         return self.dataset.counts[self.index, COUNTS.index(kind)].astype(np.int64)
 
+    def marks(self, i: int) -> np.ndarray:
+        """Private values of sample i, int32 (M, 5): start, stop, lead, characters, index in ``kinds``."""
+        at = self.index[i]
+        offsets = self.dataset.mark_offsets
+        return self.dataset.marks[int(offsets[at]) : int(offsets[at + 1])]
+
+    def private(self, i: int) -> np.ndarray:
+        """Which tokens of sample i carry a private value, bool (T,)."""
+        return private_tokens(self.marks(i), len(self.tokens(i)))
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of the kinds of private values, as the data call them; "" where they do not."""
+        return self.dataset.meta["marks"]["kinds"]
+
     def source(self, i: int) -> int:
         """Number of sample i's row in the source."""
         return int(self.dataset.sources[self.index[i]])
@@ -116,6 +136,8 @@ class TokenizedDataset:
     counts: np.ndarray = field(repr=False)
     hashes: np.ndarray = field(repr=False)
     sources: np.ndarray = field(repr=False)
+    marks: np.ndarray = field(repr=False)
+    mark_offsets: np.ndarray = field(repr=False)
     validation_samples: int
 
     def __len__(self) -> int:
@@ -180,7 +202,7 @@ def fingerprint(rows: Rows, options: Options, tokenizer_dir: str) -> str:
     total = hashlib.sha256()
     parts = {"version": TOKENS_VERSION, "source": rows.fingerprint, "options": options.as_dict()}
     total.update(json.dumps(parts, sort_keys=True).encode())
-    for file in tokenizer_files(tokenizer_dir):
+    for file in tokenizer_files(expand(tokenizer_dir, "trunk.path")):
         total.update(f"\0{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return total.hexdigest()
 
@@ -326,6 +348,8 @@ def _open(directory: Path, validation_samples: int, *, verify: bool) -> Tokenize
         and arrays["counts"].shape == (samples, len(COUNTS))
         and len(arrays["hashes"]) == len(arrays["sources"]) == samples
         and int(arrays["offsets"][-1]) == total
+        and arrays["marks"].shape == (int(arrays["mark_offsets"][-1]), MARK_FIELDS)
+        and len(arrays["mark_offsets"]) == samples + 1
     )
     if not shapes_agree:
         raise DamagedCache("its arrays do not belong together")
@@ -366,7 +390,9 @@ def _write(
     """Append chunks to the arrays; returns the content of meta.json."""
     from tqdm import tqdm
 
-    read, used, total, truncated = 0, 0, 0, 0
+    read, used, total, truncated, marked = 0, 0, 0, 0, 0
+    values = {"values": 0, "not_found": 0}
+    kinds: dict[str, int] = {}
     dropped = dict.fromkeys(DROPS, 0)
     sums = np.zeros(len(COUNTS), dtype=np.int64)
     bar = tqdm(total=len(rows), unit=" rows", desc="tokenizing", disable=not progress, mininterval=1.0)
@@ -378,7 +404,10 @@ def _write(
         _appender(directory / "counts.npy", np.int32, len(COUNTS)) as counts,
         _appender(directory / "hashes.npy", np.uint64) as hashes,
         _appender(directory / "sources.npy", np.int64) as sources,
+        _appender(directory / "marks.npy", np.int32, MARK_FIELDS) as marks,
+        _appender(directory / "mark_offsets.npy", np.int64) as mark_offsets,
     ):
+        mark_offsets(np.zeros(1, dtype=np.int64))
         offsets(np.zeros(1, dtype=np.int64))
         for chunk in chunks:
             take = len(chunk.lengths)
@@ -391,6 +420,15 @@ def _write(
             counts(chunk.counts[:take])
             hashes(chunk.hashes[:take])
             sources(chunk.sources[:take])
+            marks_M5 = chunk.marks[: int(chunk.mark_counts[:take].sum())]
+            names = np.array([kinds.setdefault(kind, len(kinds)) for kind in chunk.kinds], dtype=np.int32)
+            if len(marks_M5):
+                marks_M5[:, -1] = names[marks_M5[:, -1]]
+            marks(marks_M5)
+            mark_offsets(marked + np.cumsum(chunk.mark_counts[:take]))
+            marked += len(marks_M5)
+            values["values"] += chunk.marked_values
+            values["not_found"] += chunk.values_not_found
             sums += chunk.counts[:take].sum(0, dtype=np.int64)
             read, used, total, truncated = read + chunk.read, used + take, total + stop, truncated + chunk.truncated
             for reason, count in chunk.dropped.items():
@@ -405,6 +443,11 @@ def _write(
             f"{options.seq_len} tokens; short_prompt: fewer prompt tokens than data.min_prompt_tokens "
             f"{options.min_prompt_tokens})"
         )
+    if values["values"] and not marked:
+        raise MarkError(
+            f"{rows.name}: none of its {values['values']} marked private values ({rows.columns['private']!r}) is in "
+            "its prompts; is the column of another text? (data.columns.private; empty: no marks)"
+        )
     return {
         "version": FORMAT_VERSION,
         "fingerprint": name,
@@ -415,6 +458,7 @@ def _write(
         "dropped": dropped,
         "truncated": truncated,
         "tokens": total,
+        "marks": {"kinds": list(kinds), **values},
         **{f"{kind}_tokens": int(n) for kind, n in zip(COUNTS, sums, strict=True)},
         "arrays": {a: _describe(directory / f"{a}.npy") for a in ARRAYS},
     }

@@ -22,12 +22,12 @@ PRESETS: dict[str, Preset] = {
                      {"instruction": "instruction", "input": "input", "output": "output"}),
     "tinystories": Preset("${SGT_TITAN_ASSETS}/text/tinystories.jsonl", "text", {"text": "text"}),
     "pupa": Preset("${SGT_TITAN_ASSETS}/pupa/PUPA_New.csv", "instruction",
-                   {"instruction": "user_query", "output": "target_response"}),
+                   {"instruction": "user_query", "output": "target_response", "private": "pii_units"}),
     "t0": Preset("${SGT_TITAN_ASSETS}/instruct/t0_15k.jsonl", "instruction",
                  {"instruction": "prompt", "output": "completion"}, strip_suffix="<|endoftext|>"),
     "flan_cot": Preset("${SGT_TITAN_ASSETS}/instruct/flan_cot_10k.jsonl", "instruction",
                        {"instruction": "question", "output": "answer"}),
-    "demo": Preset("demo", "chat", {"messages": "messages"}),
+    "demo": Preset("demo", "chat", {"messages": "messages", "private": "spans"}),
 }  # fmt: skip
 
 # Rows of the generated corpus when data.max_samples does not say.
@@ -36,9 +36,9 @@ DEMO_SEED = 2  # the shipped trunk was trained on seed 0 and evaluated on seed 1
 
 # The fields of each format; those after the bar may be missing or empty.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "text": (("text",), ()),
-    "instruction": (("instruction", "output"), ("system", "input")),
-    "chat": (("messages",), ()),
+    "text": (("text",), ("private",)),
+    "instruction": (("instruction", "output"), ("system", "input", "private")),
+    "chat": (("messages",), ("private",)),
 }
 
 # Column names that are understood without being told, by field, in order of preference.
@@ -49,6 +49,7 @@ USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "input": ("input", "context"),
     "output": ("output", "response", "completion", "answer"),
     "messages": ("messages", "conversations"),
+    "private": ("pii_units", "spans"),
 }
 
 SUFFIXES: dict[str, str] = {  # file suffix -> builder of the datasets library

@@ -23,6 +23,7 @@ import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
+from sgt_titan.data.marks import MarkError, private_values
 from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, FIELDS, PRESETS, ROLES, SUFFIXES, USUAL_COLUMNS
 from sgt_titan.errors import UserError
 
@@ -53,15 +54,25 @@ class Rows:
         return f"{at[1]}: row {i - at[0] + 1}"
 
     def messages(self, i: int) -> Messages:
-        """Row i as turns.
+        """Row i as turns; see ``sample``."""
+        return self.sample(i)[0]
+
+    def sample(self, i: int) -> tuple[Messages, list[tuple[str, str]]]:
+        """Row i as turns, and the private values that it marks, with their kinds.
 
         Raises:
-            UserError: the row lacks a field.
+            UserError: the row lacks a field; MarkError: a mark that is not in the text.
         """
-        messages = turns(self.data[i], i, self.format, self.columns, where=self.where(i))
+        row, where = self.data[i], self.where(i)
+        messages, units = turns(row, i, self.format, self.columns, where=where), []
+        if column := self.columns.get("private"):
+            try:
+                units = private_values(row, column, messages)
+            except MarkError as error:
+                raise MarkError(f"{where}: {error}") from None
         if self.strip_suffix and messages and messages[-1]["role"] == "assistant":
             messages[-1]["content"] = messages[-1]["content"].removesuffix(self.strip_suffix)
-        return messages
+        return messages, units
 
 
 class JsonLines:
@@ -238,13 +249,13 @@ def _fields(
             near = difflib.get_close_matches(key, USUAL_COLUMNS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; fields are {', '.join(USUAL_COLUMNS)}"
             raise UserError(f"data.columns: unknown field {key!r}{hint}")
-        if column not in present:
+        if column and column not in present:
             raise UserError(
                 f"data.columns.{key}: {name} has no column {column!r}; its columns are {', '.join(present)}"
             )
     columns = {}
     for key, usual in USUAL_COLUMNS.items():
-        column = given.get(key) or next((c for c in usual if c in present), None)
+        column = given[key] if key in given else next((c for c in usual if c in present), None)
         if column in present:
             columns[key] = column
     complete = [f for f in ("chat", "instruction", "text") if all(k in columns for k in FIELDS[f][0])]

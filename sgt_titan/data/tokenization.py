@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
+from sgt_titan.data.marks import fold, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.errors import UserError
+from sgt_titan.transform.chat_template import look
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
-
-# Every file of a tokenizer that can change a token.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
+from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 
 # Columns of a sample's role counts. A target is a token that some position predicts: any but the first.
-COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets")
+COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets", "private")
+
+MARK_FIELDS = 5
 
 DROPS = ("too_long", "short_prompt")
 PARALLEL_ROWS = 50_000
@@ -46,6 +45,8 @@ class Options:
     min_prompt_tokens: int
     max_samples: int
     strip_suffix: str
+    variables: str  # canonical JSON, see chat_template.Look
+    date: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,8 +55,9 @@ class Options:
 @dataclass(frozen=True)
 class Chunk:
     """Some consecutive rows, tokenized: flat uint32 tokens and uint8 roles, per-sample lengths (int64),
-    role counts (int32, see COUNTS), hashes (uint64) and row numbers in the source (int64); rows read and dropped by
-    reason."""
+    role counts (int32, see COUNTS), hashes (uint64) and row numbers in the source (int64); marks of private values,
+    int32 (M, 5): start, stop, lead, characters, index in ``kinds`` (see ``marks.Mark``), and how many each sample has
+    (int64); rows read and dropped by reason; values marked and those of them that no prompt holds."""
 
     tokens: np.ndarray
     roles: np.ndarray
@@ -63,30 +65,19 @@ class Chunk:
     counts: np.ndarray
     hashes: np.ndarray
     sources: np.ndarray
+    marks: np.ndarray
+    mark_counts: np.ndarray
+    kinds: list[str]
     read: int
     dropped: dict[str, int]
     truncated: int
+    marked_values: int
+    values_not_found: int
 
 
 def load_tokenizer(directory: str) -> Any:
-    """The fast tokenizer of a checkpoint directory, without touching the network or running its code.
-
-    Raises:
-        UserError: not a directory, no tokenizer in it, or a slow one.
-    """
-    path = expand(str(directory), "trunk.path")
-    if not os.path.isdir(path):
-        raise UserError(f"trunk.path: {path} is not a directory; it must hold tokenizer.json and config.json")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{path}: no readable tokenizer (tokenizer.json, tokenizer_config.json): {reason}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{path}: has only a slow tokenizer; convert it to a fast one (tokenizer.json)")
-    return tokenizer
+    """The tokenizer of a checkpoint directory. Raises UserError as ``transform.tokenizer.load_tokenizer``."""
+    return load_from(expand(str(directory), "trunk.path"))
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
@@ -130,6 +121,7 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         raise UserError(f"training.seq_len: must be at least 2, got {seq_len}")
     if data.prompt_tokens and rows.format != "text":
         raise UserError(f"data.prompt_tokens: is for format text; {rows.name} has format {rows.format}; use 0")
+    how = look(data.template_kwargs, data.template_date)
     return Options(
         format=rows.format,
         columns=tuple(sorted(rows.columns.items())),
@@ -140,6 +132,8 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         min_prompt_tokens=data.min_prompt_tokens,
         max_samples=data.max_samples,
         strip_suffix=rows.strip_suffix,
+        variables=how.variables,
+        date=how.date,
     )
 
 
@@ -171,8 +165,8 @@ def label_text(roles_T: np.ndarray, prompt_tokens: int) -> np.ndarray:
     return roles_T
 
 
-def role_counts(roles_T: np.ndarray) -> tuple[int, ...]:
-    """How many tokens of each kind in COUNTS a sample has."""
+def role_counts(roles_T: np.ndarray, private: int = 0) -> tuple[int, ...]:
+    """How many tokens of each kind in COUNTS a sample has; ``private`` is known by its marks."""
     template = roles_T == TEMPLATE
     response = roles_T == RESPONSE
     return (
@@ -181,25 +175,44 @@ def role_counts(roles_T: np.ndarray) -> tuple[int, ...]:
         int((roles_T == PROMPT).sum()),
         int(response.sum()),
         int(response[1:].sum()),
+        private,
     )
+
+
+def content_hash(messages: Any) -> int:
+    """64 bits of what a row says, before anything is made of it."""
+    text = json.dumps(messages, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def private_tokens(marks_M5: np.ndarray, length: int) -> np.ndarray:
+    """Which of a sample's tokens carry a private value: bool (length,)."""
+    edges = np.zeros(length + 1, dtype=np.int32)
+    np.add.at(edges, marks_M5[:, 0], 1)
+    np.add.at(edges, marks_M5[:, 1], -1)
+    return np.cumsum(edges[:-1]) > 0
 
 
 def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
     """Tokenize rows start..stop-1.
 
-    The hash of a sample is that of its ids before truncation, so that the held-out samples of a data set are
-    the same at every seq_len.
+    The hash of a sample is that of its row's content, so that the held-out samples of a data set are the same at every
+    seq_len, behind every template and on every day.
 
     Raises:
         UserError: a row that cannot be used at all (missing field, refused by the template); names the row.
     """
     ids_parts, role_parts, counts, hashes, sources = [], [], [], [], []
+    marks, mark_counts, kinds = [], [], {}
     dropped = dict.fromkeys(DROPS, 0)
-    truncated = 0
+    truncated, values, values_not_found = 0, 0, 0
+    variables = json.loads(options.variables)
     for i in range(start, stop):
-        messages = rows.messages(i)
+        messages, units = rows.sample(i)
         try:
-            encoded = encode_turns(tokenizer, messages, template=options.template)
+            encoded = encode_turns(
+                tokenizer, messages, template=options.template, variables=variables, date=options.date
+            )
         except UserError as error:
             raise UserError(f"{rows.where(i)}: {error}") from error
         ids = np.array(encoded.ids, dtype=np.uint32)
@@ -214,10 +227,21 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
             dropped["short_prompt"] += 1
             continue
         truncated += len(cut[0]) < len(ids)
+        here = list(mark(tokenizer, cut[0], roles, units)) if units else []
+        rows_M5 = [(m.start, m.stop, m.lead, len(m.text), kinds.setdefault(m.kind, len(kinds))) for m in here]
+        marks_M5 = np.array(rows_M5, dtype=np.int32).reshape(-1, MARK_FIELDS)
+        if here:
+            count = (*count[:-1], int(private_tokens(marks_M5, len(roles)).sum()))
+            marks.append(marks_M5)
+        mark_counts.append(len(here))
+        values += len(units)
+        if units:
+            said = {fold(m.text)[0] for m in here}
+            values_not_found += sum(fold(text)[0] not in said for text, _ in units)
         ids_parts.append(cut[0])
         role_parts.append(roles)
         counts.append(count)
-        hashes.append(int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest(), "little"))
+        hashes.append(content_hash(messages))
         sources.append(i)
     return Chunk(
         tokens=np.concatenate(ids_parts) if ids_parts else np.zeros(0, np.uint32),
@@ -226,9 +250,14 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
         counts=np.array(counts, dtype=np.int32).reshape(-1, len(COUNTS)),
         hashes=np.array(hashes, dtype=np.uint64),
         sources=np.array(sources, dtype=np.int64),
+        marks=np.concatenate(marks) if marks else np.zeros((0, MARK_FIELDS), np.int32),
+        mark_counts=np.array(mark_counts, dtype=np.int64),
+        kinds=list(kinds),
         read=stop - start,
         dropped=dropped,
         truncated=truncated,
+        marked_values=values,
+        values_not_found=values_not_found,
     )
 
 
@@ -278,12 +307,6 @@ def tokenize_rows(
     finally:
         for pipe in pipes:
             pipe.close()  # a process that reads the end of its pipe ends
-
-
-def tokenizer_files(directory: str) -> list[Path]:
-    """The files of a tokenizer that can change a token, sorted by name."""
-    root = Path(expand(str(directory), "trunk.path"))
-    return [root / name for name in sorted(TOKENIZER_FILES) if (root / name).is_file()]
 
 
 def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: Options) -> None:

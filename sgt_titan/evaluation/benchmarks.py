@@ -30,6 +30,7 @@ import numpy as np
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.mechanisms import Mechanism
 from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
+from sgt_titan.transform.chat_template import Look
 
 Doc = dict[str, Any]
 SHOT_DOCS = 100  # of a local file, set apart as examples where a benchmark shows some
@@ -167,12 +168,14 @@ def run_benchmarks(
     local_dir: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
+    how: Look | None = None,
 ) -> dict[str, Any]:
     """``benchmarks`` of a report: name -> accuracy with its interval over questions, shots, metric, chance, scores.
 
     Args:
         local_dir: local copies; None: from the hub.
         limit: questions per benchmark, the first of a seeded shuffle; None: all. From the hub: the first.
+        how: the chat template is rendered.
 
     Raises:
         UserError: lm-evaluation-harness is not installed; a local copy is missing or not what it should be.
@@ -182,7 +185,7 @@ def run_benchmarks(
 
     found = {}
     for name in names:
-        model = ObfuscatedLM(seed=seed).use(trunk, tokenizer, mechanism)
+        model = ObfuscatedLM(seed=seed).use(trunk, tokenizer, mechanism, how)
         if name in docs:
             docs[name] = _shuffled(docs[name], seed)
         scores, chance, note = (

@@ -22,6 +22,7 @@ from sgt_titan.data.order import hash64
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.mechanisms import Mechanism, constant_noise, learned, nothing
 from sgt_titan.evaluation.samples import LOGIT_BUDGET, Sample, check_fit, generator, load_trunk, padded
+from sgt_titan.transform.chat_template import Look, apply, look
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -73,11 +74,12 @@ class ObfuscatedLM(TemplateLM):
                 raise UserError(
                     f"model_args: mechanism={mechanism}, std={std}: use sgt, none, or noise with std above 0"
                 )
-            self.use(load_trunk(trunk, device), load_tokenizer(trunk), made[mechanism]())
+            how = look(transform.config.template_kwargs, transform.config.template_date)
+            self.use(load_trunk(trunk, device), load_tokenizer(trunk), made[mechanism](), how)
 
-    def use(self, trunk: Any, tokenizer: Any, mechanism: Mechanism) -> ObfuscatedLM:
-        """Give it its parts; returns itself."""
-        self.trunk, self.tokenizer, self.mechanism = trunk, tokenizer, mechanism
+    def use(self, trunk: Any, tokenizer: Any, mechanism: Mechanism, how: Look | None = None) -> ObfuscatedLM:
+        """Give it its parts; returns itself. ``how``: the chat template is rendered, as in training."""
+        self.trunk, self.tokenizer, self.mechanism, self.how = trunk, tokenizer, mechanism, how or Look()
         self.embed = trunk.get_input_embeddings()
         self.max_length = getattr(trunk.config, "max_position_embeddings", None) or 4096
         self.special = set(tokenizer.all_special_ids)
@@ -99,9 +101,7 @@ class ObfuscatedLM(TemplateLM):
         return type(self.tokenizer).__name__
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return apply(self.tokenizer, chat_history, self.how, generation=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids, led by BOS where the tokenizer has one and ``add_special_tokens`` is not False."""

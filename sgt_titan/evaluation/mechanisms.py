@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sgt_titan.evaluation.samples import Padded
+from sgt_titan.evaluation.samples import Padded, Sample
 from sgt_titan.transform import StainedGlassTransform
 from sgt_titan.transform.trunk_files import TrunkFiles
 
@@ -57,7 +57,8 @@ class Mechanism:
 
     transform: the SGT, where it is one. rotation: where what is sent is in a secret basis (rotated.py). std: of a
     constant noise, embedding units; 0 where there is none. denoises: a denoiser stands between z and what is sent.
-    facts: what else a report states about it, by name.
+    rewrite: other tokens in place of a batch's own, before anything (surrogates.py); restore: the tokens of an answer
+    to a prompt that was rewritten, with the values put back. facts: what else a report states about it, by name.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Mechanism:
     rotation: Rotation | None = field(default=None, repr=False)
     std: float = 0.0
     denoises: bool = False
+    rewrite: Callable[[Padded], Padded] | None = field(default=None, repr=False)
+    restore: Callable[[Sample, Sequence[int]], list[int]] | None = field(default=None, repr=False)
     facts: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,9 +95,8 @@ def learned(transform: StainedGlassTransform) -> Mechanism:
     def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:
         attention_BT = batch.valid_BT.long()
         inputs = batch.tokens_BT if transform.embed_tokens is not None else x_BTD
-        x_tilde_BTD = transform.transform(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
-        out = transform(inputs_embeds=x_BTD, attention_mask=attention_BT)
-        return Obfuscated(x_tilde_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD)
+        found = transform.release(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
+        return Obfuscated(found.sent_BTD, found.center_BTD, found.log_std_BTD, found.z_BTD)
 
     return Mechanism("sgt", "this SGT", obfuscate, transform=transform)
 

@@ -20,6 +20,7 @@ from sgt_titan.metrics.interval import Estimate, ratio
 
 FREQUENT = 100  # tokens that make up most of any text and tell nothing about it
 UNREADABLE = "\ufffd"
+GROUPS = ("marked", "content", "repeated", "unrepeated")  # overlap each other and the kinds of token
 
 
 def frequent_tokens(corpus: Sequence[Sample], count: int = FREQUENT) -> set[int]:
@@ -34,8 +35,10 @@ def score(top_NK: torch.Tensor, world: World, tokenizer: Any, *, frequent: set[i
     """The metrics of an attack as JSON values (``Estimate.as_dict``); rates 0..1, intervals by resampling prompts.
 
     top1, top10; content_top1: tokens with a letter or digit that are not frequent; marked_top1: of private values;
-    span_exact: private values of which every token is right; classes: top-1 by kind of token; similarity: rapidfuzz's
-    normalised edit similarity of each prompt's hidden text to what was read, mean over prompts; chrf: sacrebleu's.
+    repeated_top1, unrepeated_top1: of tokens whose text the answer holds, and of the others; span_exact: private values
+    of which every token is right; classes: top-1 by kind of token; similarity: rapidfuzz's normalised edit similarity
+    of each prompt's hidden text to what was read, mean over prompts; chrf: sacrebleu's. counts: hits and tokens of each
+    prompt by group, for what compares two attacks.
     """
     right_NK = correct(top_NK, world)
     top1_N = right_NK[:, 0].numpy()
@@ -46,15 +49,22 @@ def score(top_NK: torch.Tensor, world: World, tokenizer: Any, *, frequent: set[i
         return _by_row(hit_N & among_N, among_N, rows, len(world.rows), world.seed).as_dict()
 
     everything = np.ones_like(top1_N)
+    groups = {"": everything} | {f"{name}_": kinds[name] for name in GROUPS if name in kinds and kinds[name].any()}
     found = {
-        "top1": rate(top1_N, everything),
-        "top10": rate(right_NK.any(1).numpy(), everything),
+        **{f"{name}top1": rate(top1_N, group_N) for name, group_N in groups.items()},
         "content_top1": rate(top1_N, kinds["content"]),
-        "classes": {name: rate(top1_N, kind_N) for name, kind_N in kinds.items() if name != "content"},
+        "top10": rate(right_NK.any(1).numpy(), everything),
+        "classes": {name: rate(top1_N, kind_N) for name, kind_N in kinds.items() if name not in GROUPS[1:]},
+        "counts": {
+            f"{name}top1": [
+                np.bincount(rows, weights=flag_N, minlength=len(world.rows)).astype(int).tolist()
+                for flag_N in (top1_N & group_N, group_N)
+            ]
+            for name, group_N in groups.items()
+        },
         **_text_scores(top_NK[:, 0], world, tokenizer),
     }
     if kinds["marked"].any():
-        found["marked_top1"] = rate(top1_N, kinds["marked"])
         found["span_exact"] = _spans(top1_N, world)
     return found
 
@@ -76,7 +86,11 @@ def correct(top_NK: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def classes(world: World, tokenizer: Any, frequent: set[int]) -> dict[str, np.ndarray]:
-    """Kind -> bool (N,). ``marked`` and ``content`` overlap the others; the rest part the tokens among themselves."""
+    """Kind -> bool (N,). ``GROUPS`` overlap the others; the rest part the tokens among themselves.
+
+    A token is ``repeated`` where its text, without the spaces around it and in lower case, is that of a token of the
+    prompt's own answer: such tokens an answer may need, and no transform that keeps the answer can hide them all.
+    """
     truth = world.truth_N.tolist()
     text = {token: tokenizer.convert_ids_to_tokens(token) or "" for token in set(truth)}
     plain = {token: tokenizer.decode([token]) for token in text}
@@ -91,6 +105,10 @@ def classes(world: World, tokenizer: Any, frequent: set[int]) -> dict[str, np.nd
     often = flags(lambda t: t in frequent)
     starts = flags(lambda t: begins[t])
     word = letters & ~number
+    repeats = {}
+    if len(world.answers):
+        repeated = repeated_tokens(world, plain, tokenizer)
+        repeats = {"repeated": repeated, "unrepeated": ~repeated}
     return {
         "frequent": often,
         "word": word & starts & ~often,
@@ -99,7 +117,24 @@ def classes(world: World, tokenizer: Any, frequent: set[int]) -> dict[str, np.nd
         "punctuation": ~letters & ~number & ~often,
         "marked": np.concatenate([row.marked[row.obfuscate] for row in world.rows]),
         "content": (letters | number) & ~often,
+        **repeats,
     }
+
+
+def repeated_tokens(world: World, plain: dict[int, str], tokenizer: Any) -> np.ndarray:
+    """bool (N,): the hidden tokens whose text is that of a token of the prompt's answer. ``plain``: texts by token; one
+    without any text but spaces counts by its id."""
+
+    def key(token: int) -> str | int:
+        if token not in plain:
+            plain[token] = tokenizer.decode([token])
+        return plain[token].strip().casefold() or token
+
+    found = []
+    for row, answer in zip(world.rows, world.answers, strict=True):
+        said = {key(token) for token in answer.tolist()}
+        found += [key(token) in said for token in row.ids[row.obfuscate].tolist()]
+    return np.array(found, dtype=bool)
 
 
 def texts(top_N: torch.Tensor, world: World, tokenizer: Any) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,17 +18,18 @@ from typing import Any
 import torch
 
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation import pii, privacy, recovery, utility
-from sgt_titan.evaluation.attacks import Attack
+from sgt_titan.evaluation import pii, privacy, reading, recovery, utility
+from sgt_titan.evaluation.attacks import GUESSING, Attack
 from sgt_titan.evaluation.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.rotated import load_rotation
-from sgt_titan.evaluation.samples import generator
+from sgt_titan.evaluation.samples import MAX_ROWS, generator
 from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
-from sgt_titan.evaluation.threat import Cost, grants
+from sgt_titan.evaluation.threat import Cost, grants, kind_of
 from sgt_titan.evaluation.world import World
 from sgt_titan.metrics.interval import Estimate
+from sgt_titan.transform.chat_template import look
 
 USEFUL_SHARE = 0.25  # of a large matmul's speed that small ones reach: estimates are no better than a factor of three
 
@@ -56,6 +57,7 @@ class Evaluation:
     benchmark_dir: str | None = None
     judge: tuple[str, str] | None = None  # base URL, model
     rotation: tuple[str, str, str, str] | None = None  # server, client, secret, public checkpoint
+    begun: Mapping[str, Any] | None = field(default=None, repr=False)  # ``no_prompt``, where it is there already
 
     @cached_property
     def mechanisms(self) -> dict[str, Mechanism]:
@@ -76,7 +78,8 @@ class Evaluation:
         return {mechanism.name: mechanism for mechanism in found}
 
     def world(self, mechanism: Mechanism) -> World:
-        return World(self.setting.prompts, self.setting.corpus, mechanism, self.setting.trunk, self.seed)
+        setting = self.setting
+        return World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed, setting.answers)
 
     @cached_property
     def frequent(self) -> set[int]:
@@ -89,7 +92,10 @@ class Evaluation:
 
     @cached_property
     def reference(self) -> utility.Reference:
-        return utility.reference_utility(self.setting.trunk, self.setting.full_batches, self.setting.shortened)
+        """Of an interrupted evaluation the one that its finished parts were measured against."""
+        if self.begun is not None:
+            return utility.Reference.from_dict(self.begun)
+        return self.setting.reference
 
     @cached_property
     def lm_top1(self) -> Estimate:
@@ -103,14 +109,18 @@ class Evaluation:
         one = 2.0 * self.world(nothing()).size.trunk * tokens + 2.0 * tokens * self._table_size
         logits = 8.0 * max((b.tokens_BT.numel() for b in setting.full_batches), default=0) * self._vocab
         pass_cost = Cost(one, 4 * logits)
-        yield Job("no_prompt", self._no_prompt, Cost(4 * one, 4 * logits))
+        # A step of the zero's fit: two forward passes of a batch, and one back to its embeddings.
+        steps = 0 if self.begun or setting.zero_is_there else setting.zero_steps
+        fitting = 3 * one * steps * MAX_ROWS / len(setting.rows)
+        yield Job("no_prompt", self._no_prompt, Cost(5 * one + fitting, 8 * logits))
         yield Job("lm_top1", self._lm_top1, pass_cost)
         for name, mechanism in self.mechanisms.items():
             yield Job(f"{name}/privacy", lambda m=mechanism: self._privacy(m), Cost(3 * one, 4 * logits))
             yield Job(f"{name}/utility", lambda m=mechanism: self._utility(m), Cost(6 * one, 4 * logits))
             world = self.world(mechanism)
             rotated = mechanism.rotation is not None
-            for key, attack in battery(self.suite, name, self.only, rotated=rotated).items():
+            given = {"rotated": rotated, "denoises": mechanism.denoises}
+            for key, attack in battery(self.suite, name, self.only, **given).items():
                 cost = attack.cost(world.size, **(attack.arguments(self.suite) or {}))
                 run = lambda m=mechanism, k=key, a=attack: self._attack(m, k, a)  # noqa: E731
                 yield Job(f"{name}/attacks/{key}", run, cost)
@@ -125,7 +135,10 @@ class Evaluation:
     # -- the jobs --
 
     def _no_prompt(self) -> dict[str, Any]:
-        return self.reference.as_dict()
+        zero = self.setting.zero
+        return self.reference.as_dict() | {
+            "zero": {"steps": zero.steps, "settled": zero.settled, "nats": list(zero.aside), "note": zero.note()}
+        }
 
     def _lm_top1(self) -> dict[str, Any]:
         return self.lm_top1.as_dict()
@@ -167,6 +180,7 @@ class Evaluation:
         part: dict[str, Any] = {
             "title": attack.title,
             "source": attack.source,
+            "kind": kind_of(attack.run),
             "sees": [kind.title for kind in grants(attack.run).values() if kind.title],
             "seconds": time.monotonic() - started,
             "flops": guess.flops,
@@ -216,6 +230,7 @@ class Evaluation:
             local_dir=self.benchmark_dir,
             limit=SUITES[self.suite].questions or None,
             seed=self.seed,
+            how=look(setting.transform.config.template_kwargs, setting.transform.config.template_date),
         )[name]
 
     @property
@@ -332,9 +347,12 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
         entry["utility"] = found.get(f"{name}/utility", {})
         prefix = f"{name}/attacks/"
         attacks = {key.removeprefix(prefix): part for key, part in found.items() if key.startswith(prefix)}
-        entry["attacks"] = {key: {k: v for k, v in part.items() if k != "reads"} for key, part in attacks.items()}
-        if attacks:
-            entry["best"] = max(attacks, key=lambda key: attacks[key]["top1"]["value"] or 0.0)
+        guess = found.get(f"sgt/attacks/{GUESSING}")  # it saw nothing of any mechanism
+        entry["attacks"] = {
+            key: {k: v for k, v in part.items() if k != "reads"}
+            for key, part in reading.compared(attacks, guess, seed=evaluation.seed).items()
+        }
+        entry |= reading.best(attacks)
         benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}
         if benchmarks:
             entry["benchmarks"] = {key.rpartition("/")[2]: part for key, part in benchmarks.items()}
@@ -350,4 +368,5 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
                 for i, prompt in enumerate(shown["prompts"])
             ]
         mechanisms[name] = entry
-    return {"no_prompt": found["no_prompt"], "mechanisms": mechanisms}
+    no_prompt = {key: part for key, part in found["no_prompt"].items() if key != "rows"}
+    return {"no_prompt": no_prompt, "mechanisms": mechanisms}

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sgt_titan.config.load import load, parse_overrides, read_trunk, resolve
 from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import View
-from sgt_titan.data.sources import load_rows
+from sgt_titan.data.marks import texts
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.marks import mark, private_values
 from sgt_titan.transform import StainedGlassTransform, fingerprint_tensor
 from sgt_titan.transform.modeling import read_config
 from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
 from sgt_titan.transform.trunk_files import TrunkFiles
+from sgt_titan.trunk.check import check_tie
 
 MAX_ROWS = 16  # in a batch
 LOGIT_BUDGET = 1 << 27  # elements of a (B, T, V) tensor: half a gigabyte in float32
@@ -98,7 +98,7 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
         config = asked
     config.trunk.path = asked.trunk.path
     export = read_config(Path(export_dir))
-    for name in ("obfuscate", "obfuscate_template", "template"):
+    for name in ("obfuscate", "obfuscate_template", "template", "template_kwargs", "template_date"):
         setattr(config.data, name, getattr(export, name))
     limit = read_trunk(config).get("max_position_embeddings")
     if "training.seq_len" not in values and limit:
@@ -137,11 +137,34 @@ def check_fit(transform: StainedGlassTransform, trunk_path: str | Path, export: 
 
 
 def load_trunk(path: str | Path, device: torch.device) -> PreTrainedModel:
-    """The frozen model, float32 on CPU and bfloat16 on GPU. Safetensors only, no code from the checkpoint."""
+    """The frozen model, float32 on CPU and bfloat16 on GPU: the weights that training reads, and no others.
+
+    Safetensors only, no code from the checkpoint. Quantised weights are dequantised as training does it.
+
+    Raises:
+        UserError: two answers to which files are the model, a quantisation that is not read here, a tensor that is
+            missing, not expected, of another shape or holds what no weight can.
+    """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    files = TrunkFiles(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    check_tie(files.path, bool(config.tie_word_embeddings), files.entries)
+    options = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    if files.scheme is None:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, **options
+        )
+    else:
+        del config.quantization_config
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+        weights = {name: files.read(name).to(dtype) for name in files.entries}
+        model, info = kind.from_pretrained(None, state_dict=weights, **options)
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise UserError(f"{path}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}")
+    for name, tensor in model.named_parameters():
+        files.check_values(name, tensor.detach())
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -149,15 +172,14 @@ def read_samples(view: View, config: Config, count: int, *, tokenizer: Any = Non
     """The first ``count`` samples of a view.
 
     Args:
-        tokenizer: the one they were made with, to find the private values that the source marks; None: no spans.
+        tokenizer: the one they were made with, to read the private values that the data mark; None: no spans.
 
     Raises:
-        UserError: fewer than two samples, nothing obfuscated, no response, or marked values none of which is in the
-            text.
+        UserError: fewer than two samples, nothing obfuscated, or no response.
     """
     if len(view) < 2:
         raise UserError(f"{config.data.source}: {len(view)} held-out rows; use more data or --data.validation_samples")
-    rows, source, units_seen = [], load_rows(config.data) if tokenizer is not None else None, 0
+    rows = []
     for i in range(min(count, len(view))):
         ids, roles = view.tokens(i).astype(np.int64), view.roles(i)
         obfuscate = obfuscation_mask(
@@ -167,15 +189,13 @@ def read_samples(view: View, config: Config, count: int, *, tokenizer: Any = Non
         # A token is scored only if something stands before it both with and without the prompt.
         before = np.cumsum(~obfuscate | response) - (~obfuscate | response)
         spans: tuple[Span, ...] = ()
-        if source is not None and (units := private_values(source[view.source(i)])):
-            units_seen += len(units)
-            spans = tuple(Span(*span) for span in mark(tokenizer, ids, roles, units))
+        if tokenizer is not None and len(marks_M5 := view.marks(i)):
+            said = texts(tokenizer, ids, roles, marks_M5[:, :4])
+            spans = tuple(
+                Span(int(start), int(stop), text, view.kinds[kind])
+                for (start, stop, *_, kind), text in zip(marks_M5, said, strict=True)
+            )
         rows.append(Sample(ids, obfuscate, response & (before > 0), spans))
-    if units_seen and not any(row.spans for row in rows):
-        raise UserError(
-            f"{config.data.source}: none of its {units_seen} marked private values is in its prompts; is the "
-            "column of another text?"
-        )
     if not any(row.target.any() for row in rows):
         raise UserError(
             f"{config.data.source}: no row has a response to measure; for plain text set --data.prompt_tokens"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sgt_titan.evaluation.attacks import ATTACKS, ROTATION, Attack
+from sgt_titan.evaluation.threat import kind_of
 
 # On baselines whose noise is known and constant these are as strong as any: maximum likelihood, alone and with a prior.
 EXACT = ("nearest_l2", "nearest_mahalanobis", "map_search")
@@ -30,7 +31,7 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {
-    "quick": Suite(32, 2_000, (0.25, 1.0, 4.0), (), 16, 50, "minutes: is anything badly wrong?"),
+    "quick": Suite(32, 6_000, (0.25, 1.0, 4.0), (), 16, 50, "minutes: is anything badly wrong?"),
     "standard": Suite(
         128,
         10_000,
@@ -46,8 +47,11 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def battery(suite: str, mechanism: str, only: Sequence[str] = (), *, rotated: bool = False) -> dict[str, Attack]:
-    """The attacks of a suite on a mechanism, by name, in the order of the table."""
+def battery(
+    suite: str, mechanism: str, only: Sequence[str] = (), *, rotated: bool = False, denoises: bool = False
+) -> dict[str, Attack]:
+    """The attacks of a suite on a mechanism, by name, in the order of the table. Without a denoiser z is what is sent,
+    and none is run at z."""
     if rotated:
         table = {name: ATTACKS[name] for name in BLIND} | ROTATION
         return {
@@ -59,5 +63,8 @@ def battery(suite: str, mechanism: str, only: Sequence[str] = (), *, rotated: bo
     return {
         name: attack
         for name, attack in ATTACKS.items()
-        if attack.arguments(suite) is not None and (whole or name in EXACT) and (not only or name in only)
+        if attack.arguments(suite) is not None
+        and (whole or name in EXACT)
+        and (denoises or kind_of(attack.run) != "noisy")
+        and (not only or name in only)
     }

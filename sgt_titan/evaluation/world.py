@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -44,13 +45,15 @@ MAX_REPEATS = 1024
 
 @dataclass(frozen=True)
 class World:
-    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of all randomness."""
+    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of all randomness.
+    answers: the tokens of each prompt's response, where they are known: scores tell apart what they repeat."""
 
     rows: Sequence[Sample] = field(repr=False)
     corpus: Sequence[Sample] = field(repr=False)
     mechanism: Mechanism
     trunk: PreTrainedModel = field(repr=False)
     seed: int = 0
+    answers: Sequence[np.ndarray] = field(default=(), repr=False)
 
     @cached_property
     def table_VD(self) -> torch.Tensor:

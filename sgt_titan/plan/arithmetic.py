@@ -8,6 +8,7 @@ from typing import Any
 from sgt_titan.config.load import load, read_trunk, resolve, validate
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.families import shapes
 
 from .hardware import EXPOSED_RANGE, GPUS, HFU, HFU_RANGE, NO_GPU, Gpu
 from .memory import Memory, item_size, memory
@@ -25,10 +26,6 @@ from .weights import (
     total_bytes,
     trunk_layers,
 )
-
-FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v3")  # as in titan/trunks.py, which needs torch
-NEEDED = ("hidden_size", "intermediate_size", "vocab_size")
-NEEDED += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -165,10 +162,7 @@ def prepared(name: str, overrides: list[str] | None = None) -> tuple[Config, dic
     config = resolve(config, world_size=world_size)
     trunk = read_trunk(config, weights=False)
     validate(config, world_size, trunk)
-    if (kind := trunk.get("model_type")) not in FAMILIES:
-        raise UserError(f"trunk: config.json has model_type {kind!r}; supported are {', '.join(FAMILIES)}")
-    if missing := [key for key in NEEDED if key not in trunk]:
-        raise UserError(f"trunk: config.json has no {', '.join(missing)}, which plan needs")
+    shapes(trunk)  # a family that is known, with all that shapes depend on
     return config, trunk
 
 

@@ -10,6 +10,7 @@ from math import ceil
 from typing import Any
 
 from sgt_titan.config.schema import Config
+from sgt_titan.trunk.families import head_dim, kv_heads
 
 from .weights import (
     Degrees,
@@ -18,7 +19,6 @@ from .weights import (
     estimator_layers,
     estimator_weights,
     gathered_elements,
-    head_dim,
     head_weights,
     layer_weights,
     shard_elements,
@@ -133,7 +133,7 @@ def _layer_kept(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens
         key = trunk["qk_nope_head_dim"] + trunk["qk_rope_head_dim"]
         attention = heads * (2 * key + 2 * trunk["v_head_dim"]) // tp + 2 * (trunk["q_lora_rank"] or 0)
     else:
-        attention = (2 * heads + 2 * trunk["num_key_value_heads"]) * head_dim(trunk) // tp
+        attention = (2 * heads + 2 * kv_heads(trunk)) * head_dim(trunk) // tp
     ends = 9 * width * own_tokens // 2
     if not experts:
         return ends + tokens * (attention + 3 * trunk["intermediate_size"] // tp)

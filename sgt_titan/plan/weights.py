@@ -11,6 +11,7 @@ from math import ceil, prod
 from typing import Any
 
 from sgt_titan.config.schema import Config
+from sgt_titan.trunk.families import FAMILIES, head_dim, kv_heads
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,6 @@ def gated_mlp(hidden: int, width: int) -> list[Weight]:
     return [column(hidden, width), column(hidden, width), row(width, hidden)]
 
 
-def head_dim(trunk: dict[str, Any]) -> int:
-    return trunk.get("head_dim") or trunk["hidden_size"] // trunk["num_attention_heads"]
-
-
 def attention_weights(trunk: dict[str, Any]) -> list[Weight]:
     """Grouped-query attention, or DeepSeek's latent attention where the config has ``kv_lora_rank``."""
     width, heads = trunk["hidden_size"], trunk["num_attention_heads"]
@@ -86,11 +83,12 @@ def attention_weights(trunk: dict[str, Any]) -> list[Weight]:
             column(heads * (nope + value), kv_rank),
             row(width, heads * value),
         ]
-    dim, outputs = head_dim(trunk), (heads, trunk["num_key_value_heads"], trunk["num_key_value_heads"])
+    dim, outputs = head_dim(trunk), (heads, kv_heads(trunk), kv_heads(trunk))
     weights = [*(column(n * dim, width) for n in outputs), row(width, heads * dim)]
-    if trunk["model_type"] == "qwen2":
+    family = FAMILIES[trunk["model_type"]]
+    if family.qkv_bias:
         weights += [Weight((n * dim,), tp_dim=0) for n in outputs]
-    if trunk["model_type"] == "qwen3":
+    if family.qk_norm:
         weights += [Weight((dim,)), Weight((dim,))]
     return weights
 
@@ -148,17 +146,43 @@ def head_weights(trunk: dict[str, Any]) -> list[Weight]:
     return 2 * [Weight((width, width)), Weight((width,))]
 
 
+def trained_bodies(config: Config) -> list[int]:
+    """Decoder layers of each body that is trained: the estimator's one or two, the denoiser's, the context prior's."""
+    bodies = [config.estimator.layers] * (2 if config.estimator.body == "separate" else 1)
+    if config.denoiser.layers:
+        bodies.append(config.denoiser.layers)
+    if config.objective.rate.prior == "context":
+        bodies.append(config.objective.rate.context_layers)
+    return bodies
+
+
 def estimator_layers(config: Config, trunk: dict[str, Any]) -> list[list[Weight]]:
     """Of all bodies."""
-    bodies = 2 if config.estimator.body == "separate" else 1
-    return bodies * config.estimator.layers * [layer_weights(trunk, experts=False)]
+    return sum(trained_bodies(config)) * [layer_weights(trunk, experts=False)]
 
 
 def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
-    """Layers, a final norm for each body, and the heads."""
-    layers = estimator_layers(config, trunk)
-    norms = len(layers) // config.estimator.layers * [Weight((trunk["hidden_size"],))]
-    return [*(w for layer in layers for w in layer), *norms, *head_weights(trunk)]
+    """Layers, a final norm for each body, the heads, what denoiser and prior have besides."""
+    norms = len(trained_bodies(config)) * [Weight((trunk["hidden_size"],))]
+    layers = [w for layer in estimator_layers(config, trunk) for w in layer]
+    return [*layers, *norms, *head_weights(trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
+
+
+def denoiser_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+    """Its mark and its head, beside its body."""
+    width = trunk["hidden_size"]
+    return [Weight((width, 1)), Weight((width, width)), Weight((width,))] if config.denoiser.layers else []
+
+
+def prior_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+    """The learned numbers of the rate's prior, and the context's bottleneck."""
+    rate, width = config.objective.rate, trunk["hidden_size"]
+    if rate.prior == "broad":
+        return []
+    vectors = [Weight((1,), matmul=False), *3 * [Weight((width,), matmul=False)]]
+    if rate.prior == "tokens":
+        return vectors
+    return [*vectors, Weight((rate.context_rank, width)), Weight((trunk["vocab_size"], rate.context_rank))]
 
 
 def checkpoint_bytes(config: Config, trunk: dict[str, Any]) -> int:

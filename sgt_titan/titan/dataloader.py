@@ -78,6 +78,7 @@ def microbatch_inputs(source: BatchSource, step: int, positions: Sequence[int]) 
         "positions": batch.positions_BT,
         "obfuscate_BT": batch.obfuscate_BT,
         "utility_BT": batch.utility_BT,
+        "private_BT": batch.private_BT,
         "documents": batch.documents,
         "counts": counts,
     }

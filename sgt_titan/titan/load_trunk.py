@@ -9,6 +9,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
 from sgt_titan.transform.trunk_files import TrunkFiles
+from sgt_titan.trunk.check import check_tie
 
 from .float8 import E4M3, SCALE, to_float8
 from .trunks import Family, hf_name
@@ -48,12 +49,13 @@ def check_trunk(trunk: nn.Module, family: Family, files: TrunkFiles) -> None:
     """Names and shapes agree, before anything is read.
 
     Raises:
-        UserError: naming the first tensor that is missing or of the wrong shape.
+        UserError: naming the first tensor that is missing or of the wrong shape; an lm_head that a tie contradicts.
     """
     expected = hf_shapes(trunk, family)
-    if getattr(trunk, "enable_weight_tying", False):
+    if tied := getattr(trunk, "enable_weight_tying", False):
         expected.pop("lm_head.weight", None)
     files.check(expected)
+    check_tie(files.path, tied, files.entries)
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def load_trunk(trunk: nn.Module, family: Family, files: TrunkFiles) -> None:
     """Fill ``trunk`` (materialised, sharded or not) from ``files``.
 
     Raises:
-        UserError: see ``check_trunk``.
+        UserError: see ``check_trunk`` and ``TrunkFiles.check_values``.
     """
     check_trunk(trunk, family, files)
     tied = getattr(trunk, "enable_weight_tying", False)
@@ -77,11 +79,17 @@ def load_trunk(trunk: nn.Module, family: Family, files: TrunkFiles) -> None:
             continue
         if tensor.dtype == E4M3:
             # A scale is of a whole row, also where tensor parallelism splits rows.
-            rounded, scale = to_float8(files.read(target, (region[0], slice(0, tensor.shape[1]))))
+            weight = files.read(target, (region[0], slice(0, tensor.shape[1])))
+            files.check_values(target, weight)
+            rounded, scale = to_float8(weight)
             local.copy_(rounded[:, region[1]])
             local_region(weights[name.removesuffix("weight") + SCALE])[0].copy_(scale)
         elif "{}" in target:
             for row, expert in enumerate(range(region[0].start, region[0].stop)):
-                local[row].copy_(files.read(target.format(expert), region[1:]))
+                weight = files.read(target.format(expert), region[1:])
+                files.check_values(target.format(expert), weight)
+                local[row].copy_(weight)
         else:
-            local.copy_(files.read(target, region))
+            weight = files.read(target, region)
+            files.check_values(target, weight)
+            local.copy_(weight)

@@ -18,6 +18,7 @@ from sgt_titan.config.schema import Config
 
 from . import startup
 from .loss import SGTLoss
+from .tokenizer import NoTokenizer
 
 # ours -> torchtitan's
 SHARED = {
@@ -102,6 +103,7 @@ def common(kind: type, config: Config, *, name: str, model, parallelize, metrics
             progress=config.metrics.progress,
             disable_color_printing=not sys.stderr.isatty(),
         ),
+        tokenizer=NoTokenizer.Config(),
         comm=CommConfig(),
         debug=DebugConfig(print_config=False),
         **own,

@@ -34,7 +34,9 @@ from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
 from sgt_titan.export import export_checkpoint
 from sgt_titan.folders import writable
+from sgt_titan.objectives.rate import log_frequencies
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
+from sgt_titan.transform.tokenizer import fingerprint_ids
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 from .flops import hardware_flops_per_token
@@ -72,6 +74,7 @@ class Prepared:
     train_source: BatchSource
     probe_source: BatchSource
     fingerprints: dict[str, str]
+    log_frequency_V: torch.Tensor | None = None  # of the tokens that are obfuscated, for a prior that has them
     timeline: Timeline = field(default_factory=Timeline)
 
     def hardware_flops(self, model) -> int:
@@ -131,7 +134,10 @@ def prepare(config: Config) -> Prepared:
         statistics=statistics,
         train_source=train_source,
         probe_source=probe_source,
-        fingerprints={"trunk": fingerprint, "data": data_fingerprint},
+        fingerprints={"trunk": fingerprint, "data": data_fingerprint, "ids": fingerprint_ids(tokenizer)},
+        log_frequency_V=None
+        if config.objective.rate.prior == "broad"
+        else log_frequencies(train_source.token_counts(hf.vocab_size)),
     )
 
 
@@ -194,8 +200,9 @@ def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: T
         UserError: naming the first that is not.
     """
     decoders = [build(hf, "sdpa")]
-    if config.estimator.init_from_trunk:
-        decoders.append(build_body(hf, config.estimator.layers, "sdpa"))
+    for part in (config.estimator, config.denoiser):
+        if part.layers and part.init_from_trunk:
+            decoders.append(build_body(hf, part.layers, "sdpa"))
     for decoder in decoders:
         with torch.device("meta"):
             check_trunk(decoder.build(), family, files)
@@ -259,7 +266,7 @@ def check_output_dir(prepared: Prepared) -> int:
     found = [
         f"{name} fingerprint {recorded['fingerprints'].get(name, '?')[:12]} -> {value[:12]}"
         for name, value in prepared.fingerprints.items()
-        if recorded["fingerprints"].get(name) != value
+        if recorded["fingerprints"].get(name, value) != value  # runs before there was one have none to compare
     ]
     old = load(str(folder / CONFIG_FILE), [])
     found += [line for line in difference(old, config) if not line.startswith(MAY_DIFFER)]

@@ -29,6 +29,7 @@ from .interruption import Reason, StopRequest
 from .load_trunk import load_trunk
 from .loss import REPORTED
 from .noise import draw
+from .optimizer import NonFiniteError
 from .pairs import make_pair_groups
 from .startup import Prepared, check_output_dir, claim_output_dir, finish
 from .teacher_cache import open_teacher_cache
@@ -56,9 +57,11 @@ class SGTTrainer(Trainer):
         same_on_all_ranks(prepared.fingerprints)
         self.prepared, self.run = prepared, prepared.config
         load_trunk(model.trunk, prepared.family, prepared.files)
-        initialize_estimator(model.estimator, self.run.run.seed)
+        initialize_estimator(model.estimator, self.run.run.seed, prepared.log_frequency_V)
         if self.run.estimator.init_from_trunk:
-            initialize_from_trunk(model.estimator, prepared.family, prepared.files)
+            initialize_from_trunk(model.estimator.bodies, "The estimator", prepared.family, prepared.files)
+        if self.run.denoiser.layers and self.run.denoiser.init_from_trunk:
+            initialize_from_trunk([model.estimator.denoiser.body], "The denoiser", prepared.family, prepared.files)
         dims = self.parallel_dims
         self.tp_group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
         tp_rank = self.tp_group.rank() if self.tp_group else 0
@@ -86,6 +89,7 @@ class SGTTrainer(Trainer):
         self.owner = self.checkpointer.owner = owner
         self.stop, self.stopped = StopRequest(), Reason.NONE
         self.watchdog = Watchdog()
+        self.steps_here = 0
         self.patience = self.run.comm.init_timeout_seconds  # compiling may take longer than any step after it
         try:
             super().train()
@@ -114,10 +118,17 @@ class SGTTrainer(Trainer):
 
     def train_step(self, data_iterator) -> None:
         first = self.metrics_processor.first_step is None
+        self.steps_here += 1
         if first:
             self.prepared.timeline.mark("checkpoint")
         self.metrics_processor.start_step(self.step)
         super().train_step(data_iterator)
+        if self.step >= self.config.training.steps and self.optimizers.skipped == self.steps_here:
+            # Before it is saved: a checkpoint of the last step would be exported by the next start.
+            raise NonFiniteError(
+                f"all {self.steps_here} steps of this run had a non-finite loss or gradient and were skipped: nothing "
+                "was learned; look at the trunk (its values in trunk.dtype) and at the data"
+            )
         if first:
             self.prepared.timeline.mark("first step")
             logger.info(self.prepared.timeline.summary())
@@ -184,6 +195,7 @@ class SGTTrainer(Trainer):
             None,
             step=self.step,
             obfuscate_BT=batch["obfuscate_BT"],
+            private_BT=batch.get("private_BT"),
             counts=batch["counts"],
             median_norm=self.prepared.statistics.median_norm,
             bounds=model.bounds,
@@ -243,7 +255,7 @@ class SGTTrainer(Trainer):
         *counts, tokens = summed.tolist()
         return {
             **{name: count / max(tokens, 1) for name, count in zip(shares, counts, strict=True)},
-            **{f"held-out {name}": terms[name] for name in ("kl", "agreement", "mi", "abs_cos")},
+            **{f"held-out {name}": terms[name] for name in ("kl", "agreement", "mi", "abs_cos", "rate")},
         }
 
 

@@ -10,6 +10,7 @@ trunk are renames and nothing else. The rotary frequencies come from transformer
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from torchtitan.protocols.module import Module
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sgt_titan.errors import UserError
+from sgt_titan.trunk import families
 
 Attention = Literal["sdpa", "flex"]
 
@@ -48,9 +49,6 @@ def rotary_frequencies(hf: PretrainedConfig, dim: int) -> tuple[tuple[float, ...
     kind = rope.get("rope_type", "default")
     if kind == "default":
         inv_freq, factor = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim), 1.0
-    elif kind in ("dynamic", "longrope"):
-        raise UserError(f"trunk: rope_type {kind!r} depends on the sequence length and is not supported; use a "
-                        "checkpoint with rope_type default, linear, llama3 or yarn")  # fmt: skip
     else:
         inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
     return tuple(inv_freq.tolist()), float(factor)
@@ -110,12 +108,6 @@ def _decoder(hf: PretrainedConfig, model: type[Decoder], layers: list[Transforme
     )
 
 
-def _refuse(hf: PretrainedConfig, **unsupported) -> None:
-    for key, value in unsupported.items():
-        if getattr(hf, key, None) == value:
-            raise UserError(f"trunk: config.json has {key} = {value!r}, which the {hf.model_type} row cannot express")
-
-
 def gqa_decoder(
     hf: PretrainedConfig,
     attention: Attention,
@@ -126,9 +118,6 @@ def gqa_decoder(
     qk_norm: bool = False,
 ) -> Decoder.Config:
     """Llama, Qwen2 and Qwen3 (dense): grouped-query attention and a gated MLP."""
-    _refuse(hf, attention_bias=True, mlp_bias=True, use_sliding_window=True)
-    if hf.hidden_act != "silu":
-        raise UserError(f"trunk: config.json has hidden_act {hf.hidden_act!r}; only 'silu' is supported")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     inv_freq, factor = rotary_frequencies(hf, head_dim)
 
@@ -164,7 +153,6 @@ def gqa_decoder(
 
 def mla_moe_decoder(hf: PretrainedConfig, attention: Attention) -> Decoder.Config:
     """DeepSeek-V3: multi-head latent attention; dense layers, then mixtures of experts."""
-    _refuse(hf, attention_bias=True, rope_interleave=False)
     inv_freq, factor = rotary_frequencies(hf, hf.qk_rope_head_dim)
     # transformers multiplies the softmax scale by (0.1 * mscale_all_dim * ln(factor) + 1)^2 where rope is scaled;
     # torchtitan does so with `mscale` where `scaling` is "yarn" and `rope_factor` > 1.
@@ -284,9 +272,7 @@ def family_of(hf: PretrainedConfig) -> Family:
     Raises:
         UserError: no row has this ``model_type``.
     """
-    if hf.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"trunk: config.json has model_type {hf.model_type!r}; supported are {known}")
+    families.family_of({"model_type": hf.model_type})
     return FAMILIES[hf.model_type]
 
 
@@ -301,14 +287,19 @@ def hf_name(family: Family, name: str) -> str:
 
 def export_name(family: Family, name: str) -> str:
     """Name in checkpoints and exports of the estimator's tensor ``name``: bodies carry Hugging Face's layer names."""
-    if not name.startswith("bodies."):
+    body = re.match(r"bodies\.\d+\.|(denoiser|prior)\.body\.", name)
+    if body is None:
         return name
-    _, body, tail = name.split(".", 2)
-    return f"bodies.{body}.{hf_name(family, tail).removeprefix('model.')}"
+    return body[0] + hf_name(family, name[body.end() :]).removeprefix("model.")
 
 
 def build(hf: PretrainedConfig, attention: Attention) -> Decoder.Config:
-    """torchtitan's config of a trunk."""
+    """torchtitan's config of a trunk.
+
+    Raises:
+        UserError: no row, or one that cannot express what the config asks for.
+    """
+    families.check_config(hf.to_dict())
     return family_of(hf).decoder(hf, attention)
 
 

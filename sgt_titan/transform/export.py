@@ -23,22 +23,24 @@ import torch
 from sgt_titan import __version__
 from sgt_titan.errors import UserError
 from sgt_titan.folders import writable
-from sgt_titan.transform.configuration import SGTConfig
+from sgt_titan.transform.configuration import SGTConfig, needed_version
 from sgt_titan.transform.fingerprint import (
-    TOKENIZER_FILES,
-    VOCABULARIES,
     fingerprint_config,
     fingerprint_tensor,
     fingerprint_tokenizer,
     fingerprint_weights,
 )
 from sgt_titan.transform.modeling import StainedGlassTransform, check_finite, check_shapes, expected_shapes
+from sgt_titan.transform.tokenizer import check_ids_fingerprint, fingerprint_ids, load_tokenizer
+from sgt_titan.trunk.tokenizer_files import (
+    VOCABULARIES,
+    accompanying_files,
+    copy_accompanying,
+    is_accompanying,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_SIZE = "5GB"
-
-# The embedding table is a part of the trunk, and most licences ask that their text travels with the parts.
-_LICENCE_PATTERN = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 _WEIGHTS_PATTERN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -73,8 +75,8 @@ def write_export(
     ``agreement`` and ``nn_fr`` (fractions of 1), ``nn_fr_positions``; others are listed as they are.
 
     Raises UserError, before anything is written, for tensors that do not fit the configuration or are not finite, an
-    ``out_dir`` in use (``overwrite`` replaces an earlier export and nothing else), a missing tokenizer, or a disk
-    without room.
+    ``out_dir`` in use (``overwrite`` replaces an earlier export and nothing else), a missing tokenizer or one that
+    gives other ids than the one trained with, or a disk without room.
     """
     out_dir, tokenizer_dir = Path(os.path.abspath(out_dir)), Path(tokenizer_dir)
     dtype = _dtype(dtype)
@@ -82,12 +84,15 @@ def write_export(
     for name, tensor in state_dict.items():
         check_finite(name, tensor, "export")
     extra_files = _files_to_copy(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    check_ids_fingerprint(tokenizer, config, tokenizer_dir)
     check_target(out_dir, overwrite=overwrite)
     parent = out_dir.parent
     _check_disk(parent, state_dict, dtype, extra_files)
 
     config = copy.deepcopy(config)
     config.training = config.training or dict(summary)
+    config.format_version = needed_version(config)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
     digests = {name: fingerprint_tensor(tensor) for name, tensor in weights.items()}
     if config.embeddings:
@@ -96,6 +101,7 @@ def write_export(
         **config.fingerprints,
         "weights": fingerprint_weights(digests),
         "tokenizer": fingerprint_tokenizer(tokenizer_dir),
+        "ids": fingerprint_ids(tokenizer),
         "config": fingerprint_config(config),
     }
 
@@ -107,8 +113,7 @@ def write_export(
             skeleton = StainedGlassTransform(config).to(dtype)
         # save_original_format would rename tensors to an older layout; our names are the contract.
         skeleton.save_pretrained(work_dir, state_dict=weights, max_shard_size=SHARD_SIZE, save_original_format=False)
-        for source in extra_files:
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, work_dir / source.name)
+        copy_accompanying(tokenizer_dir, work_dir)
         (work_dir / "README.md").write_text(model_card(config, summary, _licence(tokenizer_dir)), encoding="utf-8")
         move_into_place(work_dir, out_dir)
     finally:
@@ -148,11 +153,7 @@ def _is_export(directory: Path) -> bool:
 
 
 def _is_export_file(name: str) -> bool:
-    return (
-        name in ("config.json", "README.md", *TOKENIZER_FILES)
-        or _WEIGHTS_PATTERN.fullmatch(name) is not None
-        or _LICENCE_PATTERN.fullmatch(name) is not None
-    )
+    return name in ("config.json", "README.md") or _WEIGHTS_PATTERN.fullmatch(name) is not None or is_accompanying(name)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -166,9 +167,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _files_to_copy(tokenizer_dir: Path) -> list[Path]:
     if not any((tokenizer_dir / name).is_file() for name in VOCABULARIES):
         raise UserError(f"{tokenizer_dir}: no tokenizer there ({', '.join(VOCABULARIES)}); give the trunk's directory")
-    tokenizer = [tokenizer_dir / name for name in TOKENIZER_FILES if (tokenizer_dir / name).exists()]
-    licences = [path for path in tokenizer_dir.iterdir() if path.is_file() and _LICENCE_PATTERN.fullmatch(path.name)]
-    return tokenizer + sorted(licences)
+    return accompanying_files(tokenizer_dir)
 
 
 def _check_disk(parent: Path, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype, files: list[Path]) -> None:

@@ -16,22 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from sgt_titan.errors import UserError
+from sgt_titan.transform.chat_template import DATE
+from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
 if TYPE_CHECKING:
     from sgt_titan.transform.configuration import SGTConfig
 
-# What a client needs in order to make the ids that the trunk was trained on, whichever kind the tokenizer is.
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TOKENIZER_FILES = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
 # The fields of config.json that decide what a client computes.
 _FIELDS = (
     "trunk_config",
@@ -49,6 +39,8 @@ _FIELDS = (
     "obfuscate_template",
     "template",
 )
+# Counted only where they are not what every export was before they existed.
+_LATER_FIELDS = {"template_kwargs": {}, "template_date": DATE}
 
 
 def fingerprint_tensor(tensor: torch.Tensor) -> str:
@@ -65,15 +57,11 @@ def fingerprint_tensor(tensor: torch.Tensor) -> str:
 
 def fingerprint_tokenizer(directory: str | Path) -> str:
     """sha256 (hex) over names and bytes of the tokenizer and chat template files in ``directory``."""
-    directory = Path(directory)
     digest = hashlib.sha256()
-    for name in sorted(TOKENIZER_FILES):
-        path = directory / name
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                content = file.read_bytes()
-                digest.update(f"{file.relative_to(directory).as_posix()} {len(content)}\n".encode())
-                digest.update(content)
+    for file in tokenizer_files(directory):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(directory).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -86,6 +74,7 @@ def fingerprint_weights(digests: Mapping[str, str]) -> str:
 def fingerprint_config(config: SGTConfig) -> str:
     """sha256 (hex) over the fields of config.json that decide what a client computes."""
     fields = {name: getattr(config, name) for name in _FIELDS}
+    fields |= {name: value for name, old in _LATER_FIELDS.items() if (value := getattr(config, name)) != old}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -3,25 +3,31 @@
 Which tokens get obfuscated is decided by role: ``TEMPLATE`` (special tokens and the template's own words),
 ``PROMPT`` (what people wrote) or ``RESPONSE`` (what the model generates).
 
-How roles are found in a chat. The template is rendered twice: once with the turns, once with a unique
-placeholder in each turn. The second rendering, split at the placeholders, gives the template's own pieces;
-the first must be these pieces with the contents between them, which fixes the character span of every
-content exactly. (Searching for the contents alone would go wrong on short ones: "user" occurs in most
-templates.) The rendered string is tokenized once with offsets, and a token is content if it overlaps the
+How roles are found in a chat. The template is rendered with the turns, and with a unique placeholder in each turn. The
+second rendering, split at the placeholders, gives the template's own pieces (``chat_template.skeleton``; they depend on
+the turns' roles alone and are kept); the first must be these pieces with the contents between them, which fixes the
+character span of every content exactly. (Searching for the contents alone would go wrong on short ones: "user" occurs
+in most templates.) The rendered string is tokenized once with offsets, and a token is content if it overlaps the
 span of a content: a token that carries even one character of the prompt is treated as prompt.
+
+A sample to train on is what a client sends, with the generation prompt, and behind it what the model answers: templates
+print a turn that is over in another way than they ask for one (Qwen3's empty thoughts, the thoughts that DeepSeek-R1
+opens), and training would see another beginning than generation does.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from sgt_titan.errors import UserError
+from sgt_titan.transform import chat_template
+from sgt_titan.transform.chat_template import DATE, Look, Message, Span, look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,33 +39,40 @@ TEMPLATE, PROMPT, RESPONSE = 0, 1, 2
 # Between turns where there is no template to separate them (template "plain").
 TURN_SEPARATOR = "\n\n"
 
-Span = tuple[int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Token ids and, for each, TEMPLATE, PROMPT or RESPONSE."""
+    """Token ids and, for each, TEMPLATE, PROMPT or RESPONSE. ``notes``: what could not be used as it was, in words."""
 
     ids: list[int]
     roles: list[int]
+    notes: tuple[str, ...] = ()
 
 
 def encode_turns(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Message],
     *,
     template: Literal["chat", "plain"],
     add_generation_prompt: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    date: str = DATE,
+    tools: Sequence[Any] = (),
 ) -> EncodedPrompt:
     """Tokenize turns ``{"role", "content"}`` and label every token.
 
     RESPONSE is the content of the last turn if it is an assistant's (and no generation prompt follows it),
-    with everything up to the end-of-turn token the model must generate. Earlier assistant turns are PROMPT:
-    at inference they are part of what the client sends.
+    with all that the model must generate around it, up to the end-of-turn token. Earlier assistant turns are PROMPT:
+    at inference they are part of what the client sends. Turns may have ``tool_calls`` and the last one
+    ``reasoning_content``, which precedes the answer; the thoughts of earlier turns are left out, as templates do.
 
     ``chat`` renders the tokenizer's chat template. ``plain`` is BOS, the prompt (turns joined by a blank line),
     the response, EOS; BOS and EOS where the tokenizer has them, EOS only after a response. Prompt and response
     are tokenized separately there, so that the boundary between them is a token boundary.
+
+    Args:
+        variables, date: of the template, see ``chat_template.look``.
+        tools: definitions for the template to print; they are PROMPT, except for special tokens.
 
     Raises:
         UserError: slow tokenizer, no chat template, a turn that is not text, or a template that changes or
@@ -70,17 +83,32 @@ def encode_turns(
             "tokenizer: roles need character offsets, which only fast tokenizers have (a tokenizer.json); "
             f"{type(tokenizer).__name__} is a slow one"
         )
-    for i, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise UserError(
-                f"turn {i}: must be {{'role': str, 'content': str}}; other content than text is unsupported"
-            )
-    has_response = bool(messages) and messages[-1]["role"] == "assistant" and not add_generation_prompt
+    turns = [_turn(i, message) for i, message in enumerate(messages)]
+    if not turns:
+        raise UserError("has no turns")
+    has_response = turns[-1]["role"] == "assistant" and not add_generation_prompt
+    notes = [
+        "reasoning of earlier turns, which templates leave out"
+        for m in (turns[:-1] if has_response else turns)
+        if m.pop("reasoning_content", None)
+    ][:1]
     if template == "plain":
-        return _encode_plain(tokenizer, messages, has_response)
-    if template == "chat":
-        return _encode_chat(tokenizer, messages, has_response, add_generation_prompt)
-    raise UserError(f"template must be chat or plain, got {template!r}")
+        encoded = _encode_plain(tokenizer, turns, has_response, tools)
+    elif template == "chat":
+        encoded = _encode_chat(tokenizer, turns, has_response, add_generation_prompt, look(variables, date), tools)
+    else:
+        raise UserError(f"template must be chat or plain, got {template!r}")
+    return EncodedPrompt(encoded.ids, encoded.roles, (*notes, *encoded.notes))
+
+
+def _turn(i: int, message: Message) -> dict[str, Any]:
+    content, calls = message.get("content"), message.get("tool_calls")
+    if content is None and calls:
+        content = ""
+    if not isinstance(message.get("role"), str) or not isinstance(content, str):
+        raise UserError(f"turn {i}: must be {{'role': str, 'content': str}}; other content than text is unsupported")
+    rest = {key: message[key] for key in ("tool_calls", "reasoning_content") if message.get(key)}
+    return {"role": message["role"], "content": content} | rest
 
 
 def obfuscation_mask(
@@ -107,54 +135,169 @@ def response_start(roles: Sequence[int] | np.ndarray) -> int:
 
 
 def _encode_plain(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], has_response: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], has_response: bool, tools: Sequence[Any]
 ) -> EncodedPrompt:
-    prompt = TURN_SEPARATOR.join(m["content"] for m in (messages[:-1] if has_response else messages) if m["content"])
+    notes = ["tools, which a plain template does not print"] if tools else []
+    if has_response and messages[-1].get("reasoning_content"):
+        notes.append("reasoning, for which a plain template has no place")
+    texts = ["\n".join(filter(None, (m["content"], *_as_json(m.get("tool_calls", ()))))) for m in messages]
+    prompt = TURN_SEPARATOR.join(filter(None, texts[:-1] if has_response else texts))
+    _check_unicode(*texts)
     ids, roles = [], []
     if tokenizer.bos_token_id is not None:
         ids.append(tokenizer.bos_token_id)
         roles.append(TEMPLATE)
-    prompt_ids = tokenize(tokenizer, prompt)["input_ids"]
+        prompt = prompt.removeprefix(tokenizer.bos_token)  # a text that brings its own has one, and it is template
+    prompt_ids = _tokenize(tokenizer, prompt)["input_ids"]
     ids += prompt_ids
     roles += [PROMPT] * len(prompt_ids)
     if has_response:
-        response_ids = tokenize(tokenizer, messages[-1]["content"])["input_ids"]
+        response_ids = _tokenize(tokenizer, texts[-1])["input_ids"]
         if tokenizer.eos_token_id is not None:
             response_ids = [*response_ids, tokenizer.eos_token_id]
         ids += response_ids
         roles += [RESPONSE] * len(response_ids)
-    return EncodedPrompt(ids, roles)
+    return EncodedPrompt(ids, roles, tuple(notes))
+
+
+def _as_json(calls: Sequence[Any]) -> list[str]:
+    functions = (call.get("function", call) if isinstance(call, Mapping) else call for call in calls)
+    return [json.dumps(function, ensure_ascii=False) for function in functions]
+
+
+def _check_unicode(*texts: str) -> None:
+    for text in texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError("a turn is not valid Unicode (a lone surrogate)") from None
 
 
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Message],
     has_response: bool,
     add_generation_prompt: bool,
+    how: Look,
+    tools: Sequence[Any],
 ) -> EncodedPrompt:
-    if not tokenizer.chat_template:
-        raise UserError("tokenizer: has no chat template; use template plain")
-    rendered, spans = _render(tokenizer, messages, add_generation_prompt)
-    encoding = tokenize(tokenizer, rendered, return_offsets_mapping=True)
-    ids = list(encoding["input_ids"])
-    owners = token_owners(encoding["offset_mapping"], spans)
-    last = len(messages) - 1
-    roles = [
-        TEMPLATE if owner < 0 else RESPONSE if has_response and owner == last else PROMPT for owner in owners
-    ]  # fmt: skip
+    asked = messages[:-1] if has_response else messages
+    if not asked:
+        raise UserError("the first turn is an answer (assistant), to nothing")
+    generation, notes, brought = has_response or add_generation_prompt, [], []
+    calls = [call for m in asked for call in m.get("tool_calls", ())]
+    if calls or tools:
+        text, spans, brought = chat_template.render_with_tools(
+            tokenizer, asked, how, generation=generation, tools=tools
+        )
+        if tools and not brought:
+            notes.append(TOOLS_NOT_PRINTED)
+    else:
+        text, spans = chat_template.render(tokenizer, asked, how, generation=generation)
+    own = len(text)  # what follows is the answer
+    end = own
+    if has_response:
+        before, answer, tail, more = _answer(tokenizer, messages, how, text, tools)
+        notes += more
+        own += len(before)
+        end = own + len(answer)
+        text += before + answer + tail
+    encoding = _tokenize(tokenizer, text, return_offsets_mapping=True)
+    ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+    content = [True] * len(spans) + [False] * len(brought)
+    ordered = sorted(zip([*spans, *brought], content, strict=True))
+    owners = _owners(offsets, [span for span, _ in ordered])
+    roles = [TEMPLATE if owner < 0 else PROMPT for owner in owners]
+    special = special_ids(tokenizer)
+    if brought:
+        written = json.dumps([list(tools), calls], ensure_ascii=False)
+        for t, owner in enumerate(owners):
+            if owner >= 0 and not ordered[owner][1] and ids[t] in special:
+                roles[t] = PROMPT if tokenizer.convert_ids_to_tokens(ids[t]) in written else TEMPLATE
     if has_response:
         # The model also generates what ends its turn: all that follows the content, up to and with the first
         # special token (Llama 2 puts a space before it). Without one, nothing is known to end the turn.
-        tail = next((t for t, (start, end) in enumerate(encoding["offset_mapping"])
-                     if owners[t] < 0 and start >= spans[-1][1] and end > start), len(ids))  # fmt: skip
-        special = special_ids(tokenizer)
-        stop = next((t for t in range(tail, len(ids)) if ids[t] in special), None)
-        if stop is not None:
-            roles[tail : stop + 1] = [RESPONSE] * (stop + 1 - tail)
-    return EncodedPrompt(ids, roles)
+        first = next((t for t, (_, stop) in enumerate(offsets) if stop > own), len(ids))
+        after = next((t for t in range(first, len(ids)) if offsets[t][0] >= end and offsets[t][1] > end), len(ids))
+        stop = next((t + 1 for t in range(after, len(ids)) if ids[t] in special), after)
+        # A token that also carries the end of the prompt is the prompt's.
+        roles[first:stop] = [role if role == PROMPT else RESPONSE for role in roles[first:stop]]
+    return EncodedPrompt(ids, roles, tuple(notes))
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs: bool):
+TOOLS_NOT_PRINTED = "tools, which the chat template does not print"
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], how: Look, asked: str, tools: Sequence[Any]
+) -> tuple[str, str, str, list[str]]:
+    """What stands behind the generation prompt: words of the template, what the model writes, its turn's end; notes.
+
+    Thoughts that the prompt has opened are gone on with, or closed where there are none; thoughts behind a prompt that
+    has closed them are left out, since nobody would generate them.
+    """
+    answer, notes = messages[-1], []
+    frame = chat_template.frame(tokenizer, how, tuple(m["role"] for m in messages[:-1]))
+    lead, tail, content = frame.lead, frame.tail, answer["content"]
+    content = content.lstrip() if frame.left else content
+    content = content.rstrip() if frame.right else content
+    tags = chat_template.thinking(tokenizer)
+    reasoning, before = answer.get("reasoning_content"), ""
+    if reasoning and not isinstance(reasoning, str):
+        raise UserError("the reasoning of the answer must be text")
+    if reasoning and frame.thoughts:
+        lead = frame.thoughts[0] + reasoning.strip("\n") + frame.thoughts[1]
+    elif reasoning and tags:
+        content = f"{tags[0]}\n{reasoning.strip()}\n{tags[1]}\n\n{content}"
+    elif reasoning:
+        notes.append("reasoning, for which the chat template has no place")
+    if tags:
+        opening, closing = tags
+        trimmed = asked.rstrip()
+        if closing in content and not content.lstrip().startswith(opening) and not trimmed.endswith(opening):
+            content = f"{opening}\n{content}"  # data of a prompt that opened them
+        if content.lstrip().startswith(opening):
+            lead = "" if closing in lead or opening in lead else lead
+            if trimmed.endswith(opening):
+                content = content.lstrip()[len(opening) :]
+                content = content.removeprefix(asked[len(trimmed) :])
+            elif trimmed.endswith(closing):
+                content = content.partition(closing)[2].lstrip()
+                notes.append("thoughts of answers, which the prompt has closed already")
+        elif trimmed.endswith(opening) and closing not in content and not (reasoning and frame.thoughts):
+            before = "\n\n"[len(asked) - len(trimmed) :] + closing + "\n\n"
+            notes.append("answers without thoughts, which the prompt has opened: closed empty")
+    if answer.get("tool_calls"):
+        content = _with_calls(tokenizer, messages, how, tools, frame, content)
+    return before, lead + content, tail, notes
+
+
+def _with_calls(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    how: Look,
+    tools: Sequence[Any],
+    frame: chat_template.Frame,
+    content: str,
+) -> str:
+    """The answer's content and its calls, as the template prints them."""
+    *turns, last = messages
+    mark = "\ue003"
+    shown = {**last, "content": mark if content else ""}
+    shown.pop("reasoning_content", None)
+    asked = chat_template.apply(tokenizer, turns, how, generation=True, tools=tools, private=True)
+    text = chat_template.apply(tokenizer, [*turns, shown], how, generation=False, tools=tools, private=True)
+    text = text[chat_template.shared(asked, text) :].removeprefix(frame.lead)
+    left, found, calls = text.rpartition(mark)
+    end = chat_template.shared(calls[::-1], frame.tail[::-1])
+    calls = calls[: len(calls) - end]
+    if not calls.strip() or left:
+        raise UserError("chat template: does not print the tool calls of an answer behind its generation prompt")
+    return content + calls if found else calls
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs: bool):
     # verbose=False: the length warning is noise here, samples are truncated later.
     return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **kwargs)
 
@@ -166,82 +309,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation: bool, *, private: bool = False
-) -> str:
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
-    except Exception as error:  # templates call raise_exception() with their own words, jinja has its own errors
-        if type(error).__module__.split(".")[0] != "jinja2":
-            raise
-        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
-        if private:
-            raise UserError(f"chat template: refuses the content of a turn ({roles})") from None
-        raise UserError(f"chat template: refuses turns ({roles}): {error}") from error
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation: bool
-) -> tuple[str, list[Span]]:
-    """The rendered chat and the character span of every turn's content in it."""
-    # Private-use characters: no template contains them, none strips them.
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-    for attempt in range(2):
-        # Twice, since some templates print the date and midnight may fall between the two renderings.
-        # The placeholders first: what a template says when it refuses them cannot repeat the prompt.
-        skeleton = _apply(tokenizer, marked, generation)
-        rendered = _apply(tokenizer, messages, generation, private=True)
-        pieces = _split(skeleton, marks, messages)
-        try:
-            return rendered, _match(rendered, pieces, messages)
-        except UserError:
-            if attempt:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _split(skeleton: str, marks: list[str], messages: Sequence[dict[str, str]]) -> list[str]:
-    # One pass, whatever the number of turns.
-    found = [(int(m[1]), *m.span()) for m in re.finditer("\ue000(\\d{1,9})\ue001", skeleton) if int(m[1]) < len(marks)]
-    times, order = Counter(i for i, _, _ in found), [i for i, _, _ in found]
-    if order != list(range(len(marks))):
-        i = next(i for i in range(len(marks)) if times[i] != 1 or order[i] != i)
-        what = "drops" if times[i] == 0 else "repeats" if times[i] > 1 else "moves"
-        raise UserError(
-            f"chat template: {what} the content of turn {i} ({messages[i]['role']}); every turn must appear "
-            "once and in order, so use template plain or turns the template keeps"
-        )
-    starts = [0, *(end for _, _, end in found)]
-    pieces = [skeleton[start:at] for start, (_, at, _) in zip(starts, found, strict=False)]
-    cursor = starts[-1]
-    return [*pieces, skeleton[cursor:]]
-
-
-def _match(rendered: str, pieces: list[str], messages: Sequence[dict[str, str]]) -> list[Span]:
-    spans: list[Span] = []
-    cursor = len(pieces[0])
-    if not rendered.startswith(pieces[0]):
-        raise UserError("chat template: its own words depend on the contents of the turns; use template plain")
-    for i, (message, after) in enumerate(zip(messages, pieces[1:], strict=True)):
-        text = message["content"]
-        is_last = i == len(messages) - 1
-        for variant in (text, text.rstrip(), text.lstrip(), text.strip()):
-            end = cursor + len(variant)
-            fits = rendered[end:] == after if is_last else rendered.startswith(after, end)
-            if fits and rendered.startswith(variant, cursor):
-                spans.append((cursor, end))
-                cursor = end + len(after)
-                break
-        else:
-            raise UserError(
-                f"chat template: changes the content of turn {i} ({message['role']}) by more than stripping white "
-                "space, so its tokens cannot be told from the template's; use template plain"
-            )
-    return spans
-
-
-def token_owners(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+def _owners(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """For each token the index of the span it overlaps, or -1. A token on two spans belongs to the first."""
     owners, at, last_end = [], 0, 0
     filled = [(i, start, end) for i, (start, end) in enumerate(spans) if start < end]

@@ -1,101 +1,44 @@
-"""A Hugging Face checkpoint directory, read tensor by tensor: regions, checks, fingerprint.
+"""A Hugging Face checkpoint directory, read tensor by tensor: regions, scales, fingerprint.
 
 Nothing is unpickled and nothing is loaded that was not asked for: a rank of a 70B run reads its own shards, a
-client its embedding table.
+client its embedding table. Which files are the model, and how they are quantised, is said in ``sgt_titan.trunk``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.check import EMBEDDING, check_shapes
+from sgt_titan.trunk.files import CONFIG, check_folder, read_entries, read_json
+from sgt_titan.trunk.quantisation import scale_name, scheme_of, weights_of
 
-EMBEDDING = "model.embed_tokens.weight"
-FP8_BLOCK = 128  # rows and columns that share one scale in DeepSeek-V3's fp8 checkpoints
 SAMPLE_BYTES = 4096
-TOKENIZER = ("tokenizer", "special_tokens_map", "vocab.json", "merges.txt", "added_tokens", "chat_template")
 
-
-def tokenizer_files(path: Path) -> list[Path]:
-    """What a client needs to make the ids that a checkpoint was trained on."""
-    return sorted(file for file in path.iterdir() if file.is_file() and file.name.startswith(TOKENIZER))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies: file, dtype as safetensors writes it, shape, and bytes from the start of the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
-    """Entries of one file.
-
-    Raises:
-        UserError: not a safetensors file, or shorter than its header says.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError
-            header = json.loads(stream.read(length))
-        entries = {
-            name: Entry(file, info["dtype"], tuple(info["shape"]), *(8 + length + o for o in info["data_offsets"]))
-            for name, info in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        raise UserError(f"{file}: not a safetensors file (its header is unreadable); download it again") from None
-    expected = max((entry.end for entry in entries.values()), default=8 + length)
-    if size != expected:
-        raise UserError(f"{file}: {size} bytes, its header says {expected}: truncated; download it again")
-    return entries
+# What a matrix of a language model can hold. Trained ones have a mean |w| of 0.002 to 0.3 and no entry above 30;
+# numbers that were stored for a scale, and read without it, a mean of 30 to 100 and a largest of 127 or 448.
+LARGEST, LARGEST_MEAN = 100.0, 4.0
 
 
 class TrunkFiles:
-    """Tensors of the checkpoint in directory ``path``.
+    """Weights of the checkpoint in directory ``path``; ``entries`` holds where each lies, ``scheme`` how it is stored.
 
     Raises:
-        UserError: no such directory, no safetensors, a shard of the index missing, a truncated file.
+        UserError: no such directory, no safetensors, two answers to which files are the model, a truncated file, a
+            quantisation that is not read here.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not (self.path / "config.json").is_file():
-            raise UserError(f"trunk.path: {self.path} has no config.json; expected a Hugging Face checkpoint directory")
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                missing = [name for name in names if not (self.path / name).is_file()]
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{index}: not a safetensors index; download it again") from None
-            if missing:
-                raise UserError(
-                    f"trunk.path: {self.path} lacks {missing[0]} ({len(missing)} of {len(names)} files missing)"
-                )
-            files = [self.path / name for name in names]
-        else:
-            files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"trunk.path: {self.path} has no *.safetensors; convert the checkpoint to safetensors")
-        self.entries: dict[str, Entry] = {}
-        for file in files:
-            self.entries |= _read_header(file)
+        self.path = check_folder(path)
+        self.scheme = scheme_of(read_json(self.path / CONFIG))
+        self._stored = read_entries(self.path)  # with scales
+        self.entries = weights_of(self._stored, self.scheme)
         self._open: dict[Path, safe_open] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -107,34 +50,61 @@ class TrunkFiles:
         Raises:
             UserError: the first that is not.
         """
-        for name, shape in expected.items():
-            if name not in self.entries:
-                raise UserError(f"trunk.path: {self.path} has no tensor {name}; config.json promises {tuple(shape)}")
-            if self.entries[name].shape != tuple(shape):
-                found = self.entries[name].shape
-                raise UserError(f"trunk.path: {self.path}: {name} is {found}, config.json promises {tuple(shape)}")
+        check_shapes(self.path, expected, self.entries)
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """Tensor ``name``, or a region of it with explicit bounds, in its stored dtype (fp8 blocks: float32)."""
+        """Tensor ``name``, or a region of it with explicit bounds, in its stored dtype; quantised: times its scales,
+        float32."""
         entry = self.entries[name]
+        if region is None:
+            region = tuple(slice(0, n) for n in entry.shape)
+        tensor = self._slice(name, region)
+        if self.scheme is None or (scales := scale_name(name, self._stored)) is None:
+            return tensor
+        scale = self._slice(scales, tuple(slice(0, n) for n in self._stored[scales].shape)).float()
+        if scale.dim() == 1 and tensor.dim() == 2 and scale.numel() > 1:
+            scale = scale[:, None]
+        block = self.scheme.block or entry.shape
+        for dim, part in enumerate(region if scale.numel() > 1 else ()):
+            if scale.shape[dim] == entry.shape[dim]:
+                scale = scale.narrow(dim, part.start, part.stop - part.start)
+            elif scale.shape[dim] > 1:
+                scale = scale.index_select(dim, torch.arange(part.start, part.stop) // block[dim])
+        return tensor.float() * scale
+
+    def _slice(self, name: str, region: tuple[slice, ...]) -> torch.Tensor:
+        entry = self._stored[name]
         if entry.file not in self._open:
             try:
                 self._open[entry.file] = safe_open(str(entry.file), framework="pt")
             except SafetensorError as error:
                 raise UserError(f"{entry.file}: {error}") from None
         file = self._open[entry.file]
-        if region is None:
-            region = tuple(slice(0, n) for n in entry.shape)
-        tensor = file.get_slice(name)[region] if entry.shape else file.get_tensor(name)
-        scale_name = f"{name}_scale_inv"
-        return tensor if scale_name not in self.entries else self._dequantise(tensor, scale_name, region)
+        return file.get_slice(name)[region] if entry.shape else file.get_tensor(name)
 
-    def _dequantise(self, tensor: torch.Tensor, scale_name: str, region: tuple[slice, ...]) -> torch.Tensor:
-        """fp8 values times the scale of their 128 x 128 block (DeepSeek-V3 technical report, section 3.3)."""
-        scale = self.read(scale_name).float()
-        for dim, part in enumerate(region):
-            scale = scale.index_select(dim, torch.arange(part.start, part.stop) // FP8_BLOCK)
-        return tensor.float() * scale
+    def check_values(self, name: str, tensor: torch.Tensor) -> None:
+        """A weight, or a part of it, is what a language model's can be.
+
+        Raises:
+            UserError: NaN or infinite values; a matrix whose entries are too large, or all zero.
+        """
+        if not tensor.numel():
+            return
+        low, high = (bound.item() for bound in tensor.aminmax())
+        largest = max(-low, high)
+        if not math.isfinite(largest):
+            raise UserError(f"{self.path}: {name} holds NaN or infinite values; download the checkpoint again")
+        if tensor.dim() < 2:
+            return
+        mean = torch.linalg.vector_norm(tensor, 1, dtype=torch.float32).item() / tensor.numel()
+        if largest > LARGEST or mean > LARGEST_MEAN:
+            raise UserError(
+                f"{self.path}: {name} has entries of up to {largest:.3g}, {mean:.3g} on average, which no trained "
+                "matrix has: is it quantised, and config.json without its quantization_config?"
+            )
+        whole = name in self.entries and tuple(tensor.shape) == self.entries[name].shape
+        if largest == 0 and whole:
+            raise UserError(f"{self.path}: {name} is zero everywhere; an unfinished download? Download it again")
 
     def close(self) -> None:
         """Unmap the files; reading opens them again. A process that walks a whole checkpoint else keeps it resident."""
@@ -143,7 +113,9 @@ class TrunkFiles:
     def embedding_table(self) -> torch.Tensor:
         """The embedding table (V, D) in its stored dtype."""
         self.check({EMBEDDING: self.entries[EMBEDDING].shape if EMBEDDING in self else ()})
-        return self.read(EMBEDDING)
+        table_VD = self.read(EMBEDDING)
+        self.check_values(EMBEDDING, table_VD)
+        return table_VD
 
     def fingerprint(self) -> str:
         """sha256 over names, dtypes, shapes and the first and last 4 KiB of every tensor.
@@ -152,8 +124,10 @@ class TrunkFiles:
         this sees it.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.entries):
-            entry = self.entries[name]
+        if self.scheme is not None:
+            digest.update(f"{self.scheme}\n".encode())
+        for name in sorted(self._stored):
+            entry = self._stored[name]
             digest.update(f"{name}|{entry.dtype}|{entry.shape}\n".encode())
             with entry.file.open("rb") as stream:
                 stream.seek(entry.begin)

@@ -1,6 +1,5 @@
 """The command line: what it prints, what it exits with, what it hands on, and that it does so without torch."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from sgt_titan.config.load import load, resolve
 from sgt_titan.errors import UserError, guarded
 
 ROOT = Path(__file__).resolve().parents[2]
-TRUNK = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+NO_WEIGHTS = "no model.safetensors and no model.safetensors.index.json in trunk; download the weights"
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, bare_trunk):
     """A working directory with a config `mine` and a trunk, outside torchrun, on a machine without GPUs."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -31,9 +30,7 @@ def here(tmp_path, monkeypatch):
         "# What this run is for.\n# More.\ntrunk: {path: trunk}\ndata: {source: demo}\n"
         "training: {steps: 3, seq_len: 64}\n"
     )
-    (tmp_path / "trunk").mkdir()
-    (tmp_path / "trunk" / "config.json").write_text(json.dumps(TRUNK))
-    (tmp_path / "trunk" / "model.safetensors").touch()
+    bare_trunk(tmp_path / "trunk")
     return tmp_path
 
 
@@ -135,7 +132,7 @@ def test_unknown_command(capsys):
 def test_missing_weights_stop_a_run_but_not_a_dry_run(here, capsys, runs):
     (here / "trunk" / "model.safetensors").unlink()
     assert cli.main(["train", "mine"]) == 2
-    assert capsys.readouterr().err == "sgt-titan: error: trunk.path: no *.safetensors in trunk\n"
+    assert capsys.readouterr().err == f"sgt-titan: error: trunk.path: {NO_WEIGHTS}\n"
     assert cli.main(["train", "mine", "--dry-run"]) == 0 and runs == []
 
 

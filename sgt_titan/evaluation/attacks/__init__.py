@@ -1,7 +1,8 @@
 """The attack battery: one file each, and this table.
 
 An attack is a function whose parameter types are its threat model (``threat.py``). ``effort`` gives its keyword-only
-parameters by suite; ``cost`` estimates them before anything runs. The order is roughly from weak to strong.
+parameters by suite; ``cost`` estimates them before anything runs. The order is roughly from weak to strong; the last
+sees nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sgt_titan.evaluation.attacks import (
     rotation_inverter,
     rotation_procrustes,
     rotation_spectral,
+    sequence,
 )
 from sgt_titan.evaluation.threat import Cost, Guess
 
@@ -55,6 +57,16 @@ BEAMCLEAN = "arXiv 2505.13758"
 def _by_suite(key: str, *values: Any) -> dict[str, dict[str, Any]]:
     return {suite: {key: value} for suite, value in zip(SUITES, values, strict=True)}
 
+
+SEQUENCE = "arXiv 2004.00053, with a posterior over the vocabulary"
+
+# Of the sequence attacker and of the one who sees nothing: equal, so that their difference is what was sent.
+READER: Mapping[str, Mapping[str, Any]] = {
+    "quick": {"first": 100, "most": 400, "layers": 4, "width": 128, "lr": 2e-3},
+    "standard": {"first": 200, "most": 3200, "layers": 4, "width": 192, "lr": 2e-3},
+    "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384},
+}
+GUESSING = "guess"  # what every reading is compared with; no attack
 
 ATTACKS: dict[str, Attack] = {
     "nearest_l2": Attack("nearest neighbour, L2", nearest.l2, nearest.cost, PAPER, EVERY),
@@ -105,6 +117,18 @@ ATTACKS: dict[str, Attack] = {
             "full": {"steps": 10_000, "layers": 6, "width": 384},
         },
     ),
+    "sequence": Attack("sequence attacker", sequence.sequence, sequence.cost, SEQUENCE, READER),
+    "autoregressive": Attack(
+        "sequence attacker, left to right", sequence.autoregressive, sequence.cost, SEQUENCE,
+        {
+            "quick": {"first": 50, "most": 100, "layers": 2, "width": 128, "beams": 2},
+            "standard": {"first": 200, "most": 1600, "layers": 4, "width": 192, "beams": 4},
+            "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384, "beams": 8},
+        },
+        {"from_trunk": True, "lr": 5e-4},
+    ),
+    "sequence_at_z": Attack("sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE, READER),
+    GUESSING: Attack("guessing: the same without what was sent", sequence.guess, sequence.cost, SEQUENCE, READER),
 }  # fmt: skip
 
 CONJFORMER = "docs/CONJFORMER.md"

@@ -21,8 +21,8 @@ GUESSES = 10
 class Emission(Protocol):
     """How likely what was sent is, given tokens; keeps the state of the beams' prefixes."""
 
-    def shortlist(self, t: int, log_prior_BV: torch.Tensor) -> torch.Tensor:
-        """Tokens worth scoring at t, (B, C) int64; ``log_prior_BV`` is already weighted."""
+    def shortlist(self, t: int, log_prior_BV: torch.Tensor | None) -> torch.Tensor:
+        """Tokens worth scoring at t, (B, C) int64; ``log_prior_BV`` is already weighted, None without a prior."""
 
     def score(self, t: int, tokens_BC: torch.Tensor) -> torch.Tensor:
         """Log likelihood of what was sent at t for each beam's prefix and candidate, (B, C) float64."""
@@ -49,6 +49,9 @@ class _Prior:
         self.cache = DynamicCache(config=model.config)
         self.log_BV = torch.zeros(1, self.vocab, device=model.device)
 
+    def of(self, tokens_BC: torch.Tensor) -> torch.Tensor:
+        return self.log_BV.gather(1, tokens_BC).double()
+
     def advance(self, parent_B: torch.Tensor, token_B: torch.Tensor) -> None:
         if self.weight == 0:
             self.log_BV = self.log_BV[:1].expand(len(token_B), -1)
@@ -58,11 +61,26 @@ class _Prior:
         self.log_BV = self.weight * torch.log_softmax(out.logits[:, -1, : self.vocab].float(), -1)
 
 
+class _Flat:
+    """No prior: the emission says all."""
+
+    log_BV = None
+
+    def of(self, tokens_BC: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(tokens_BC.shape, dtype=torch.float64, device=tokens_BC.device)
+
+    def advance(self, parent_B: torch.Tensor, token_B: torch.Tensor) -> None:
+        pass
+
+
 @torch.no_grad()
-def search(model: PreTrainedModel, tokens_T: torch.Tensor, emission: Emission, *, beams: int, weight: float) -> Path:
-    """Decode one prompt. ``tokens_T``: the id where it is known, UNKNOWN where it is to be found."""
-    device = model.device
-    prior = _Prior(model, weight)
+def search(
+    model: PreTrainedModel | None, tokens_T: torch.Tensor, emission: Emission, *, beams: int, weight: float = 1.0
+) -> Path:
+    """Decode one prompt. ``tokens_T``: the id where it is known, UNKNOWN where it is to be found. ``model`` None: there
+    is no prior beside the emission."""
+    device = tokens_T.device if model is None else model.device
+    prior = _Flat() if model is None else _Prior(model, weight)
     total_B = torch.zeros(1, dtype=torch.float64, device=device)
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # parents, tokens, each beam's alternatives
     for t, known in enumerate(tokens_T.tolist()):
@@ -72,7 +90,7 @@ def search(model: PreTrainedModel, tokens_T: torch.Tensor, emission: Emission, *
             guesses_BK = _padded(token_B[:, None])
         else:
             tokens_BC = emission.shortlist(t, prior.log_BV)
-            score_BC = emission.score(t, tokens_BC) + prior.log_BV.gather(1, tokens_BC).double()
+            score_BC = emission.score(t, tokens_BC) + prior.of(tokens_BC)
             ranked_BC = tokens_BC.gather(1, score_BC.argsort(-1, descending=True))
             flat = (total_B[:, None] + score_BC).flatten()
             total_B, at_B = flat.topk(min(beams, len(flat)))

@@ -14,14 +14,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from sgt_titan.evaluation.attacks.known_plaintext import Affine, fit
-from sgt_titan.evaluation.samples import Padded, Sample, generator, padded
+from sgt_titan.evaluation.attacks.own_text import OwnText
+from sgt_titan.evaluation.samples import Sample
 from sgt_titan.evaluation.threat import Corpus, Cost, Curve, Guess, Observation, Seed, Size, Table, Transform
 
 logger = logging.getLogger(__name__)
@@ -81,26 +81,9 @@ class Reader(nn.Module):
         return self.log_tau.exp() * (estimate_ND @ self.rows_VD.T - self.half_square_V) + self.bias_V
 
 
-@dataclass(frozen=True)
-class _Own:
-    """The attacker's own text, obfuscated anew for every batch. ``fit_rows`` first, ``held`` last."""
-
-    rows: Sequence[Sample]
-    transform: Transform
-    table_VD: torch.Tensor
-    seed: int
-
-    def obfuscated(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor]:
-        batch = padded(rows, 0, self.table_VD.device)
-        random = generator(noise, self.table_VD.device)
-        with torch.no_grad():
-            sent = self.transform.mechanism.obfuscate(batch, self.table_VD[batch.tokens_BT], random)
-        return batch, sent.x_tilde_BTD.float()
-
-    def scrambled(self, row: Sample, random: np.random.Generator) -> Sample:
-        """The row with uniform tokens at its hidden positions."""
-        ids = np.where(row.obfuscate, random.integers(0, len(self.table_VD), len(row.ids)), row.ids)
-        return row._replace(ids=ids)
+def scrambled(row: Sample, vocab: int, random: np.random.Generator) -> Sample:
+    """The row with uniform tokens at its hidden positions."""
+    return row._replace(ids=np.where(row.obfuscate, random.integers(0, vocab, len(row.ids)), row.ids))
 
 
 def inverter(
@@ -118,7 +101,7 @@ def inverter(
 ) -> Guess:
     """Train a reader and read; a curve of recovery over its training steps, with its loss on text held out from it."""
     device = table.rows_VD.device
-    own = _Own(corpus.rows, transform, table.rows_VD, seed.value)
+    own = OwnText(corpus.rows, transform.mechanism, table.rows_VD, seed.value)
     held = min(HELD_ROWS, max(1, len(corpus.rows) // 10))
     train_rows, held_rows = corpus.rows[:-held], corpus.rows[-held:]
     longest = max(max(len(row.ids) for row in corpus.rows), max(map(len, observation.hidden)))
@@ -142,8 +125,8 @@ def inverter(
             break
         picks = random.integers(0, len(train_rows), min(batch_rows, len(train_rows)))
         rows = [train_rows[i] for i in picks]
-        rows = [own.scrambled(row, random) if random.random() < RANDOM_SHARE else row for row in rows]
-        batch, x_BTD = own.obfuscated(rows, noise=(seed.value << 32) + step + 1)
+        rows = [scrambled(row, len(table.rows_VD), random) if random.random() < RANDOM_SHARE else row for row in rows]
+        batch, x_BTD = own.obfuscated(rows, own.noise(step + 1))
         estimate_ND = reader(x_BTD, batch.obfuscate_BT, batch.valid_BT)
         loss = nn.functional.cross_entropy(reader.logits(estimate_ND), batch.tokens_BT[batch.obfuscate_BT])
         optimizer.zero_grad(set_to_none=True)
@@ -171,14 +154,9 @@ def inverter(
     return Guess(top[-1], curve, spent, tuple(notes))
 
 
-def _begin(own: _Own, rows: Sequence[Sample], layers: int, width: int, longest: int) -> Reader:
+def _begin(own: OwnText, rows: Sequence[Sample], layers: int, width: int, longest: int) -> Reader:
     """A reader that starts as a ridge regression on some of the attacker's own rows."""
-    sent, clean = [], []
-    for i, row in enumerate(rows):
-        batch, x_BTD = own.obfuscated([row], noise=(own.seed << 32) + (1 << 31) + i)
-        sent.append(x_BTD[batch.obfuscate_BT])
-        clean.append(own.table_VD[batch.tokens_BT[batch.obfuscate_BT]])
-    sent_MD, clean_MD = torch.cat(sent), torch.cat(clean)
+    sent_MD, clean_MD, _ = own.pairs(rows)
     start = fit(sent_MD, clean_MD)
     reader = Reader(own.table_VD.cpu(), Affine(*(t.cpu() for t in start)), layers=layers, width=width, longest=longest)
     reader.std_D.copy_(sent_MD.std(0).clamp_min(1e-6 * own.table_VD.std()))
@@ -197,7 +175,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _held_out(reader: Reader, own: _Own, rows: Sequence[Sample], noise: int) -> tuple[float, float]:
+def _held_out(reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int) -> tuple[float, float]:
     """Loss in nats per token and top-1 on rows that the reader was not trained on."""
     loss, right, count = 0.0, 0, 0
     for start in range(0, len(rows), 16):

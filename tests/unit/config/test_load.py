@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sgt_titan.config.keys import choices, get, inner, is_optional, keys, sections
-from sgt_titan.config.load import available, difference, dump, find, load
+from sgt_titan.config.load import available, difference, dump, find, load, parse_overrides
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
@@ -254,3 +254,10 @@ def test_a_key_in_both_spellings_is_refused(text):
 
 def test_bottomless_yaml_is_one_line():
     assert error("a: " + "[" * 5000) == "train_configs/x.yaml: invalid YAML: nested too deeply"
+
+
+def test_a_mapping_of_anything():
+    words = ["--data.template_kwargs.enable_thinking", "false", "--data.template_kwargs.effort=low"]
+    assert parse_overrides(words)["data.template_kwargs"] == {"enable_thinking": False, "effort": "low"}
+    with pytest.raises(UserError, match=r"--data\.template_kwargs needs a field: --data\.template_kwargs\.NAME VALUE"):
+        parse_overrides(["--data.template_kwargs", "x"])

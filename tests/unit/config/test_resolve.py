@@ -14,6 +14,7 @@ from sgt_titan.errors import UserError
 TRUNK = {
     "model_type": "llama",
     "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -228,9 +229,9 @@ P = "parallelism"
         ),
         (["estimator.layers=0"], 1, "estimator.layers must be at least 1, got 0"),
         (
-            ["estimator.layers=5", "estimator.init_from_trunk=true"],
+            ["estimator.layers=5"],
             1,
-            "estimator.layers 5 exceeds the trunk's 4 layers, from which init_from_trunk copies",
+            "estimator.layers 5 exceeds the trunk's 4 layers; it must be at most that",
         ),
         (
             ["estimator.std_init=20"],
@@ -288,7 +289,7 @@ P = "parallelism"
         (
             ['data.columns={"txt": "a"}'],
             1,
-            "data.columns.txt is no field; the fields are text, system, instruction, input, output, messages",
+            "data.columns.txt is no field; the fields are text, system, instruction, input, output, messages, private",
         ),
         (
             ["data.validation_samples=0"],
@@ -319,7 +320,7 @@ def test_experts():
 
 def test_neighbours_of_the_mistakes_are_accepted():
     accepts("training.seq_len=33", f"{P}.tensor_parallel_degree=2", f"{P}.enable_sequence_parallel=false", world_size=2)
-    accepts("estimator.layers=5")  # random weights: as many as one likes
+    accepts("estimator.layers=4")
     accepts("training.seq_len=1024")
     accepts("checkpoint.keep_latest=0")
     accepts("checkpoint.keep_latest=2")
@@ -378,13 +379,10 @@ def test_dp_degree(replicate, shard, tp):
                 dp_degree(config, world)
 
 
-def trunk_folder(tmp_path, weights=("model.safetensors",), **changes) -> str:
-    folder = tmp_path / "trunk"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**TRUNK, **changes}))
-    for name in weights:
-        (folder / name).write_bytes(b"x")
-    return str(folder)
+@pytest.fixture
+def trunk_folder(tmp_path, bare_trunk) -> Path:
+    assert bare_trunk(tmp_path / "trunk", **TRUNK) == TRUNK
+    return tmp_path / "trunk"
 
 
 def trunk_error(path, architecture="", weights=True) -> str:
@@ -393,8 +391,8 @@ def trunk_error(path, architecture="", weights=True) -> str:
     return str(caught.value)
 
 
-def test_read_trunk(tmp_path):
-    folder = trunk_folder(tmp_path)
+def test_read_trunk(tmp_path, trunk_folder):
+    folder = str(trunk_folder)
     assert read_trunk(config_of(tmp=folder)) == TRUNK
     architecture = tmp_path / "arch.json"
     architecture.write_text(json.dumps({**TRUNK, "rope_theta": 1}))
@@ -414,7 +412,7 @@ def test_arithmetic_needs_no_variable(tmp_path, monkeypatch):
         read_trunk(config)
 
 
-def test_mistakes_of_the_trunk_directory(tmp_path):
+def test_mistakes_of_the_trunk_directory(tmp_path, trunk_folder):
     no = tmp_path / "no"
     architecture = tmp_path / "arch.json"
     architecture.write_text(json.dumps({**TRUNK, "hidden_size": 65}))
@@ -426,19 +424,19 @@ def test_mistakes_of_the_trunk_directory(tmp_path):
     assert trunk_error(tmp_path) == (
         f"trunk.path: no config.json in {tmp_path}; it must be a Hugging Face checkpoint directory"
     )
-    folder = Path(trunk_folder(tmp_path, weights=()))
-    assert trunk_error(folder) == f"trunk.path: no *.safetensors in {folder}"
+    folder = trunk_folder
+    (folder / "model.safetensors").unlink()
+    none = f"trunk.path: no model.safetensors and no model.safetensors.index.json in {folder}"
+    assert trunk_error(folder) == f"{none}; download the weights"
     assert trunk_error(folder, architecture, weights=False) == (
         f"trunk.architecture: hidden_size is 65 in {architecture} but 64 in {folder}/config.json"
     )
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}))
     (folder / "1.safetensors").touch()
-    assert trunk_error(folder) == (
-        f"trunk.path: 1 files of model.safetensors.index.json are missing in {folder}, first 2.safetensors"
-    )
+    assert trunk_error(folder) == (f"trunk.path: {folder} lacks 2.safetensors (1 of 2 files missing)")
     index.write_text("{}")
-    assert trunk_error(folder) == f"{index}: has no weight_map"
+    assert trunk_error(folder) == f"{index}: not a safetensors index; download it again"
     (folder / "config.json").write_text('{"a": ')
     assert trunk_error(folder, weights=False).startswith(f"{folder}/config.json: is not valid JSON: Expecting value")
     (folder / "config.json").write_text("[]")

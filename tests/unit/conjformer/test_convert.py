@@ -198,7 +198,7 @@ def test_refusals_write_nothing(rotated, trunk_of, trunk_dir, tmp_path):
     refused([trunk, ".", "--secret", secret], "name a new directory", secret)
     refused([trunk, out, "--secret", rotated("llama").secret], "makes a new secret", out)
     refused([trunk_dir("deepseek-dense"), out, "--secret", secret], "model_type 'deepseek_v3'", out, secret)
-    refused([tmp_path / "none", out, "--secret", secret], "config.json", out, secret)
+    refused([tmp_path / "none", out, "--secret", secret], "no directory", out, secret)
     refused([trunk, rotated("llama").server, "--secret", secret], "not an empty directory", secret)
     refused([trunk, out, "--secret", secret, "--device", "cuda:77"], "no such device", out, secret)
 

@@ -27,9 +27,13 @@ def make_view(samples: int, seed: int = 0) -> View:
     tokens = np.arange(offsets[-1], dtype=np.uint32) % 9000
     roles = rng.choice([TEMPLATE, PROMPT, RESPONSE], size=offsets[-1], p=[0.3, 0.4, 0.3]).astype(np.uint8)
     counts = np.array([role_counts(roles[a:b]) for a, b in pairwise(offsets)], dtype=np.int32)
+    # A value on the last token of every third sample, and one on its first two.
+    marked = np.arange(2 * samples) % 3 == 0
+    marks = np.array([m for n in lengths[marked] for m in ((n - 1, n, 0, 1, 0), (0, 2, 0, 3, 0))], dtype=np.int32)
+    mark_offsets = np.r_[0, np.cumsum(2 * marked)]
     dataset = TokenizedDataset(directory=None, meta={"fingerprint": "x"}, tokens=tokens, roles=roles, offsets=offsets,
                                counts=counts, hashes=offsets[:-1].astype(np.uint64), sources=offsets[:-1],
-                               validation_samples=0)  # fmt: skip
+                               marks=marks, mark_offsets=mark_offsets, validation_samples=0)  # fmt: skip
     return View(dataset, np.arange(1, 2 * samples, 2))
 
 
@@ -69,12 +73,15 @@ def test_every_token_by_brute_force(packing, obfuscate, template, utility):
                     assert bool(batch.obfuscate_BT[b, at + t]) == (content or frame)
                     has_next = t + 1 < len(tokens) and (utility == "all" or roles[t + 1] == RESPONSE)
                     assert bool(batch.utility_BT[b, at + t]) == has_next
+                    private = document.sample_id % 3 == 0 and (t < 2 or t == len(tokens) - 1)
+                    assert bool(batch.private_BT[b, at + t]) == private
                     totals[0] += has_next
                     totals[1] += content or frame
                 totals[2] += len(tokens)
                 at += len(tokens)
             assert batch.valid_BT[b].tolist() == [t < at for t in range(SEQ_LEN)]
             assert (batch.tokens_BT[b, at:] == PAD).all()
+            assert not batch.private_BT[b, at:].any()
             assert not batch.obfuscate_BT[b, at:].any() and not batch.utility_BT[b, at:].any()
             assert batch.positions_BT[b, at:].tolist() == list(range(SEQ_LEN - at))
         assert [counts.utility_tokens, counts.obfuscated_tokens, counts.tokens, counts.rows] == [*totals, 12]

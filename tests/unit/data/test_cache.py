@@ -12,10 +12,12 @@ import pytest
 
 from sgt_titan.data import cache
 from sgt_titan.data.cache import cache_dir, open_cache, prepare, split, wait_or_prepare
+from sgt_titan.data.marks import texts
 from sgt_titan.data.sources import load_rows
 from sgt_titan.data.tokenization import COUNTS, load_tokenizer, role_counts
 from sgt_titan.errors import UserError
-from sgt_titan.transform.prompts import encode_turns
+from sgt_titan.transform.prompts import PROMPT, encode_turns
+from tests.chat_templates import DATED
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_holds_what_encode_turns_says(chats, make_config, tokenizer_dir):
             assert view.tokens(i).tolist() == encoded.ids[:20]
             assert view.roles(i).tolist() == encoded.roles[:20]
             assert view.lengths[i] == len(view.tokens(i))
-            assert tuple(view.counts(k)[i] for k in COUNTS) == role_counts(view.roles(i))
+            assert tuple(view.counts(k)[i] for k in COUNTS) == role_counts(view.roles(i), int(view.private(i).sum()))
             seen.add(number)
     assert seen == set(range(60))
     assert dataset.tokens.dtype == np.uint16 and dataset.roles.dtype == np.uint8 and dataset.offsets.dtype == np.int64
@@ -53,6 +55,55 @@ def test_holds_what_encode_turns_says(chats, make_config, tokenizer_dir):
     assert (meta["rows_read"], meta["samples"], meta["tokens"]) == (60, 60, len(dataset.tokens))
     assert meta["prompt_tokens"] == int((dataset.roles == 1).sum())
     assert "the cat" not in json.dumps(meta)
+
+
+def test_marks_are_carried(write, make_config, tokenizer_dir, plain_tokenizer_dir):
+    rows = [
+        {"text": f"the cat Ann{i % 3} sat on the mat of ann{i % 3} and Bob", "pii_units": f"ann{i % 3}||Bob||nobody"}
+        for i in range(40)
+    ]
+    path = write(rows)
+    dataset = prepare(make_config(path, seq_len=40), tokenizer_dir, progress=False)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    for i in range(len(dataset.train)):
+        ids, view = dataset.train.tokens(i), dataset.train
+        marks, private = view.marks(i), view.private(i)
+        expected = np.zeros(len(ids), dtype=bool)
+        for start, stop, *_ in marks:
+            expected[start:stop] = True
+        assert (private == expected).all() and view.counts("private")[i] == private.sum() > 3
+        ann = f"ann{view.source(i) % 3}"
+        assert [t.casefold() for t in texts(tokenizer, ids, view.roles(i), marks[:, :4])][:2] == [ann, ann]
+        assert not private[view.roles(i) != PROMPT].any()
+    assert dataset.meta["marks"] == {"kinds": [""], "values": 120, "not_found": 40}
+    # Without marks nothing is private, and the tokens are the same; it is another data set.
+    bare = prepare(make_config(path, seq_len=40, columns={"private": ""}), tokenizer_dir, progress=False)
+    assert not bare.train.private(0).any() and bare.meta["private_tokens"] == 0
+    assert np.array_equal(bare.tokens, dataset.tokens) and bare.fingerprint != dataset.fingerprint
+
+
+def test_marks_of_another_text_are_refused(write, make_config, tokenizer_dir):
+    path = write([{"text": "the cat", "pii_units": "Ann"}] * 3)
+    with pytest.raises(UserError, match=r"none of its 3 marked private values .'pii_units'. is in its prompts"):
+        prepare(make_config(path), tokenizer_dir, progress=False)
+    path = write([{"text": "the cat", "spans": [{"start": 4, "end": 9}]}])
+    with pytest.raises(UserError) as error:
+        prepare(make_config(path), tokenizer_dir, progress=False)
+    assert str(error.value) == (
+        f"{path}: row 1: spans[0] (field 'private'): characters 4 to 9 lie outside of the text of turn 0, which has 7"
+    )
+
+
+def test_demo_kinds_survive_chunks(make_config, tokenizer_dir, monkeypatch):
+    """Kinds are numbered in each chunk by first appearance, in the cache once."""
+    found = {}
+    for size in (1000, 3):
+        monkeypatch.setattr("sgt_titan.data.tokenization.CHUNK_ROWS", size)
+        config = make_config("demo", seq_len=200, max_samples=12, validation_samples=0)
+        config.data.cache_dir += str(size)
+        view = prepare(config, tokenizer_dir, progress=False).train
+        found[size] = [[(*map(int, m[:4]), view.kinds[m[4]]) for m in view.marks(i)] for i in range(len(view))]
+    assert found[1000] == found[3] and len({m[4] for marks in found[3] for m in marks}) > 3
 
 
 def test_wide_vocabulary_takes_uint32(write, make_config, make_tokenizer, monkeypatch):
@@ -84,7 +135,9 @@ def test_fingerprint_follows_every_option(chats, write, make_config, tokenizer_d
 
     base = name()
     changed = [name(seq_len=63), name(template="plain"), name(truncation="left"), name(min_prompt_tokens=2),
-               name(max_samples=50), name(validation_samples=3), name(directory=plain_tokenizer_dir),
+               name(max_samples=50),
+               name(template_kwargs={"a": 1}), name(template_date="2020-01-01"), name(validation_samples=3),
+               name(directory=plain_tokenizer_dir),
                name(source=write([{"text": "the cat"}], "other.jsonl"))]  # fmt: skip
     assert len({base, *changed}) == 1 + len(changed)
     assert name() == base and name(obfuscate="all") == base
@@ -301,3 +354,22 @@ def test_a_rank_alone_leaves_no_word(make_config, tokenizer_dir, write, monkeypa
     with pytest.raises(UserError, match="no usable rows"):
         wait_or_prepare(config, tokenizer_dir, 0, progress=False)
     assert not (cache_dir(config) / "sessions").exists()
+
+
+def test_a_template_that_prints_the_date(chats, make_config, make_tokenizer):
+    """The same tokens and the same held-out rows on every day; another date is another data set with the same split."""
+    import datetime
+    from unittest import mock
+
+    directory, found = make_tokenizer("dated", template=DATED), []
+    for day, pinned in (("2026-01-01", "2024-07-26"), ("2027-03-04", "2024-07-26"), ("2026-01-01", "2025-05-05")):
+        clock = mock.Mock(wraps=datetime.datetime)
+        clock.now.return_value = datetime.datetime.fromisoformat(day)
+        with mock.patch("transformers.utils.chat_template_utils.datetime", clock):
+            config = make_config(chats, seq_len=128, template_date=pinned)
+            config.data.cache_dir += day
+            found.append(prepare(config, directory, progress=False))
+    a, b, c = found
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+    assert np.array_equal(a.tokens, b.tokens) and not np.array_equal(a.tokens, c.tokens)
+    assert a.validation.index.tolist() == b.validation.index.tolist() == c.validation.index.tolist()

@@ -70,6 +70,7 @@ def test_role_counts_by_brute_force():
             "prompt": sum(r == P for r in roles),
             "response": sum(r == R for r in roles),
             "response_targets": sum(roles[t + 1] == R for t in range(len(roles) - 1)),
+            "private": 0,
         }
 
 
@@ -108,6 +109,9 @@ def test_hash_is_that_of_the_whole_row(write, make_config, tokenizer_dir):
     short = all_chunks(make_config(source, seq_len=4), tokenizer_dir)[0]
     whole = all_chunks(make_config(source, seq_len=40), tokenizer_dir)[0]
     assert short.hashes.tolist() == whole.hashes.tolist()
+    assert all_chunks(make_config(source, template_date="2020-01-01"), tokenizer_dir)[0].hashes.tolist() == (
+        short.hashes.tolist()
+    )
     assert len(set(short.hashes.tolist())) == 2
 
 
@@ -131,7 +135,7 @@ def test_workers_change_nothing_and_name_the_bad_row(write, make_config, tokeniz
     found = tokenize_rows(opened, tokenizer, tokenizer_dir, options, workers=2)
     for a in expected:
         b = next(found)
-        for name in ("tokens", "roles", "lengths", "counts", "hashes", "sources"):
+        for name in ("tokens", "roles", "lengths", "counts", "hashes", "sources", "marks", "mark_counts"):
             assert np.array_equal(getattr(a, name), getattr(b, name))
     with pytest.raises(UserError) as error:
         next(found)
@@ -187,6 +191,6 @@ def test_options_are_checked(write, make_config, tokenizer_dir):
 def test_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match="is not a directory"):
         load_tokenizer(str(tmp_path / "none"))
-    with pytest.raises(UserError, match="no readable tokenizer") as error:
+    with pytest.raises(UserError, match=r"has no tokenizer\.json") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)

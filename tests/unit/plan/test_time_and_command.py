@@ -9,9 +9,10 @@ import pytest
 
 from sgt_titan.errors import UserError
 from sgt_titan.plan import from_name, main
-from sgt_titan.plan.arithmetic import FAMILIES, fewest_nodes
+from sgt_titan.plan.arithmetic import fewest_nodes
 from sgt_titan.plan.hardware import GPUS, HFU_RANGE, KINDS, gpu_name
 from sgt_titan.plan.interval import daly, saving
+from sgt_titan.trunk.families import TRAINED
 
 BIG = "llama3_70b_64x8"
 
@@ -127,7 +128,7 @@ def test_a_trunk_that_is_not_counted(trunk, told, tmp_path):
 def test_the_families_are_those_that_are_trained():
     from sgt_titan.titan import trunks
 
-    assert tuple(trunks.FAMILIES) == FAMILIES
+    assert tuple(trunks.FAMILIES) == TRAINED
 
 
 def test_names_of_gpus():

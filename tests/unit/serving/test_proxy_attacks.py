@@ -44,7 +44,6 @@ def test_a_request_that_cannot_fit_is_refused_before_work(url, sgt, monkeypatch)
         raise AssertionError("it was rendered")
 
     monkeypatch.setattr("sgt_titan.client.prompt.encode_turns", never)
-    monkeypatch.setattr("sgt_titan.client.prompt.encode_chat", never)
     turns = [{"role": "user", "content": "x"}] * 40_000
     for messages, prompt in (
         (turns, None),
@@ -58,25 +57,24 @@ def test_a_request_that_cannot_fit_is_refused_before_work(url, sgt, monkeypatch)
         assert found.status_code == 400 and found.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_many_turns_are_linear_work(sgt, monkeypatch):
+def test_many_turns_are_linear_work():
     """Counted, not timed: the skeleton is searched once, not once a turn."""
-    from sgt_titan.transform import prompts
+    from sgt_titan.transform import chat_template
 
-    texts = []
+    searches = []
 
     class Text(str):
         def find(self, *args):
-            texts.append("find")
+            searches.append("find")
             return str.find(self, *args)
 
         def count(self, *args):
-            texts.append("count")
+            searches.append("count")
             return str.count(self, *args)
 
     marks = [f"\ue000{i}\ue001" for i in range(500)]
-    turns = [{"role": "user", "content": "x"}] * 500
-    pieces = prompts._split(Text("".join(f"<u>{mark}</u>" for mark in marks)), marks, turns)
-    assert len(pieces) == 501 and not texts
+    pieces = chat_template.split(Text("".join(f"<u>{mark}</u>" for mark in marks)), marks, ["user"] * 500)
+    assert len(pieces) == 501 and not searches
 
 
 def test_a_client_that_left_is_not_encoded_for(url, sgt, monkeypatch):

@@ -71,13 +71,18 @@ def test_wrong_shape_is_named(changed):
         check_trunk(trunk, family, TrunkFiles(path))
 
 
-def test_tied_trunk_needs_no_lm_head_and_ignores_one(trunk_dir, changed):
+def test_tied_trunk_needs_no_lm_head_and_takes_no_other(trunk_dir, changed, tmp_path):
     path = trunk_dir("llama-tied")
     assert "lm_head.weight" not in TrunkFiles(path)
     trunk, family = meta_trunk(path)
     check_trunk(trunk, family, TrunkFiles(path))
-    other = changed("llama-tied", lambda tensors: tensors.update({"lm_head.weight": torch.zeros(300, 32)}))
-    check_trunk(trunk, family, TrunkFiles(other))
+    table = TrunkFiles(path).embedding_table()
+    same = changed("llama-tied", lambda tensors: tensors.update({"lm_head.weight": table.clone()}))
+    check_trunk(trunk, family, TrunkFiles(same))
+    own = {**load_file(same / "model.safetensors"), "lm_head.weight": table + 1e-3}
+    save_file(own, same / "model.safetensors")
+    with pytest.raises(UserError, match="tie_word_embeddings true, and the files an lm_head"):
+        check_trunk(trunk, family, TrunkFiles(same))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "deepseek", "deepseek-no-q-lora"])

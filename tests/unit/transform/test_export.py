@@ -21,7 +21,7 @@ from sgt_titan.transform import (
     table_statistics,
     write_export,
 )
-from sgt_titan.transform.configuration import FAMILIES
+from sgt_titan.trunk.families import TRAINED
 
 WIDTH, VOCABULARY = 16, 40
 SUMMARY = {
@@ -90,7 +90,7 @@ def leftovers(folder):
     return [name for name in os.listdir(folder) if name.startswith(".")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("body", ["shared", "separate"])
 def test_round_trip(tmp_path, tokenizer_dir, family, body):
     config = make_config(family, body=body)
@@ -125,7 +125,7 @@ def test_directory(written, tokenizer_dir):
     ]
     fields = json.loads((path / "config.json").read_text())
     assert fields["model_type"] == "stained_glass_transform"
-    assert fields["fingerprints"].keys() == {"embeddings", "weights", "tokenizer", "config"}
+    assert fields["fingerprints"].keys() == {"embeddings", "weights", "tokenizer", "ids", "config"}
     assert fields["fingerprints"]["embeddings"] == fingerprint_tensor(state["embed_tokens.weight"])
     assert fields["training"]["steps"] == 1200
     assert str(path.parent) not in (path / "config.json").read_text()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from sgt_titan.errors import UserError
 from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config, fingerprint_tensor
-from sgt_titan.transform.configuration import FAMILIES
+from sgt_titan.trunk.families import TRAINED
 
 WIDTH, VOCABULARY, LAYERS = 32, 50, 2
 COMMON = {
@@ -80,7 +80,7 @@ def token_ids(batch=2, length=11):
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_body_is_the_trunks_first_layers(family):
     torch.manual_seed(1)
     trunk = AutoModelForCausalLM.from_config(trunk_config(family), dtype=torch.float32).eval()
@@ -110,7 +110,7 @@ def test_body_is_the_trunks_first_layers(family):
     assert not torch.allclose(found, trunk.model.norm(trunk.model.embed_tokens(ids)), rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("body", ["shared", "separate"])
 def test_state_dict_names(family, body):
     names = make_transform(family, body=body).state_dict().keys()
@@ -126,7 +126,7 @@ def test_state_dict_names(family, body):
     assert not any("expert" in name for name in names)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_starts_at_the_identity(family):
     model = make_transform(family, random_heads=False, mean_bound=1.0, std_init=0.2)
     out = model(token_ids())
@@ -147,7 +147,7 @@ def test_separate_bodies_feed_their_own_head():
         assert not torch.allclose(after[changed], before[changed])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_causal(family):
     model, ids = make_transform(family), token_ids()
     changed = ids.clone()
@@ -158,7 +158,7 @@ def test_causal(family):
         assert not torch.allclose(after[key][:, 7:], before[key][:, 7:], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("body", ["shared", "separate"])
 def test_streaming_equals_one_pass(family, body):
     model, ids = make_transform(family, body=body), token_ids()
@@ -314,7 +314,7 @@ def test_bad_calls():
     torch.testing.assert_close(bare(inputs_embeds=x).mean_BTD.shape, x.shape)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_building_allocates_no_table_for_the_body(family, monkeypatch):
     sizes, real = [], torch.nn.Embedding.__init__
     monkeypatch.setattr(
@@ -325,7 +325,7 @@ def test_building_allocates_no_table_for_the_body(family, monkeypatch):
     assert all(body.embed_tokens is None for body in model.bodies)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_estimator_config(family, tmp_path):
     trunk = trunk_config(family)
     trunk.name_or_path = "/home/someone/models/trunk"
@@ -368,7 +368,11 @@ def test_estimator_config_refuses():
         ({"vocab_size": 51}, "trunk_config.vocab_size is 50"),
         ({"obfuscate": "some"}, "obfuscate is 'some'"),
         ({"std_init": 100.0}, "std_init=100"),
-        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": 3}, "format_version is 3"),
+        ({"denoiser_layers": 1}, "format_version is 1, but a denoiser"),
+        ({"rate_prior": "narrow"}, "rate_prior is .narrow."),
+        ({"rate_prior": "context", "format_version": 2}, "context_layers is 0"),
+        ({"rate_tau": 0}, "rate_tau is 0"),
     ],
 )
 def test_bad_configs(fields, message):

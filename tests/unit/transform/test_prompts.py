@@ -104,7 +104,7 @@ def test_trimmed_and_folded_turns():
     messages = [turn("system", " s "), turn("user", "\nuser "), turn("assistant", " cat\n")]
     expected = labelled(
         ("<s>", TEMPLATE), ("[INST] <<SYS>>\n", TEMPLATE), (" s ", PROMPT), ("\n<</SYS>>\n\n", TEMPLATE),
-        ("\nuser", PROMPT), (" [/INST] ", TEMPLATE), ("cat", RESPONSE), (" ", RESPONSE), ("</s>", RESPONSE),
+        ("\nuser", PROMPT), (" [/INST]", TEMPLATE), (" cat ", RESPONSE), ("</s>", RESPONSE),
     )  # fmt: skip
     assert spelled(tokenizer, encode_turns(tokenizer, messages, template="chat")) == expected
 

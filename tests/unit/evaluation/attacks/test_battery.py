@@ -16,6 +16,7 @@ from sgt_titan.evaluation.attacks import ATTACKS
 from sgt_titan.evaluation.mechanisms import constant_noise, nothing
 
 # Small enough for a test; the rest of each attack's effort is that of the quick suite.
+SEQUENCE = {"first": 5, "most": 10, "layers": 1, "width": 32, "batch_rows": 16}
 SMALL = {
     "inverter": {"steps": 40, "layers": 1, "width": 64, "batch_rows": 32},
     "map_search": {"beams": 2, "candidates": 32, "rows": 32},
@@ -24,9 +25,11 @@ SMALL = {
     "beamclean_gaussian": {"affine": False, "rounds": 1, "prior_weight": 0.0},
     "beamclean_affine": {"affine": True, "rounds": 1, "prior_weight": 0.0},
     "logit_reading": {"rows": 32},
+    **dict.fromkeys(("sequence", "sequence_at_z", "guess"), SEQUENCE),
+    "autoregressive": SEQUENCE | {"beams": 2},
 }
-# Guess by rank or by going on: an identity is not what they are made for.
-NOT_FOR_IDENTITY = {"farthest", "echo"}
+# Guess by rank, by going on, or without looking: an identity is not what they are made for.
+NOT_FOR_IDENTITY = {"farthest", "echo", "guess"}
 
 
 @pytest.fixture(scope="module")
@@ -87,5 +90,5 @@ def test_a_linear_sgt_hides_from_neighbours_and_not_from_a_regression(trunk):
 
 def test_repeats_with_a_seed(trunk):
     here = world(constant_noise(0.5), trunk)
-    for name in ("inverter", "map_search", "nearest_mahalanobis", "averaging"):
+    for name in ("inverter", "sequence", "autoregressive", "map_search", "nearest_mahalanobis", "averaging"):
         assert torch.equal(run(name, here).top_NK, run(name, here).top_NK), name

@@ -1,0 +1,60 @@
+"""The attacker's own text: public rows that he obfuscates himself, as often as he likes, with the public transform.
+
+Legend: B rows, T positions, D width, V vocabulary, M hidden tokens of some rows flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sgt_titan.evaluation.mechanisms import Mechanism
+from sgt_titan.evaluation.samples import Padded, Sample, generator, padded
+
+
+class Pairs(NamedTuple):
+    """What was sent for M hidden tokens, their clean embeddings, and the tokens."""
+
+    sent_MD: torch.Tensor
+    clean_MD: torch.Tensor
+    tokens_M: torch.Tensor
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """rows: none of those under attack. mechanism None: for an attacker who sees nothing of what is sent. noisy: z is
+    taken rather than what is sent. seed: of all the noise."""
+
+    rows: Sequence[Sample]
+    mechanism: Mechanism | None
+    table_VD: torch.Tensor
+    seed: int
+    noisy: bool = False
+
+    def batch(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor | None]:
+        """As ``obfuscated``; None for one who sees nothing."""
+        return (padded(rows, 0, self.table_VD.device), None) if self.mechanism is None else self.obfuscated(rows, noise)
+
+    @torch.no_grad()
+    def obfuscated(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor]:
+        """Rows as a batch and what an observer gets of them, (B, T, D) float32. The same ``noise``, the same noise."""
+        batch = padded(rows, 0, self.table_VD.device)
+        random = generator(noise, self.table_VD.device)
+        sent = self.mechanism.obfuscate(batch, self.table_VD[batch.tokens_BT], random)
+        return batch, (sent.noisy_BTD if self.noisy else sent.x_tilde_BTD).float()
+
+    def noise(self, step: int) -> int:
+        """A generator's seed for a step of this attack; another step or another attack's seed gives another."""
+        return (self.seed << 32) + step
+
+    def pairs(self, rows: Sequence[Sample]) -> Pairs:
+        """One obfuscation of each row."""
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for i, row in enumerate(rows):
+            batch, x_BTD = self.obfuscated([row], self.noise((1 << 31) + i))
+            found.append((x_BTD[batch.obfuscate_BT], batch.tokens_BT[batch.obfuscate_BT]))
+        sent_MD, tokens_M = (torch.cat(column) for column in zip(*found, strict=True))
+        return Pairs(sent_MD, self.table_VD[tokens_M], tokens_M)

@@ -1,0 +1,435 @@
+"""The sequence attacker: trained on his own obfuscations to read whole prompts, and beside it one that sees nothing.
+
+Anybody with the client can obfuscate public text anew for every step, and so has pairs without end (Song and
+Raghunathan, arXiv 2004.00053; here with a softmax over the vocabulary, which noise calls for: a regression to the
+embedding answers noise with the middle of the table). What it is trained for, cross-entropy, is least at the posterior,
+so with enough training and width no attack of one observation reads more. It says how far it is from that:
+
+* training goes in cycles, each warmed up and annealed to zero, each doubling the steps done so far (arXiv 1608.03983);
+  it ends when a doubling no longer helps on text kept aside, or at the budget, which is then said;
+* ``guess`` is the same network without what was sent: what it gets right is known without any leak.
+
+Legend: B rows, T positions, N hidden tokens flat, V vocabulary, H width of the reader, K guesses.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from sgt_titan.evaluation.attacks import beam
+from sgt_titan.evaluation.attacks.linear_start import linear_start
+from sgt_titan.evaluation.attacks.own_text import OwnText
+from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk_body
+from sgt_titan.evaluation.samples import Padded, Sample, batched
+from sgt_titan.evaluation.threat import (
+    UNKNOWN,
+    Corpus,
+    Cost,
+    Curve,
+    Guess,
+    Noisy,
+    Observation,
+    Seed,
+    Size,
+    Table,
+    Transform,
+    Trunk,
+    Unseen,
+)
+
+logger = logging.getLogger(__name__)
+
+GUESSES = 10
+HELD_ROWS = 64  # of the corpus, never trained on: they decide when to stop
+FIT_TOKENS = 8192  # that the linear start is fitted on, or four times the width where that is more
+SMOOTHING = 0.5  # added to every token's count: a token that the corpus lacks is not impossible
+SETTLED_LOSS = 0.005  # a doubling that brings less is the last: share of the loss, nats below one nat
+SETTLED_SHARE = 0.005  # and top-1
+CHUNK = 1024  # tokens whose logits exist at a time when guessing
+
+
+@dataclass(frozen=True)
+class Effort:
+    """first: steps of the first cycle, most: of all together. layers, width: of the encoder (and decoder) unless
+    ``trunk``: the trunk's own layers then. beams: of the decoder."""
+
+    first: int
+    most: int
+    layers: int
+    width: int
+    batch_rows: int
+    lr: float
+    trunk: bool
+    beams: int
+
+
+# -- the attacks -------------------------------------------------------------------------------------------------------
+
+
+def sequence(
+    observation: Observation,
+    transform: Transform,
+    corpus: Corpus,
+    table: Table,
+    seed: Seed,
+    *,
+    first: int = 150,
+    most: int = 600,
+    layers: int = 4,
+    width: int = 256,
+    batch_rows: int = 24,
+    lr: float = 1e-3,
+) -> Guess:
+    """Read what is sent, each position by its marginal posterior."""
+    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
+    return _read(observation, transform, corpus, table, None, seed, effort)
+
+
+def sequence_at_z(
+    observation: Noisy,
+    transform: Transform,
+    corpus: Corpus,
+    table: Table,
+    seed: Seed,
+    *,
+    first: int = 150,
+    most: int = 600,
+    layers: int = 4,
+    width: int = 256,
+    batch_rows: int = 24,
+    lr: float = 1e-3,
+) -> Guess:
+    """The same at z."""
+    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
+    return _read(observation, transform, corpus, table, None, seed, effort)
+
+
+def autoregressive(
+    observation: Observation,
+    transform: Transform,
+    corpus: Corpus,
+    table: Table,
+    trunk: Trunk,
+    seed: Seed,
+    *,
+    first: int = 150,
+    most: int = 600,
+    layers: int = 2,
+    width: int = 256,
+    batch_rows: int = 24,
+    lr: float = 1e-3,
+    from_trunk: bool = True,
+    beams: int = 4,
+) -> Guess:
+    """Read what is sent from left to right: trained with the true tokens before, searched with a small beam.
+
+    from_trunk: the decoder starts as the trunk, which is then trained with the rest.
+    """
+    effort = Effort(first, most, layers, width, batch_rows, lr, from_trunk, beams)
+    return _read(observation, transform, corpus, table, trunk, seed, effort)
+
+
+def guess(
+    unseen: Unseen,
+    corpus: Corpus,
+    table: Table,
+    seed: Seed,
+    *,
+    first: int = 150,
+    most: int = 600,
+    layers: int = 4,
+    width: int = 256,
+    batch_rows: int = 24,
+    lr: float = 1e-3,
+) -> Guess:
+    """The bidirectional reader without what was sent: the template, the language, the length of the prompt."""
+    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
+    return _read(unseen, None, corpus, table, None, seed, effort)
+
+
+def _read(
+    observation: Observation | Unseen,
+    transform: Transform | None,
+    corpus: Corpus,
+    table: Table,
+    trunk: Trunk | None,
+    seed: Seed,
+    effort: Effort,
+) -> Guess:
+    """Train a reader and read; a curve over the steps at the end of each cycle."""
+    mechanism = None if transform is None else transform.mechanism
+    own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=isinstance(observation, Noisy))
+    held = min(HELD_ROWS, max(1, len(corpus.rows) // 10))
+    train_rows, held_rows = corpus.rows[:-held], corpus.rows[-held:]
+    longest = max(max(len(row.ids) for row in corpus.rows), max(map(len, observation.hidden)))
+    device = table.rows_VD.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed.value)
+        reader, begins = _begin(own, train_rows, trunk, effort, longest)
+    reader.to(device)
+    stages = list(_cycles(reader, own, train_rows, held_rows, observation, effort, seed.value))
+    best = min(stages, key=lambda stage: stage.loss)
+    curve = Curve(
+        "training steps",
+        tuple(float(stage.steps) for stage in stages),
+        tuple(stage.top_NK[:, 0] for stage in stages),
+        tuple(stage.loss for stage in stages),
+        "the attacker's own held-out loss, nats per token",
+    )
+    parameters = sum(p.numel() for p in reader.parameters() if p.requires_grad) - table.rows_VD.shape[0]
+    tokens = stages[-1].steps * effort.batch_rows * float(np.mean([len(row.ids) for row in train_rows]))
+    spent = tokens * (6.0 * parameters + 6.0 * table.rows_VD.numel())
+    notes = [
+        f"starts as {begins}, trained for {best.steps} steps of {effort.batch_rows} rows; on text kept aside its loss "
+        f"is {best.loss:.3f} nats a token and it reads {best.share:.1%}"
+        + (" given the true tokens before" if reader.decoder is not None else ""),
+        _verdict(stages),
+    ]
+    return Guess(best.top_NK, curve, spent, tuple(notes))
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+def _begin(
+    own: OwnText, rows: Sequence[Sample], trunk: Trunk | None, effort: Effort, longest: int
+) -> tuple[Reader, str]:
+    """An untrained reader, and what it starts as."""
+    table_VD, start, name = own.table_VD, None, "the tokens' frequencies"
+    log_frequency_V = log_frequencies(rows, len(table_VD)).to(table_VD.device)
+    if own.mechanism is not None:
+        pairs = own.pairs(_enough(rows, max(FIT_TOKENS, 4 * table_VD.shape[1])))
+        start = linear_start(pairs, table_VD, log_frequency_V)
+        name = f"a {start.name}"
+    decoder, head = None, None
+    encoder = new_body(effort.width, effort.layers)
+    if effort.beams:
+        decoder = new_body(effort.width, effort.layers)
+        if effort.trunk:
+            decoder, head = trunk_body(trunk.model), copy.deepcopy(trunk.model.get_output_embeddings()).float()
+            head.requires_grad_(False)
+            name += " and the trunk"
+    reader = Reader(table_VD, log_frequency_V, start, encoder, decoder, longest=longest, head=head)
+    if start is not None:
+        reader.std_D.copy_(pairs.sent_MD.std(0).clamp_min(1e-6 * table_VD.std()))
+    return reader, name
+
+
+def log_frequencies(rows: Sequence[Sample], vocab: int) -> torch.Tensor:
+    """Log share of each token among the hidden ones of some rows, smoothed: (V,) float64."""
+    count_V = np.full(vocab, SMOOTHING)
+    for row in rows:
+        np.add.at(count_V, row.ids[row.obfuscate], 1.0)
+    return torch.from_numpy(np.log(count_V / count_V.sum()))
+
+
+def _enough(rows: Sequence[Sample], tokens: int) -> Sequence[Sample]:
+    """The first rows that hold so many hidden tokens."""
+    counts = np.cumsum([int(row.obfuscate.sum()) for row in rows])
+    return rows[: int(np.searchsorted(counts, tokens)) + 1]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The end of a cycle, annealed: steps done in all, loss and top-1 on text kept aside, guesses on the prompts."""
+
+    steps: int
+    loss: float
+    share: float
+    top_NK: torch.Tensor
+
+
+def _cycles(
+    reader: Reader,
+    own: OwnText,
+    rows: Sequence[Sample],
+    held: Sequence[Sample],
+    observation: Observation | Unseen,
+    effort: Effort,
+    seed: int,
+) -> Iterator[Stage]:
+    """Train in cycles of first, first, 2 first, 4 first ... steps until a doubling does not help, or ``most``."""
+    decayed = [p for p in reader.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in reader.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=0.0, betas=(0.9, 0.98)
+    )
+    random, done, last = np.random.default_rng(seed), 0, None
+    stage = _stage(reader, own, held, observation, effort, 0)
+    yield stage
+    while done < effort.most and not (last is not None and last.steps and _settled(last, stage)):
+        length = min(max(effort.first, done), effort.most - done)
+        for step in range(length):
+            for group in optimizer.param_groups:
+                group["lr"] = effort.lr * annealed(step, length)
+            picks = random.integers(0, len(rows), min(effort.batch_rows, len(rows)))
+            _step(reader, own, [rows[i] for i in picks], own.noise(done + step + 1), optimizer)
+        done += length
+        last, stage = stage, _stage(reader, own, held, observation, effort, done)
+        yield stage
+
+
+def _step(reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int, optimizer: torch.optim.Optimizer) -> None:
+    """One update, in pieces whose logits fit in memory."""
+    total = sum(int(row.obfuscate.sum()) for row in rows)
+    optimizer.zero_grad(set_to_none=True)
+    # By length, so that little is padding.
+    for i, part in enumerate(batched(sorted(rows, key=lambda row: len(row.ids)), len(own.table_VD))):
+        batch, x_BTD = own.batch(part, (noise << 8) + i)
+        sum(loss_N.sum() for loss_N in losses(reader, batch, x_BTD)).div(max(total, 1)).backward()
+    nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+    optimizer.step()
+
+
+def annealed(step: int, steps: int) -> float:
+    """Warm-up over a twentieth of a cycle, then a cosine to zero."""
+    warm = max(1, steps // 20)
+    return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm))))
+
+
+def losses(reader: Reader, batch: Padded, x_BTD: torch.Tensor | None) -> list[torch.Tensor]:
+    """Nats of every hidden token (N,), by the encoder and, where there is one, by the decoder."""
+    hidden_BT = batch.obfuscate_BT & batch.valid_BT
+    target_N, x_ND = batch.tokens_BT[hidden_BT], None if x_BTD is None else x_BTD[hidden_BT]
+    h_BTH = reader.encode(x_BTD, batch.tokens_BT, hidden_BT, batch.valid_BT)
+    found = [nn.functional.cross_entropy(reader.marginal(h_BTH[hidden_BT], x_ND), target_N, reduction="none")]
+    if reader.decoder is not None:
+        g_BTG = reader.decode(h_BTH, before(batch.tokens_BT))
+        logits_NV = reader.following(g_BTG[hidden_BT], x_ND)
+        found.append(nn.functional.cross_entropy(logits_NV, target_N, reduction="none"))
+    return found
+
+
+def before(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """The token before each position; -1 before the first."""
+    return nn.functional.pad(tokens_BT, (1, -1), value=-1)
+
+
+def _settled(last: Stage, stage: Stage) -> bool:
+    return last.loss - stage.loss < SETTLED_LOSS * max(last.loss, 1.0) and stage.share - last.share < SETTLED_SHARE
+
+
+def _verdict(stages: Sequence[Stage]) -> str:
+    """What the last doubling brought."""
+    last, stage = stages[-2], stages[-1]
+    change = (
+        f"going from {last.steps} to {stage.steps} steps changed its loss on text kept aside by "
+        f"{stage.loss - last.loss:+.3f} nats and its reading by {100 * (stage.share - last.share):+.1f} points"
+    )
+    if _settled(last, stage) and last.steps:
+        return f"converged: {change}"
+    return f"has not converged within its budget: {change}; a longer training reads more"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _stage(
+    reader: Reader, own: OwnText, held: Sequence[Sample], observation: Observation | Unseen, effort: Effort, steps: int
+) -> Stage:
+    loss, right, count = 0.0, 0, 0
+    for i, part in enumerate(batched(held, len(own.table_VD))):
+        batch, x_BTD = own.batch(part, own.noise((1 << 30) + i))
+        hidden_BT = batch.obfuscate_BT & batch.valid_BT
+        target_N, x_ND = batch.tokens_BT[hidden_BT], None if x_BTD is None else x_BTD[hidden_BT]
+        h_BTH = reader.encode(x_BTD, batch.tokens_BT, hidden_BT, batch.valid_BT)
+        logits_NV = (
+            reader.marginal(h_BTH[hidden_BT], x_ND)
+            if reader.decoder is None
+            else reader.following(reader.decode(h_BTH, before(batch.tokens_BT))[hidden_BT], x_ND)
+        )
+        loss += nn.functional.cross_entropy(logits_NV, target_N, reduction="sum").item()
+        right += int((logits_NV.argmax(-1) == target_N).sum())
+        count += len(target_N)
+    stage = Stage(steps, loss / count, right / count, _guesses(reader, observation, effort.beams))
+    logger.info("sequence: step %d, held-out loss %.3f, top-1 %.1f%%", steps, stage.loss, 100 * stage.share)
+    return stage
+
+
+@torch.no_grad()
+def _guesses(reader: Reader, observation: Observation | Unseen, beams: int) -> torch.Tensor:
+    """The ten most probable tokens at every hidden position, (N, 10) on the CPU."""
+    device, found = reader.rows_VD.device, []
+    sent = getattr(observation, "x_tilde", [None] * len(observation.hidden))
+    for x_TD, hidden_T, tokens_T in zip(sent, observation.hidden, observation.tokens, strict=True):
+        hidden_T, tokens_T = hidden_T.to(device), tokens_T.to(device)
+        x_TD = None if x_TD is None else x_TD.float().to(device)
+        h_1TH = reader.encode(
+            None if x_TD is None else x_TD[None], tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None]
+        )
+        if reader.decoder is None:
+            for part_C in hidden_T.nonzero()[:, 0].split(CHUNK):
+                logits_CV = reader.marginal(h_1TH[0, part_C], None if x_TD is None else x_TD[part_C])
+                found.append(logits_CV.topk(min(GUESSES, logits_CV.shape[1])).indices.cpu())
+        else:
+            emission = _Decoding(reader, h_1TH, x_TD)
+            path = beam.search(None, tokens_T, emission, beams=beams)
+            found.append(path.guesses_TK[hidden_T.cpu()])
+    return torch.cat(found)
+
+
+class _Decoding:
+    """``beam.Emission`` of a decoder: log p(token | what was sent, the beam's prefix), one cached step a position."""
+
+    def __init__(self, reader: Reader, h_1TH: torch.Tensor, x_TD: torch.Tensor | None, candidates: int = GUESSES):
+        self.reader, self.h_1TH, self.x_TD, self.candidates = reader, h_1TH, x_TD, candidates
+        self.cache = DynamicCache(config=reader.decoder.config)
+        self.previous_B = torch.full((1,), UNKNOWN, device=h_1TH.device)
+        self.log_BV: torch.Tensor | None = None
+        self.done = 0  # positions that are in the cache
+
+    def _step(self, t: int) -> torch.Tensor:
+        self.done += 1
+        h_B1H = self.h_1TH[:, t : t + 1].expand(len(self.previous_B), -1, -1)
+        return self.reader.decode(h_B1H, self.previous_B[:, None], cache=self.cache)[:, 0]
+
+    def shortlist(self, t: int, log_prior_BV: torch.Tensor | None) -> torch.Tensor:
+        x_1D = None if self.x_TD is None else self.x_TD[t : t + 1]
+        self.log_BV = torch.log_softmax(self.reader.following(self._step(t), x_1D), -1)
+        return self.log_BV.topk(min(self.candidates, self.log_BV.shape[1])).indices
+
+    def score(self, t: int, tokens_BC: torch.Tensor) -> torch.Tensor:
+        return self.log_BV.gather(1, tokens_BC).double()
+
+    def advance(self, t: int, parent_B: torch.Tensor, token_B: torch.Tensor) -> None:
+        if self.done == t:  # a clean token: nothing was asked about it
+            self._step(t)
+        beam.select(self.cache, parent_B)
+        self.previous_B = token_B
+
+
+def cost(
+    size: Size,
+    *,
+    first: int = 150,
+    most: int = 600,
+    layers: int = 4,
+    width: int = 256,
+    batch_rows: int = 24,
+    lr: float = 1e-3,
+    from_trunk: bool = False,
+    beams: int = 0,
+) -> Cost:
+    """Of the whole budget; a training that settles earlier costs less."""
+    body = 12.0 * layers * width**2
+    decoder = (size.trunk + size.vocab * size.width if from_trunk else body) if beams else 0.0
+    table = size.vocab * size.width
+    tokens = batch_rows * size.longest
+    step = tokens * (6.0 * (body + decoder) + 8.0 * table * (2 if beams else 1) + 4.0 * (size.transform + size.width))
+    read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
+    part = min(tokens, 16 * size.longest, max(2 * size.longest, (1 << 27) // size.vocab))
+    memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table
+    return Cost(most * step + read, memory + 64.0 * part * (layers * width + (size.width if from_trunk else 0)))

@@ -1,0 +1,177 @@
+"""The networks of the sequence attacker: softmax over the vocabulary, from the whole context.
+
+An *encoder* looks both ways over what was sent and gives each position's marginal posterior. A *decoder* goes from left
+to right over the encoder's view and the tokens before, and so gives the posterior of the sequence. Both are bodies of
+transformers' decoder-only models, new ones or the trunk's own (the best public prior of the language there is).
+
+Both add a correction to the linear start, with which they begin: the best that can be read from one token alone.
+
+Legend: B rows, T positions, N hidden tokens flat, V vocabulary, D width of the table, H width of a body, C beams.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
+
+from sgt_titan.evaluation.attacks.linear_start import Start, scaled
+
+HEAD = 64  # of attention; smaller bodies have heads of half their width
+
+
+def new_body(width: int, layers: int) -> PreTrainedModel:
+    """A small Llama without a table of its own."""
+    heads = max(2, width // HEAD)
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=2, hidden_size=width, intermediate_size=(8 * width // 3 + 31) // 32 * 32,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+            max_position_embeddings=1 << 16, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the trunk's layers, in float32 and trainable, without its table."""
+    base = trunk.base_model
+    table, skipped = base.get_input_embeddings(), {}
+    skipped[id(table)] = None  # a copy of a large table would be thrown away
+    body = copy.deepcopy(base, skipped).float()
+    return body.train().requires_grad_(True)
+
+
+class Reader(nn.Module):
+    """``encoder`` and, where tokens are read one after another, ``decoder``: bodies. start None: nothing of what was
+    sent is seen. head: the trunk's (V, H), where the decoder is the trunk's body: it starts as that language model."""
+
+    def __init__(
+        self,
+        table_VD: torch.Tensor,
+        log_frequency_V: torch.Tensor,
+        start: Start | None,
+        encoder: PreTrainedModel,
+        decoder: PreTrainedModel | None = None,
+        *,
+        longest: int,
+        head: nn.Module | None = None,
+        from_trunk: bool = False,
+    ):
+        super().__init__()
+        rows_VD, scale_D = scaled(table_VD)
+        V, D = table_VD.shape
+        H = encoder.config.hidden_size
+        self.register_buffer("rows_VD", rows_VD, persistent=False)
+        self.register_buffer("scale_D", scale_D, persistent=False)
+        self.register_buffer("log_frequency_V", log_frequency_V.float(), persistent=False)
+        self.sees, self.from_trunk = start is not None, from_trunk
+        if start is not None:
+            self.register_buffer("start_DD", start.weight_DD.float(), persistent=False)
+            self.register_buffer("from_D", start.from_D.float(), persistent=False)
+            self.register_buffer("start_V", start.bias_V.float(), persistent=False)
+            self.register_buffer("std_D", torch.ones(D), persistent=False)
+            self.log_tau = nn.Parameter(torch.tensor(float(start.log_tau)))
+            self.enter = nn.Linear(D, H)
+        self.text = nn.Linear(3 * D, H)
+        self.unseen = nn.Parameter(torch.zeros(H))
+        self.place = nn.Embedding(longest, H)
+        nn.init.normal_(self.place.weight, std=0.02)
+        self.encoder = encoder
+        self.leave = nn.Linear(H, D)
+        self.bias_V = nn.Parameter(torch.zeros(V))
+        zeros = [self.leave]
+        if from_trunk:  # the trunk reads the estimated text, and what is added begins at nothing
+            zeros += [self.place, self.text, *([self.enter] if self.sees else [])]
+        self.decoder, self.head = decoder, head
+        if decoder is not None:
+            G = decoder.config.hidden_size
+            self.bridge, self.previous = nn.Linear(H, G), nn.Linear(D, G)
+            self.leave_decoder = nn.Linear(G, D)
+            zeros += [self.leave_decoder, *([self.bridge, self.previous] if head is not None else [])]
+        for module in zeros:
+            nn.init.zeros_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    # -- what one token says alone --
+
+    def alone(self, x_ND: torch.Tensor) -> torch.Tensor | None:
+        """tau W (x~ - from), (N, D): its product with the scaled rows is the linear start."""
+        return self.log_tau.exp() * ((x_ND - self.from_D) @ self.start_DD.T) if self.sees else None
+
+    def logits(self, correction_ND: torch.Tensor, alone_ND: torch.Tensor | None) -> torch.Tensor:
+        """(N, V), float32."""
+        if alone_ND is None:
+            return correction_ND @ self.rows_VD.T + (self.bias_V + self.log_frequency_V)
+        bias_V = self.log_tau.exp() * self.start_V + self.bias_V + self.log_frequency_V
+        return (correction_ND + alone_ND) @ self.rows_VD.T + bias_V
+
+    @torch.no_grad()
+    def expected(self, x_ND: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+        """The mean of the scaled table's rows under the linear start, (N, D): the best estimate of a token alone."""
+        nothing = torch.zeros((), device=x_ND.device)
+        return torch.cat([
+            torch.softmax(self.logits(nothing, self.alone(x_CD)), -1) @ self.rows_VD for x_CD in x_ND.split(chunk)
+        ])  # fmt: skip
+
+    # -- both ways --
+
+    def encode(
+        self, x_BTD: torch.Tensor | None, tokens_BT: torch.Tensor, hidden_BT: torch.Tensor, valid_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, T, H). ``tokens_BT`` counts at clean positions alone. ``x_BTD`` None: nothing is seen."""
+        T = tokens_BT.shape[1]
+        # The text as the linear start estimates it, zero where nothing is seen: its neighbours enter with each token,
+        # so that short phrases need not be found by attention.
+        text_BTD = self.rows_VD[tokens_BT.masked_fill(hidden_BT, 0)].masked_fill(hidden_BT[..., None], 0.0)
+        h_BTH = self.place(torch.arange(T, device=tokens_BT.device).clamp_max(self.place.num_embeddings - 1))
+        h_BTH = h_BTH + self.unseen * hidden_BT[..., None]
+        if self.sees:
+            x_ND = x_BTD[hidden_BT]
+            text_BTD[hidden_BT] = self.expected(x_ND)
+            # A far tail of the input must not saturate the first layer; the linear start sees it unclipped.
+            h_BTH[hidden_BT] = h_BTH[hidden_BT] + self.enter(((x_ND - self.from_D) / self.std_D).clamp(-20, 20))
+        text_BTD = text_BTD * valid_BT[..., None]
+        around = [text_BTD, nn.functional.pad(text_BTD, (0, 0, 1, -1)), nn.functional.pad(text_BTD, (0, 0, -1, 1))]
+        h_BTH = h_BTH + self.text(torch.cat(around, -1))
+        if self.from_trunk:
+            h_BTH = h_BTH + text_BTD * self.scale_D
+        mask_B1TT = valid_BT[:, None, None, :].expand(-1, 1, T, -1)
+        return self.encoder(inputs_embeds=h_BTH, attention_mask=mask_B1TT, use_cache=False).last_hidden_state
+
+    def marginal(self, h_NH: torch.Tensor, x_ND: torch.Tensor | None) -> torch.Tensor:
+        """Logits (N, V) of each hidden token, given all that was sent."""
+        return self.logits(self.leave(h_NH), None if x_ND is None else self.alone(x_ND))
+
+    # -- from left to right --
+
+    def decode(
+        self,
+        h_BTH: torch.Tensor,
+        previous_BT: torch.Tensor,
+        *,
+        cache: DynamicCache | None = None,
+    ) -> torch.Tensor:
+        """The decoder's states (B, T, G), given the token before each position (-1: none). Padding is on the right."""
+        rows_BTD = self.rows_VD[previous_BT.clamp_min(0)] * (previous_BT >= 0)[..., None]
+        in_BTG = self.bridge(h_BTH) + self.previous(rows_BTD)
+        if self.head is not None:
+            in_BTG = in_BTG + rows_BTD * self.scale_D
+        more: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+        length = in_BTG.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if self.head is not None and length > 1:  # a language model never saw the place before the first token
+            seen_BT = torch.ones(in_BTG.shape[0], length, dtype=torch.bool, device=in_BTG.device)
+            seen_BT[:, 0] = False
+            more["attention_mask"] = seen_BT
+        return self.decoder(inputs_embeds=in_BTG, **more).last_hidden_state
+
+    def following(self, g_NG: torch.Tensor, x_ND: torch.Tensor | None) -> torch.Tensor:
+        """Logits (N, V) of each hidden token, given all that was sent and the tokens before it."""
+        logits_NV = self.logits(self.leave_decoder(g_NG), None if x_ND is None else self.alone(x_ND))
+        if self.head is None:
+            return logits_NV
+        # The language model's own probabilities take the place of the frequencies.
+        return logits_NV + self.head(g_NG)[:, : logits_NV.shape[1]] - self.log_frequency_V

@@ -1,0 +1,190 @@
+"""Surrogates for private values as a mechanism: alone, and in front of another one.
+
+The client replaces values in text (sgt_titan/private). The battery compares token by token, so here a surrogate is
+chosen that has as many tokens as its value; where none is found it is cut or its last token repeated, and counted
+(``facts["unfit"]``). The client itself does not do that: its server does not learn how many tokens a value has.
+
+The answer is measured after restoring: at a token of a value, the probabilities of that token and of the surrogate's
+are exchanged, which is what putting values back does to an answer.
+
+Legend: B batch, T sequence, D width, V vocabulary, N scored tokens flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from sgt_titan.data.marks import offsets
+from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
+from sgt_titan.evaluation.samples import Padded, Sample
+from sgt_titan.private import Conversation, Private, Replaced, Span
+from sgt_titan.private.spans import settle
+from sgt_titan.transform.prompts import special_ids
+
+# The demo corpus' kinds -> ours. PUPA names none.
+KINDS = {"address": "street", "city": "place", "birth_date": "date", "order": "code", "diagnosis": "text", "": "text"}
+KINDS |= {"medication": "text"}
+
+
+@dataclass
+class Substitution:
+    """Tokens of rows -> as many tokens with surrogates. Held: the same row always gives the same.
+
+    private: what is looked for. told: rows whose marked values the application marks itself; nothing else is known of
+    others. placeholder: a token for every token of a value, instead of surrogates (redaction of what was found).
+    """
+
+    tokenizer: Any = field(repr=False)
+    private: Private = field(repr=False)
+    told: Sequence[Sample] = field(default=(), repr=False)
+    placeholder: int | None = None
+    replaced: int = 0
+    unfit: int = 0
+    _known: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
+    _talks: dict[bytes, Conversation] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._special = special_ids(self.tokenizer)
+        self._marks = {_key(row.prompt().ids): row.spans for row in self.told}
+        self._lengths: dict[str, int] = {}
+
+    def __call__(self, batch: Padded) -> Padded:
+        """The batch with other tokens; everything else stays."""
+        tokens_BT = batch.tokens_BT.clone()
+        for b in range(len(tokens_BT)):
+            length = int(batch.valid_BT[b].sum())
+            ids = batch.tokens_BT[b, :length].cpu().numpy()
+            target = batch.target_BT[b, :length].cpu().numpy()
+            prompt = int(np.argmax(target)) if target.any() else length
+            tokens_BT[b, :length] = torch.from_numpy(self.row(ids, prompt)).to(tokens_BT)
+        return batch._replace(tokens_BT=tokens_BT)
+
+    def row(self, ids: np.ndarray, prompt: int) -> np.ndarray:
+        """int64 (T,) with surrogates; ``prompt``: tokens before the response."""
+        key = _key(ids)
+        if key not in self._known:
+            self._known[key] = self._substituted(ids, prompt)
+        return self._known[key]
+
+    def restored(self, prompt: Sample, answer: Sequence[int]) -> list[int]:
+        """Tokens of an answer to ``prompt`` as it was sent, with the values put back."""
+        if self.placeholder is not None or not answer:
+            return list(answer)
+        self.row(prompt.ids, len(prompt.ids))
+        talk = self._talks[_key(prompt.ids)]
+        text = talk.restorer().feed(self.tokenizer.decode(answer), last=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _substituted(self, ids: np.ndarray, prompt: int) -> np.ndarray:
+        runs = list(self._runs(ids, prompt))
+        parts = [offsets(self.tokenizer, ids[first:last].tolist()) for first, last in runs]
+        texts = [text for text, _, _ in parts]
+        marks = self._told_marks(ids[:prompt], runs, parts)
+        asked = [i for i, (first, _) in enumerate(runs) if first < prompt]
+        name = self.private.name_of([texts[i] for i in asked], marks)
+        talk = self.private.conversation(name)
+        talk.accept = self._fits
+        hidden = talk.hide(texts, marks)
+        self._talks[_key(ids)] = talk
+        out = ids.astype(np.int64).copy()
+        for (first, _), (text, starts, ends), result in zip(runs, parts, hidden, strict=True):
+            for start, stop, pieces in _by_token(result.replaced, starts, ends):
+                self._write(out[first + start : first + stop], text, starts[start], ends[stop - 1], pieces)
+        return out
+
+    def _runs(self, ids: np.ndarray, prompt: int) -> Iterator[tuple[int, int]]:
+        """Contents: no special token inside, the prompt apart from the response."""
+        special = np.isin(ids, list(self._special)) if self._special else np.zeros(len(ids), dtype=bool)
+        for low, high in ((0, prompt), (prompt, len(ids))):
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], ~special[low:high], [False]]))) + low
+            yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+    def _told_marks(
+        self, ids: np.ndarray, runs: Sequence[tuple[int, int]], parts: Sequence[Any]
+    ) -> dict[int, list[Span]]:
+        found: dict[int, list[Span]] = {}
+        for span in self._marks.get(_key(ids), ()):
+            for i, (first, last) in enumerate(runs):
+                if first <= span.start and span.stop <= last:
+                    text, starts, ends = parts[i]
+                    at = text.find(span.text, int(starts[span.start - first]))
+                    if 0 <= at < int(ends[span.stop - 1 - first]):
+                        end = span.kind == "card" and len(span.text) == 4
+                        kind = "card_end" if end else KINDS.get(span.kind, span.kind)
+                        found.setdefault(i, []).append(Span(at, at + len(span.text), kind))
+        return {i: _disjoint(spans) for i, spans in found.items()}
+
+    def _fits(self, value: str, surrogate: str) -> bool:
+        """As many tokens, after a space."""
+        return self._length(value) == self._length(surrogate)
+
+    def _length(self, text: str) -> int:
+        if text not in self._lengths:
+            self._lengths[text] = len(self.tokenizer(" " + text, add_special_tokens=False)["input_ids"])
+        return self._lengths[text]
+
+    def _write(self, ids: np.ndarray, text: str, start: int, stop: int, pieces: Sequence[Replaced]) -> None:
+        """The tokens of characters ``start..stop-1`` with their values replaced, over ``ids`` (a view)."""
+        self.replaced += 1
+        if self.placeholder is not None:
+            ids[:] = self.placeholder
+            return
+        out, done = [], start
+        for piece in pieces:
+            out += [text[done : piece.span.start], piece.surrogate]
+            done = piece.span.stop
+        new = self.tokenizer("".join([*out, text[done:stop]]), add_special_tokens=False)["input_ids"]
+        self.unfit += len(new) != len(ids)
+        new = [*new, *[new[-1]] * len(ids)][: len(ids)] if new else ids.tolist()
+        ids[:] = new
+
+
+def surrogates(
+    substitution: Substitution, table_VD: torch.Tensor, before: Mechanism, name: str, title: str
+) -> Mechanism:
+    """``before`` (the mechanism that sees what is left) on rows with surrogates; ``nothing()``: surrogates alone."""
+
+    def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:
+        seen = substitution(batch)
+        return before.obfuscate(seen, table_VD[seen.tokens_BT].to(x_BTD), random)
+
+    return Mechanism(
+        name,
+        title,
+        obfuscate,
+        transform=before.transform,
+        std=before.std,
+        denoises=before.denoises,
+        rewrite=substitution,
+        restore=substitution.restored if substitution.placeholder is None else None,
+    )
+
+
+def _key(ids: np.ndarray) -> bytes:
+    return np.ascontiguousarray(ids, dtype=np.int64).tobytes()
+
+
+def _disjoint(spans: Sequence[Span]) -> list[Span]:
+    """The longest of those that overlap."""
+    return settle(spans)
+
+
+def _by_token(
+    replaced: Sequence[Replaced], starts: np.ndarray, ends: np.ndarray
+) -> Iterator[tuple[int, int, list[Replaced]]]:
+    """Occurrences with the tokens that carry them; those that share a token together."""
+    groups: list[tuple[int, int, list[Replaced]]] = []
+    for piece in replaced:
+        start = int(np.searchsorted(ends, piece.span.start, side="right"))
+        stop = int(np.searchsorted(starts, piece.span.stop - 1, side="right"))
+        if groups and start < groups[-1][1]:
+            first, last, pieces = groups.pop()
+            groups.append((first, max(last, stop), [*pieces, piece]))
+        else:
+            groups.append((start, stop, [piece]))
+    yield from groups

@@ -1,0 +1,128 @@
+"""Values back into a text: literals and what each becomes, in whole texts and in streams.
+
+The literals are all forms in which a surrogate may come back (``Conversation.literals``). The leftmost, longest literal
+wins, and never inside a word. A stream holds back what could still become one, as the stop scanner of the client does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sgt_titan.private.spans import bounded
+
+
+class Literal(NamedTuple):
+    """What a form of a surrogate becomes, and of which kind it is."""
+
+    value: str
+    kind: str
+
+
+class Restorer:
+    """One answer's text, fed in pieces. ``restored``, ``left``: counts by kind, complete after the last piece.
+
+    traces: what shows, in text that was not restored, that a surrogate stands there in a form nobody foresaw; by kind.
+    """
+
+    def __init__(self, literals: Mapping[str, Literal], traces: Mapping[str, str] | None = None):
+        self._literals, self._traces = literals, traces or {}
+        ordered = sorted(literals, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        self._beginnings = {literal[:k] for literal in literals for k in range(1, len(literal) + 1)}
+        self._longest = max(map(len, ordered), default=0)
+        self._text = ""
+        self._at = 0  # of _text, before which everything was shown; one character stays, to see where words begin
+        self._clear: list[str] = []
+        self.restored: Counter[str] = Counter()
+        self.left: Counter[str] = Counter()
+
+    def feed(self, piece: str, *, last: bool = False) -> str:
+        """What may be shown now."""
+        if self._pattern is None:
+            return piece
+        self._text += piece
+        shown = []
+        while self._at < len(self._text):
+            hold = len(self._text) if last else self._undecided()
+            match = self._match(hold)
+            stop = match[0] if match else hold
+            shown.append(self._text[self._at : stop])
+            self._clear.append(self._text[self._at : stop])
+            self._at = stop
+            if match is None:
+                break
+            value, kind = self._literals[self._text[match[0] : match[1]]]
+            shown.append(value)
+            self.restored[kind] += 1
+            self._clear.append("\n")
+            self._at = match[1]
+        cut = max(self._at - 1, 0)
+        self._text, self._at = self._text[cut:], self._at - cut
+        if last:
+            self._count_left()
+        return "".join(shown)
+
+    def _undecided(self) -> int:
+        """Where the earliest end of the text begins that is the beginning of a literal, or a whole one."""
+        for start in range(max(self._at, len(self._text) - self._longest), len(self._text)):
+            if self._text[start:] in self._beginnings and (start == 0 or bounded(self._text, start, len(self._text))):
+                return start
+        return len(self._text)
+
+    def _match(self, hold: int) -> tuple[int, int] | None:
+        """The first literal that begins before ``hold``."""
+        at = self._at
+        while (found := self._pattern.search(self._text, at)) and found.start() < hold:
+            # The longest alternative may end inside a word where a shorter one does not.
+            for stop in range(found.end(), found.start(), -1):
+                if self._text[found.start() : stop] in self._literals and bounded(self._text, found.start(), stop):
+                    return found.start(), stop
+            at = found.start() + 1
+        return None
+
+    def _count_left(self) -> None:
+        clear = "".join(self._clear).casefold()
+        for trace, kind in self._traces.items():
+            if count := clear.count(trace):
+                self.left[kind] += count
+        self._clear.clear()
+
+
+def restore(
+    text: str, literals: Mapping[str, Literal], traces: Mapping[str, str] | None = None
+) -> tuple[str, Restorer]:
+    """The whole text at once, and the counts."""
+    restorer = Restorer(literals, traces)
+    return restorer.feed(text, last=True), restorer
+
+
+def restore_json(text: str, literals: Mapping[str, Literal]) -> str:
+    """A tool call's arguments. Values go into JSON strings as JSON writes them; text that is no JSON is text.
+
+    A number of the surrogates that the model writes as a JSON number becomes the value's number where it is one.
+    """
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return restore(text, literals)[0]
+
+    def walk(item: Any) -> Any:
+        if isinstance(item, str):
+            return restore(item, literals)[0]
+        if isinstance(item, list):
+            return [walk(one) for one in item]
+        if isinstance(item, dict):
+            return {walk(key): walk(value) for key, value in item.items()}
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            back = restore(repr(item), literals)[0]
+            try:
+                return type(item)(back)
+            except ValueError:
+                return back
+        return item
+
+    return json.dumps(walk(parsed), ensure_ascii=False)

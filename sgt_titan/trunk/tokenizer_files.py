@@ -1,0 +1,52 @@
+"""The files of a tokenizer: one list for what is fingerprinted, cached by, copied and replaced."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+# What makes ids; the others change how they are made, or what is rendered before.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+# An embedding table is a part of the trunk, and most licences ask that their text travels with the parts.
+LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """Those that are in ``folder``, sorted by name; of a folder of templates, the files in it."""
+    root = Path(folder)
+    found: list[Path] = []
+    for name in sorted(TOKENIZER_FILES):
+        path = root / name
+        found += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+        found += [path] if path.is_file() else []
+    return found
+
+
+def accompanying_files(folder: str | Path) -> list[Path]:
+    """The tokenizer's files and the licences: what travels with any part of a trunk."""
+    licences = (path for path in Path(folder).iterdir() if path.is_file() and LICENCES.fullmatch(path.name))
+    return [*tokenizer_files(folder), *sorted(licences)]
+
+
+def is_accompanying(name: str) -> bool:
+    """Whether an entry of a folder is one of these."""
+    return name in TOKENIZER_FILES or LICENCES.fullmatch(name) is not None
+
+
+def copy_accompanying(source: str | Path, out: Path) -> None:
+    """Copy them into the folder ``out``."""
+    for file in accompanying_files(source):
+        target = out / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)

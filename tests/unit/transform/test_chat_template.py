@@ -1,0 +1,210 @@
+"""What is trained on behind each kind of template: the parts of a sample by role, spelled out."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sgt_titan.errors import UserError
+from sgt_titan.transform.chat_template import look
+from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns
+from tests import chat_templates as templates
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def bytewise(template) -> PreTrainedTokenizerFast:
+    """One token a byte, and special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate([*SPECIAL, *alphabet])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def parts(template, messages, **options) -> list[tuple[int, str]]:
+    """(role, text) of each run of tokens with one role."""
+    tokenizer = bytewise(template)
+    encoded = encode_turns(tokenizer, messages, template="chat", **options)
+    runs: list[tuple[int, list[int]]] = []
+    for token, role in zip(encoded.ids, encoded.roles, strict=True):
+        if not runs or runs[-1][0] != role:
+            runs.append((role, []))
+        runs[-1][1].append(token)
+    return [(role, tokenizer.decode(ids)) for role, ids in runs]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def says(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+T, P, R = TEMPLATE, PROMPT, RESPONSE
+HEAD, ASK = (T, "<|im_start|>user\n"), (T, "<|im_end|>\n<|im_start|>assistant\n")
+THOUGHT = "<think>\nhm\n</think>\n\nyes"
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "answer", "expected"),
+    [
+        # The model writes its empty thoughts itself, or its own ones instead.
+        ("thinks", {}, says("yes"), [HEAD, (P, "hi"), ASK, (R, "<think>\n\n</think>\n\nyes<|im_end|>"), (T, "\n")]),
+        ("thinks", {}, says(THOUGHT), [HEAD, (P, "hi"), ASK, (R, THOUGHT + "<|im_end|>"), (T, "\n")]),
+        ("thinks", {}, says("yes", reasoning_content="hm"),
+         [HEAD, (P, "hi"), ASK, (R, THOUGHT + "<|im_end|>"), (T, "\n")]),
+        ("thinks", {}, says("hm\n</think>\n\nyes"), [HEAD, (P, "hi"), ASK, (R, THOUGHT + "<|im_end|>"), (T, "\n")]),
+        # The prompt has closed them: nobody would generate any.
+        ("thinks", {"variables": {"enable_thinking": False}}, says(THOUGHT),
+         [HEAD, (P, "hi"), (T, ASK[1] + "<think>\n\n</think>\n\n"), (R, "yes<|im_end|>"), (T, "\n")]),
+        ("thinks", {"variables": {"enable_thinking": False}}, says("yes"),
+         [HEAD, (P, "hi"), (T, ASK[1] + "<think>\n\n</think>\n\n"), (R, "yes<|im_end|>"), (T, "\n")]),
+        # The prompt has opened them.
+        ("opens", {}, says(THOUGHT),
+         [(T, "<s><U>"), (P, "hi"), (T, "<A><think>\n"), (R, "hm\n</think>\n\nyes</s>")]),
+        ("opens", {}, says("hm\n</think>\n\nyes"),
+         [(T, "<s><U>"), (P, "hi"), (T, "<A><think>\n"), (R, "hm\n</think>\n\nyes</s>")]),
+        ("opens", {}, says("yes", reasoning_content="hm"),
+         [(T, "<s><U>"), (P, "hi"), (T, "<A><think>\n"), (R, "hm\n</think>\n\nyes</s>")]),
+        ("opens", {}, says("yes"),
+         [(T, "<s><U>"), (P, "hi"), (T, "<A><think>\n\n</think>\n\n"), (R, "yes</s>")]),
+        ("closes", {}, says("yes"), [(T, "<s><U>"), (P, "hi"), (T, "<A></think>"), (R, "yes</s>")]),
+        ("closes", {}, says(THOUGHT), [(T, "<s><U>"), (P, "hi"), (T, "<A></think>"), (R, "yes</s>")]),
+        ("closes", {"variables": {"thinking": True}}, says(THOUGHT),
+         [(T, "<s><U>"), (P, "hi"), (T, "<A><think>"), (R, "\nhm\n</think>\n\nyes</s>")]),
+        # Channels: what names the channel is generated.
+        ("channels", {"date": "2025-01-02"}, says("yes"),
+         [(T, "<|im_start|>system\nCurrent date: 2025-01-02<|im_end|><|im_start|>user: "), (P, "hi"),
+          (T, "<|im_end|><|im_start|>assistant"), (R, " final: yes<|im_end|>")]),
+        ("channels", {}, says("yes", reasoning_content="hm"),
+         [(T, "<|im_start|>system\nCurrent date: 2024-07-26<|im_end|><|im_start|>user: "), (P, "hi"),
+          (T, "<|im_end|><|im_start|>assistant"),
+          (R, " analysis: hm<|im_end|><|im_start|>assistant final: yes<|im_end|>")]),
+        ("dated", {}, says(" yes "),
+         [(T, "<s><|im_start|>system\nToday: 26 Jul 2024\n<|im_end|><|im_start|>user\n\n"), (P, "hi"),
+          (T, "<|im_end|><|im_start|>assistant\n\n"), (R, "yes<|im_end|>")]),
+        ("dated", {"variables": {"date_string": "1 May"}}, says("yes"),
+         [(T, "<s><|im_start|>system\nToday: 1 May\n<|im_end|><|im_start|>user\n\n"), (P, "hi"),
+          (T, "<|im_end|><|im_start|>assistant\n\n"), (R, "yes<|im_end|>")]),
+        ("generation", {}, says("yes"), [HEAD, (P, "hi"), ASK, (R, "yes<|im_end|>"), (T, "\n")]),
+    ],
+)  # fmt: skip
+def test_an_answer_by_template(template, options, answer, expected):
+    found = parts(templates.ALL[template], [user("hi"), answer], **options)
+    assert found == expected
+    # What the client sends is what stands before the answer.
+    asked = parts(templates.ALL[template], [user("hi")], add_generation_prompt=True, **options)
+    text = "".join(text for _, text in found)
+    assert text.startswith("".join(text for _, text in asked))
+
+
+def test_thoughts_of_earlier_turns_are_left_out_as_the_template_does():
+    for template, close in (("thinks", "<|im_end|>"), ("opens", "</s>"), ("closes", "</s>")):
+        found = parts(templates.ALL[template], [user("hi"), says(THOUGHT), user("so?"), says("no")])
+        text = "".join(text for _, text in found)
+        assert "hm" not in text and (P, "yes") in [(r, t.strip()) for r, t in found] and f"yes{close}" in text
+
+
+def test_a_template_s_own_mask_agrees():
+    """``{% generation %}`` says which tokens are an assistant's; of one answer they are ours."""
+    tokenizer, messages = bytewise(templates.GENERATION), [user("hi, you"), says("yes, I")]
+    own = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = encode_turns(tokenizer, messages, template="chat")
+    assert encoded.ids == own["input_ids"]
+    assert [role == RESPONSE for role in encoded.roles] == [bool(m) for m in own["assistant_masks"]]
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lisbon", "days": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}]
+
+
+@pytest.mark.parametrize("content", ["", "Let me see."])
+def test_calls_and_tools_are_content(content):
+    messages = [
+        user("hi"),
+        says(content or None, tool_calls=[CALL]),
+        {"role": "tool", "content": '{"c": 20}'},
+        says("20"),
+    ]
+    found = parts(templates.THINKS, messages, tools=TOOLS)
+    prompt = "".join(text for role, text in found if role == PROMPT)
+    assert '{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}' in prompt
+    assert 'weather", "arguments": {"city": "Lisbon", "days": 2' in prompt and '{"c": 20}' in prompt
+    assert content in prompt and "<tool_call>" not in prompt and "<|im" not in prompt
+    assert (R, "<think>\n\n</think>\n\n20<|im_end|>") in found
+    # As the answer, the call is what the model writes.
+    found = parts(templates.THINKS, messages[:2])
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Lisbon", "days": 2}}\n</tool_call>'
+    between = "\n" if content else ""
+    assert found[-2] == (R, f"<think>\n\n</think>\n\n{content}{between}{call}<|im_end|>")
+
+
+def test_calls_that_are_a_whole_turn():
+    messages = [user("hi"), says(None, tool_calls=[CALL]), {"role": "tool", "content": 'say "20"\n'}, says("20")]
+    found = parts(templates.BARE_CALLS, messages)
+    prompt = [text for role, text in found if role == PROMPT]
+    assert prompt == ["hi", 'weather", "parameters": {"city": "Lisbon", "days": 2', 'say \\"20\\"\\n']
+    found = parts(templates.BARE_CALLS, messages[:2])
+    assert found[-1] == (R, '{"name": "weather", "parameters": {"city": "Lisbon", "days": 2}}<|im_end|>')
+
+
+def test_what_has_no_place_is_said():
+    tokenizer = bytewise(templates.CHATML)
+    encoded = encode_turns(tokenizer, [user("hi"), says("yes", reasoning_content="hm")], template="chat", tools=TOOLS)
+    assert [note.partition(",")[0] for note in encoded.notes] == ["tools", "reasoning"]
+    plain = encode_turns(
+        tokenizer, [user("hi"), says("yes", reasoning_content="hm", tool_calls=[CALL])], template="plain", tools=TOOLS
+    )
+    assert [note.partition(",")[0] for note in plain.notes] == ["tools", "reasoning"]
+    assert '"Lisbon"' in tokenizer.decode(plain.ids)
+
+
+def test_text_that_begins_with_bos_has_one():
+    tokenizer = bytewise(None)
+    encoded = encode_turns(tokenizer, [user("<s>hi")], template="plain")
+    assert encoded.ids == encode_turns(tokenizer, [user("hi")], template="plain").ids
+    assert encoded.roles == [TEMPLATE, PROMPT, PROMPT]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"a": "x", "b": "y"}, "its chat templates cannot be chosen from"),
+        ("{{ messages[0].content.foo.bar() }}", "chat template: refuses turns (user): 'str object' has no attribute"),
+        ("{{ 1 / 0 }}", "chat template: refuses turns (user): division by zero"),
+        ("{{ messages[0]['content'] + 3 }}", "chat template: refuses turns (user): can only concatenate"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(template, words):
+    with pytest.raises(UserError) as error:
+        encode_turns(bytewise(template), [user("hi")], template="chat")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_a_list_of_templates_the_default_is_taken():
+    tokenizer = bytewise({"default": templates.CHATML, "rag": "x"})
+    assert encode_turns(tokenizer, [user("hi")], template="chat").ids == (
+        encode_turns(bytewise(templates.CHATML), [user("hi")], template="chat").ids
+    )
+
+
+def test_lone_surrogates_and_nothing_are_refused():
+    for template in ("chat", "plain"):
+        with pytest.raises(UserError, match="lone surrogate"):
+            encode_turns(bytewise(templates.CHATML), [user("a\ud800")], template=template)
+        with pytest.raises(UserError, match="no turns"):
+            encode_turns(bytewise(templates.CHATML), [], template=template)
+
+
+def test_look_is_checked():
+    with pytest.raises(UserError, match=r"data\.template_date: must be a date such as"):
+        look({}, "yesterday")
+    with pytest.raises(UserError, match=r"data\.template_kwargs\.messages: is set by the renderer"):
+        look({"messages": 1})

@@ -1,0 +1,79 @@
+"""The torch-free registry against what it describes: transformers' checkpoints, torchtitan's modules, one another."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from sgt_titan.errors import UserError
+from sgt_titan.trunk import families
+from sgt_titan.trunk.check import check_checkpoint
+from sgt_titan.trunk.families import FAMILIES, NEEDED, TRAINED, check_config, shapes
+
+
+def test_shapes_are_those_of_transformers_checkpoints(trunk_dir, trunk_kinds):
+    for name, kind in trunk_kinds.items():
+        path = trunk_dir(name)
+        stored = {key: tuple(tensor.shape) for key, tensor in load_file(path / "model.safetensors").items()}
+        assert shapes(json.loads((path / "config.json").read_text())) == stored, name
+        assert check_checkpoint(path)["model_type"] == kind
+    assert set(trunk_kinds.values()) == set(TRAINED), "a family without a checkpoint of its own in tests/conftest.py"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TRAINED if not FAMILIES[kind].latent])
+def test_what_a_config_leaves_out_has_transformers_defaults(kind):
+    full = AutoConfig.for_model(kind).to_dict()
+    bare = {key: full[key] for key in (*NEEDED, "model_type")}
+    assert shapes(bare) == shapes(full)
+
+
+def test_the_other_tables_have_the_same_families():
+    from sgt_titan.titan.trunks import FAMILIES as BUILT
+
+    assert tuple(BUILT) == TRAINED
+
+
+def test_config_that_lacks_numbers():
+    with pytest.raises(UserError, match=r"config\.json has no hidden_size, intermediate_size"):
+        shapes({"model_type": "llama"})
+    with pytest.raises(UserError, match="model_type 'gemma'; supported are llama, "):
+        check_config({"model_type": "gemma"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+    ],
+)
+def test_what_a_row_cannot_express(change, message):
+    with pytest.raises(UserError, match=message):
+        check_config({"model_type": "llama", **change})
+
+
+def test_tensors_that_the_config_does_not_describe(trunk_dir, tmp_path):
+    """A bias, or a layer more than config.json says: the model is another, whoever ignores it."""
+    source = trunk_dir("llama")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    table = tensors["model.norm.weight"]
+    for extra in ("model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight"):
+        save_file({**tensors, extra: table.clone()}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=f"holds {extra}, which config.json does not describe"):
+            check_checkpoint(tmp_path)
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**tensors, buffer: table.clone()}, tmp_path / "model.safetensors")
+    check_checkpoint(tmp_path)
+
+
+def test_layers_that_predict_further_tokens_are_left_out():
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    config = json.loads(AutoConfig.for_model(**config).to_json_string(use_diff=False))
+    names = dict.fromkeys(["model.layers.3.eh_proj.weight", "model.layers.4.eh_proj.weight"])
+    assert families.unexpected(names, config | {"n_routed_experts": 2}) == ["model.layers.4.eh_proj.weight"]
