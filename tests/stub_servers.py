@@ -307,7 +307,8 @@ async def _sglang_events(trunk, body, embeds_TD):
 @contextmanager
 def running(app, **options):
     """The app behind a real socket, in a thread; its URL."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, **options)
+    options = {"port": 0, **options}
+    config = uvicorn.Config(app, host="127.0.0.1", log_config=None, access_log=False, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

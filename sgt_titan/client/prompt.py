@@ -208,9 +208,7 @@ def _variants(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
         yield as_system
     with_text = [t | {"tool_calls": _as_text(t["tool_calls"])} if "tool_calls" in t else t for t in as_system]
     if with_text != as_system:  # DeepSeek's template adds a text to them
-        yield [
-            turn | {"tool_calls": _as_text(turn["tool_calls"])} if "tool_calls" in turn else turn for turn in as_system
-        ]
+        yield with_text
 
 
 def _as_text(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

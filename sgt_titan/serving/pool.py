@@ -34,7 +34,7 @@ class Member:
         return time.monotonic() >= self.rests_until
 
     def failed(self) -> None:
-        rest = min(FIRST_REST_S * 2**self.failures, LONGEST_REST_S)
+        rest = min(FIRST_REST_S * 2**self.failures, max(LONGEST_REST_S, FIRST_REST_S))
         self.failures = min(self.failures + 1, 10)
         self.rests_until = time.monotonic() + rest
 
