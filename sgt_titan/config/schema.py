@@ -163,6 +163,9 @@ class Data:
     columns: dict[str, str] = field(default_factory=dict, metadata={
         "help": "Maps a field (text, system, instruction, input, output, messages, private) to its column; an empty name: "
                 "the field is not used. private marks private values (docs/TRAINING.md)."})  # fmt: skip
+    private: str = opt("", "Finders of private values (patterns, names, capitals, spacy:MODEL ...; by commas) that get "
+                           "surrogates before anything else, as a client's do; empty: none (docs/PRIVATE_VALUES.md).")  # fmt: skip
+    private_own: str = opt("", "YAML file of words, patterns and surrogates of your own, beside data.private.")
     template: Literal["auto", "chat", "plain"] = opt(
         "auto", "chat: the tokenizer's chat template around the turns; plain: prompt and response as they are after "
                 "BOS. auto: chat where the tokenizer has a template.")  # fmt: skip

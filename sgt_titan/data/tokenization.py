@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.marks import fold, mark
 from sgt_titan.data.sources import Rows
+from sgt_titan.data.surrogates import finders, with_surrogates
 from sgt_titan.errors import UserError
 from sgt_titan.transform.chat_template import look
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
@@ -47,9 +49,15 @@ class Options:
     strip_suffix: str
     variables: str  # canonical JSON, see chat_template.Look
     date: str
+    private: str = ""  # finders, and the file of a user's own; see surrogates.py
+    private_own: str = ""
+    private_own_digest: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what is not used: rows without surrogates stay the rows they were."""
+        found = asdict(self)
+        path = found.pop("private_own")  # where a file lies decides nothing
+        return found if self.private or path else {k: v for k, v in found.items() if not k.startswith("private")}
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,18 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         strip_suffix=rows.strip_suffix,
         variables=how.variables,
         date=how.date,
+        **_private(data),
     )
+
+
+def _private(data: schema.Data) -> dict[str, str]:
+    """Raises UserError: a finder or a file of one's own that is none."""
+    if not data.private and not data.private_own:
+        return {}
+    own = expand(data.private_own, "data.private_own") if data.private_own else ""
+    finders(data.private, own)
+    digest = hashlib.sha256(Path(own).read_bytes()).hexdigest() if own else ""
+    return {"private": data.private, "private_own": own, "private_own_digest": digest}
 
 
 def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -209,6 +228,10 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
     variables = json.loads(options.variables)
     for i in range(start, stop):
         messages, units = rows.sample(i)
+        content = content_hash(messages)
+        if options.private or options.private_own:
+            private = finders(options.private, options.private_own)
+            messages, units = with_surrogates(messages, units, i, private)
         try:
             encoded = encode_turns(
                 tokenizer, messages, template=options.template, variables=variables, date=options.date
@@ -241,7 +264,7 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
         ids_parts.append(cut[0])
         role_parts.append(roles)
         counts.append(count)
-        hashes.append(content_hash(messages))
+        hashes.append(content)
         sources.append(i)
     return Chunk(
         tokens=np.concatenate(ids_parts) if ids_parts else np.zeros(0, np.uint32),

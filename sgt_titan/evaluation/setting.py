@@ -142,7 +142,7 @@ def load_setting(export: str, config: Config, *, rows: int, corpus: int, zero_st
     chosen = read_samples(dataset.validation, config, rows, tokenizer=tokenizer)
     if not any(row.prompt().obfuscate.any() for row in chosen):
         raise UserError(f"{config.data.source}: no prompt of these rows has a token to hide")
-    training = read_samples(dataset.train, config, max(corpus, ROWS))
+    training = read_samples(dataset.train, config, max(corpus, ROWS), tokenizer=tokenizer)
     return Setting(
         export=export,
         config=config,

@@ -37,6 +37,7 @@ from sgt_titan.transform.fingerprint import (
     check_config_fingerprint,
     check_weights_fingerprint,
     fingerprint_tensor,
+    fingerprint_weights,
 )
 from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, obfuscate, secure_noise
 from sgt_titan.transform.prior import Prior
@@ -245,6 +246,21 @@ class StainedGlassTransform(PreTrainedModel):
                 "pass inputs_embeds from the trunk's own table"
             )
         return self.embed_tokens(input_ids)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As ``PreTrainedModel.save_pretrained``, with the fingerprints of what is written.
+
+        A cast makes other bytes than those exported, and loading them would be refused. Tokenizer files are not
+        written.
+        """
+        if kwargs.get("state_dict") is None:
+            digests = {name: fingerprint_tensor(tensor) for name, tensor in self.state_dict().items()}
+            known = dict(self.config.fingerprints)
+            if self.embed_tokens is not None:
+                known["embeddings"] = digests.pop("embed_tokens.weight")
+            self.config.fingerprints = {**known, "weights": fingerprint_weights(digests)}
+        kwargs.setdefault("save_original_format", False)  # else tensors take names of an older layout
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
