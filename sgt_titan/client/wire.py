@@ -96,6 +96,8 @@ def _finish(reason: Any) -> str | None:
     """How a whole answer ended, stop or length; None: it goes on. Raises UpstreamError for any other end."""
     if reason in (None, "stop", "length"):
         return reason
+    if not isinstance(reason, str):
+        raise TypeError  # no event that can be read
     aborted = reason == "abort"
     raise UpstreamError(
         "the server aborted the request" if aborted else "the server broke the answer off for a reason of its own",

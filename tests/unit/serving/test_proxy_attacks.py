@@ -153,7 +153,7 @@ def test_a_request_that_is_never_finished_is_hung_up_on(trunk, sgt, sent, monkey
     monkeypatch.setattr(PatientProtocol, "head_seconds", 0.2)
     app = create_app(Settings("http://127.0.0.1:9"), sgt)
     with (
-        running(app, http=PatientProtocol) as url,
+        running(app, http=PatientProtocol, timeout_keep_alive=1) as url,
         socket.create_connection(url.removeprefix("http://").split(":"), timeout=5) as client,
     ):
         client.sendall(sent)
