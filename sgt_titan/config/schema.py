@@ -25,9 +25,9 @@ PRESETS: dict[str, dict[str, float]] = {
     "mi": {"mi": 0.1},
     "mi_abs_cos": {"mi": 0.1, "abs_cos": 1.0},
     "mi_abs_cos_norm": {"mi": 0.1, "abs_cos": 1.0, "norm": 1.0},
-    "rate": {"rate": 0.08},
-    "rate_abs_cos": {"rate": 0.08, "abs_cos": 1.0},
-    "rate_abs_cos_norm": {"rate": 0.08, "abs_cos": 1.0, "norm": 1.0},
+    "rate": {"rate": 0.05},
+    "rate_abs_cos": {"rate": 0.05, "abs_cos": 1.0},
+    "rate_abs_cos_norm": {"rate": 0.05, "abs_cos": 1.0, "norm": 1.0},
 }
 
 
@@ -129,7 +129,7 @@ class Rate(Term):
 class Objective:
     preset: Literal["none", "comp_entr", "cos_sim", "abs_cos", "mi", "mi_abs_cos", "mi_abs_cos_norm", "rate", "rate_abs_cos",
                     "rate_abs_cos_norm"] = opt(
-        "mi_abs_cos_norm", "A row of the paper's Table I, or of this project's: sets the weights that are not given below.")  # fmt: skip
+        "rate", "A row of the paper's Table I, or of this project's: sets the weights that are not given below.")  # fmt: skip
     utility: Literal["ce", "kl"] = opt(
         "ce", "Eq. 3 between teacher and student logits. Same gradient; kl subtracts the teacher's entropy, so 0 is "
               "perfect. KL is always reported.")  # fmt: skip

@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "private",
     },
     "client": {"errors", "arguments", "outgoing", "transform", "metrics", "private"},
-    "serving": {"errors", "arguments", "outgoing", "client"},
+    "serving": {"errors", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
         "config",
@@ -61,8 +61,21 @@ MAY_IMPORT = {
     "train": {"errors", "folders", "config", "cluster", "titan"},
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
-    | {"serving", "conjformer"},
+    "readings": {"errors", "arguments", "client", "private", "evaluation", "data"},
+    "cli": {
+        "errors",
+        "arguments",
+        "config",
+        "data",
+        "export",
+        "train",
+        "evaluation",
+        "plan",
+        "doctor",
+        "client",
+        "readings",
+    }
+    | {"serving", "conjformer", "cluster"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
