@@ -43,7 +43,7 @@ _FORWARDED = {
         "sgt_titan.serving.main",
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
-    "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
+    "inspect": ("sgt_titan.client.inspect_main", "What a text of yours would reveal, token by token."),
     "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
     "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
     "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),

@@ -20,7 +20,7 @@ from sgt_titan import transform
 from sgt_titan.client.int8 import quantize
 from sgt_titan.client.noise import HeldNoise, held_key
 from sgt_titan.client.private import hide
-from sgt_titan.client.prompt import Message, Prompt, Rendering, make_prompt
+from sgt_titan.client.prompt import Message, Prompt, Rendering, check_size, make_prompt
 from sgt_titan.client.template_check import check_template
 from sgt_titan.errors import UserError
 from sgt_titan.private import Conversation
@@ -133,6 +133,10 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         limit = min((n for n in (most, self.limit) if n is not None), default=None)
         rendering = Rendering(tools, arguments or {}, continued)
         return make_prompt(self.tokenizer, self.config, what, rendering=rendering, limit=limit)
+
+    def check_size(self, what: Any, *, most: int | None = None) -> None:
+        """Raise TooLong (a UserError) for a prompt that cannot fit whatever its tokens are; no work is done on it."""
+        check_size(self.tokenizer, what, min((n for n in (most, self.limit) if n is not None), default=None))
 
     def encode(
         self,

@@ -85,14 +85,12 @@ def make_prompt(
     Raises:
         UserError: empty, too long (TooLong), not text, unknown roles, tools the template cannot render.
     """
+    check_size(tokenizer, what, limit)
     if isinstance(what, str):
-        _check_size(tokenizer, 1, len(what), limit)
         encoded = _text(tokenizer, what)
     elif isinstance(what, Sequence) and what and all(type(item) is int for item in what):
-        _check_count(len(what), limit)
         encoded = _ids(tokenizer, config, what)
     elif isinstance(what, Sequence) and what and all(isinstance(item, dict) for item in what):
-        _check_size(tokenizer, len(what), sum(_characters(item.get("content")) for item in what), limit)
         encoded = _messages(tokenizer, config, what, rendering)
     else:
         raise UserError("prompt: empty, or neither text, messages nor token ids")
@@ -108,11 +106,17 @@ def _check_count(tokens: int, limit: int | None) -> None:
         raise TooLong(f"prompt: {tokens} tokens, at most {limit} fit; shorten it")
 
 
-def _check_size(tokenizer: PreTrainedTokenizerBase, turns: int, characters: int, limit: int | None) -> None:
-    """What no tokenizer could make fit, since a turn is a token at least and no token is longer than the longest."""
-    if limit is not None and turns > limit:
-        raise TooLong(f"messages: {turns} of them, at most {limit} tokens fit; shorten it")
-    if limit is not None and characters > limit * _longest_token(tokenizer):
+def check_size(tokenizer: PreTrainedTokenizerBase, what: Any, limit: int | None) -> None:
+    """Raise TooLong for what no tokenizer could make fit, since a turn is a token at least and no token is longer than
+    the longest. Costs next to nothing, so it comes before any work."""
+    if limit is None or not isinstance(what, str | Sequence):
+        return
+    turns = [item for item in what if isinstance(item, dict)] if not isinstance(what, str) else []
+    characters = len(what) if isinstance(what, str) else sum(_characters(item.get("content")) for item in turns)
+    if not isinstance(what, str) and len(what) > limit:
+        things = "messages" if turns else "tokens"
+        raise TooLong(f"prompt: {len(what)} {things}, at most {limit} tokens fit; shorten it")
+    if characters > limit * _longest_token(tokenizer):
         raise TooLong(f"prompt: {characters} characters are more than {limit} tokens can hold; shorten it")
 
 

@@ -22,6 +22,7 @@ from sgt_titan.serving.guard import Caller, Guard
 from sgt_titan.serving.keys import KeyRing, plain_keys
 from sgt_titan.serving.openapi import document
 from sgt_titan.serving.origin import Origins
+from sgt_titan.serving.private import ask, spans
 from sgt_titan.serving.render import Renderer
 from sgt_titan.serving.responses import ResponsesRenderer, chat_body
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest, parse
@@ -253,9 +254,11 @@ async def _inspect(service: Service, caller: Caller, body: Any) -> dict[str, Any
         raise RequestError("body: give either messages or prompt")
     name = body.get("model")
     model = service.models[0] if name is None else await service.model(name, caller.key)
-    what, tools = body.get("messages") or body.get("prompt"), body.get("tools") or ()
+    what = body.get("messages") or body.get("prompt")
     async with service.admission.slot(caller.turn):
-        prompt = await service.prompt(model, what, caller, tools=tools)
+        model.sgt.check_size(what, most=service.settings.max_prompt_tokens)
+        (asked,) = await service.workers.run(caller.turn, ask, service.settings.private, body.get("private"), [what])
+        prompt = await service.prompt(model, asked.what, caller, tools=asked.tools(body.get("tools") or ()))
         embeds_TD = await service.workers.run(caller.turn, model.sgt.encode, prompt)
         reading = await service.workers.run(caller.turn, read_nearest, model.sgt, prompt, embeds_TD)
     return {
@@ -265,4 +268,5 @@ async def _inspect(service: Service, caller: Caller, body: Any) -> dict[str, Any
         "read_right": reading.right,
         "warning": WARNING,
         "best_attacker": best_attacker(model.served.results),
+        **({"private": spans(asked)} if asked.conversation is not None else {}),
     }

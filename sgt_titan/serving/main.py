@@ -91,8 +91,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _settings(options: Options, keys: tuple[str, ...]) -> Settings:
+    from sgt_titan.private import Private
     from sgt_titan.serving.settings import Settings
 
+    private = None
+    if options.private is not None or options.private_own:
+        private = Private.of(options.private or "", own=options.private_own, key_file=options.private_key_file)
     # On a public address behind a key, names nobody listed are let in: they cannot be known here, and a page that
     # rebinds one has no key.
     any_host = not is_loopback(options.host) and not options.no_auth and not options.allowed_host
@@ -116,6 +120,7 @@ def _settings(options: Options, keys: tuple[str, ...]) -> Settings:
         any_host=any_host,
         drop_params=options.drop_params,
         clamp_max_tokens=options.clamp_max_tokens,
+        private=private,
     )
 
 

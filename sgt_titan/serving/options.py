@@ -96,6 +96,9 @@ DEFAULTS: dict[str, Any] = {
     "shutdown_timeout": 30,
     "tls_cert": None,
     "tls_key": None,
+    "private": None,
+    "private_own": None,
+    "private_key_file": None,
     "inspect": False,
     "openapi": False,
     "telemetry": False,
@@ -165,6 +168,9 @@ def parser() -> Parser:
     add("--shutdown-timeout", type=int, metavar="S", help="to finish answers when stopped (default 30)")
     add("--tls-cert", metavar="FILE", help="serve https with this certificate")
     add("--tls-key", metavar="FILE", help="and this key")
+    add("--private", metavar="A,B", help="surrogates for what patterns, names or a detector find; values come back")
+    add("--private-own", metavar="FILE", help="and for words and patterns of your own (YAML, docs/PRIVATE_VALUES.md)")
+    add("--private-key-file", metavar="FILE", help="of the surrogates, mode 600 (default: a new one with every start)")
     add("--inspect", action="store_true", help="offer /v1/inspect: what a nearest neighbour reads from a prompt")
     add("--openapi", action="store_true", help="offer /openapi.json")
     add("--telemetry", action="store_true", help="OpenTelemetry spans, without content (OTEL_EXPORTER_OTLP_ENDPOINT)")
@@ -298,6 +304,8 @@ def _check(values: dict[str, Any], models: Sequence[ModelOptions]) -> None:
         raise UserError(f"--port: {values['port']}, must be between 0 and 65535")
     if values["fresh_noise"] and values["noise_key"] is not None:
         raise UserError("--noise-key: a key is given, but --fresh-noise holds none; choose one")
+    if values["private_key_file"] and values["private"] is None and not values["private_own"]:
+        raise UserError("--private-key-file without --private: nothing would get a surrogate")
     for origin in values["allowed_origin"]:
         parts = http_url(origin)
         if parts is None or parts.path not in ("", "/") or parts.query:

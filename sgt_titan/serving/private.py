@@ -67,6 +67,15 @@ def ask(default: Private | None, said: Any, whats: Iterable[Any], *, logprobs: b
     return found
 
 
+def spans(asked: Asked) -> list[dict[str, Any]]:
+    """What becomes what, for /v1/inspect."""
+    return [
+        {"message": i, "start": item.span.start, "stop": item.span.stop, "kind": item.span.kind, "sent": item.surrogate}
+        for i, text in enumerate(asked.hidden)
+        for item in text.replaced
+    ]
+
+
 def _wanted(default: Private | None, said: Any) -> tuple[Private | None, str | None, dict[int, list[Span]]]:
     if said is None or said is True:
         if said and default is None:

@@ -20,7 +20,7 @@ from sgt_titan.serving.render import usage
 # Of the request, under the same name in a chat.
 _SAME = ("model", "temperature", "top_p", "stream", "tool_choice", "parallel_tool_calls", "seed", "top_k", "min_p")
 _SAME += ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "truncation", "include")
-_SAME += ("background", "chat_template_kwargs", "stop")
+_SAME += ("background", "chat_template_kwargs", "stop", "private")
 _STATE = {
     "previous_response_id": "nothing is stored here; send the conversation in input",
     "conversation": "nothing is stored here; send the conversation in input",

@@ -123,6 +123,7 @@ class _Request(BaseModel):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
+    private: bool | dict[str, Any] | None = None  # private.py; never leaves
 
     _dropped: list[str] = PrivateAttr(default_factory=list)
 

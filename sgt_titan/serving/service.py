@@ -14,6 +14,7 @@ import httpx
 
 from sgt_titan.client import Delta, Options, Prompt, UpstreamError
 from sgt_titan.client.answer import brief
+from sgt_titan.client.private import ChoiceRestorer, hidden_options
 from sgt_titan.client.prompt import special_ids
 from sgt_titan.client.reading import ChoiceReader, reading_of
 from sgt_titan.serving.admission import Admission
@@ -22,6 +23,7 @@ from sgt_titan.serving.guard import Caller
 from sgt_titan.serving.keys import Key, Spent
 from sgt_titan.serving.metrics import Metrics
 from sgt_titan.serving.pool import Pool
+from sgt_titan.serving.private import Asked, ask
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest
 from sgt_titan.serving.settings import Served, Settings
 from sgt_titan.serving.telemetry import Telemetry
@@ -119,19 +121,22 @@ class Service:
         prompt_tokens = 0
         try:
             async with self.admission.slot(caller.turn):
-                checked = [await self._checked(model, request, what, caller) for what in request.prompts()]
+                asked = await self.workers.run(caller.turn, self._ask, model, request)
+                checked = [await self._checked(model, request, one, caller) for one in asked]
                 for index, (prompt, _) in enumerate(checked):
                     self.metrics.prompt_tokens.inc(len(prompt))
                     prompt_tokens += len(prompt)
                     yield Piece(index, len(prompt), None)
                 for index, (prompt, options) in enumerate(checked):
                     readers = self._readers(model, request, prompt, options.n)
+                    back = self._restorers(asked[index], options.n)
                     async with aclosing(self._answer(model, prompt, options, caller)) as stream:
                         async for delta in _until(deadline, stream):
                             at = (index, delta.index)
                             counts[at] = max(delta.tokens or 0, counts.get(at, 0))
                             read = readers[delta.index].feed(delta) if readers else delta
-                            yield Piece(index, len(prompt), read)
+                            yield Piece(index, len(prompt), back[delta.index].feed(read) if back else read)
+                    self.metrics.put_back(back)
         finally:
             answered = sum(counts.values())
             self.metrics.completion_tokens.inc(answered)
@@ -193,17 +198,35 @@ class Service:
 
         return await self.workers.run(caller.turn, tokenize)
 
+    def _ask(self, model: Model, request: ChatRequest | CompletionRequest) -> list[Asked]:
+        """The prompts with surrogates, once it is clear that they may fit."""
+        whats = request.prompts()
+        for what in whats:
+            model.sgt.check_size(what, most=self.settings.max_prompt_tokens)
+        asked = ask(self.settings.private, request.private, whats, logprobs=request.logprobs_wanted)
+        for one in asked:
+            self.metrics.replaced(one.hidden)
+        return asked
+
+    @staticmethod
+    def _restorers(asked: Asked, n: int) -> list[ChoiceRestorer]:
+        return [ChoiceRestorer(asked.conversation) for _ in range(n)] if asked.conversation is not None else []
+
     async def _checked(
-        self, model: Model, request: ChatRequest | CompletionRequest, what: Any, caller: Caller
+        self, model: Model, request: ChatRequest | CompletionRequest, asked: Asked, caller: Caller
     ) -> tuple[Prompt, Options]:
         described = await model.pool.describe()
-        prompt = await self.prompt(model, what, caller, **request.rendering())
+        rendering = request.rendering()
+        if "tools" in rendering:
+            rendering["tools"] = asked.tools(rendering["tools"])
+        prompt = await self.prompt(model, asked.what, caller, **rendering)
         try:
-            return prompt, self._options(model, request, len(prompt), described.context)
+            options = self._options(model, request, len(prompt), described.context)
         except RequestError:
             # Before a request is refused for what the upstream said some time ago, it is asked again.
             described = await model.pool.describe(fresh=True)
-            return prompt, self._options(model, request, len(prompt), described.context)
+            options = self._options(model, request, len(prompt), described.context)
+        return prompt, hidden_options(asked.conversation, options) if asked.conversation is not None else options
 
     def _options(
         self, model: Model, request: ChatRequest | CompletionRequest, tokens: int, context: int | None

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sgt_titan.private import Private
+
 if TYPE_CHECKING:
     from sgt_titan.client import StainedGlassTransform
 
@@ -45,7 +47,7 @@ class Settings:
     again when it changes. Sizes in bytes and tokens, times in seconds. active: requests answered at a time; waiting:
     how many more may wait, for wait_s at most. retries: servers that are tried after one that failed before its answer
     began. hosts, origins: names that requests may come by, and pages they may come from, besides this machine's own;
-    any_host: all names.
+    any_host: all names. private: what gets surrogates in every request that does not say otherwise.
     """
 
     upstream: str = ""
@@ -78,6 +80,7 @@ class Settings:
     clamp_max_tokens: bool = False
     tool_format: str | None = None
     reasoning: str | None = None
+    private: Private | None = field(default=None, repr=False)
 
     def served(self, sgt: StainedGlassTransform | Sequence[Served]) -> tuple[Served, ...]:
         """The models: as given, or the one that these settings describe."""
