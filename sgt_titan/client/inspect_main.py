@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sent anywhere.",
         allow_abbrev=False,
     )
-    parser.add_argument("export", metavar="EXPORT", help="an exported directory")
+    parser.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     # No --text: arguments can be seen by every user of a machine and stay in the shell's history.
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="the text (default: standard input)")
     parser.add_argument(
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write that text as a page; it holds your text")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
+    inside = Path(arguments.export, "export")
+    if not Path(arguments.export, "config.json").is_file() and (inside / "config.json").is_file():
+        arguments.export = str(inside)  # a run's directory
     from sgt_titan.client.inspect import WARNING, best_attacker, coloured, named, page, read_nearest, revealed
 
     best = best_attacker(arguments.results)

@@ -150,8 +150,8 @@ def test_a_config_of_one_s_own(cluster, submit, home):
     run = submit(options=("--hold",))  # for its directory and its words
     words = (run.folder / "command").read_text().split()
     cluster.call("scancel", str(run.jobs[0]))
-    mine = run.folder / "mine.yaml"
-    mine.write_text((home / "small.yaml").read_text() + "\ncluster: {nodes: 2}\n")
+    mine = home / "mine.yaml"
+    mine.write_text("extends: small.yaml\ncluster: {nodes: 2}\n")
     env = {"SGT_SITE": str(home / "site.env"), "SGT_PREFLIGHT": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"SGT_TEST_FOLDER": str(run.folder), "SGT_TEST_FAULT": "{}"}
     script = str(ROOT / "launch" / "any.sh")
