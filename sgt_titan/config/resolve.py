@@ -23,7 +23,19 @@ from sgt_titan.trunk.files import CONFIG, check_folder, holds_weights, read_json
 from sgt_titan.trunk.quantisation import scheme_of
 
 _PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
-_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages", "private")
+_DATA_FIELDS = (
+    "text",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "messages",
+    "tools",
+    "private",
+    "role",
+    "content",
+)
 
 # Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
 _SHAPE_KEYS = (

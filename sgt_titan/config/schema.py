@@ -130,8 +130,19 @@ class Data:
         "auto", "text: one column; instruction: instruction/input/output columns (or those mapped to them); chat: a "
                 "list of {role, content}. auto: the preset's, else by the columns found.")  # fmt: skip
     columns: dict[str, str] = field(default_factory=dict, metadata={
-        "help": "Maps a field (text, system, instruction, input, output, messages, private) to its column; an empty name: "
-                "the field is not used. private marks private values (docs/TRAINING.md)."})  # fmt: skip
+        "help": "Maps a field (text, system, instruction, input, output, history, messages, tools, private; role and content "
+                "of a turn) to its column; an empty name: the field is not used. private marks private values "
+                "(docs/TRAINING.md)."})  # fmt: skip
+    roles: dict[str, str] = field(default_factory=dict, metadata={
+        "help": "Roles of your data as system, user, assistant or tool, beside the names that are known (human, gpt, "
+                "developer, observation, function_call, ...)."})  # fmt: skip
+    answers: Literal["last", "all"] = opt(
+        "last", "last: a conversation is one sample, whose response is its last answer. all: a sample an answer, each with "
+                "all that stands before it. Answers of weight 0 are in the prompt only.")  # fmt: skip
+    on_bad_row: Literal["skip", "stop"] = opt(
+        "skip", "A row that cannot be used (no JSON, a field missing, refused by the template): skipped and counted, with the "
+                "first ten named, or the end. A mark of a private value that is not in the text is always the end.")  # fmt: skip
+    max_bad_share: float = opt(0.05, "Rows that cannot be used, of all: more than this share is the end.")
     template: Literal["auto", "chat", "plain"] = opt(
         "auto", "chat: the tokenizer's chat template around the turns; plain: prompt and response as they are after "
                 "BOS. auto: chat where the tokenizer has a template.")  # fmt: skip

@@ -1,7 +1,7 @@
 """Rows of a data set, wherever it is, as chat turns.
 
 ``load_rows`` finds the rows (a preset, a hub name, local files) without reading them into memory;
-``turns`` makes a row into messages. Text is one user turn: a document is all prompt until ``prompt_tokens``
+``conversations`` makes a row into messages. Text is one user turn: a document is all prompt until ``prompt_tokens``
 says otherwise.
 """
 
@@ -23,11 +23,9 @@ import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
-from sgt_titan.data.marks import MarkError, private_values
-from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, FIELDS, PRESETS, ROLES, SUFFIXES, USUAL_COLUMNS
+from sgt_titan.data.conversations import Conversation, Messages, Written, conversation
+from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, FIELDS, PRESETS, SUFFIXES, TURN_FIELDS, USUAL_COLUMNS
 from sgt_titan.errors import UserError
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class Rows:
     fingerprint: str
     strip_suffix: str = ""
     files: tuple[tuple[int, str], ...] = field(default=())  # (first row, file name), ascending
+    roles: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()  # columns
 
     def __len__(self) -> int:
         return len(self.data)
@@ -54,25 +54,24 @@ class Rows:
         return f"{at[1]}: row {i - at[0] + 1}"
 
     def messages(self, i: int) -> Messages:
-        """Row i as turns; see ``sample``."""
-        return self.sample(i)[0]
+        """Row i as turns; see ``conversation``."""
+        return self.conversation(i).messages
 
-    def sample(self, i: int) -> tuple[Messages, list[tuple[str, str]]]:
-        """Row i as turns, and the private values that it marks, with their kinds.
+    def conversation(self, i: int) -> Conversation:
+        """Row i as turns, with its tools and the private values that it marks.
 
         Raises:
-            UserError: the row lacks a field; MarkError: a mark that is not in the text.
+            UserError: the row cannot be used; MarkError: a mark that is not in the text. Both name the row.
         """
-        row, where = self.data[i], self.where(i)
-        messages, units = turns(row, i, self.format, self.columns, where=where), []
-        if column := self.columns.get("private"):
-            try:
-                units = private_values(row, column, messages)
-            except MarkError as error:
-                raise MarkError(f"{where}: {error}") from None
-        if self.strip_suffix and messages and messages[-1]["role"] == "assistant":
+        row = self.data[i]
+        try:
+            found = conversation(row, self.format, self.columns, dict(self.roles))
+        except UserError as error:
+            raise type(error)(f"{self.where(i)}: {error}") from None
+        messages = found.messages
+        if self.strip_suffix and messages[-1]["role"] == "assistant":
             messages[-1]["content"] = messages[-1]["content"].removesuffix(self.strip_suffix)
-        return messages, units
+        return found
 
 
 class JsonLines:
@@ -100,9 +99,10 @@ class JsonLines:
         row_in_file = i - int(self.starts[f])
         self._streams[f].seek(int(self.offsets[f][row_in_file]))
         try:
-            row = json.loads(self._streams[f].readline())
-        except ValueError as error:
+            row = json.loads(self._streams[f].readline(), parse_float=Written)
+        except (ValueError, RecursionError) as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+            why = "nested too deeply" if isinstance(error, RecursionError) else why
             raise UserError(f"{self.files[f]}: row {row_in_file + 1}: cannot be read as JSON ({why})") from None
         if not isinstance(row, dict):
             raise UserError(f"{self.files[f]}: row {row_in_file + 1}: must be a JSON object, is {type(row).__name__}")
@@ -177,66 +177,10 @@ def load_rows(data: schema.Data) -> Rows:
         raise UserError(f"{name}: no usable rows: the source is empty")
     present = list(found[0]) if isinstance(found, GeneratedRows) else list(found.column_names)
     fmt, columns = _fields(data, preset and preset.format, dict(preset.columns) if preset else {}, present, name)
-    return Rows(found, name, fmt, columns, fingerprint, preset.strip_suffix if preset else "", files)
-
-
-def turns(row: dict[str, Any], i: int, fmt: str, columns: dict[str, str], *, where: str = "") -> Messages:
-    """One row as ``[{"role", "content"}, ...]``.
-
-    ``columns`` maps fields to columns of the row. instruction: the system turn is left out when empty, the
-    input follows the instruction after a blank line.
-
-    Raises:
-        UserError: a required field is missing or not text; names ``where`` (default: the row's number, from 1).
-    """
-    where = where or f"row {i + 1}"
-    if fmt == "text":
-        return [{"role": "user", "content": _text(row, "text", columns, where)}]
-    if fmt == "chat":
-        return _chat(row, columns, where)
-    if fmt != "instruction":
-        raise UserError(f"data.format: must be text, instruction or chat, got {fmt!r}")
-    system = _text(row, "system", columns, where, optional=True)
-    instruction = _text(row, "instruction", columns, where)
-    extra = _text(row, "input", columns, where, optional=True)
-    output = _text(row, "output", columns, where)
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    messages.append({"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction})
-    messages.append({"role": "assistant", "content": output})
-    return messages
-
-
-def _text(row: dict[str, Any], name: str, columns: dict[str, str], where: str, *, optional: bool = False) -> str:
-    column = columns.get(name)
-    value = row.get(column) if column else None
-    if value is None:
-        if optional:
-            return ""
-        raise UserError(f"{where}: has no {column or name!r} (field {name!r})")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # answers that are numbers
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {column!r} (field {name!r}) must be text, is {type(value).__name__}")
-    return value
-
-
-def _chat(row: dict[str, Any], columns: dict[str, str], where: str) -> Messages:
-    column = columns.get("messages", "messages")
-    value = row.get(column)
-    if value is None:
-        raise UserError(f"{where}: has no {column!r} (field 'messages')")
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{where}: {column!r} must be a list of {{role, content}}, is {type(value).__name__}")
-    messages = []
-    for t, turn in enumerate(value):
-        turn = turn if isinstance(turn, dict) else {}
-        role = turn.get("role") or turn.get("from")
-        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        if not isinstance(role, str) or not isinstance(content, str):
-            missing = "content" if isinstance(role, str) else "role"
-            raise UserError(f"{where}: turn {t} of {column!r} has no {missing!r}")
-        messages.append({"role": ROLES.get(role, role), "content": content})
-    return messages
+    unused = tuple(column for column in present if column not in columns.values())
+    roles = tuple(sorted(data.roles.items()))
+    suffix = preset.strip_suffix if preset else ""
+    return Rows(found, name, fmt, columns, fingerprint, suffix, files, roles, unused)
 
 
 def _fields(
@@ -245,6 +189,8 @@ def _fields(
     """The format and the column of each of its fields."""
     given = {**preset_columns, **data.columns}
     for key, column in data.columns.items():
+        if key in TURN_FIELDS:
+            continue
         if key not in USUAL_COLUMNS:
             near = difflib.get_close_matches(key, USUAL_COLUMNS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; fields are {', '.join(USUAL_COLUMNS)}"
@@ -277,7 +223,10 @@ def _fields(
                 f"{name}: row 1: has no {given.get(key, key)!r} (field {key!r} of format {fmt}); its columns are "
                 f"{', '.join(present)}; set data.columns.{key}"
             )
-    return fmt, {k: columns[k] for k in (*required, *optional) if k in columns}
+    turns = {k: v for k, v in data.columns.items() if k in TURN_FIELDS and v}
+    if turns and fmt != "chat":
+        raise UserError(f"data.columns.{next(iter(turns))}: is a key of turns, which format {fmt} has none of")
+    return fmt, {k: columns[k] for k in (*required, *optional) if k in columns} | turns
 
 
 def _is_hub_name(path: str) -> bool:
