@@ -25,6 +25,11 @@ _FORWARDED = {
         "Print what an export costs and hides, in seconds: before and after.",
     ),
     "evaluate": ("sgt_titan.evaluation.evaluate", "Attack an export in every way we know, and report what is left."),
+    "private": (
+        "sgt_titan.evaluation.private_values",
+        "Measure surrogates for private values: what is found, what is left, what an attacker reads.",
+    ),
+    "zero": ("sgt_titan.evaluation.zero", "Fit the constant prompt that `kept` counts from."),
     "plan": (
         "sgt_titan.plan.command",
         "Memory, communication and time of a config, and how often to save, by arithmetic.",

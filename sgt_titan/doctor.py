@@ -154,6 +154,8 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
         return
     attempt(report, "trunk", lambda: report["same"].update(trunk=_trunk(config.trunk.path)))
     attempt(report, "run.output_dir", lambda: report.update(output_free=_free(Path(config.run.output_dir))))
+    if "trunk" not in report["errors"]:  # all that `train` would refuse of it, from config.json and headers
+        attempt(report, "trunk", lambda: validate(config, None, read_trunk(config)))
     if config.run.task == "sgt" and "trunk" not in report["errors"]:
         attempt(report, "trunk", lambda: report.update(output_needed=checkpoint_bytes(config, read_trunk(config))))
     cache = Path(config.data.cache_dir)

@@ -18,12 +18,13 @@ from sgt_titan import checkpoint
 from sgt_titan.config.load import load
 from sgt_titan.config.schema import TERMS, Config
 from sgt_titan.errors import UserError
-from sgt_titan.transform.configuration import SGTConfig, estimator_config
+from sgt_titan.transform.configuration import SGTConfig, estimator_config, needed_version
 from sgt_titan.transform.export import check_target, move_into_place, write_export
 from sgt_titan.transform.fingerprint import fingerprint_tensor
 from sgt_titan.transform.trunk_files import TrunkFiles
 from sgt_titan.trunk.tokenizer_files import copy_accompanying, is_accompanying, tokenizer_files
 
+RATES = (("token", "rate"), ("prompt", "rate_prompt"))
 SGT, MODEL = "sgt.", "model."  # prefixes of the weights in checkpoints: a transform's, a fine-tuned trunk's
 
 
@@ -121,8 +122,9 @@ def check_model_target(out_dir: Path, *, overwrite: bool) -> None:
 def sgt_config(config: Config, state: dict) -> SGTConfig:
     """Configuration of the exported model."""
     hf = dict(state["hf_config"])
-    options = config.estimator
-    return SGTConfig(
+    options, rate = config.estimator, config.objective.rate
+    context = rate.prior == "context"
+    described = SGTConfig(
         trunk_config=estimator_config(AutoConfig.for_model(hf.pop("model_type"), **hf), options.layers),
         body=options.body,
         std_min=options.std_min,
@@ -140,8 +142,15 @@ def sgt_config(config: Config, state: dict) -> SGTConfig:
         template_kwargs=dict(config.data.template_kwargs),
         template_date=config.data.template_date,
         fingerprints=dict(state["fingerprints"]),
+        denoiser_layers=config.denoiser.layers,
+        rate_prior=rate.prior,
+        rate_tau=rate.tau,
+        context_layers=rate.context_layers if context else 0,
+        context_rank=rate.context_rank if context else 0,
         training=summary(config, state),
     )
+    described.format_version = needed_version(described)
+    return described
 
 
 def summary(config: Config, state: dict) -> dict:
@@ -154,6 +163,7 @@ def summary(config: Config, state: dict) -> dict:
         "tokens": state["step"] * config.training.global_batch_size * config.training.seq_len,
         "objective": {name: getattr(config.objective, name).weight for name in TERMS},
         "losses": {name: measured[name] for name in ("utility", *TERMS) if name in measured},
+        "rate": {f"nats a {unit}": measured[key] for unit, key in RATES if key in measured},
         "kl": probe.get("held-out kl", measured.get("kl")),
         "agreement": probe.get("held-out agreement", measured.get("agreement")),
         "nn_fr": probe.get("NN-FR"),

@@ -143,6 +143,7 @@ def write_bare_trunk(path: Path, **changes) -> dict:
     text = json.dumps(header).encode()
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_text("{}")
     (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
     return config
 

@@ -13,6 +13,7 @@ from sgt_titan.client.answer import Answer, Backend, Choice, Delta, Options, Tok
 from sgt_titan.client.encoder import StainedGlassTransform
 from sgt_titan.client.inspect import Reading, read_nearest
 from sgt_titan.client.local import Transformers
+from sgt_titan.client.private import PrivateChat
 from sgt_titan.client.prompt import Prompt
 from sgt_titan.client.remote import VLLM, SGLang
 
@@ -23,6 +24,7 @@ __all__ = [
     "Choice",
     "Delta",
     "Options",
+    "PrivateChat",
     "Prompt",
     "Reading",
     "SGLang",

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from sgt_titan import transform
 from sgt_titan.client.int8 import quantize
 from sgt_titan.client.noise import HeldNoise, held_key
+from sgt_titan.client.private import hide
 from sgt_titan.client.prompt import Message, Prompt, make_prompt
 from sgt_titan.errors import UserError
+from sgt_titan.private import Conversation
 from sgt_titan.transform.fingerprint import check_tokenizer_fingerprint, fingerprint_tensor
 from sgt_titan.transform.gaussian import secure_noise
 from sgt_titan.transform.tokenizer import check_ids_fingerprint, load_tokenizer
@@ -88,9 +90,19 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             model.embed_tokens = _table(model.config, trunk).to(model.device)
         if weights == "int8":
             quantize(model.bodies)
+            if model.denoiser is not None:
+                quantize(model.denoiser.body)
         model.eval().requires_grad_(False)
         model.held_noise = _held_noise(model, weights, noise_key) if hold_noise else None
         return (model, info) if kwargs.get("output_loading_info") else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what is in memory (a table from the trunk, int8 weights, no tokenizer files) is no export.
+
+        Raises:
+            UserError: always, with what to do instead.
+        """
+        raise UserError("save_pretrained: copy the export's directory instead; what is loaded here is not all of it")
 
     @property
     def limit(self) -> int | None:
@@ -110,17 +122,21 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         what: str | Sequence[Message] | Sequence[int] | Prompt,
         *,
         tools: Sequence[dict[str, Any]] = (),
+        private: Conversation | None = None,
         seed: int | None = None,
     ) -> torch.Tensor:
         """What may leave the machine for this prompt: ``(T, D)`` in the embedding table's dtype, on the CPU.
 
         Positions outside the trained mask (template and special tokens) are the trunk's clean embeddings. Noise is
         held: the same prompt gives the same embeddings. With ``hold_noise=False`` it comes from the operating system
-        and differs with every call; ``seed`` is for tests and warns.
+        and differs with every call; ``seed`` is for tests and warns. ``private``: private values of text or messages
+        become this conversation's surrogates before anything else (client/private.py puts them back).
 
         Raises:
             UserError: empty or over-long prompt, unknown role, tools the template cannot render, invalid Unicode.
         """
+        if private is not None:
+            what = hide(private, what)[0]
         pieces = list(self.encode_pieces(what, tools=tools, seed=seed))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

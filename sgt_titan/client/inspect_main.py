@@ -32,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--trunk", metavar="DIR", help="the trunk's checkpoint, for an export without an embedding table"
     )
+    parser.add_argument(
+        "--private",
+        metavar="A,B",
+        help="surrogates for what patterns, names or a detector find; shows what becomes what",
+    )
+    parser.add_argument("--private-own", metavar="FILE", help="and for words and patterns of your own (YAML)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     from sgt_titan.client.inspect import WARNING, best_attacker, read_nearest
@@ -43,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             what = json.loads(what)
         except (ValueError, RecursionError):
             raise UserError("--messages: the text is not JSON") from None
+    replaced: list[tuple[str, str, str]] = []
+    if arguments.private is not None or arguments.private_own:
+        from sgt_titan.client.private import hide
+        from sgt_titan.private import Private
+
+        private = Private.of(arguments.private or "", own=arguments.private_own)
+        what, hidden = hide(private.conversation(), what)
+        replaced = [(item.span.kind, item.value, item.surrogate) for text in hidden for item in text.replaced]
     from sgt_titan.client.encoder import StainedGlassTransform
     from sgt_titan.client.quiet import quiet
 
@@ -54,8 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     reading = read_nearest(sgt, prompt, sgt.encode(prompt))
     if arguments.json:
         facts = {"tokens": reading.tokens, "obfuscated_tokens": reading.hidden, "read_right": reading.right}
+        if arguments.private is not None or arguments.private_own:
+            facts["private"] = [dict(zip(("kind", "value", "surrogate"), item, strict=True)) for item in replaced]
         print(json.dumps({"nearest_neighbour_reads": reading.text, **facts, "warning": WARNING, "best_attacker": best}))
         return 0
+    if arguments.private is not None or arguments.private_own:
+        print(f"{len(replaced)} private values found; what was not found stays. On the way out:\n")
+        for kind, value, surrogate in replaced:
+            print(f"  {kind:<9} {_printable(value)}  ->  {_printable(surrogate)}")
+        print()
     print("A nearest-neighbour observer reads:\n")
     print(_printable(reading.text))
     if reading.hidden:

@@ -83,11 +83,22 @@ def _vllm_reader(options: Options) -> Reader:
                 index=int(choice["index"]),
                 text=choice.get("text") or "",
                 logprobs=_vllm_logprobs(choice.get("logprobs"), options.logprobs),
-                finish_reason=choice.get("finish_reason"),
+                finish_reason=_finish(choice.get("finish_reason")),
                 tokens=tokens,
             )
 
     return read
+
+
+def _finish(reason: Any) -> str | None:
+    """How a whole answer ended, stop or length; None: it goes on. Raises UpstreamError for any other end."""
+    if reason in (None, "stop", "length"):
+        return reason
+    aborted = reason == "abort"
+    raise UpstreamError(
+        "the server aborted the request" if aborted else "the server broke the answer off for a reason of its own",
+        code="upstream_aborted",
+    )
 
 
 def _vllm_logprobs(found: Any, wanted: int | None) -> tuple[TokenLogprob, ...]:
@@ -136,8 +147,6 @@ def _sglang_reader(options: Options) -> Reader:
         tops = meta.get("output_top_logprobs") or [None] * len(rows)
         first, listed[index] = listed.get(index, 0), max(len(rows), listed.get(index, 0))
         finish = meta.get("finish_reason")
-        if isinstance(finish, dict) and finish.get("type") == "abort":
-            raise UpstreamError("the server aborted the request", code="upstream_aborted")
         yield Delta(
             index=index,
             text=new,
@@ -147,7 +156,7 @@ def _sglang_reader(options: Options) -> Reader:
                 )
                 for row, top in zip(rows[first:], tops[first:], strict=False)
             ),
-            finish_reason=finish.get("type") if isinstance(finish, dict) else None,
+            finish_reason=_finish(finish.get("type")) if isinstance(finish, dict) else None,
             tokens=meta.get("completion_tokens"),
         )
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-TERMS = ("mi", "abs_cos", "norm", "comp_entr", "cos_sim")
+TERMS = ("mi", "abs_cos", "norm", "comp_entr", "cos_sim", "rate")
 
-# Table I of arXiv 2506.09452, by row. The paper publishes no weight; these were chosen by the sweep in
-# docs/RESULTS.md on a small trunk and are a starting point, not a recommendation for a 70B one.
+# Table I of arXiv 2506.09452, by row, and after it what this project adds: a price on information. The paper publishes no
+# weight; all of these were chosen by the sweeps in docs/RESULTS.md on small trunks and are a starting point, not a
+# recommendation for a 70B one.
 PRESETS: dict[str, dict[str, float]] = {
     "comp_entr": {"comp_entr": 0.1},
     "cos_sim": {"cos_sim": 1.0},
@@ -24,6 +25,9 @@ PRESETS: dict[str, dict[str, float]] = {
     "mi": {"mi": 0.1},
     "mi_abs_cos": {"mi": 0.1, "abs_cos": 1.0},
     "mi_abs_cos_norm": {"mi": 0.1, "abs_cos": 1.0, "norm": 1.0},
+    "rate": {"rate": 0.08},
+    "rate_abs_cos": {"rate": 0.08, "abs_cos": 1.0},
+    "rate_abs_cos_norm": {"rate": 0.08, "abs_cos": 1.0, "norm": 1.0},
 }
 
 
@@ -91,6 +95,14 @@ class Estimator:
 
 
 @dataclass(kw_only=True)
+class Denoiser:
+    layers: int = opt(0, "Decoder layers of the trunk's family that clean up on the client, after the noise and before the wire: "
+                         "sent = z + g(z), causal, from z and the mask alone. Costs no privacy, since whatever is computed from z "
+                         "tells no more than z; costs the client as many layers. 0: none.")  # fmt: skip
+    init_from_trunk: bool = opt(False, "Start from the trunk's first layers instead of random weights.")
+
+
+@dataclass(kw_only=True)
 class Term:
     weight: float | None = opt(None, "Weight of the term; unset: the preset's, or 0.")
     start: float = opt(0.0, "Weight at step 0 when ramp_steps > 0.")
@@ -98,9 +110,26 @@ class Term:
 
 
 @dataclass(kw_only=True)
+class Rate(Term):
+    prior: Literal["broad", "tokens", "context"] = opt(
+        "broad", "What z is compared with, and so the bound's tightness, not its truth. broad: N(0, tau^2). tokens: beside it a "
+                 "Gaussian at each token, by the data's token frequencies, its place and width learned: a readable token costs about "
+                 "its surprisal. context: frequencies from a small causal network over what was sent before.")  # fmt: skip
+    tau: float = opt(1.0, "Std of the broad prior, in units of the embedding table's std.")
+    private: float = opt(
+        1.0, "What a nat costs at positions that the data marks as private, as a multiple of the others' price."
+    )
+    context_layers: int = opt(1, "prior context: decoder layers of the trunk's family in its network.")
+    context_rank: int = opt(
+        64, "prior context: width of the bottleneck before its logits; D x V weights would cost a second lm_head."
+    )
+
+
+@dataclass(kw_only=True)
 class Objective:
-    preset: Literal["none", "comp_entr", "cos_sim", "abs_cos", "mi", "mi_abs_cos", "mi_abs_cos_norm"] = opt(
-        "mi_abs_cos_norm", "A row of the paper's Table I: sets the weights that are not given below.")  # fmt: skip
+    preset: Literal["none", "comp_entr", "cos_sim", "abs_cos", "mi", "mi_abs_cos", "mi_abs_cos_norm", "rate", "rate_abs_cos",
+                    "rate_abs_cos_norm"] = opt(
+        "mi_abs_cos_norm", "A row of the paper's Table I, or of this project's: sets the weights that are not given below.")  # fmt: skip
     utility: Literal["ce", "kl"] = opt(
         "ce", "Eq. 3 between teacher and student logits. Same gradient; kl subtracts the teacher's entropy, so 0 is "
               "perfect. KL is always reported.")  # fmt: skip
@@ -112,6 +141,8 @@ class Objective:
     norm: Term = section(Term, "Eq. 10: | ||x + mu|| - median ||E|| |.")
     comp_entr: Term = section(Term, "Eq. 12, demonstrative: minus the Gaussians' own entropy.")
     cos_sim: Term = section(Term, "Eq. 13, demonstrative: cos(x, x~).")
+    rate: Rate = section(Rate, "What one observation can tell at most, in nats a token (docs/DESIGN.md): weight 0.1 gives up a nat of "
+                               "rate for 0.1 nats of utility where prompt and response are of one length; the log has the exchange rate.")  # fmt: skip
     mi_pairs: Literal["all", "shift"] = opt(
         "all", "Pairs (x, y) of the MI term within a pair group: every ordered pair, or each sample with its "
                "successor. `all` has less variance, `shift` costs less memory.")  # fmt: skip
@@ -279,6 +310,7 @@ class Config:
     cluster: Cluster = section(Cluster, "Hardware the config was sized for.")
     trunk: Trunk = section(Trunk, "The frozen model.")
     estimator: Estimator = section(Estimator, "The trainable Stained Glass Transform (METHOD: a short trunk).")
+    denoiser: Denoiser = section(Denoiser, "Cleaning up on the client, after the noise.")
     objective: Objective = section(Objective, "Utility and obfuscation losses (Eq. 3 and 11).")
     data: Data = section(Data, "Samples, and which of their tokens are obfuscated.")
     teacher_cache: TeacherCache = section(TeacherCache, "The teacher's output on disk, for runs of several epochs.")

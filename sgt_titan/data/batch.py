@@ -130,6 +130,16 @@ class BatchSource:
         utility, obfuscated, tokens = self._table.sum(axis=1).tolist()
         return Counts(utility, obfuscated, self.rows, tokens)
 
+    def token_counts(self, vocab: int) -> torch.Tensor:
+        """How often each token stands at an obfuscated position of an epoch, int64 (V,)."""
+        counts_V = np.zeros(vocab, dtype=np.int64)
+        for i in range(len(self.view)):
+            hidden_T = obfuscation_mask(
+                self.view.roles(i), obfuscate=self.obfuscate, obfuscate_template=self.obfuscate_template
+            )
+            np.add.at(counts_V, np.asarray(self.view.tokens(i))[hidden_T], 1)
+        return torch.from_numpy(counts_V)
+
     def row_ids(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row) of each row of the step's global batch, in order."""
         epochs, rows = self._global_rows(step)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.evaluate import zero_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--examples", type=int, default=1, help="prompts to show in clear (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    zero_argument(parser)
     arguments, overrides = parser.parse_known_args(argv)
     from transformers.utils.logging import disable_progress_bar
 
@@ -33,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
     summary = summarise(
         arguments.export,
-        config.trunk.path,
         config,
         samples=arguments.samples,
         seed=arguments.seed,
         examples=arguments.examples,
+        zero_steps=arguments.zero_steps,
     )
     print(table(summary))
     if arguments.json:

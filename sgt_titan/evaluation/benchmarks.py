@@ -143,6 +143,7 @@ TRUTHFUL_SHOTS = (  # the harness's own, before every question
 )  # fmt: skip
 TRUTHFUL_TEXT = "".join(f"Q: {asked}\nA: {answered}\n\n" for asked, answered in TRUTHFUL_SHOTS) + "Q: {{query}}\nA:"
 IFEVAL = "ifeval"
+IFEVAL_TOKENS = 1280  # of an answer, as the harness's own task
 
 BENCHMARKS: dict[str, Benchmark] = {
     "arc_challenge": Benchmark("arc_challenge", "acc_norm", _choices("llmfoundry_arc_challenge.jsonl")),
@@ -194,7 +195,8 @@ def run_benchmarks(
             else _run(model, name, docs.get(name), limit)
         )
         cut = f"{model.truncated} contexts cut on the left to fit the trunk" if model.truncated else ""
-        note = "; ".join(filter(None, (note, cut)))
+        short = f"{model.shortened} answers had less room than the task gives" if model.shortened else ""
+        note = "; ".join(filter(None, (note, cut, short)))
         found[name] = {
             "accuracy": ratio(np.array(scores), np.ones(len(scores)), share=True, seed=seed).as_dict(),
             "shots": BENCHMARKS[name].shots,
@@ -267,7 +269,8 @@ def _run_ifeval(model: Any, docs: list[Doc]) -> tuple[list[float], float, str]:
     with mock.patch("nltk.download", lambda *args, **kwargs: False), contextlib.redirect_stdout(io.StringIO()):
         from lm_eval.tasks.ifeval import utils
 
-        answers = model.generate_until([SimpleNamespace(args=(doc["prompt"], {"until": []})) for doc in docs])
+        options = {"until": [], "max_gen_toks": IFEVAL_TOKENS}
+        answers = model.generate_until([SimpleNamespace(args=(doc["prompt"], options)) for doc in docs])
         scores, left_out = [], 0
         for doc, answer in zip(docs, answers, strict=True):
             asked = utils.InputExample(doc.get("key", 0), doc["instruction_id_list"], doc["prompt"], doc["kwargs"])

@@ -18,7 +18,8 @@ from sgt_titan import __version__
 from sgt_titan.arguments import Parser, check_seed, http_url
 from sgt_titan.errors import UserError
 
-FORMAT = 1
+ZERO_STEPS = 600
+FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "--rotated", metavar="SERVER,CLIENT,SECRET",
         help="what `sgt-titan conjform TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
     )  # fmt: skip
+    zero_argument(found)
     found.add_argument("--minutes", type=float, help="refuse to start what would take longer than this")
     found.add_argument(
         "--memory", type=float, metavar="GIB", help="refuse to start what would need more (default: free)"
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from sgt_titan.evaluation import runner
     from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
-    from sgt_titan.evaluation.parts import open_parts, write
+    from sgt_titan.evaluation.parts import Parts, open_parts, write
     from sgt_titan.evaluation.report.html import page
     from sgt_titan.evaluation.report.terminal import render
     from sgt_titan.evaluation.samples import data_config
@@ -95,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()
     config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
     rows = arguments.rows or suite.rows
-    setting = load_setting(arguments.export, config, rows=rows, corpus=suite.corpus)
+    setting = load_setting(arguments.export, config, rows=rows, corpus=suite.corpus, zero_steps=arguments.zero_steps)
+    out = arguments.out or Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
     evaluation = runner.Evaluation(
         setting=setting,
         suite=arguments.suite,
@@ -107,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         benchmark_dir=arguments.benchmark_dir,
         judge=(arguments.judge, arguments.judge_model) if arguments.judge else None,
         rotation=(*arguments.rotated.split(","), config.trunk.path) if arguments.rotated else None,
+        begun=Parts(out).get("no_prompt"),  # of another evaluation: refused below, before anything runs
     )
     jobs = list(evaluation.jobs())
     seconds, size = runner.check_budget(jobs, minutes=arguments.minutes, memory=arguments.memory)
@@ -118,7 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for job in jobs:
             print(f"{job.name:<44}{job.cost.flops / 1e9:>14,.1f} GFLOP{job.cost.bytes / 2**20:>12,.0f} MiB")
         return 0
-    out = arguments.out or Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
     # What changes a part that is there already. More attacks, baselines or benchmarks only add parts.
     identity = {
         "format": FORMAT,
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trunk": setting.trunk_fingerprint,
         "data": setting.data_fingerprint,
         "rows": len(setting.rows),
+        "zero_steps": arguments.zero_steps,
         "seq_len": config.training.seq_len,
         "version": __version__,
     }
@@ -151,11 +155,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def zero_argument(found: argparse.ArgumentParser) -> None:
+    """--zero-steps, of every command that says what is kept."""
+    found.add_argument(
+        "--zero-steps",
+        type=int,
+        metavar="N",
+        default=ZERO_STEPS,
+        help=f"fit the constant prompt that `kept` counts from for at most N steps (default {ZERO_STEPS}), once for a "
+        "trunk and its data; fewer make `kept` kinder",
+    )
+
+
+def check_zero(steps: int) -> None:
+    if steps < 1:
+        raise UserError(f"--zero-steps must be at least 1, got {steps}")
+
+
 def checked(arguments: argparse.Namespace) -> None:
     """What can be said before anything is imported."""
     if arguments.rows is not None and arguments.rows < 2:
         raise UserError(f"--rows must be at least 2 (MI needs pairs of rows), got {arguments.rows}")
     check_seed(arguments.seed)
+    check_zero(arguments.zero_steps)
     if arguments.examples < 0:
         raise UserError(f"--examples must be at least 0, got {arguments.examples}")
     for name in ("minutes", "memory"):

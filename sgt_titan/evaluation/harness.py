@@ -23,6 +23,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.evaluation.mechanisms import Mechanism, constant_noise, learned, nothing
 from sgt_titan.evaluation.samples import LOGIT_BUDGET, Sample, check_fit, generator, load_trunk, padded
 from sgt_titan.transform.chat_template import Look, apply, look
+from sgt_titan.transform.prompts import special_ids
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -32,7 +33,8 @@ except ImportError:
 
 MAX_ROWS = 16
 GENERATE_ROWS = 4
-MAX_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 256  # where neither the task nor --model_args says (max_gen_toks)
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @register_model("sgt")
@@ -57,7 +59,7 @@ class ObfuscatedLM(TemplateLM):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.seed, self.max_gen_toks, self.truncated = int(seed), int(max_gen_toks), 0
+        self.seed, self.max_gen_toks, self.truncated, self.shortened = int(seed), int(max_gen_toks), 0, 0
         if export:
             from sgt_titan.data.tokenization import load_tokenizer
             from sgt_titan.transform import load_export
@@ -82,7 +84,7 @@ class ObfuscatedLM(TemplateLM):
         self.trunk, self.tokenizer, self.mechanism, self.how = trunk, tokenizer, mechanism, how or Look()
         self.embed = trunk.get_input_embeddings()
         self.max_length = getattr(trunk.config, "max_position_embeddings", None) or 4096
-        self.special = set(tokenizer.all_special_ids)
+        self.special = special_ids(tokenizer)
         return self
 
     # -- what the harness asks of a model --
@@ -141,14 +143,18 @@ class ObfuscatedLM(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The greedy answer to each obfuscated prompt, up to its stop strings."""
-        texts, sent = [], _Memory(self)
-        for start in range(0, len(requests), GENERATE_ROWS):
-            part = [request.args for request in requests[start : start + GENERATE_ROWS]]
-            options = [args[1] if len(args) > 1 else {} for args in part]
-            wanted = max(min(int(o.get("max_gen_toks", self.max_gen_toks)), self.max_gen_toks) for o in options)
+        """The greedy answer to each obfuscated prompt, up to its own limit and its stop strings."""
+        asked = [(request.args[0], request.args[1] if len(request.args) > 1 else {}) for request in requests]
+        prompts = [self.tok_encode(text) for text, _ in asked]
+        limits = [self._limit(options, len(ids)) for (_, options), ids in zip(asked, prompts, strict=True)]
+        order = sorted(range(len(asked)), key=lambda i: limits[i])  # a batch has one limit, or its rows would share one
+        texts, sent, start = [""] * len(asked), _Memory(self), 0
+        while start < len(order):
+            wanted = limits[order[start]]
+            batch = [i for i in order[start : start + GENERATE_ROWS] if limits[i] == wanted]
+            start += len(batch)
             room = max(1, self.max_length - wanted)
-            rows = [sent.context(self.tok_encode(args[0]), room=room) for args in part]
+            rows = [sent.context(prompts[i], room=room) for i in batch]
             x_BTD, valid_BT = _left_padded(rows)
             out = self.trunk.generate(
                 inputs_embeds=x_BTD.to(self.trunk.dtype),
@@ -157,13 +163,29 @@ class ObfuscatedLM(TemplateLM):
                 do_sample=False,
                 pad_token_id=self.eot_token_id,
             )
-            for ids, option in zip(out, options, strict=True):
+            for i, ids in zip(batch, out, strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                until = option.get("until") or []
+                until = asked[i][1].get("until") or []
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.split(stop)[0] if stop else text
-                texts.append(text)
+                texts[i] = text
         return texts
+
+    def _limit(self, options: dict[str, Any], prompt: int) -> int:
+        """Tokens of an answer to ``prompt`` tokens: the task's own limit under any of its names, else the model's.
+
+        What does not fit the trunk's context beside the prompt is taken off the answer, down to a quarter of the
+        context, and counted (``shortened``).
+
+        Raises:
+            UserError: a task that wants samples, which the greedy answer is not.
+        """
+        if options.get("do_sample") and options.get("temperature", 1.0):
+            raise UserError("generate_until: the task samples (do_sample); answers here are greedy: do_sample false")
+        found = next((options[name] for name in LIMITS if options.get(name) is not None), self.max_gen_toks)
+        left = max(self.max_length - prompt, self.max_length // 4)
+        self.shortened += int(found) > left
+        return max(1, min(int(found), left))
 
     # -- how --
 

@@ -95,9 +95,8 @@ def learned(transform: StainedGlassTransform) -> Mechanism:
     def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:
         attention_BT = batch.valid_BT.long()
         inputs = batch.tokens_BT if transform.embed_tokens is not None else x_BTD
-        x_tilde_BTD = transform.transform(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
-        out = transform(inputs_embeds=x_BTD, attention_mask=attention_BT)
-        return Obfuscated(x_tilde_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD)
+        found = transform.release(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
+        return Obfuscated(found.sent_BTD, found.center_BTD, found.log_std_BTD, found.z_BTD)
 
     return Mechanism("sgt", "this SGT", obfuscate, transform=transform)
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from sgt_titan.evaluation.attacks import GUESSING, Attack
 from sgt_titan.evaluation.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.rotated import load_rotation
-from sgt_titan.evaluation.samples import generator
+from sgt_titan.evaluation.samples import MAX_ROWS, generator
 from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
 from sgt_titan.evaluation.threat import Cost, grants, kind_of
@@ -57,6 +57,7 @@ class Evaluation:
     benchmark_dir: str | None = None
     judge: tuple[str, str] | None = None  # base URL, model
     rotation: tuple[str, str, str, str] | None = None  # server, client, secret, public checkpoint
+    begun: Mapping[str, Any] | None = field(default=None, repr=False)  # ``no_prompt``, where it is there already
 
     @cached_property
     def mechanisms(self) -> dict[str, Mechanism]:
@@ -91,7 +92,10 @@ class Evaluation:
 
     @cached_property
     def reference(self) -> utility.Reference:
-        return utility.reference_utility(self.setting.trunk, self.setting.full_batches, self.setting.shortened)
+        """Of an interrupted evaluation the one that its finished parts were measured against."""
+        if self.begun is not None:
+            return utility.Reference.from_dict(self.begun)
+        return self.setting.reference
 
     @cached_property
     def lm_top1(self) -> Estimate:
@@ -105,7 +109,10 @@ class Evaluation:
         one = 2.0 * self.world(nothing()).size.trunk * tokens + 2.0 * tokens * self._table_size
         logits = 8.0 * max((b.tokens_BT.numel() for b in setting.full_batches), default=0) * self._vocab
         pass_cost = Cost(one, 4 * logits)
-        yield Job("no_prompt", self._no_prompt, Cost(4 * one, 4 * logits))
+        # A step of the zero's fit: two forward passes of a batch, and one back to its embeddings.
+        steps = 0 if self.begun or setting.zero_is_there else setting.zero_steps
+        fitting = 3 * one * steps * MAX_ROWS / len(setting.rows)
+        yield Job("no_prompt", self._no_prompt, Cost(5 * one + fitting, 8 * logits))
         yield Job("lm_top1", self._lm_top1, pass_cost)
         for name, mechanism in self.mechanisms.items():
             yield Job(f"{name}/privacy", lambda m=mechanism: self._privacy(m), Cost(3 * one, 4 * logits))
@@ -128,7 +135,10 @@ class Evaluation:
     # -- the jobs --
 
     def _no_prompt(self) -> dict[str, Any]:
-        return self.reference.as_dict()
+        zero = self.setting.zero
+        return self.reference.as_dict() | {
+            "zero": {"steps": zero.steps, "settled": zero.settled, "nats": list(zero.aside), "note": zero.note()}
+        }
 
     def _lm_top1(self) -> dict[str, Any]:
         return self.lm_top1.as_dict()
@@ -358,4 +368,5 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
                 for i, prompt in enumerate(shown["prompts"])
             ]
         mechanisms[name] = entry
-    return {"no_prompt": found["no_prompt"], "mechanisms": mechanisms}
+    no_prompt = {key: part for key, part in found["no_prompt"].items() if key != "rows"}
+    return {"no_prompt": no_prompt, "mechanisms": mechanisms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.evaluate import ZERO_STEPS
 from sgt_titan.evaluation.samples import (
     Padded,
     Sample,
@@ -27,14 +29,17 @@ from sgt_titan.evaluation.samples import (
     read_samples,
     shorten,
 )
+from sgt_titan.evaluation.utility import Reference, Utility, reference_utility, without_prompt
+from sgt_titan.evaluation.zero import ROWS, Zero, fitted, location, read
 from sgt_titan.transform import StainedGlassTransform, load_export
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 
 @dataclass(frozen=True)
 class Setting:
-    """rows: with their responses. corpus: rows that are public. held_out: training did not see ``rows``.
-    trunk_fingerprint: of the trunk measured on, which may be another than the one trained on."""
+    """rows: with their responses. training: rows that training used, or could have. corpus: those of them that are
+    public, without their responses. held_out: training did not see ``rows``. trunk_fingerprint: of the trunk measured
+    on, which may be another than the one trained on. zero_steps: of the constant that ``kept`` counts from."""
 
     export: str
     config: Config
@@ -42,11 +47,13 @@ class Setting:
     trunk: PreTrainedModel = field(repr=False)
     tokenizer: Any = field(repr=False)
     rows: Sequence[Sample] = field(repr=False)
+    training: Sequence[Sample] = field(repr=False)
     corpus: Sequence[Sample] = field(repr=False)
     held_out: bool
     data_fingerprint: str
     trunk_fingerprint: str
     notes: tuple[str, ...]
+    zero_steps: int = ZERO_STEPS
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +64,34 @@ class Setting:
         """The rows cut before their responses, those with something to hide."""
         cut = [row.prompt() for row in self.rows]
         return [row for row in cut if row.obfuscate.any()]
+
+    @cached_property
+    def zero(self) -> Zero:
+        """The best prompt that says nothing; fitted at first use, unless it is in the cache."""
+        return fitted(
+            self.config,
+            self.trunk,
+            self.training,
+            trunk_fingerprint=self.trunk_fingerprint,
+            data_fingerprint=self.data_fingerprint,
+            steps=self.zero_steps,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+
+    @property
+    def zero_is_there(self) -> bool:
+        known = read(location(self.config, self.trunk_fingerprint, self.data_fingerprint))
+        return known is not None and known.done(self.zero_steps)
+
+    @cached_property
+    def removed(self) -> dict[str, Utility]:
+        """What the rows' responses cost without the prompt, by the way it is taken away."""
+        return without_prompt(self.trunk, self.full_batches, self.shortened, self.zero.mechanism())
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The 1 and the 0 of ``kept``."""
+        return reference_utility(self.trunk, self.full_batches, self.removed)
 
     @cached_property
     def answers(self) -> list[np.ndarray]:
@@ -83,12 +118,13 @@ class Setting:
         ]
 
 
-def load_setting(export: str, config: Config, *, rows: int, corpus: int) -> Setting:
+def load_setting(export: str, config: Config, *, rows: int, corpus: int, zero_steps: int = ZERO_STEPS) -> Setting:
     """Load and check everything that is measured on.
 
     Args:
         config: from ``samples.data_config``.
         rows, corpus: how many held-out and how many public rows, at most.
+        zero_steps: of the fit of ``kept``'s zero, at most.
 
     Raises:
         UserError: as ``samples.check_fit`` and ``samples.read_samples``.
@@ -106,6 +142,7 @@ def load_setting(export: str, config: Config, *, rows: int, corpus: int) -> Sett
     chosen = read_samples(dataset.validation, config, rows, tokenizer=tokenizer)
     if not any(row.prompt().obfuscate.any() for row in chosen):
         raise UserError(f"{config.data.source}: no prompt of these rows has a token to hide")
+    training = read_samples(dataset.train, config, max(corpus, ROWS), tokenizer=tokenizer)
     return Setting(
         export=export,
         config=config,
@@ -113,11 +150,13 @@ def load_setting(export: str, config: Config, *, rows: int, corpus: int) -> Sett
         trunk=load_trunk(trunk_path, device),
         tokenizer=tokenizer,
         rows=chosen,
-        corpus=[row.prompt() for row in read_samples(dataset.train, config, corpus)],
+        training=training,
+        corpus=[row.prompt() for row in training[:corpus]],
         held_out=held_out,
         data_fingerprint=dataset.fingerprint,
         trunk_fingerprint=TrunkFiles(trunk_path).fingerprint(),
         notes=notes,
+        zero_steps=zero_steps,
     )
 
 

@@ -7,8 +7,9 @@ the trunk on ``inputs_embeds``):
     noise      Gaussian noise of the SGT's mean std, the same everywhere and without a mean: what learning has to beat
     sgt        the export
     no prompt  what the trunk knows without the prompt: its obfuscated tokens taken out of the row, hidden from
-               attention, or replaced by zeros, whichever serves it best (a row it never saw the like of flatters all
-               others: the demo trunk's perplexity is 14 with the tokens taken out, 7 hidden, 4 zeroed)
+               attention, replaced by zeros or by the best constant, whichever serves it best (a row it never saw the
+               like of flatters all others: the demo trunk's perplexity is 14 with the tokens taken out, 7 hidden, 4
+               zeroed, 3 with the constant)
 
 Utility is measured on the response's tokens, which stay clean and are given (teacher forcing), privacy on the
 obfuscated tokens. Legend: B batch, T sequence, D width, V vocabulary, N tokens flat.
@@ -29,24 +30,15 @@ from transformers import PreTrainedModel
 
 from sgt_titan.arguments import check_seed
 from sgt_titan.config.schema import Config
-from sgt_titan.data.cache import prepare
-from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.evaluate import ZERO_STEPS, check_zero
 from sgt_titan.evaluation.mechanisms import constant_noise, learned, nothing
 from sgt_titan.evaluation.privacy import Leakage, leakage, statistics
-from sgt_titan.evaluation.samples import (
-    Sample,
-    batched,
-    check_fit,
-    generator,
-    load_trunk,
-    padded,
-    read_samples,
-    shorten,
-)
-from sgt_titan.evaluation.utility import Utility, measured, perplexity, without_prompt
+from sgt_titan.evaluation.samples import Sample, generator, padded
+from sgt_titan.evaluation.setting import load_setting
+from sgt_titan.evaluation.utility import Utility, kept, kindest, measured, perplexity, row_nats
 from sgt_titan.metrics.ranks import nn_failure_rate, rank_histogram_entropy, sym_ttr, token_ranks, ttr
-from sgt_titan.transform import StainedGlassTransform, load_export
+from sgt_titan.transform import StainedGlassTransform
 
 CAUTION = (
     "Nearest neighbour is the weakest attacker. Anyone who has the transform can make pairs of tokens and obfuscated "
@@ -61,11 +53,10 @@ LINE = 112
 class Condition:
     """A column of the table. Utility is over ``Summary.response_tokens``, the rest over ``obfuscated_tokens``.
 
-    perplexity: of the response's true tokens. kept: 1 with the clean prompt, 0 with no prompt, on the scale of the
-    log-perplexity; below 0 where worse than none, NaN where the prompt tells the trunk nothing. cross_entropy, kl: nats
-    per token from the trunk on the clean prompt. agreement: share of tokens with the same most probable token. nn_fr to
-    rank_entropy: ``metrics.ranks``, rates 0..1. mi: Algorithm 1, nats per feature, an upper bound; infinite without
-    noise. None: nothing is sent.
+    perplexity: of the response's true tokens. kept: ``utility.kept``. cross_entropy, kl: nats per token from the trunk
+    on the clean prompt. agreement: share of tokens with the same most probable token. nn_fr to rank_entropy:
+    ``metrics.ranks``, rates 0..1. mi: Algorithm 1, nats per feature, an upper bound; infinite without noise. None:
+    nothing is sent.
     """
 
     perplexity: float
@@ -124,22 +115,22 @@ class Summary:
 
 def summarise(
     export_dir: str | Path,
-    trunk_path: str | Path,
     config: Config,
     *,
     samples: int = 128,
     seed: int = 0,
     examples: int = 1,
+    zero_steps: int = ZERO_STEPS,
 ) -> Summary:
     """Measure an export on held-out rows.
 
     Args:
         export_dir: as ``write_export`` wrote it.
-        trunk_path: directory of the trunk it was trained for.
-        config: its ``data`` and ``training.seq_len`` say which rows; see ``data_config``.
+        config: from ``data_config``: the trunk it was trained for, and which rows.
         samples: held-out rows to use, at most. At least 2: MI needs pairs of rows.
         seed: of the noise. A measurement may repeat its noise; a client never does.
         examples: prompts to show in clear.
+        zero_steps: of the constant that ``kept`` counts from, at most.
 
     Raises:
         UserError: an export, trunk or data set that is missing or damaged; an export that does not fit the trunk; no
@@ -148,22 +139,10 @@ def summarise(
     if samples < 2 or examples < 0:
         raise UserError(f"--samples must be at least 2 and --examples at least 0, got {samples} and {examples}")
     check_seed(seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transform = load_export(export_dir)
-    notes = check_fit(transform, trunk_path, str(export_dir))
-    tokenizer = load_tokenizer(str(trunk_path))
-    check_vocabulary(tokenizer, transform.config.vocab_size)
-    dataset = prepare(config, str(trunk_path), progress=False)
-    rows = read_samples(dataset.validation, config, samples)
-    held_out = transform.config.fingerprints.get("data") == dataset.fingerprint
-    if not held_out:
-        notes = (*notes, "these rows are not the ones its training held out; it may have been trained on some of them")
-
-    transform, trunk = transform.to(device), load_trunk(trunk_path, device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    parts = list(batched(rows, transform.config.vocab_size))
-    batches = [padded(part, pad, device) for part in parts]
-    shortened = [padded([shorten(row) for row in part], pad, device) for part in parts]
+    check_zero(zero_steps)
+    setting = load_setting(str(export_dir), config, rows=samples, corpus=0, zero_steps=zero_steps)
+    transform, trunk, device, batches = setting.transform, setting.trunk, setting.device, setting.full_batches
+    tokenizer, rows = setting.tokenizer, setting.rows
     mean_std, mean_norm = statistics(transform, trunk, batches)
     mechanisms = {"clean": nothing(), "noise": constant_noise(mean_std), "sgt": learned(transform)}
     utility, leaks = {}, {}
@@ -171,17 +150,15 @@ def summarise(
         # A generator each, so that one condition may change without the other.
         utility[name] = measured(trunk, batches, mechanism, generator(seed, device))
         leaks[name] = leakage(trunk, batches, mechanism, generator(seed, device))
-    removed = without_prompt(trunk, batches, shortened)
-    best = min(removed.values(), key=lambda utility: utility.nll_N.mean().item())
-    nats = utility["clean"].nll_N.mean().item(), best.nll_N.mean().item()
+    utility["no_prompt"] = kindest(setting.removed)
     rank_N, vocab = leaks["sgt"].rank_N, transform.config.vocab_size
     return Summary(
         export=str(export_dir),
-        trunk=str(trunk_path),
+        trunk=config.trunk.path,
         data=config.data.source,
-        held_out=held_out,
+        held_out=setting.held_out,
         samples=len(rows),
-        response_tokens=best.nll_N.numel(),
+        response_tokens=utility["no_prompt"].nll_N.numel(),
         obfuscated_tokens=rank_N.numel(),
         mi_pairs=leaks["sgt"].pairs,
         vocab=vocab,
@@ -190,21 +167,21 @@ def summarise(
         rank_entropy_ceiling=rank_histogram_entropy(rank_N, vocab).ceiling,
         mean_std=mean_std / transform.config.scale,
         mean_norm=mean_norm / transform.config.median_norm,
-        conditions={name: condition(utility[name], nats, leaks[name], vocab) for name in mechanisms}
-        | {"no_prompt": condition(best, nats)},
-        without_prompt={name: perplexity(utility) for name, utility in removed.items()},
+        conditions={
+            name: condition(found, kept(setting.reference, row_nats(found, batches)).value, leaks.get(name), vocab)
+            for name, found in utility.items()
+        },
+        without_prompt=setting.reference.ways,
         examples=tuple(
             example(trunk, transform, tokenizer, row, generator(seed + 1 + i, device), device)
             for i, row in enumerate(rows[:examples])
         ),
-        notes=notes,
+        notes=(*setting.notes, setting.zero.note()),
     )
 
 
-def condition(utility: Utility, nats: tuple[float, float], leakage: Leakage | None = None, vocab: int = 0) -> Condition:
-    """A column. ``nats``: mean negative log-likelihood of the response with the clean prompt, and without a prompt."""
-    nll = utility.nll_N.mean().item()
-    with_prompt, without = nats
+def condition(utility: Utility, kept: float, leakage: Leakage | None = None, vocab: int = 0) -> Condition:
+    """A column."""
     shares: dict[str, Any] = {}
     if leakage is not None:
         rank_N = leakage.rank_N
@@ -219,7 +196,7 @@ def condition(utility: Utility, nats: tuple[float, float], leakage: Leakage | No
         }
     return Condition(
         perplexity=perplexity(utility),
-        kept=(without - nll) / (without - with_prompt) if without > with_prompt else math.nan,
+        kept=kept,
         cross_entropy=utility.cross_entropy_N.mean().item(),
         kl=(utility.cross_entropy_N - utility.teacher_entropy_N).mean().item(),
         agreement=utility.agree_N.mean().item(),

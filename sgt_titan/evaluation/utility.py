@@ -7,7 +7,7 @@ D width, V vocabulary, N scored tokens flat.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from sgt_titan.evaluation.mechanisms import Mechanism, nothing
 from sgt_titan.evaluation.samples import Padded, Sample, padded
 from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
 from sgt_titan.objectives.utility import soft_cross_entropy
+
+CONSTANT = "replaced by the best constant"
 
 
 class Utility(NamedTuple):
@@ -47,11 +49,13 @@ def measured(
 
 @torch.no_grad()
 def without_prompt(
-    trunk: PreTrainedModel, batches: Sequence[Padded], shortened: Sequence[Padded]
+    trunk: PreTrainedModel, batches: Sequence[Padded], shortened: Sequence[Padded], constant: Mechanism
 ) -> dict[str, Utility]:
     """Utility without the obfuscated tokens of the prompt, by the way they are removed.
 
-    ``shortened``: the same rows after ``shorten``.
+    Args:
+        shortened: the same rows after ``shorten``.
+        constant: the best prompt that says nothing (``zero.Zero.mechanism``).
     """
     embed = trunk.get_input_embeddings()
     parts: dict[str, list[Utility]] = {"taken out": [], "hidden": [], "zeroed": []}
@@ -69,8 +73,14 @@ def without_prompt(
         for name, logits_NV in logits.items():
             parts[name].append(compare(trunk, batch, logits_NV))
     found = {name: joined(columns) for name, columns in parts.items()}
+    found[CONSTANT] = measured(trunk, batches, constant, torch.Generator())
     # Some attention kernels give NaN to a token that may look at nothing.
     return {name: utility for name, utility in found.items() if utility.nll_N.isfinite().all()}
+
+
+def kindest(removed: Mapping[str, Utility]) -> Utility:
+    """The absence of the prompt that costs the trunk least: any other would call a habit of the trunk a gain."""
+    return min(removed.values(), key=lambda utility: utility.nll_N.mean().item())
 
 
 def response_logits(trunk: PreTrainedModel, batch: Padded, x_tilde_BTD: torch.Tensor) -> torch.Tensor:
@@ -112,7 +122,7 @@ GREEDY_TOKENS = 32
 class Reference(NamedTuple):
     """What every mechanism is compared with, per row: scored tokens, nats with the clean prompt, nats without it.
 
-    ways: perplexity by the way the prompt was removed; ``without_B`` is the lowest, which flatters nobody.
+    ways: perplexity by the way the prompt was removed; ``without_B`` is of the lowest, which flatters nobody.
     """
 
     tokens_B: np.ndarray
@@ -121,14 +131,23 @@ class Reference(NamedTuple):
     ways: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """``no_prompt`` of a report."""
-        return {"perplexity": _exp(ratio(self.without_B, self.tokens_B)).as_dict(), "ways": self.ways}
+        """``no_prompt`` of a report. stake: nats a prompt that it is worth to its answer, Delta of the limits."""
+        return {
+            "perplexity": _exp(ratio(self.without_B, self.tokens_B)).as_dict(),
+            "ways": self.ways,
+            "stake": ratio(self.without_B - self.clean_B, np.ones_like(self.tokens_B)).as_dict(),
+            "rows": {name: getattr(self, f"{name}_B").tolist() for name in ("tokens", "clean", "without")},
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Reference:
+        """What ``as_dict`` wrote."""
+        return cls(*(np.array(found["rows"][name]) for name in ("tokens", "clean", "without")), found["ways"])
 
 
-def reference_utility(trunk: PreTrainedModel, batches: Sequence[Padded], shortened: Sequence[Padded]) -> Reference:
-    """Measure the clean prompt and its absence once for all mechanisms. ``shortened``: the rows after ``shorten``."""
-    removed = without_prompt(trunk, batches, shortened)
-    best = min(removed.values(), key=lambda utility: utility.nll_N.mean().item())
+def reference_utility(trunk: PreTrainedModel, batches: Sequence[Padded], removed: Mapping[str, Utility]) -> Reference:
+    """Measure the clean prompt once for all mechanisms. ``removed``: from ``without_prompt``, on the same batches."""
+    best = kindest(removed)
     rows = _rows(batches)
     clean = measured(trunk, batches, nothing(), torch.Generator())
     return Reference(
@@ -151,10 +170,9 @@ def measure_utility(
 ) -> dict[str, Any]:
     """``utility`` of a report as JSON values; intervals resample rows.
 
-    perplexity: of the response's true tokens. kept: how much of the difference between no prompt and the clean one, in
-    nats, is left: 1 clean, 0 none, below 0 worse than none. kl, cross_entropy: nats per token from the trunk on the
-    clean prompt. agreement: same most probable token, response given. greedy_agreement: the first 32 tokens of the
-    greedy answers to the obfuscated and the clean prompt, by position; an early difference changes all that follow.
+    perplexity: of the response's true tokens. kept: as ``kept`` below. kl, cross_entropy: nats per token from the trunk
+    on the clean prompt. agreement: same most probable token, response given. greedy_agreement: the first 32 tokens of
+    the greedy answers to the obfuscated and the clean prompt, by position; an early difference changes all that follow.
     """
     values = measured(trunk, batches, mechanism, random)
     row_N, tokens_B = _rows(batches), reference.tokens_B
@@ -162,7 +180,7 @@ def measure_utility(
     def mean(value_N: torch.Tensor, *, share: bool = False) -> Estimate:
         return ratio(_sums(value_N, row_N, batches), tokens_B, share=share)
 
-    nll_B = _sums(values.nll_N, row_N, batches)
+    nll_B = row_nats(values, batches)
     found = {
         "perplexity": _exp(ratio(nll_B, tokens_B)).as_dict(),
         "kept": kept(reference, nll_B).as_dict(),
@@ -182,9 +200,13 @@ def measure_utility(
 
 
 def kept(reference: Reference, nll_B: np.ndarray) -> Estimate:
-    """(nats without prompt - nats) / (nats without prompt - nats with the clean prompt), resampled by rows.
+    """How much of what the prompt is worth to its answer is left, resampled by rows. The one definition there is:
 
-    NaN where the prompt tells the trunk nothing.
+        (nats without prompt - nats) / (nats without prompt - nats with the clean prompt)
+
+    1 with the clean prompt, 0 with none, below 0 where worse than none, NaN where the prompt tells the trunk nothing.
+    "Without" is the kindest to the trunk of four ways: taken out, hidden from attention, zeroed, and replaced by the
+    best constant (``zero.py``).
     """
     gain_B, worth_B = reference.without_B - nll_B, reference.without_B - reference.clean_B
     tokens = round(float(reference.tokens_B.sum()))
@@ -230,6 +252,11 @@ def answers(
         [tokenizer.decode(greedy(trunk, p, mechanism, random, 64), skip_special_tokens=True) for p in prompts]
         for mechanism in mechanisms
     ]
+
+
+def row_nats(utility: Utility, batches: Sequence[Padded]) -> np.ndarray:
+    """Nats of each row's scored tokens, what ``kept`` takes."""
+    return _sums(utility.nll_N, _rows(batches), batches)
 
 
 def _rows(batches: Sequence[Padded]) -> torch.Tensor:

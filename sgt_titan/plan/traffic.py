@@ -23,6 +23,7 @@ from .weights import (
     stored_layers,
     total,
     total_bytes,
+    trained_bodies,
 )
 
 Link = Literal["nvlink", "network"]
@@ -94,7 +95,7 @@ def traffic(config: Config, trunk: dict[str, Any], degrees: Degrees, microbatche
     if degrees.fsdp > 1:
         share = (degrees.fsdp - 1) / degrees.fsdp
         passes = 2 * computed + FP32  # gathered forward and backward as they are computed with; gradients in float32
-        calls, moved = 3 * microbatches * config.estimator.layers, microbatches * share * passes * trained
+        calls, moved = 3 * microbatches * sum(trained_bodies(config)), microbatches * share * passes * trained
         found.append(Traffic("estimator, gather and scatter", calls, moved, link(degrees.fsdp * degrees.tp)))
     if degrees.replicas > 1:
         moved = 2 * (degrees.replicas - 1) / degrees.replicas * FP32 * trained / degrees.fsdp

@@ -146,17 +146,43 @@ def head_weights(trunk: dict[str, Any]) -> list[Weight]:
     return 2 * [Weight((width, width)), Weight((width,))]
 
 
+def trained_bodies(config: Config) -> list[int]:
+    """Decoder layers of each body that is trained: the estimator's one or two, the denoiser's, the context prior's."""
+    bodies = [config.estimator.layers] * (2 if config.estimator.body == "separate" else 1)
+    if config.denoiser.layers:
+        bodies.append(config.denoiser.layers)
+    if config.objective.rate.prior == "context":
+        bodies.append(config.objective.rate.context_layers)
+    return bodies
+
+
 def estimator_layers(config: Config, trunk: dict[str, Any]) -> list[list[Weight]]:
     """Of all bodies."""
-    bodies = 2 if config.estimator.body == "separate" else 1
-    return bodies * config.estimator.layers * [layer_weights(trunk, experts=False)]
+    return sum(trained_bodies(config)) * [layer_weights(trunk, experts=False)]
 
 
 def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
-    """Layers, a final norm for each body, and the heads."""
-    layers = estimator_layers(config, trunk)
-    norms = len(layers) // config.estimator.layers * [Weight((trunk["hidden_size"],))]
-    return [*(w for layer in layers for w in layer), *norms, *head_weights(trunk)]
+    """Layers, a final norm for each body, the heads, what denoiser and prior have besides."""
+    norms = len(trained_bodies(config)) * [Weight((trunk["hidden_size"],))]
+    layers = [w for layer in estimator_layers(config, trunk) for w in layer]
+    return [*layers, *norms, *head_weights(trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
+
+
+def denoiser_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+    """Its mark and its head, beside its body."""
+    width = trunk["hidden_size"]
+    return [Weight((width, 1)), Weight((width, width)), Weight((width,))] if config.denoiser.layers else []
+
+
+def prior_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+    """The learned numbers of the rate's prior, and the context's bottleneck."""
+    rate, width = config.objective.rate, trunk["hidden_size"]
+    if rate.prior == "broad":
+        return []
+    vectors = [Weight((1,), matmul=False), *3 * [Weight((width,), matmul=False)]]
+    if rate.prior == "tokens":
+        return vectors
+    return [*vectors, Weight((rate.context_rank, width)), Weight((trunk["vocab_size"], rate.context_rank))]
 
 
 def checkpoint_bytes(config: Config, trunk: dict[str, Any]) -> int:

@@ -28,7 +28,7 @@ from .trunks import build, build_body
 
 def model_config(config: Config, hf: PretrainedConfig, scale: float) -> SGTModel.Config:
     """The composite model for a trunk; ``scale`` is the embedding table's per-feature std."""
-    options = config.estimator
+    options, rate = config.estimator, config.objective.rate
     # Packed rows need a document mask, which SDPA cannot express and FlexAttention has no CPU backward for.
     attention = "flex" if config.data.packing else "sdpa"
     trunk = build(hf, attention)
@@ -40,6 +40,9 @@ def model_config(config: Config, hf: PretrainedConfig, scale: float) -> SGTModel
         separate_bodies=options.body == "separate",
         bounds=Bounds(options.std_min, options.std_max, options.std_init, options.mean_bound, scale),
         trunk_dtype=TORCH_DTYPE_MAP[dtypes(config)[0]],
+        denoiser=build_body(hf, config.denoiser.layers, attention) if config.denoiser.layers else None,
+        context=build_body(hf, rate.context_layers, attention) if rate.prior == "context" else None,
+        prior=None if rate.prior == "broad" else rate,
         chunk_tokens=config.training.loss_chunk_tokens,
     )
 

@@ -34,5 +34,5 @@ def model_flops_per_token(model) -> int:
 
 def hardware_flops_per_token(model, *, full_recompute: bool) -> int:
     """What HFU counts: MFU's work and recomputation."""
-    layers = (model.trunk.layers, *(body.layers for body in model.estimator.bodies))
+    layers = (model.trunk.layers, *(body.layers for body in model.estimator.every_body()))
     return model_flops_per_token(model) + (2 * sum(map(matmul_parameters, layers)) if full_recompute else 0)

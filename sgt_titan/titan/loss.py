@@ -23,6 +23,7 @@ from sgt_titan.config.schema import TERMS, Objective
 from sgt_titan.data.batch import Counts
 from sgt_titan.objectives.geometry import absolute_cosine, component_entropy, cosine, norm_deviation
 from sgt_titan.objectives.mutual_information import common_positions, group_loss, group_offset, shifts
+from sgt_titan.objectives.rate import broad_rate, exchange
 from sgt_titan.objectives.schedule import weight_at
 from sgt_titan.transform.gaussian import Bounds
 
@@ -30,7 +31,10 @@ from .model import Streams
 from .pairs import PairGroups
 
 # What is logged: name -> how ranks of a tensor-parallel group combine. Order is the order in the log.
-REPORTED = ("loss", "utility", "kl", "agreement", *TERMS, "std", "std_spread", "std_saturated", "mean_norm")
+REPORTED = (
+    *("loss", "utility", "kl", "agreement", *TERMS, "rate_prompt", "rate_exchange"),
+    *("std", "std_spread", "std_saturated", "mean_norm"),
+)
 
 
 class SGTLoss(BaseLoss):
@@ -62,6 +66,7 @@ class SGTLoss(BaseLoss):
         pairs: PairGroups,
         part: slice,
         tp_size: int,
+        private_BT: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss to call backward on, and the reported terms (detached).
@@ -76,6 +81,7 @@ class SGTLoss(BaseLoss):
             pairs: partners of the MI term.
             part: this rank's slice of the row.
             tp_size: tensor-parallel ranks, which computed the utility together.
+            private_BT: bool over the whole row, where the data marks private values; None: nowhere.
 
         Returns:
             The loss, whose gradient summed over all ranks is that of the global batch; and a dict of ``REPORTED`` terms
@@ -110,7 +116,16 @@ class SGTLoss(BaseLoss):
             "norm": lambda: per_token(norm_deviation(pred.x_BTD, pred.mean_BTD, median_norm)),
             "comp_entr": lambda: per_token(component_entropy(pred.log_std_BTD)),
             "cos_sim": lambda: per_token(cosine(pred.x_BTD, pred.x_tilde_BTD)),
+            "rate": lambda: per_token(rate_BT * price_BT),
         }
+        with torch.set_grad_enabled(weights["rate"] != 0 and torch.is_grad_enabled()):
+            rate_BT = pred.rate_BT
+            if rate_BT is None:
+                center_BTD = pred.x_BTD + pred.mean_BTD
+                rate_BT = broad_rate(center_BTD, pred.log_std_BTD, objective.rate.tau * bounds.scale)
+        price_BT = 1.0
+        if private_BT is not None and objective.rate.private != 1:
+            price_BT = 1 + (objective.rate.private - 1) * private_BT[:, part]
         values, obfuscation = {}, torch.zeros((), device=cross_entropy.device)
         for name, compute in computed.items():
             with torch.set_grad_enabled(weights[name] != 0 and torch.is_grad_enabled()):
@@ -120,12 +135,17 @@ class SGTLoss(BaseLoss):
 
         with torch.no_grad():
             slices = tp_size if part.stop - part.start == obfuscate_BT.shape[1] else 1  # TP without SP: no slices
+            values["rate"] = per_token(rate_BT.detach())  # what is told; what it cost is in the loss
+            rows = obfuscate_BT.shape[0] / counts.rows
+            price = exchange(weights["rate"], counts.utility_tokens, counts.obfuscated_tokens)
             reported = {
                 "loss": utility / tp_size + obfuscation / slices,
                 "utility": utility / tp_size,
                 "kl": (cross_entropy - entropy) / tp_size,
                 "agreement": soft.agree_N.sum() / n_utility / tp_size,
-                **{name: value / slices for name, value in values.items()},
+                **{name: values[name] / slices for name in TERMS},
+                "rate_prompt": values["rate"] * n_tokens / counts.rows / slices,
+                "rate_exchange": torch.full_like(mi_offset, price * rows / tp_size),
                 "std": per_token(pred.log_std_BTD.exp().mean(-1)) / bounds.scale / slices,
                 "std_spread": per_token(pred.log_std_BTD.std(-1)) / slices,
                 "std_saturated": per_token(_saturated(pred.log_std_BTD, bounds)) / slices,
@@ -150,7 +170,7 @@ class SGTLoss(BaseLoss):
             loss = (
                 loss
                 + group_loss(
-                    pred.x_tilde_BTD[rows],
+                    pred.z_BTD[rows],
                     pred.log_std_BTD[rows],
                     masks[0],
                     y_center[group],

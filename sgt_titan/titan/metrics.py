@@ -27,6 +27,9 @@ TAGS = {
     "norm": "loss/norm",
     "comp_entr": "loss/comp_entr",
     "cos_sim": "loss/cos_sim",
+    "rate": "rate/nats_per_token",
+    "rate_prompt": "rate/nats_per_prompt",
+    "rate_exchange": "rate/utility_nats_per_nat",
     "std": "noise/std_over_table_std",
     "std_spread": "noise/std_of_log_std_over_features",
     "std_saturated": "noise/share_at_a_bound",
@@ -124,7 +127,8 @@ class SGTMetricsProcessor(MetricsProcessor):
         """The step's terms in the log."""
         return (
             f"loss {terms['loss']:.4f}  kl {terms['kl']:.4f}  agree {terms['agreement']:.1%}  mi {terms['mi']:.3f}  "
-            f"|cos| {terms['abs_cos']:.3f}  std {terms['std']:.2f}"
+            f"|cos| {terms['abs_cos']:.3f}  std {terms['std']:.2f}  rate {terms['rate']:.3g} nats/token, "
+            f"{terms['rate_prompt']:.3g}/prompt at {terms['rate_exchange']:.2g}"
         )
 
     def log_probe(self, step: int, values: dict[str, float]) -> None:

@@ -12,40 +12,46 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import norm_config
 from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.protocols.model import BaseModel
-from torchtitan.protocols.module import Module, ModuleDict, ModuleList
+from torchtitan.protocols.module import Module
 from torchtitan.tools.utils import set_default_dtype
 
+from sgt_titan.config.schema import Rate
 from sgt_titan.objectives.distillation import Distilled, attach
 from sgt_titan.objectives.top_k import Targets
 from sgt_titan.objectives.utility import SoftCrossEntropy
 from sgt_titan.transform.gaussian import Bounds, bounded_log_std, bounded_mean, obfuscate
 
+from .body import Body
+from .estimator import Denoiser, Estimator
 from .head import DistillationHead
+from .layout import like, local, whole
 from .pairs import Exchange, PairGroups
-from .parallelize import head_sharding
+from .parallelize import head_sharding, prior_sharding
+from .prior import Prior
 
 
 class Streams(NamedTuple):
     """What one forward pass hands to the loss.
 
-    The first four are float32, and this rank's slice of the sequence under sequence parallelism. ``soft`` is Eq. 3 at
-    the N positions asked for, the same on all tensor-parallel ranks. ``pairs`` are the exchanges of the masks,
-    of x + mu and of log sigma within pair groups.
+    The first five are float32, and this rank's slice of the sequence under sequence parallelism: ``z`` is x + mu +
+    sigma eps where obfuscated, ``x_tilde`` what is sent, after the denoiser. ``soft`` is Eq. 3 at the N positions asked
+    for, the same on all tensor-parallel ranks. ``pairs`` are the exchanges of the masks, of x + mu and of log sigma
+    within pair groups. ``rate_BT`` is the rate under a learned prior, nats.
     """
 
     x_BTD: torch.Tensor
     mean_BTD: torch.Tensor
     log_std_BTD: torch.Tensor
+    z_BTD: torch.Tensor
     x_tilde_BTD: torch.Tensor
     soft: SoftCrossEntropy
     pairs: list[Exchange]
     targets: Targets | None = None  # the teacher's top k, where they were asked for
+    rate_BT: torch.Tensor | None = None
 
 
 class DualStream(Module):
@@ -66,80 +72,65 @@ class DualStream(Module):
         return teacher_BTD, self.block(student_BTD, *args)
 
 
-class Body(Module):
-    """Decoder layers and a final norm: (B, T, D) -> (B, T, D), causal."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        layers: list
-        norm: RMSNorm.Config
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.layers = ModuleDict({str(i): layer.build() for i, layer in enumerate(config.layers)})
-        self.norm = config.norm.build()
-
-    def forward(self, h_BTD, attention_masks, positions):
-        for layer in self.layers.values():
-            h_BTD = layer(h_BTD, attention_masks, positions)
-        return self.norm(h_BTD)
-
-
-class Estimator(Module):
-    """mu(x) and log sigma(x) of Eq. 1, before their bounds: one or two bodies and two linear heads."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        bodies: list[Body.Config]
-        mean_head: Linear.Config
-        log_std_head: Linear.Config
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.bodies = ModuleList(body.build() for body in config.bodies)
-        self.mean_head = config.mean_head.build()
-        self.log_std_head = config.log_std_head.build()
-
-    def forward(self, x_BTD, attention_masks, positions):
-        features = [body(x_BTD, attention_masks, positions) for body in self.bodies]
-        return self.mean_head(features[0]), self.log_std_head(features[-1])
-
-
 class SGTModel(BaseModel):
-    """Trunk (frozen, whatever its family) plus estimator (trainable)."""
+    """Trunk (frozen, whatever its family) plus estimator (trainable: everything that is learned)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
         trunk: Decoder.Config
-        body: Decoder.Config  # only its layers and its norm are built
+        body: Decoder.Config  # of this and the next two, only layers and norm are built
         separate_bodies: bool
         bounds: Bounds
+        denoiser: Decoder.Config | None = None
+        context: Decoder.Config | None = None
+        prior: Rate | None = None  # None: broad, which has nothing to learn
         trunk_dtype: torch.dtype
         enable_sp: bool = True
         chunk_tokens: int = 0  # of the utility loss; 0: automatic
 
         def update_from_config(self, *, config, **kwargs) -> None:
             """Sequence length and shardings, by torchtitan's own rules for the family."""
-            for decoder in (self.trunk, self.body):
-                decoder.update_from_config(config=config, **kwargs)
             self.enable_sp = config.parallelism.enable_sequence_parallel
-            # A decoder's final norm gathers the sequence for lm_head; the heads here work on its shards.
-            self.body.norm.sharding_config = norm_config(enable_sp=self.enable_sp)
+            self.trunk.update_from_config(config=config, **kwargs)
+            for decoder in filter(None, (self.body, self.denoiser, self.context)):
+                decoder.update_from_config(config=config, **kwargs)
+                # A decoder's final norm gathers the sequence for lm_head; the heads here work on its shards.
+                decoder.norm.sharding_config = norm_config(enable_sp=self.enable_sp)
 
         def estimator(self) -> Estimator.Config:
-            width = self.trunk.dim
+            width, scale = self.trunk.dim, self.bounds.scale
 
-            def head() -> Linear.Config:
+            def head(inputs: int = width, bias: bool = True) -> Linear.Config:
                 return Linear.Config(
-                    in_features=width,
+                    in_features=inputs,
                     out_features=width,
-                    bias=True,
-                    sharding_config=head_sharding(self.enable_sp),
+                    bias=bias,
+                    sharding_config=head_sharding(self.enable_sp, bias),
                 )
 
-            body = Body.Config(layers=self.body.layers, norm=self.body.norm)
+            def body(decoder: Decoder.Config) -> Body.Config:
+                return Body.Config(layers=decoder.layers, norm=decoder.norm)
+
+            denoiser, prior = None, None
+            if self.denoiser is not None:
+                denoiser = Denoiser.Config(body=body(self.denoiser), mark=head(1, bias=False), head=head(), scale=scale)
+            if self.prior is not None:
+                prior = Prior.Config(
+                    width=width,
+                    vocab=self.trunk.vocab_size,
+                    scale=scale,
+                    tau=self.prior.tau,
+                    rank=self.prior.context_rank,
+                    body=None if self.context is None else body(self.context),
+                    enable_sp=self.enable_sp,
+                    sharding_config=prior_sharding(self.enable_sp),
+                )
             return Estimator.Config(
-                bodies=[body] * (2 if self.separate_bodies else 1), mean_head=head(), log_std_head=head()
+                bodies=[body(self.body)] * (2 if self.separate_bodies else 1),
+                mean_head=head(),
+                log_std_head=head(),
+                denoiser=denoiser,
+                prior=prior,
             )
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
@@ -221,10 +212,24 @@ class SGTModel(BaseModel):
         x_BTD = local(embedded).float()
         mean_BTD = bounded_mean(local(mean).float(), self.bounds)
         log_std_BTD = bounded_log_std(local(log_std).float(), self.bounds)
-        mask_BT = obfuscate_BT[:, self.sequence_slice(obfuscate_BT.shape[1])]
-        x_tilde_BTD = obfuscate(x_BTD, mean_BTD, log_std_BTD, noise_BTD, mask_BT)
+        part = self.sequence_slice(obfuscate_BT.shape[1])
+        mask_BT = obfuscate_BT[:, part]
+        z_BTD = obfuscate(x_BTD, mean_BTD, log_std_BTD, noise_BTD, mask_BT)
 
         exchanges = pairs.start(obfuscate_BT.to(torch.uint8), x_BTD + mean_BTD, log_std_BTD)
+
+        denoiser, prior, x_tilde_BTD, rate_BT = self.estimator.denoiser, self.estimator.prior, z_BTD, None
+        z = like(z_BTD.to(embedded.dtype), embedded)
+        if denoiser is not None:
+            noisy = like(mask_BT[..., None].to(embedded.dtype), embedded)
+            cleaned_BTD = z_BTD + local(denoiser(z, noisy, attention_masks, positions_BT)).float()
+            x_tilde_BTD = torch.where(mask_BT[..., None], cleaned_BTD, x_BTD)
+        if prior is not None:
+            # Only where it is read: FSDP's hook would meet its missing gradient with zeros that are no DTensor.
+            seen = None if prior.body is None else z
+            rate_BT = prior(
+                x_BTD, x_BTD + mean_BTD, log_std_BTD, mask_BT, tokens_BT, part, seen, attention_masks, positions_BT
+            )
 
         teacher = embedded if targets is None else None
         student = like(x_tilde_BTD.to(embedded.dtype), embedded)
@@ -236,7 +241,7 @@ class SGTModel(BaseModel):
             None if teacher is None else whole(teacher)[utility_BT], student_ND, targets=targets, keep=keep
         )
         soft = attach(distilled, student_ND)
-        return Streams(x_BTD, mean_BTD, log_std_BTD, x_tilde_BTD, soft, exchanges, distilled.targets)
+        return Streams(x_BTD, mean_BTD, log_std_BTD, z_BTD, x_tilde_BTD, soft, exchanges, distilled.targets, rate_BT)
 
     def distil(self, teacher_ND: torch.Tensor | None, student_ND: torch.Tensor, **options) -> Distilled:
         """Eq. 3 at some positions, in chunks of tokens and with the vocabulary split over tensor parallelism."""
@@ -253,26 +258,6 @@ class SGTModel(BaseModel):
             want_gradient=student_ND.requires_grad,
             **options,
         )
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, differentiably."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor's value on every rank; the ranks' gradients with respect to it are parts of a sum."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    everywhere = [Replicate()] * tensor.device_mesh.ndim
-    return tensor.redistribute(placements=everywhere).to_local(grad_placements=[Partial()] * tensor.device_mesh.ndim)
-
-
-def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as the local part of a DTensor laid out like ``reference``."""
-    if not isinstance(reference, DTensor):
-        return tensor
-    return DTensor.from_local(tensor, reference.device_mesh, reference.placements, run_check=False)
 
 
 def _leave(parameter: torch.Tensor) -> None:

@@ -72,7 +72,7 @@ class GuardedOptimizers(OptimizersContainer):
 
 def optimizer_config(options: schema.Optimizer, max_skipped: int, *, fused: bool) -> GuardedOptimizers.Config:
     """AdamW with weight decay on the bodies' matrices only: decayed heads would drift to zero, which means no noise
-    beyond ``std_init`` and no mean.
+    beyond ``std_init`` and no mean; a prior is fitted, not regularised.
     """
 
     def group(pattern: str, weight_decay: float) -> ParamGroupConfig:
@@ -86,7 +86,7 @@ def optimizer_config(options: schema.Optimizer, max_skipped: int, *, fused: bool
 
     return GuardedOptimizers.Config(
         param_groups=[
-            group(r"_head\.(weight|bias)$|norm\.weight$|\.bias$", 0.0),
+            group(r"head\.(weight|bias)$|norm\.weight$|\.bias$|mark\.weight$|prior\.[a-z_]+$", 0.0),
             group(r"estimator\.", options.weight_decay),
         ],
         implementation="fused" if fused else "foreach",

@@ -25,15 +25,22 @@ from torchtitan.protocols.sharding import ShardingConfig
 from sgt_titan.objectives.distillation import compiled_kernels
 
 
-def head_sharding(enable_sp: bool) -> ShardingConfig:
+def head_sharding(enable_sp: bool, bias: bool = True) -> ShardingConfig:
     """Heads: replicated weights on sequence shards. They are D x D; splitting them would cost a collective each."""
     activation = dense_sequence_parallel_placement() if enable_sp else dense_activation_placement(tp=spmd.I)
     kind = spmd.R if enable_sp else spmd.I
     return ShardingConfig(
-        state_shardings={name: dense_param_placement(tp=kind) for name in ("weight", "bias")},
+        state_shardings={name: dense_param_placement(tp=kind) for name in ("weight", "bias")[: 1 + bias]},
         in_src_shardings={"input": activation},
         out_src_shardings=activation,
     )
+
+
+def prior_sharding(enable_sp: bool) -> ShardingConfig:
+    """A prior's numbers: whole on every rank, like the heads; its forward takes them apart itself."""
+    kind = spmd.R if enable_sp else spmd.I
+    names = ("logit", "gain", "shift", "log_std", "log_frequency", "down", "up")
+    return ShardingConfig(state_shardings={name: dense_param_placement(tp=kind) for name in names})
 
 
 def parallelize_sgt(
@@ -60,7 +67,7 @@ def parallelize_sgt(
 
 def wrap_blocks(model, *, compile_config, ac_config, dump_folder: str) -> None:
     """Recomputation and compilation, a block at a time; the teacher is never recomputed."""
-    trunk, bodies = model.trunk, model.estimator.bodies
+    trunk, bodies = model.trunk, model.estimator.every_body()
     if ac_config is not None:
         policy = ac_config.build(dump_folder=dump_folder)
         for index, dual in trunk.layers.items():
@@ -99,11 +106,18 @@ def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> Non
             shard(dual, dtype=None, reshard_after_forward=reshard, **expert_placement(dual, parallel_dims, mesh))
 
     estimator, dtype = model.estimator, TORCH_DTYPE_MAP[training.mixed_precision_param]
-    for body in estimator.bodies:
+    for body in estimator.every_body():
         for layer in body.layers.values():
             shard(layer, dtype=dtype, reshard_after_forward=reshard)
     heads = [*(body.norm for body in estimator.bodies), estimator.mean_head, estimator.log_std_head]
     shard(heads, dtype=dtype, reshard_after_forward=keep)
+    if (denoiser := estimator.denoiser) is not None:
+        shard([denoiser.body.norm, denoiser.mark, denoiser.head], dtype=dtype, reshard_after_forward=keep)
+    if (prior := estimator.prior) is not None:
+        if prior.body is not None:
+            shard(prior.body.norm, dtype=dtype, reshard_after_forward=keep)
+        # Its KL sums thousands of features: half a per cent of a std in bfloat16 would be nats.
+        shard(prior, dtype=torch.float32, reshard_after_forward=keep)
     # A trunk that is not split has nobody to be gathered from: FSDP would only copy it, twice a step.
     ignored = set(trunk.parameters()) if whole else None
     shard(model, dtype=dtype, reshard_after_forward=keep, ignored_params=ignored)

@@ -34,6 +34,7 @@ from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
 from sgt_titan.export import export_checkpoint
 from sgt_titan.folders import writable
+from sgt_titan.objectives.rate import log_frequencies
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
 from sgt_titan.transform.tokenizer import fingerprint_ids
 from sgt_titan.transform.trunk_files import TrunkFiles
@@ -73,6 +74,7 @@ class Prepared:
     train_source: BatchSource
     probe_source: BatchSource
     fingerprints: dict[str, str]
+    log_frequency_V: torch.Tensor | None = None  # of the tokens that are obfuscated, for a prior that has them
     timeline: Timeline = field(default_factory=Timeline)
 
     def hardware_flops(self, model) -> int:
@@ -133,6 +135,9 @@ def prepare(config: Config) -> Prepared:
         train_source=train_source,
         probe_source=probe_source,
         fingerprints={"trunk": fingerprint, "data": data_fingerprint, "ids": fingerprint_ids(tokenizer)},
+        log_frequency_V=None
+        if config.objective.rate.prior == "broad"
+        else log_frequencies(train_source.token_counts(hf.vocab_size)),
     )
 
 
@@ -195,8 +200,9 @@ def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: T
         UserError: naming the first that is not.
     """
     decoders = [build(hf, "sdpa")]
-    if config.estimator.init_from_trunk:
-        decoders.append(build_body(hf, config.estimator.layers, "sdpa"))
+    for part in (config.estimator, config.denoiser):
+        if part.layers and part.init_from_trunk:
+            decoders.append(build_body(hf, part.layers, "sdpa"))
     for decoder in decoders:
         with torch.device("meta"):
             check_trunk(decoder.build(), family, files)

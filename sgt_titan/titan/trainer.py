@@ -57,9 +57,11 @@ class SGTTrainer(Trainer):
         same_on_all_ranks(prepared.fingerprints)
         self.prepared, self.run = prepared, prepared.config
         load_trunk(model.trunk, prepared.family, prepared.files)
-        initialize_estimator(model.estimator, self.run.run.seed)
+        initialize_estimator(model.estimator, self.run.run.seed, prepared.log_frequency_V)
         if self.run.estimator.init_from_trunk:
-            initialize_from_trunk(model.estimator, prepared.family, prepared.files)
+            initialize_from_trunk(model.estimator.bodies, "The estimator", prepared.family, prepared.files)
+        if self.run.denoiser.layers and self.run.denoiser.init_from_trunk:
+            initialize_from_trunk([model.estimator.denoiser.body], "The denoiser", prepared.family, prepared.files)
         dims = self.parallel_dims
         self.tp_group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
         tp_rank = self.tp_group.rank() if self.tp_group else 0
@@ -193,6 +195,7 @@ class SGTTrainer(Trainer):
             None,
             step=self.step,
             obfuscate_BT=batch["obfuscate_BT"],
+            private_BT=batch.get("private_BT"),
             counts=batch["counts"],
             median_norm=self.prepared.statistics.median_norm,
             bounds=model.bounds,
@@ -252,7 +255,7 @@ class SGTTrainer(Trainer):
         *counts, tokens = summed.tolist()
         return {
             **{name: count / max(tokens, 1) for name, count in zip(shares, counts, strict=True)},
-            **{f"held-out {name}": terms[name] for name in ("kl", "agreement", "mi", "abs_cos")},
+            **{f"held-out {name}": terms[name] for name in ("kl", "agreement", "mi", "abs_cos", "rate")},
         }
 
 

@@ -10,6 +10,7 @@ trunk are renames and nothing else. The rotary frequencies come from transformer
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -286,10 +287,10 @@ def hf_name(family: Family, name: str) -> str:
 
 def export_name(family: Family, name: str) -> str:
     """Name in checkpoints and exports of the estimator's tensor ``name``: bodies carry Hugging Face's layer names."""
-    if not name.startswith("bodies."):
+    body = re.match(r"bodies\.\d+\.|(denoiser|prior)\.body\.", name)
+    if body is None:
         return name
-    _, body, tail = name.split(".", 2)
-    return f"bodies.{body}.{hf_name(family, tail).removeprefix('model.')}"
+    return body[0] + hf_name(family, name[body.end() :]).removeprefix("model.")
 
 
 def build(hf: PretrainedConfig, attention: Attention) -> Decoder.Config:

@@ -9,11 +9,14 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from sgt_titan.errors import UserError
+from sgt_titan.objectives.rate import PRIORS
 from sgt_titan.transform.chat_template import DATE
 from sgt_titan.transform.gaussian import Bounds
 from sgt_titan.trunk.families import TRAINED
 
-FORMAT_VERSION = 1
+# 2: a denoiser or a learned prior. An export without either says 1, so that nobody updates without need; a client that
+# does not know denoisers refuses 2, since without it the answers are ruined.
+FORMAT_VERSION = 2
 
 # Facts about the trunk's checkpoint that the estimator does not share: where it lay, how it was quantised, which
 # remote code it wanted, which type it was stored in.
@@ -34,6 +37,9 @@ class SGTConfig(PretrainedConfig):
     trunk_config: the body's Hugging Face config as a dict, from :func:`estimator_config`.
     body: "shared" (one body, two heads) or "separate" (body 0 feeds the mean, body 1 the std).
     std_min, std_max, std_init, mean_bound: units of ``scale``; see :class:`sgt_titan.transform.gaussian.Bounds`.
+    denoiser_layers: decoder layers between noise and wire; 0: none.
+    rate_prior, rate_tau, context_layers, context_rank: the prior of the rate (``schema.Rate``); broad for a transform
+        that was trained without one, whose rate it bounds as well.
     scale, median_norm: per-feature std and median row norm of the trunk's embedding table, embedding units.
     hidden_size, vocab_size: D and V of the trunk's embedding table.
     embeddings: whether the table is shipped in the export.
@@ -51,6 +57,11 @@ class SGTConfig(PretrainedConfig):
     std_max: float = 10.0
     std_init: float = 0.1
     mean_bound: float = 0.0
+    denoiser_layers: int = 0
+    rate_prior: str = "broad"
+    rate_tau: float = 1.0
+    context_layers: int = 0
+    context_rank: int = 0
     scale: float = 1.0
     median_norm: float = 1.0
     hidden_size: int = 0
@@ -63,7 +74,7 @@ class SGTConfig(PretrainedConfig):
     template_date: str = DATE
     fingerprints: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     @property
     def bounds(self) -> Bounds:
@@ -85,10 +96,29 @@ def check_config(config: SGTConfig) -> None:
     for key, allowed in (("body", ("shared", "separate")), ("obfuscate", ("prompt", "all"))):
         if getattr(config, key) not in allowed:
             raise UserError(f"config.json: {key} is {getattr(config, key)!r}, must be one of {', '.join(allowed)}")
+    if config.rate_prior not in PRIORS:
+        raise UserError(f"config.json: rate_prior is {config.rate_prior!r}, must be one of {', '.join(PRIORS)}")
+    if not isinstance(config.rate_tau, int | float) or not config.rate_tau > 0:
+        raise UserError(f"config.json: rate_tau is {config.rate_tau!r}, must be above 0")
+    context = config.rate_prior == "context"
+    for key, least in (("denoiser_layers", 0), ("context_layers", int(context)), ("context_rank", int(context))):
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"config.json: {key} is {value!r}, must be a whole number, at least {least}")
+    if config.format_version < needed_version(config):
+        raise UserError(
+            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from 2 on; "
+            "export again"
+        )
     for key in ("hidden_size", "vocab_size"):
         if getattr(config, key) != trunk.get(key):
             raise UserError(f"config.json: {key} is {getattr(config, key)}, but trunk_config.{key} is {trunk.get(key)}")
     _ = config.bounds
+
+
+def needed_version(config: SGTConfig) -> int:
+    """The oldest format version whose readers understand this configuration."""
+    return 2 if config.denoiser_layers or config.rate_prior != "broad" else 1
 
 
 def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: int) -> dict[str, Any]:
@@ -123,7 +153,16 @@ def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: in
     return config
 
 
-def decoder_config(trunk_config: dict[str, Any]) -> PretrainedConfig:
-    """The Hugging Face config object of a body, from the dict made by :func:`estimator_config`."""
+def decoder_config(trunk_config: dict[str, Any], layers: int | None = None) -> PretrainedConfig:
+    """The Hugging Face config object of a body, from the dict made by :func:`estimator_config`.
+
+    layers: of that many layers; None: of as many as the dict says.
+    """
     fields = copy.deepcopy(trunk_config)
+    if layers is not None:
+        fields["num_hidden_layers"] = layers
+        if fields.get("layer_types") is not None:
+            fields["layer_types"] = fields["layer_types"][:1] * layers
+        if "first_k_dense_replace" in fields:
+            fields["first_k_dense_replace"] = layers
     return AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -7,6 +7,8 @@ the state dict are a contract with the training side, which writes them from its
     bodies.{0|1}.layers.{i}.<HF layer names>   Hugging Face layouts
     bodies.{0|1}.norm.weight (D,)
     mean_head.{weight,bias}, log_std_head.{weight,bias}   (D, D) and (D,)
+    denoiser.body..., denoiser.mark.weight (D, 1), denoiser.head.{weight,bias}  with denoiser_layers
+    prior...                                    with a learned rate_prior (prior.py)
 
 Shapes: B batch, T sequence, D model width, V vocabulary, S past + T.
 """
@@ -19,7 +21,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,18 +31,33 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from sgt_titan.errors import UserError
+from sgt_titan.objectives.rate import broad_rate
 from sgt_titan.transform.configuration import SGTConfig, check_config, decoder_config
 from sgt_titan.transform.fingerprint import (
     check_config_fingerprint,
     check_weights_fingerprint,
     fingerprint_tensor,
+    fingerprint_weights,
 )
 from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, obfuscate, secure_noise
+from sgt_titan.transform.prior import Prior
 
 Caches = tuple[DynamicCache, ...]
 
 # Arguments of from_pretrained that would load something other than the files that were checked.
 _REFUSED_ARGUMENTS = ("state_dict", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes", "adapter_kwargs")
+
+
+class Release(NamedTuple):
+    """z, what is sent (z after the denoiser; z itself without one), and the Gaussian that z was drawn from, (B, T, D).
+
+    z and what is sent are in the dtype of the embeddings; center and log std float32, and of meaning where obfuscated.
+    """
+
+    z_BTD: torch.Tensor
+    sent_BTD: torch.Tensor
+    center_BTD: torch.Tensor
+    log_std_BTD: torch.Tensor
 
 
 @dataclass
@@ -68,9 +85,11 @@ class StainedGlassTransform(PreTrainedModel):
         check_config(config)
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width) if config.embeddings else None
-        self.bodies = nn.ModuleList(_decoder(config) for _ in range(1 if config.body == "shared" else 2))
+        self.bodies = nn.ModuleList(decoder(config) for _ in range(1 if config.body == "shared" else 2))
         self.mean_head = nn.Linear(width, width)
         self.log_std_head = nn.Linear(width, width)
+        self.denoiser = Denoiser(config) if config.denoiser_layers else None
+        self.prior = Prior(config, decoder) if config.rate_prior != "broad" else None
         self.post_init()
 
     @torch.no_grad()
@@ -79,10 +98,13 @@ class StainedGlassTransform(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.zeros_(module.weight)
+        if isinstance(module, Prior):
+            module.reset(init)
 
     def new_caches(self) -> Caches:
         """Empty caches to stream with: pass them to every call, which extends them in place."""
-        return tuple(DynamicCache(config=body.config) for body in self.bodies)
+        bodies = [*self.bodies, *([self.denoiser.body] if self.denoiser is not None else [])]
+        return tuple(DynamicCache(config=body.config) for body in bodies)
 
     def forward(
         self,
@@ -104,24 +126,16 @@ class StainedGlassTransform(PreTrainedModel):
         x_BTD = self._embed(input_ids, inputs_embeds).to(self.mean_head.weight.dtype)
         if past_key_values is None and use_cache:
             past_key_values = self.new_caches()
-        if past_key_values is not None and len(past_key_values) != len(self.bodies):
-            raise ValueError(f"past_key_values has {len(past_key_values)} caches, the transform {len(self.bodies)}")
+        wanted = len(self.bodies) + (self.denoiser is not None)
+        if past_key_values is not None and len(past_key_values) != wanted:
+            raise ValueError(f"past_key_values has {len(past_key_values)} caches, the transform {wanted}")
         if attention_mask is not None and attention_mask.ndim == 2:
             past = past_key_values[0].get_seq_length() if past_key_values is not None else 0
             expected = (x_BTD.shape[0], past + x_BTD.shape[1])
             if attention_mask.shape != expected:
                 raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {expected}")
-        if position_ids is None and attention_mask is not None:
-            # Positions count real tokens, so that left padding does not shift them.
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x_BTD.shape[1] :]
         hidden = [
-            body(
-                inputs_embeds=x_BTD,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=None if past_key_values is None else past_key_values[index],
-                use_cache=past_key_values is not None,
-            ).last_hidden_state
+            run_body(body, x_BTD, attention_mask, position_ids, past_key_values and past_key_values[index])
             for index, body in enumerate(self.bodies)
         ]
         bounds = self.config.bounds
@@ -131,8 +145,15 @@ class StainedGlassTransform(PreTrainedModel):
             past_key_values=past_key_values,
         )
 
+    def transform(self, inputs: torch.Tensor, mask_BT: torch.Tensor, **options: Any) -> torch.Tensor:
+        """What may be sent, ``(B, T, D)``, in the dtype of the embeddings (Eq. 1, then the denoiser if there is one).
+
+        Arguments and errors as :meth:`release`.
+        """
+        return self.release(inputs, mask_BT, **options).sent_BTD
+
     @torch.no_grad()
-    def transform(
+    def release(
         self,
         inputs: torch.Tensor,
         mask_BT: torch.Tensor,
@@ -143,17 +164,63 @@ class StainedGlassTransform(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Caches | None = None,
-    ) -> torch.Tensor:
-        """Obfuscated embeddings ``(B, T, D)``, in the dtype of the embeddings (Eq. 1).
+    ) -> Release:
+        """Obfuscated embeddings and where they came from.
 
         ``inputs``: token ids ``(B, T)`` (integer) or embeddings ``(B, T, D)`` (float). ``mask_BT`` (bool): true where
         to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
-        system's generator and is never the same twice; ``generator`` or ``seed`` replace it, for tests and
-        measurements; ``noise_BTD`` is standard normal noise of the caller's own (the client's held noise).
-
-        Raises UserError for ids outside the vocabulary, when no table was shipped, or where NaN or infinity would come
-        out; ValueError for shapes that do not match.
+        system's generator and is never the same twice; ``noise_BTD`` (standard normal, for a caller that holds its
+        noise), ``generator`` or ``seed`` (tests and measurements) replace it. ``past_key_values`` as in
+        :meth:`forward`; pieces give what one pass gives. Raises UserError for ids outside the vocabulary, when no table
+        was shipped, or where NaN or infinity would come out; ValueError for shapes that do not match.
         """
+        x_BTD, mask_BT = self._inputs(inputs, mask_BT, attention_mask)
+        out = self(
+            inputs_embeds=x_BTD,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+        eps_BTD = _noise(out.mean_BTD, generator, seed) if noise_BTD is None else noise_BTD.to(out.mean_BTD)
+        z_BTD = obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
+        sent_BTD = z_BTD
+        if self.denoiser is not None:
+            sent_BTD = self.denoiser(z_BTD, mask_BT, attention_mask, position_ids, past_key_values)
+        if not bool(sent_BTD[mask_BT].isfinite().all()):
+            raise UserError(
+                "inputs: NaN or infinite values would come out; pass finite embeddings, and load in float32 if a half "
+                "precision overflows"
+            )
+        return Release(z_BTD, sent_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD)
+
+    @torch.no_grad()
+    def rate(
+        self,
+        tokens_BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Nats that one observation of each position can tell at most, ``(B, T)`` float32; 0 where not obfuscated.
+
+        The sum over a prompt is R of objectives/rate.py, under the prior that the export carries. ``tokens_BT``: ids;
+        the export must have, or have been given, its embedding table. The context prior looks at one draw of the noise
+        (``generator``), the others do not. Errors as :meth:`release`.
+        """
+        x_BTD, mask_BT = self._inputs(tokens_BT, mask_BT, attention_mask)
+        found = self.release(x_BTD, mask_BT, attention_mask=attention_mask, generator=generator)
+        tau = self.config.rate_tau * self.config.scale
+        rate_BT = broad_rate(found.center_BTD, found.log_std_BTD, tau)
+        if self.prior is not None:
+            log_p_BT = self.prior.log_probability(found.z_BTD, tokens_BT, attention_mask)
+            rate_BT = self.prior.rate(rate_BT, x_BTD.float(), found.center_BTD, found.log_std_BTD, log_p_BT)
+        return rate_BT * mask_BT
+
+    def _inputs(
+        self, inputs: torch.Tensor, mask_BT: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, T, D), and the mask without padding."""
         is_ids = not inputs.is_floating_point()
         if is_ids and inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.config.vocab_size:
             raise UserError(
@@ -164,22 +231,9 @@ class StainedGlassTransform(PreTrainedModel):
         if mask_BT.shape != x_BTD.shape[:-1]:
             raise ValueError(f"mask_BT has shape {tuple(mask_BT.shape)}, expected {tuple(x_BTD.shape[:-1])}")
         mask_BT = mask_BT.to(x_BTD.device, torch.bool)
-        out = self(
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-        )
         if attention_mask is not None:
             mask_BT = mask_BT & attention_mask[:, -x_BTD.shape[1] :].to(x_BTD.device, torch.bool)
-        eps_BTD = _noise(out.mean_BTD, generator, seed) if noise_BTD is None else noise_BTD.to(out.mean_BTD)
-        x_tilde_BTD = obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
-        if not bool(x_tilde_BTD[mask_BT].isfinite().all()):
-            raise UserError(
-                "inputs: NaN or infinite values would come out; pass finite embeddings, and load in float32 if a half "
-                "precision overflows"
-            )
-        return x_tilde_BTD
+        return x_BTD, mask_BT
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -192,6 +246,21 @@ class StainedGlassTransform(PreTrainedModel):
                 "pass inputs_embeds from the trunk's own table"
             )
         return self.embed_tokens(input_ids)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As ``PreTrainedModel.save_pretrained``, with the fingerprints of what is written.
+
+        A cast makes other bytes than those exported, and loading them would be refused. Tokenizer files are not
+        written.
+        """
+        if kwargs.get("state_dict") is None:
+            digests = {name: fingerprint_tensor(tensor) for name, tensor in self.state_dict().items()}
+            known = dict(self.config.fingerprints)
+            if self.embed_tokens is not None:
+                known["embeddings"] = digests.pop("embed_tokens.weight")
+            self.config.fingerprints = {**known, "weights": fingerprint_weights(digests)}
+        kwargs.setdefault("save_original_format", False)  # else tensors take names of an older layout
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -221,12 +290,59 @@ class StainedGlassTransform(PreTrainedModel):
         return (model, info) if wants_info else model
 
 
-def _decoder(config: SGTConfig) -> PreTrainedModel:
-    """One body: the family's decoder without a table of its own, in torch's current default dtype and device."""
+class Denoiser(nn.Module):
+    """``sent = z + scale g(z, mask)`` where obfuscated: a decoder of the trunk's family and a linear head. Causal."""
+
+    def __init__(self, config: SGTConfig):
+        super().__init__()
+        self.scale = config.scale
+        self.body = decoder(config, config.denoiser_layers)
+        self.mark = nn.Linear(1, config.hidden_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        z_BTD: torch.Tensor,
+        mask_BT: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Caches | None = None,
+    ) -> torch.Tensor:
+        """(B, T, D) in the dtype of z, z itself outside the mask. ``past_key_values``: its own cache is the last."""
+        dtype = self.mark.weight.dtype
+        marked_BTD = z_BTD.to(dtype) + self.scale * self.mark(mask_BT[..., None].to(dtype))
+        hidden_BTD = run_body(
+            self.body, marked_BTD, attention_mask, position_ids, past_key_values and past_key_values[-1]
+        )
+        cleaned_BTD = z_BTD.float() + self.scale * self.head(hidden_BTD).float()
+        return torch.where(mask_BT[..., None], cleaned_BTD.to(z_BTD.dtype), z_BTD)
+
+
+def run_body(
+    body: PreTrainedModel,
+    x_BTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: DynamicCache | None,
+) -> torch.Tensor:
+    """A body's last hidden state (B, T, D). Positions count real tokens, so that left padding does not shift them."""
+    if position_ids is None and attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x_BTD.shape[1] :]
+    return body(
+        inputs_embeds=x_BTD,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def decoder(config: SGTConfig, layers: int | None = None) -> PreTrainedModel:
+    """A body: the family's decoder without a table of its own, in torch's current default dtype and device."""
     # A one-row vocabulary, because the decoder insists on allocating (and initialising) a table that is dropped below:
     # 4 GB for a 70B trunk.
     small = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    body_config = decoder_config(config.trunk_config | small)
+    body_config = decoder_config(config.trunk_config | small, layers)
     body = AutoModel.from_config(
         body_config, dtype=torch.get_default_dtype(), attn_implementation=config._attn_implementation
     )
@@ -243,7 +359,7 @@ def _noise(like: torch.Tensor, generator: torch.Generator | None, seed: int | No
         warnings.warn(
             "an explicit seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it "
             "across prompts ties them together; leave it out except in tests",
-            stacklevel=4,
+            stacklevel=5,  # whoever called `transform`
         )
         generator = torch.Generator(device=like.device).manual_seed(seed)
     return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.tokenizer_files import require_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,12 +41,7 @@ def load_tokenizer(directory: str | Path, said: str = "trunk.path") -> Any:
     path = Path(directory)
     if not path.is_dir():
         raise UserError(f"{said}: {path} is not a directory; it must hold tokenizer.json and config.json")
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(
-            f"{path}: has no tokenizer.json (a fast tokenizer); write one with "
-            "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-        )
+    file = require_tokenizer(path)
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging

@@ -11,13 +11,14 @@ from sgt_titan.errors import UserError
 from .families import check_config, is_tied, shapes, unexpected
 from .files import CONFIG, Entry, check_folder, read_entries, read_json
 from .quantisation import scheme_of, weights_of
+from .tokenizer_files import require_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WINDOW, WINDOWS = 4096, 256  # bytes of a window, and how many of a tensor are compared: 1 MiB, whole where smaller
 
 
 def check_checkpoint(path: str | Path, *, any_family: bool = False) -> dict[str, Any]:
-    """The config.json of a folder whose files are exactly the model that it describes.
+    """The config.json of a folder whose files are exactly the model that it describes, with a tokenizer.
 
     Reads headers, and a mebibyte where two tensors may be one.
 
@@ -34,6 +35,7 @@ def check_checkpoint(path: str | Path, *, any_family: bool = False) -> dict[str,
     entries = weights_of(read_entries(folder), scheme_of(config))
     if not any_family:
         check_entries(folder, config, entries)
+    require_tokenizer(folder)
     return config
 
 

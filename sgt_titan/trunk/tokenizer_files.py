@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+from sgt_titan.errors import UserError
+
 # What makes ids; the others change how they are made, or what is rendered before.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (
@@ -20,6 +22,21 @@ TOKENIZER_FILES = (
 )
 # An embedding table is a part of the trunk, and most licences ask that their text travels with the parts.
 LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+
+
+def require_tokenizer(folder: Path) -> Path:
+    """Its tokenizer.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: has no tokenizer.json (a fast tokenizer); write one with "
+            "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    return file
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:

@@ -16,6 +16,7 @@ import sgt_titan
 CONFIG = {
     "run": {"name": "small"},
     "estimator": {"layers": 1, "std_init": 0.5},
+    "denoiser": {"layers": 1},
     "objective": {
         "mi_group": 2,
         "mi": {"weight": 0.1, "start": 0.02, "ramp_steps": 6},
@@ -23,6 +24,7 @@ CONFIG = {
         "norm": {"weight": 0.5},
         "comp_entr": {"weight": 0.05},
         "cos_sim": {"weight": 0.2},
+        "rate": {"weight": 0.02, "prior": "tokens"},
     },
     "data": {"validation_samples": 16},
     "training": {"steps": 10, "seq_len": 96, "local_batch_size": 4, "global_batch_size": 4},

@@ -21,6 +21,8 @@ TERMS = (
     "loss/norm",
     "loss/comp_entr",
     "loss/cos_sim",
+    "rate/nats_per_token",
+    "rate/nats_per_prompt",
     "noise/std_over_table_std",
     "noise/mean_norm_over_median_norm",
     "optimizer/grad_norm",
@@ -46,6 +48,7 @@ LAYOUTS = {
 OTHER = (
     *("--estimator.body", "separate", "--estimator.init_from_trunk", "true", "--estimator.layers", "2"),
     *("--estimator.mean_bound", "3", "--objective.mi_pairs", "shift", "--objective.mi_group", "4"),
+    *("--objective.rate.prior", "context", "--objective.rate.context_rank", "8", "--denoiser.init_from_trunk", "true"),
     *("--objective.utility", "kl", "--objective.utility_positions", "response", "--optimizer.lr", "3e-4"),
 )
 
@@ -105,7 +108,9 @@ def test_fewer_ranks_after_every_restart(reference, four_ranks, small):
 
 
 def test_another_estimator_and_objective_with_recomputation(small):
-    """Separate bodies from the trunk's layers, bounded mean, one shift, KL on the response; FSDP2 2 x TP 2."""
+    """Separate bodies and denoiser from the trunk's layers, bounded mean, one shift, KL on the response, a prior that
+    reads what was sent before; FSDP2 2 x TP 2.
+    """
     expected = small.finish(1, *OTHER)
     layout = (
         *TP2,

@@ -35,7 +35,7 @@ def randomise(estimator) -> None:
     generator = torch.Generator().manual_seed(5)
     for name, tensor in named_weights(estimator).items():
         noise = torch.randn(tensor.shape, generator=generator)
-        local = tensor.to_local()
+        local = getattr(tensor, "_local_tensor", tensor)  # buffers are plain
         if name.endswith("norm.weight"):
             local.copy_(1 + 0.3 * noise)
         elif tensor.dim() == 1:
@@ -77,6 +77,42 @@ def test_export(trunk, body, make_run, one_process, tmp_path):
         differences["std"] = max(differences["std"], (out.log_std_BTD[0].exp() - std_TD).abs().max().item())
     print(f"{trunk}, {body}: max |difference| {differences}")
     assert max(differences.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("trunk", "prior"), [("llama", "broad"), ("qwen2", "tokens"), ("qwen3-tied", "context"), ("deepseek", "context")]
+)
+def test_denoiser_and_rate(trunk, prior, make_run, one_process, tmp_path):
+    """With training's noise: what is sent, and what it tells, is what training saw."""
+    options = ("--denoiser.layers=2", "--objective.preset=rate", f"--objective.rate.prior={prior}")
+    config = make_run(*options, "--objective.rate.tau=1.5", "--objective.rate.context_rank=4", trunk=trunk)
+    trainer = to_trainer_config(config).build()
+    randomise(trainer.model_parts[0].estimator)
+    trained, batch = streams(trainer)
+    part, counts = slice(0, batch["input"].shape[1]), batch["counts"]
+    per_token = trainer.evaluate_streams(batch["input"], batch)[2]["rate"].item()
+    claim_output_dir(trainer.prepared)
+    assert trainer.checkpointer.save(3, last_step=True)
+    trainer.close()
+
+    transform = load_export(export_checkpoint(config.run.output_dir, tmp_path / "export"))
+    assert transform.config.format_version == 2
+    noise_BTD = (trained.z_BTD - trained.x_BTD - trained.mean_BTD) / trained.log_std_BTD.exp()
+    noise_BTD = noise_BTD.masked_fill(~batch["obfuscate_BT"][..., None], 0.0)
+    total = 0.0
+    for row, documents in enumerate(batch["documents"]):
+        part = (slice(row, row + 1), slice(0, documents[0].length))
+        ids, mask = batch["input"][part], batch["obfuscate_BT"][part]
+        found = transform.release(ids, mask, noise_BTD=noise_BTD[part])
+        assert (found.z_BTD - trained.z_BTD[part]).abs().max() < TOLERANCE
+        assert (found.sent_BTD - trained.x_tilde_BTD[part]).abs().max() < 2 * TOLERANCE
+        assert (found.sent_BTD - found.z_BTD)[mask].abs().mean() > 1e-3, "a denoiser that does nothing proves nothing"
+        if prior == "context":
+            continue  # reads z, of which `rate` draws its own
+        total += transform.rate(ids, mask).sum().item()
+        assert transform.rate(ids, mask)[~mask].abs().max() == 0
+    if prior != "context":
+        assert total / counts.obfuscated_tokens == pytest.approx(per_token, rel=1e-4)
 
 
 def logits(trainer):

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": {"errors", "trunk"},
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "folders", "trunk"},
+    "transform": {"errors", "folders", "objectives", "trunk"},
     "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "conjformer",
         "private",
     },
-    "client": {"errors", "arguments", "transform", "metrics"},
+    "client": {"errors", "arguments", "transform", "metrics", "private"},
     "serving": {"errors", "arguments", "client"},
     "titan": {
         "errors",

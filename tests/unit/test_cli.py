@@ -1,5 +1,6 @@
 """The command line: what it prints, what it exits with, what it hands on, and that it does so without torch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -134,6 +135,46 @@ def test_missing_weights_stop_a_run_but_not_a_dry_run(here, capsys, runs):
     assert cli.main(["train", "mine"]) == 2
     assert capsys.readouterr().err == f"sgt-titan: error: trunk.path: {NO_WEIGHTS}\n"
     assert cli.main(["train", "mine", "--dry-run"]) == 0 and runs == []
+
+
+def change(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda f: change(f, model_type="gemma3_text"), "model_type 'gemma3_text'; supported are"),
+        (lambda f: change(f, quantization_config={"quant_method": "awq"}), "quantised by 'awq'"),
+        (lambda f: change(f, attention_bias=True), "attention_bias = True"),
+        (lambda f: change(f, num_hidden_layers=3), "has no tensor model.layers.2."),
+        (lambda f: change(f, num_hidden_layers=1), "which config.json does not describe"),
+        (lambda f: change(f, vocab_size=11), "model.embed_tokens.weight is (10, 8), config.json promises (11, 8)"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "its weights are a pickle (.bin)"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "it holds GGUF"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 9), "not a safetensors file"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            "which are two models",
+        ),
+    ],
+)
+def test_what_train_refuses_of_a_trunk_is_known_before(edit, message, here, capsys, runs, monkeypatch):
+    """``--dry-run`` and ``doctor`` say the line that ``train`` says."""
+    from sgt_titan import doctor
+
+    edit(here / "trunk")
+    assert cli.main(["train", "mine"]) == 2
+    said = capsys.readouterr().err.removeprefix("sgt-titan: error: ").strip()
+    assert message in said and "\n" not in said
+    assert cli.main(["train", "mine", "--dry-run"]) == 2
+    assert capsys.readouterr().err.removeprefix("sgt-titan: error: ").strip() == said
+    report = {"errors": {}}
+    monkeypatch.setattr(doctor, "_device", lambda *arguments: None)
+    doctor.local(report, resolve(load("mine"), world_size=None), 0)
+    assert report["errors"]["trunk"] == said[:300] and runs == []
 
 
 def test_dry_run_prints_a_config_that_loads_to_the_same_run(here, capsys, runs):

@@ -163,6 +163,12 @@ def test_smaller_weights_stay_close(chat_export, sgt):
     assert int8 > 0.9 * sum(p.numel() for p in sgt.bodies.parameters())
 
 
+def test_what_is_loaded_is_not_saved_as_an_export(sgt, tmp_path):
+    with pytest.raises(UserError, match="copy the export's directory instead"):
+        sgt.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_nan_is_never_sent(sgt):
     broken = copy.deepcopy(sgt)
     broken.mean_head.bias.data[0] = float("nan")

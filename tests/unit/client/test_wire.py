@@ -16,6 +16,17 @@ VLLM, SGLANG = WIRES["vllm"], WIRES["sglang"]
 FULL = Options(max_tokens=7, n=2, temperature=0.5, top_p=0.9, seed=3, logprobs=2, stop=("secret stop",))
 
 
+@pytest.mark.parametrize("reason", ["abort", "error", "content_filter"])
+def test_an_answer_that_was_broken_off_is_no_answer(reason):
+    event = {"choices": [{"index": 0, "text": "half", "finish_reason": reason}]}
+    with pytest.raises(UpstreamError, match=r"the server (aborted|broke)") as error:
+        list(VLLM.reader(Options())(event))
+    assert error.value.code == "upstream_aborted"
+    for whole in (None, "stop", "length"):
+        event["choices"][0]["finish_reason"] = whole
+        assert next(VLLM.reader(Options())(event)).finish_reason == whole
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_serialised_embeddings_hold_nothing_else(dtype):
     """torch.save of a view writes the whole storage; other rows may be another prompt's."""

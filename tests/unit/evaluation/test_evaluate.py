@@ -42,6 +42,8 @@ def words(export, out, *more):
         "4",
         "--attacks",
         ATTACKED,
+        "--zero-steps",
+        "10",
         *more,
     ]
 
@@ -207,6 +209,8 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         (["--benchmarks", "piqa", "--benchmark-dir", "."], r"llmfoundry_piqa\.jsonl is missing"),
         (["--memory", "0.001"], r"needs about .* GiB.*take fewer --rows, a smaller --suite"),
         (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),
+        (["--zero-steps", "0"], "--zero-steps must be at least 1, got 0"),
+        (["--zero-steps", "11"], "another configuration .zero_steps is 10 there, 11 here"),
         (["--minutes", "-1"], "--minutes must be positive"),
         (["--optimizer.lr", "1"], "does not belong"),
     ],

@@ -102,6 +102,36 @@ def test_generation_stops_where_it_is_told(trunk, tokenizer):
     assert cut == whole[: whole.index(stop)]
 
 
+def test_each_answer_has_its_own_limit(trunk, tokenizer):
+    """Under any of its names, larger than the model's default, and whatever the others of its batch may say."""
+    lm = model(trunk, tokenizer, nothing())
+    lm.max_gen_toks = 6
+    limits = [{"max_gen_toks": 12}, {"max_new_tokens": 3}, {}, {"max_gen_toks": 3}, {"max_gen_toks": 12}]
+    texts = lm.generate_until(requests([(CONTEXTS[1], {"until": [], **limit}) for limit in limits]))
+    assert texts == [lm.generate_until(requests([(CONTEXTS[1], {"until": [], **limit})]))[0] for limit in limits]
+    assert texts[0] == texts[4] and texts[1] == texts[3]
+    assert texts[0].startswith(texts[2]) and texts[2].startswith(texts[1]) and len({*texts}) == 3
+    assert lm.shortened == 0
+    lm.max_length = 40
+    lm.generate_until(requests([(CONTEXTS[1], {"until": [], "max_gen_toks": 1000})]))
+    assert lm.shortened == 1 and lm.truncated == 0, "the answer gives way, not the prompt"
+    with pytest.raises(UserError, match="do_sample"):
+        lm.generate_until(requests([(CONTEXTS[0], {"until": [], "do_sample": True})]))
+
+
+def test_special_tokens_are_those_of_training(trunk, tokenizer):
+    """Added special tokens without a role of their own, as Llama 3's, are clean in both."""
+    import copy
+
+    from sgt_titan.transform.prompts import special_ids
+
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.add_special_tokens(["<|header|>"])
+    added = other.convert_tokens_to_ids("<|header|>")
+    assert added not in other.all_special_ids
+    assert model(trunk, other, nothing()).special == special_ids(other) == special_ids(tokenizer) | {added}
+
+
 def test_a_text_without_a_prompt_has_nothing_to_obfuscate(trunk, tokenizer):
     with pytest.raises(UserError, match="nothing to obfuscate"):
         model(trunk, tokenizer, nothing()).loglikelihood_rolling([])

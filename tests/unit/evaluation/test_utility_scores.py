@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 
 from sgt_titan.data.cache import prepare
 from sgt_titan.demo import TRUNK
-from sgt_titan.evaluation import utility
+from sgt_titan.evaluation import utility, zero
 from sgt_titan.evaluation.mechanisms import constant_noise, nothing
 from sgt_titan.evaluation.samples import generator, load_trunk, padded, read_samples, shorten
 from sgt_titan.evaluation.utility import Reference
@@ -30,9 +31,21 @@ def batches(rows):
 
 
 @pytest.fixture(scope="module")
-def reference(trunk, rows, batches):
+def constant(trunk, demo_config):
+    """The best constant prompt, fitted shortly."""
+    training = read_samples(prepare(demo_config, str(TRUNK), progress=False).train, demo_config, 64)
+    return zero.fit(trunk, training, 20).mechanism()
+
+
+@pytest.fixture(scope="module")
+def removed(trunk, rows, batches, constant):
     short = [padded([shorten(row) for row in part], 0, CPU) for part in (rows[:4], rows[4:])]
-    return utility.reference_utility(trunk, batches, short)
+    return utility.without_prompt(trunk, batches, short, constant)
+
+
+@pytest.fixture(scope="module")
+def reference(trunk, batches, removed):
+    return utility.reference_utility(trunk, batches, removed)
 
 
 def measured(trunk, batches, rows, mechanism, reference):
@@ -46,6 +59,25 @@ def test_clean_is_one_and_costs_nothing(trunk, batches, rows, reference):
     assert found["kept"]["value"] == pytest.approx(1.0) and found["kl"]["value"] == pytest.approx(0.0, abs=1e-6)
     assert found["agreement"]["value"] == found["greedy_agreement"]["value"] == 1.0
     assert found["perplexity"]["n"] == sum(int(row.target.sum()) for row in rows)
+
+
+def test_the_zero_is_the_kindest_of_all(trunk, batches, rows, reference, removed, constant):
+    """Never kinder than taking out, hiding or zeroing alone; the constant, which says nothing, keeps nothing."""
+    assert set(removed) == {"taken out", "hidden", "zeroed", utility.CONSTANT}
+    total = reference.without_B.sum() / reference.tokens_B.sum()
+    assert total == pytest.approx(min(found.nll_N.mean().item() for found in removed.values()))
+    assert reference.ways[utility.CONSTANT] < min(reference.ways[way] for way in ("taken out", "hidden", "zeroed"))
+    found = measured(trunk, batches, rows, constant, reference)["kept"]
+    assert found["value"] == pytest.approx(0.0, abs=1e-6)
+    old = utility.reference_utility(trunk, batches, {k: v for k, v in removed.items() if k != utility.CONSTANT})
+    assert utility.kept(old, reference.without_B).value > 0.02
+
+
+def test_a_reference_survives_its_file(reference):
+    again = utility.Reference.from_dict(json.loads(json.dumps(reference.as_dict())))
+    assert all(np.array_equal(a, b) for a, b in zip(again[:3], reference[:3], strict=True))
+    stake = reference.as_dict()["stake"]["value"]
+    assert stake == pytest.approx((reference.without_B.sum() - reference.clean_B.sum()) / len(reference.tokens_B))
 
 
 def test_drowned_keeps_nothing(trunk, batches, rows, reference):

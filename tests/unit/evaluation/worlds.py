@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from sgt_titan.evaluation.attacks import ATTACKS
 from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
 from sgt_titan.evaluation.samples import Sample
 from sgt_titan.evaluation.world import World
@@ -64,3 +65,24 @@ def world(mechanism: Mechanism, trunk, *, rows: int = 8, length: int = 12, corpu
 def top1(guess, world: World) -> float:
     """Share of hidden tokens that an attack's first guess gets right."""
     return (guess.top_NK[:, 0] == world.truth_N).double().mean().item()
+
+
+# Small enough for a test; the rest of each attack's effort is that of the quick suite.
+SEQUENCE = {"first": 5, "most": 10, "layers": 1, "width": 32, "batch_rows": 16}
+SMALL = {
+    "inverter": {"steps": 40, "layers": 1, "width": 64, "batch_rows": 32},
+    "map_search": {"beams": 2, "candidates": 32, "rows": 32},
+    "averaging": {"most": 4},
+    "averaging_regression": {"most": 4},
+    "beamclean_gaussian": {"affine": False, "rounds": 1, "prior_weight": 0.0},
+    "beamclean_affine": {"affine": True, "rounds": 1, "prior_weight": 0.0},
+    "logit_reading": {"rows": 32},
+    **dict.fromkeys(("sequence", "sequence_at_z", "guess"), SEQUENCE),
+    "autoregressive": SEQUENCE | {"beams": 2},
+}
+
+
+def run(name: str, here: World, **more):
+    """An attack of the table at a small effort."""
+    attack = ATTACKS[name]
+    return attack.run(**here.granted(attack.run), **{**attack.arguments("quick"), **SMALL.get(name, {}), **more})

@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from sgt_titan.config.resolve import resolve
-from sgt_titan.config.schema import PRESETS, TERMS, Config, Objective, Term
+from sgt_titan.config.schema import PRESETS, TERMS, Config, Objective, Rate, Term
 from sgt_titan.data.batch import Counts
 from sgt_titan.objectives.distillation import attach, distil
+from sgt_titan.objectives.rate import broad_rate
 from sgt_titan.titan.loss import REPORTED, SGTLoss
 from sgt_titan.titan.model import Streams
 from sgt_titan.titan.pairs import PairGroups
 from sgt_titan.transform.gaussian import Bounds
 
 B, T, D, V = 4, 10, 6, 9
-MEDIAN, SCALE = 0.7, 0.2
+MEDIAN, SCALE, TAU = 0.7, 0.2, 0.3
 BOUNDS = Bounds(std_min=2.0, std_max=8.0, std_init=4.0, mean_bound=0.0, scale=SCALE)  # sigma from 0.4 to 1.6
 
 
@@ -33,8 +34,8 @@ def objective(preset: str) -> Objective:
 
 
 def only(**weights: float) -> Objective:
-    terms = {name: Term(weight=weights.get(name, 0.0)) for name in TERMS}
-    return Objective(preset="none", **terms)
+    terms = {name: Term(weight=weights.get(name, 0.0)) for name in TERMS if name != "rate"}
+    return Objective(preset="none", rate=Rate(weight=weights.get("rate", 0.0), tau=TAU / SCALE), **terms)
 
 
 @pytest.fixture
@@ -66,14 +67,16 @@ class Data(NamedTuple):
     x_tilde_BTD: torch.Tensor
     teacher_BTV: torch.Tensor
     student_BTV: torch.Tensor
+    cleaned: float = 0.0  # what a denoiser adds to z before it is sent
 
     def streams(self, rows, obfuscated, utility, pairs, chunk=0) -> Streams:
         """What a forward pass would hand over for some rows."""
         student_NV, teacher_NV = self.student_BTV[rows][utility[rows]], self.teacher_BTV[rows][utility[rows]]
         eye = torch.eye(V, dtype=torch.float64)
         soft = attach(distil(student_NV, teacher_NV, eye, chunk=chunk, want_gradient=True), student_NV)
-        first_four = (tensor[rows] for tensor in self[:4])
-        return with_pairs(Streams(*first_four, soft, []), obfuscated[rows], pairs)
+        x_BTD, mean_BTD, log_std_BTD, z_BTD = (tensor[rows] for tensor in self[:4])
+        x_tilde_BTD = z_BTD + self.cleaned if self.cleaned else z_BTD
+        return with_pairs(Streams(x_BTD, mean_BTD, log_std_BTD, z_BTD, x_tilde_BTD, soft, []), obfuscated[rows], pairs)
 
 
 def with_pairs(streams: Streams, obfuscated: torch.Tensor, pairs: PairGroups) -> Streams:
@@ -82,7 +85,7 @@ def with_pairs(streams: Streams, obfuscated: torch.Tensor, pairs: PairGroups) ->
     return streams._replace(pairs=exchanges)
 
 
-def run(options, data, rows=slice(None), *, step=1, group=2, counts=None, utility=None, chunk=0):
+def run(options, data, rows=slice(None), *, step=1, group=2, counts=None, utility=None, chunk=0, private=None):
     streams, obfuscated, utility_BT, _ = data
     utility_BT = utility_BT if utility is None else utility
     pairs = PairGroups(group)
@@ -99,13 +102,15 @@ def run(options, data, rows=slice(None), *, step=1, group=2, counts=None, utilit
         pairs=pairs,
         part=slice(0, T),
         tp_size=1,
+        private_BT=private,
     )
 
 
 def brute_force(data, group=2) -> dict[str, float]:
     """Every term by loops over rows, positions and pairs."""
     streams, obfuscated, utility, _ = data
-    x, mean, log_std, x_tilde, teacher, student = (t.detach() for t in streams)
+    x, mean, log_std, noisy, teacher, student = (t.detach() for t in streams[:6])
+    x_tilde = noisy + streams.cleaned
     total = dict.fromkeys(("utility", "entropy", *TERMS), 0.0)
     for b in range(B):
         for t in range(T):
@@ -119,16 +124,18 @@ def brute_force(data, group=2) -> dict[str, float]:
                 total["cos_sim"] += cos
                 total["norm"] += abs((x[b, t] + mean[b, t]).norm().item() - MEDIAN)
                 total["comp_entr"] -= log_std[b, t].mean().item()
+                shift, ratio = (x[b, t] + mean[b, t]) / TAU, log_std[b, t].exp() / TAU
+                total["rate"] += (0.5 * (shift**2 + ratio**2 - 1) - ratio.log()).sum().item()
     for name in ("utility", "entropy"):
         total[name] /= int(utility.sum())
-    for name in ("abs_cos", "cos_sim", "norm", "comp_entr"):
+    for name in ("abs_cos", "cos_sim", "norm", "comp_entr", "rate"):
         total[name] /= int(obfuscated.sum())
     for b in range(B):
         start = b // group * group
         partners = [y for y in range(start, start + group) if y != b]
         for y in partners:
             common = obfuscated[b] & obfuscated[y]
-            z = (x_tilde[b] - x[y] - mean[y]) / log_std[y].exp()
+            z = (noisy[b] - x[y] - mean[y]) / log_std[y].exp()
             value = (0.5 * z**2 + log_std[y] - log_std[b])[common].mean().item()
             total["mi"] += value / len(partners) / B
     return total
@@ -136,14 +143,18 @@ def brute_force(data, group=2) -> dict[str, float]:
 
 @pytest.mark.parametrize("group", [2, 4])
 def test_every_term_by_brute_force(data, group):
-    weights = {"mi": 0.3, "abs_cos": 0.5, "norm": 0.7, "comp_entr": 1.1, "cos_sim": 1.3}
+    data = (data[0]._replace(cleaned=0.3), *data[1:])
+    weights = {"mi": 0.3, "abs_cos": 0.5, "norm": 0.7, "comp_entr": 1.1, "cos_sim": 1.3, "rate": 0.2}
     loss, reported = run(only(**weights), data, group=group)
     expected = brute_force(data, group)
     total = expected["utility"] + sum(weight * expected[name] for name, weight in weights.items())
     assert loss.item() == pytest.approx(total, rel=1e-6)
     assert reported["loss"].item() == pytest.approx(total, rel=1e-6)
     assert tuple(reported) == REPORTED
-    for name in ("utility", "abs_cos", "cos_sim", "norm", "comp_entr"):
+    tokens, rows = int(data[1].sum()), B
+    assert reported["rate_prompt"].item() == pytest.approx(expected["rate"] * tokens / rows, rel=1e-6)
+    assert reported["rate_exchange"].item() == pytest.approx(0.2 * int(data[2].sum()) / tokens, rel=1e-6)
+    for name in ("utility", "abs_cos", "cos_sim", "norm", "comp_entr", "rate"):
         assert reported[name].item() == pytest.approx(expected[name], rel=1e-6), name
     # reported in nats by Algorithm 1, which is half a nat below Eq. 8
     assert reported["mi"].item() == pytest.approx(expected["mi"] - 0.5, rel=1e-6)
@@ -196,7 +207,7 @@ def test_microbatches_add_up_to_the_batch(data):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_the_rows_of_table_1(preset):
+def test_presets_are_the_rows_of_table_1_and_the_rate_s(preset):
     wanted = {
         "comp_entr": {"comp_entr"},
         "cos_sim": {"cos_sim"},
@@ -204,6 +215,9 @@ def test_presets_are_the_rows_of_table_1(preset):
         "mi": {"mi"},
         "mi_abs_cos": {"mi", "abs_cos"},
         "mi_abs_cos_norm": {"mi", "abs_cos", "norm"},
+        "rate": {"rate"},
+        "rate_abs_cos": {"rate", "abs_cos"},
+        "rate_abs_cos_norm": {"rate", "abs_cos", "norm"},
     }
     weights = SGTLoss(SGTLoss.Config(objective=objective(preset))).weights(0)
     assert {name for name, weight in weights.items() if weight} == wanted[preset]
@@ -287,6 +301,19 @@ def test_a_microbatch_without_anything_to_score_is_zero_and_finite(data):
     assert all(g is None or not g.any() for g in torch.autograd.grad(loss, leaves, allow_unused=True))
 
 
+def test_private_tokens_cost_more_and_tell_the_same(data):
+    streams, obfuscated, _, _ = data
+    private = obfuscated & (torch.arange(T) % 3 == 0)
+    dear = only(rate=0.2)
+    dear.rate.private = 5.0
+    (plain, before), (loss, after) = run(only(rate=0.2), data), run(dear, data, private=private)
+    assert after["rate"] == before["rate"]
+    bounds = streams.x_BTD + streams.mean_BTD, streams.log_std_BTD
+    share = (broad_rate(*bounds, TAU) * private).sum().item() / int(obfuscated.sum())
+    assert (loss - plain).item() == pytest.approx(0.2 * 4 * share, rel=1e-6)
+    assert run(dear, data)[0].item() == pytest.approx(plain.item(), rel=1e-12)  # nothing is marked
+
+
 def test_sequence_slices_add_up(data):
     """Sequence-parallel ranks: their obfuscation terms are summed over the slices, pairs counted over the whole row."""
     streams, obfuscated, utility, _ = data
@@ -297,7 +324,7 @@ def test_sequence_slices_add_up(data):
     whole, _ = loss._mi(streams, obfuscated, obfuscated, slice(0, T), pairs)
     parts = []
     for part in (slice(0, 6), slice(6, T)):
-        mine = with_pairs(Streams(*(t[:, part] for t in streams[:4]), *streams[4:]), obfuscated, pairs)
+        mine = with_pairs(Streams(*(t[:, part] for t in streams[:5]), *streams[5:]), obfuscated, pairs)
         parts.append(loss._mi(mine, obfuscated, obfuscated[:, part], part, pairs)[0])
     torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-9, atol=0)
     assert counts.rows == B

@@ -86,6 +86,18 @@ def written(tmp_path, tokenizer_dir):
     return path, config, state
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_again_loads_again(written, tmp_path, dtype):
+    """A cast makes other bytes than were exported, and its fingerprints are theirs."""
+    transform = load_export(written[0], dtype=dtype)
+    transform.save_pretrained(tmp_path / "again")
+    again = load_export(tmp_path / "again")
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {dtype}
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in transform.state_dict().items())
+    same = again.config.fingerprints["weights"] == load_export(written[0]).config.fingerprints["weights"]
+    assert same == (dtype == torch.float32)
+
+
 def leftovers(folder):
     return [name for name in os.listdir(folder) if name.startswith(".")]
 

@@ -368,7 +368,11 @@ def test_estimator_config_refuses():
         ({"vocab_size": 51}, "trunk_config.vocab_size is 50"),
         ({"obfuscate": "some"}, "obfuscate is 'some'"),
         ({"std_init": 100.0}, "std_init=100"),
-        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": 3}, "format_version is 3"),
+        ({"denoiser_layers": 1}, "format_version is 1, but a denoiser"),
+        ({"rate_prior": "narrow"}, "rate_prior is .narrow."),
+        ({"rate_prior": "context", "format_version": 2}, "context_layers is 0"),
+        ({"rate_tau": 0}, "rate_tau is 0"),
     ],
 )
 def test_bad_configs(fields, message):

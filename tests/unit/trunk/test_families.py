@@ -60,7 +60,8 @@ def test_what_a_row_cannot_express(change, message):
 def test_tensors_that_the_config_does_not_describe(trunk_dir, tmp_path):
     """A bias, or a layer more than config.json says: the model is another, whoever ignores it."""
     source = trunk_dir("llama")
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text((source / name).read_text())
     tensors = load_file(source / "model.safetensors")
     table = tensors["model.norm.weight"]
     for extra in ("model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight"):

@@ -10,24 +10,11 @@ import math
 
 import pytest
 import torch
-from worlds import linear, pure_noise, tiny_trunk, top1, world
+from worlds import linear, pure_noise, run, tiny_trunk, top1, world
 
 from sgt_titan.evaluation.attacks import ATTACKS
 from sgt_titan.evaluation.mechanisms import constant_noise, nothing
 
-# Small enough for a test; the rest of each attack's effort is that of the quick suite.
-SEQUENCE = {"first": 5, "most": 10, "layers": 1, "width": 32, "batch_rows": 16}
-SMALL = {
-    "inverter": {"steps": 40, "layers": 1, "width": 64, "batch_rows": 32},
-    "map_search": {"beams": 2, "candidates": 32, "rows": 32},
-    "averaging": {"most": 4},
-    "averaging_regression": {"most": 4},
-    "beamclean_gaussian": {"affine": False, "rounds": 1, "prior_weight": 0.0},
-    "beamclean_affine": {"affine": True, "rounds": 1, "prior_weight": 0.0},
-    "logit_reading": {"rows": 32},
-    **dict.fromkeys(("sequence", "sequence_at_z", "guess"), SEQUENCE),
-    "autoregressive": SEQUENCE | {"beams": 2},
-}
 # Guess by rank, by going on, or without looking: an identity is not what they are made for.
 NOT_FOR_IDENTITY = {"farthest", "echo", "guess"}
 
@@ -35,11 +22,6 @@ NOT_FOR_IDENTITY = {"farthest", "echo", "guess"}
 @pytest.fixture(scope="module")
 def trunk(trunk_dir):
     return tiny_trunk(trunk_dir)
-
-
-def run(name, here, **more):
-    attack = ATTACKS[name]
-    return attack.run(**here.granted(attack.run), **{**attack.arguments("quick"), **SMALL.get(name, {}), **more})
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in NOT_FOR_IDENTITY])
