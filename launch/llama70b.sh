@@ -11,4 +11,8 @@
 #SBATCH --output=%x-%j.log
 CONFIG=llama3_70b_64x8
 LAUNCH=launch/llama70b.sh
-. "${SGT_TITAN_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/run.sh"
+home=${SGT_TITAN_HOME:-$(dirname "$0")/..} # sbatch runs a copy of this script; the job's record says where it lies
+[ -n "${SGT_TITAN_HOME:-}" ] || [ -f "$home/slurm/run.sh" ] ||
+  home=$(dirname "$(scontrol show job "$SLURM_JOB_ID" -o | sed 's/.* Command=\([^ ]*\).*/\1/')")/..
+[ -f "$home/slurm/run.sh" ] || { echo "error: no slurm/run.sh in $home; set SGT_TITAN_HOME to the checkout" >&2; exit 2; }
+. "$home/slurm/run.sh"

@@ -7,13 +7,15 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
 from sgt_titan import __version__, train
 from sgt_titan.arguments import Parser
+from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.help import help_text
-from sgt_titan.config.load import available, dump, load, parse_overrides, read_trunk, resolve, takes_value, validate
+from sgt_titan.config.load import available, dump, load
 from sgt_titan.errors import UserError, guarded
 
 _CONFIG_COMMANDS = ("train", "prepare")
@@ -57,10 +59,10 @@ def _main(argv: list[str]) -> int:
     if argv and argv[0] in _FORWARDED:
         module, _, function = _FORWARDED[argv[0]][0].partition(":")
         return getattr(import_module(module), function or "main")(argv[1:]) or 0
-    parser = _parser()
-    overrides: list[str] = []
+    parser, commands = _parser()
     if argv and argv[0] in _CONFIG_COMMANDS:
-        argv, overrides = _split(argv)
+        arguments, overrides = split_words(commands[argv[0]], argv[1:])
+        return (_train if argv[0] == "train" else _prepare)(arguments, overrides)
     arguments, rest = parser.parse_known_args(argv)
     if rest:
         program = " ".join(filter(None, ("sgt-titan", arguments.command)))
@@ -68,16 +70,13 @@ def _main(argv: list[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    if arguments.command == "train":
-        return _train(arguments, overrides)
-    if arguments.command == "prepare":
-        return _prepare(arguments, overrides)
     if arguments.command == "export":
         return _export(arguments)
     return _configs()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of all commands, and those of each."""
     text = "Train and export Stained Glass Transforms against a frozen language model."
     parser = Parser(prog="sgt-titan", description=text, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sgt-titan {__version__}")
@@ -115,35 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         command(name, text)
 
     command("configs", "List the configs of train_configs/.")
-    return parser
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words that are argparse's, and the overrides among them.
-
-    Overrides may stand before or after NAME, and argparse would take the value of an option it does not
-    know for NAME.
-
-    Raises:
-        UserError: an override that is wrong in itself.
-    """
-    own: list[str] = []
-    overrides: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word == "--nproc":
-            own += [word, *words[:1]]
-            words = words[1:]
-        elif word in ("--help", "--dry-run") or word.startswith("--nproc=") or not word.startswith("--"):
-            own.append(word)
-        else:
-            overrides.append(word)
-            if words and takes_value(word, words[0]):
-                overrides.append(words.pop(0))
-    if "--help" not in own and "-h" not in own:
-        parse_overrides(overrides)
-    return own, overrides
+    return parser, commands.choices
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -209,8 +180,7 @@ def _free_port() -> str:
 
 
 def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    config = resolve(load(arguments.name, overrides), world_size=None)
-    validate(config, None, read_trunk(config, weights=False))
+    config, _ = read_config(arguments.name, overrides, trunk="config")
     if not config.trunk.path:
         raise UserError("trunk.path is not set: the tokenizer is read from there")
     from sgt_titan.data.cache import prepare

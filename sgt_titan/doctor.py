@@ -3,14 +3,18 @@
 Under Slurm a process a GPU runs it before training (``slurm/run.sh``) and writes a report, which ``cluster/preflight.py``
 judges. Phases, each in the report when it is done, so that it shows who kept the others waiting:
 
-    local        device, memory, a matrix product; disks, clock, versions, trunk, dataset cache
+    begun        Slurm has started the process (slurm/run.sh writes it, before there is any Python)
+    started      Python runs
+    imported     torch is there
+    local        device, memory, a matrix product; disks, clock, versions, network interfaces, trunk, dataset cache
     pairs        bytes over TCP to two other nodes: the one way to name a bad link or a node that hangs
     rendezvous   torch's process group of all
     node         all-reduce inside the node, checked
     all          all-reduce of everything, checked
 
     report: {"node", "process", "phase", "device", "errors": {name: text}, "versions": {}, "same": {}, "matmul": TFLOP/s,
-    "pair": GB/s, "node_all_reduce": GB/s, "all_reduce": GB/s, "clock": s, "tmp_bytes", "output_free", "output_needed"}
+    "pair": GB/s, "node_all_reduce": GB/s, "all_reduce": GB/s, "clock": s, "tmp_bytes", "output_free", "output_needed", "import_seconds",
+    "stopped": why its collectives ended}
 """
 
 # ruff: noqa: E501
@@ -28,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +43,8 @@ import sgt_titan
 from sgt_titan.arguments import Parser
 from sgt_titan.checkpoint import write_durably
 from sgt_titan.cluster import preflight
-from sgt_titan.config.load import load, read_trunk, resolve, validate
+from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.load import read_trunk, validate
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 from sgt_titan.plan.weights import checkpoint_bytes
@@ -68,15 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--reports", type=Path, help="directory for the reports of a job's processes")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds (default %(default)g)")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = split_words(parser, sys.argv[1:] if argv is None else argv)
     if not arguments.deadline > 0:
         raise UserError(f"--deadline: {arguments.deadline:g} is not above 0")
-    config = load(arguments.name, overrides) if arguments.name else None
-    if overrides and config is None:
-        raise UserError(f"{overrides[0]}: overrides need the NAME of a config before them")
-    if config is not None:
-        config = resolve(config, world_size=None)
-        validate(config, None, None)
+    if overrides and not arguments.name:
+        raise UserError(f"{overrides[0]}: overrides need the NAME of a config")
+    config = read_config(arguments.name, overrides)[0] if arguments.name else None
     faulthandler.dump_traceback_later(arguments.deadline, exit=True, file=sys.__stderr__)
     try:
         if arguments.reports:
@@ -128,6 +130,13 @@ def in_a_job(config: Config | None, folder: Path, deadline: float) -> int:
         report["phase"] = phase
         write_durably(file, json.dumps(report))
 
+    begun = file.stat().st_mtime if file.is_file() else None
+    done("started")
+    import torch  # noqa: F401 (what takes longest, and fails where the environment is another)
+
+    done("imported")
+    if begun is not None:
+        report["import_seconds"] = file.stat().st_mtime - begun
     local(report, config, here, beside=folder)
     done("local")
     if listener:
@@ -149,6 +158,9 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
     report["same"] = {"device": device}
     attempt(report, device, lambda: _device(report, device, process))
     report["tmp_bytes"] = shutil.disk_usage(tempfile.gettempdir()).free
+    attempt(
+        report, "network interface", lambda: check_interfaces(os.environ, [name for _, name in socket.if_nameindex()])
+    )
     attempt(report, "clock", lambda: report.update(clock=_clock(beside or Path(tempfile.gettempdir()))))
     if config is None:
         return
@@ -215,6 +227,20 @@ def matmul(device: str) -> float:
     if not product.isfinite().all():
         raise RuntimeError("a matrix product is not finite")
     return 2 * n**3 / statistics.median(seconds[1:]) / 1e12
+
+
+def check_interfaces(env: Mapping[str, str], present: Sequence[str]) -> None:
+    """Raises RuntimeError where NCCL or gloo is told to talk over an interface that this machine does not have; they would
+    say so in a process's log alone, or wait.
+    """
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        text = env.get(variable, "")
+        if not text or text.startswith("^"):  # all but these
+            continue
+        exact = variable.startswith("GLOO") or text.startswith("=")
+        names = [name.strip() for name in text.lstrip("=").split(",") if name.strip()]
+        if not any(have == name or (not exact and have.startswith(name)) for have in present for name in names):
+            raise RuntimeError(f"{variable}={text}: no such interface; here are {', '.join(present)}")
 
 
 def _clock(folder: Path) -> float:
@@ -330,7 +356,9 @@ def collectives(
         done(report["phase"])
         os._exit(0)
     except RuntimeError as error:  # a time limit, or a peer that is gone: the judge sees who got how far
-        print(f"preflight: process {here} of {report['node']}: {error}", file=sys.stderr)
+        report["stopped"] = " ".join(str(error).split())[:300]
+        print(f"preflight: process {here} of {report['node']}: {report['stopped']}", file=sys.stderr)
+        done(report["phase"])
         os._exit(0)  # destroying a group that hangs would hang
 
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from sgt_titan.cluster import notice
-from sgt_titan.config.load import load, read_trunk, resolve, validate
+from sgt_titan.config.door import read_config
 from sgt_titan.config.schema import Config
+from sgt_titan.config.tracking import require_tracking
 from sgt_titan.errors import UserError, guarded
 from sgt_titan.folders import writable
 
@@ -37,12 +38,12 @@ def prepared(name: str, overrides: list[str], world_size: int, *, weights: bool 
     Raises:
         UserError: anything wrong with the config, the overrides, the trunk's or the output directory.
     """
-    config = resolve(load(name, overrides), world_size=world_size)
-    validate(config, world_size, None)  # cheap mistakes first: they do not need the trunk's directory
     device = "cpu" if weights and visible_gpus() == 0 else None
-    validate(config, world_size, read_trunk(config, weights=weights), device=device)
+    kind = "weights" if weights else "config"
+    config, _ = read_config(name, overrides, world_size=world_size, trunk=kind, device=device)
     if weights:
         writable(config.run.output_dir, "run.output_dir")
+        require_tracking(config, os.environ)
     return config
 
 

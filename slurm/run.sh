@@ -39,10 +39,13 @@ set +u # neither a site's file nor what activates an environment is written for 
 for name in SGT_ACTIVATE SGT_SHARED; do
   [ -n "${!name:-}" ] || fail "$site: $name is not set; slurm/site.env.example says what it is for"
 done
+[[ $SGT_SHARED == /* ]] || fail "$site: SGT_SHARED=$SGT_SHARED must be an absolute path: every node has another working directory"
 mkdir -p "$SGT_SHARED" 2>/dev/null || fail "$site: SGT_SHARED=$SGT_SHARED cannot be made"
-eval "$SGT_ACTIVATE"
+eval "$SGT_ACTIVATE" || fail "$site: SGT_ACTIVATE ended with exit code $?"
 set -u
 cd "$root"
+# What decides about ranks, networks and containers is told to the processes that judge and explain.
+export SGT_ACTIVATE SGT_WRAP=${SGT_WRAP:-} ${SGT_PROCS_PER_NODE+SGT_PROCS_PER_NODE}
 
 # -- the allocation ----------------------------------------------------------------------------------------------------
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} # an array's task, not the array
@@ -52,15 +55,14 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 # Other jobs and earlier attempts listen elsewhere; outgoing connections have ports from 32768 on.
 port=$((20000 + (SLURM_JOB_ID * 17 + restart) % 12000))
-procs=${SGT_PROCS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
 # -- before ------------------------------------------------------------------------------------------------------------
-assignments=$(python -m sgt_titan.cluster.job begin "$CONFIG" --nodes "$SLURM_NNODES" --gpus "$procs" --shared "$SGT_SHARED" "$@") || exit 2
-eval "$assignments" # OUTPUT_DIR, or FINISHED
+assignments=$(python -m sgt_titan.cluster.job begin "$CONFIG" --nodes "$SLURM_NNODES" --shared "$SGT_SHARED" --script "$0" \
+  --pid $$ "$@") || exit 2
+eval "$assignments" # OUTPUT_DIR, LOGS and PROCS, or FINISHED
 [ -z "${FINISHED:-}" ] || exit 0
 words=("$@" --run.output_dir "$OUTPUT_DIR")
-logs=$OUTPUT_DIR/logs/$job.$restart
-mkdir -p "$logs"
+again="sbatch ${LAUNCH:-launch/NAME.sh}$(printf ' %q' "$@")"
 
 # -- after -------------------------------------------------------------------------------------------------------------
 ask() { # a command of the controller, which may be away for some minutes
@@ -70,9 +72,12 @@ ask() { # a command of the controller, which may be away for some minutes
 
 after() { # CODE: what the run says of its end decides, see sgt_titan/cluster/attempts.py
   local decision without told
-  decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --restarts "$restart" --max-restarts "$most")
+  [ -z "${follower:-}" ] || kill "$follower" 2>/dev/null || true
+  decision=$(python -m sgt_titan.cluster.job end "$OUTPUT_DIR" --logs "$LOGS" --restarts "$restart" --max-restarts "$most" \
+    --most-in-vain "${SGT_MAX_IN_VAIN:-3}" --again "$again")
   case $decision in
     done) exit 0 ;;
+    requeued) sleep 300 ;; # until Slurm ends this script; leaving now would complete the job
     requeue)
       # scancel means stop: its job is no longer running by the time we are here.
       told=$(ask scontrol show job "$job" -o) || true
@@ -84,7 +89,7 @@ after() { # CODE: what the run says of its end decides, see sgt_titan/cluster/at
       [ -z "$without" ] || for _ in $(seq 20); do
         scontrol update JobId="$job" ExcNodeList="$without" && break || sleep 0.2
       done
-      sleep 300 # until Slurm ends this script; leaving now would complete the job
+      sleep 300
       ;;
   esac
   exit $(($1 ? $1 : 1))
@@ -93,34 +98,46 @@ after() { # CODE: what the run says of its end decides, see sgt_titan/cluster/at
 # -- preflight ---------------------------------------------------------------------------------------------------------
 export SGT_HEAD=$head SGT_PREFLIGHT_PORT=$((port + 1))
 if [ "${SGT_PREFLIGHT:-1}" != 0 ]; then
-  reports=$OUTPUT_DIR/preflight/$job.$restart seconds=${SGT_PREFLIGHT_SECONDS:-90}
-  ended=0 fit=0
-  timeout "$seconds" srun --ntasks=$((SLURM_NNODES * procs)) --ntasks-per-node="$procs" --output="$logs/preflight-%N.log" \
-    --open-mode=append ${SGT_WRAP:-} python -m sgt_titan.doctor "$CONFIG" "${words[@]}" --reports "$reports" \
-    --deadline $((seconds * 2 / 3)) || ended=$?
+  export SGT_REPORTS=$OUTPUT_DIR/preflight/$job.$restart
+  mkdir -p "$SGT_REPORTS"
+  seconds=${SGT_PREFLIGHT_SECONDS:-90} ended=0 fit=0
+  # The shell says that it was started at all, before a container or Python can fail: without that nobody is to blame.
+  # shellcheck disable=SC2016
+  timeout "$seconds" srun --ntasks=$((SLURM_NNODES * PROCS)) --ntasks-per-node="$PROCS" --output="$LOGS/preflight-%N.log" \
+    --open-mode=append bash -c '
+      report=$SGT_REPORTS/$SLURMD_NODENAME-$SLURM_LOCALID.json
+      printf "{\"node\": \"%s\", \"process\": %s, \"index\": %s, \"phase\": \"begun\", \"errors\": {}, \"address\": null}" \
+        "$SLURMD_NODENAME" "$SLURM_LOCALID" "$SLURM_NODEID" >"$report.begun" && mv "$report.begun" "$report"
+      exec $SGT_WRAP python -m sgt_titan.doctor "$@"' \
+    doctor "$CONFIG" "${words[@]}" --reports "$SGT_REPORTS" --deadline $((seconds * 2 / 3)) || ended=$?
   [ "$ended" != 143 ] || noticed=TERM # preemption is told to the step alone; a timeout would be 124
-  python -m sgt_titan.cluster.preflight verdict "$OUTPUT_DIR" --reports "$reports" --processes "$procs" \
-    --partition "${SLURM_JOB_PARTITION:-}" --notice "${noticed:+SIG$noticed}" --nodes "${nodes[@]}" || fit=$?
+  python -m sgt_titan.cluster.preflight verdict "$OUTPUT_DIR" --reports "$SGT_REPORTS" --processes "$PROCS" \
+    --partition "${SLURM_JOB_PARTITION:-}" --notice "${noticed:+SIG$noticed}" --logs "$LOGS" --seconds "$seconds" \
+    --nodes "${nodes[@]}" || fit=$?
   [ "$fit" = 0 ] || after "$fit"
 fi
 
 # -- the attempt -------------------------------------------------------------------------------------------------------
 # Signals reach every process of the step. torchrun would end its workers at once, so it ignores them, and the workers,
 # which install handlers of their own, save and end.
-export SGT_PORT=$port SGT_PROCS=$procs SGT_LOGS=$logs SGT_RDZV=$job.$restart SGT_WRAP=${SGT_WRAP:-}
-srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$logs/%N.log" --open-mode=append \
+export SGT_PORT=$port SGT_PROCS=$PROCS SGT_LOGS=$LOGS SGT_RDZV=$job.$restart
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --output="$LOGS/%N.log" --open-mode=append \
   bash -c '
     trap "" USR1 TERM
     exec $SGT_WRAP python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$SGT_PROCS" \
       --max-restarts=0 --signals-to-handle=SIGINT --rdzv-backend=c10d --rdzv-endpoint="$SGT_HEAD:$SGT_PORT" \
       --rdzv-id="$SGT_RDZV" --rdzv-conf=is_host=$([ "$SLURM_NODEID" = 0 ] && echo 1 || echo 0) \
       --log-dir="$SGT_LOGS" --redirects=3 --tee=3 -m sgt_titan.train "$@"' \
-  train "$CONFIG" "${words[@]}" &
+  train "$CONFIG" "${words[@]}" 2> >(tee -a "$LOGS/srun.log" >&2) &
 step=$!
+python -m sgt_titan.cluster.job follow "$OUTPUT_DIR" &
+follower=$!
+disown "$follower" # nothing is to be said of its end
 [ -z "$noticed" ] || pass_on "$noticed" # srun passes signals on to the ranks
 code=0
-while :; do # a trap interrupts wait
-  wait "$step" && code=0 || code=$?
+while :; do # a trap interrupts wait, which would print the whole command where a signal ended it
+  { wait "$step" && code=0 || code=$?; } 2>/dev/null
   kill -0 "$step" 2>/dev/null || break
 done
 

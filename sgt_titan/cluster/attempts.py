@@ -2,7 +2,8 @@
 
     <output_dir>/attempts.jsonl    {"attempt", "nodes", "began", "first_step", "ended", "last_step", "state", "decision", "reason"}
 
-A line is written when an attempt begins and another when it ends; the later one of an attempt counts.
+A line is written when an attempt begins and another when it ends; the later one of an attempt counts. Of an attempt whose
+batch script died with its node nobody writes the end; the next one does, when it begins.
 """
 
 # ruff: noqa: E501  (the line above is one line in the file, too)
@@ -11,19 +12,24 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from sgt_titan.checkpoint import latest_committed, step_of
 from sgt_titan.cluster import status
+from sgt_titan.cluster.allocation import NOTHING, Told
 
 FILE = "attempts.jsonl"
-WITHOUT_PROGRESS = 2  # restarts in a row that may die without a new checkpoint
+MOST_IN_VAIN = 3  # attempts in a row that may end without a new checkpoint (SGT_MAX_IN_VAIN)
+EARLY_SECONDS = 180.0  # after its beginning; a notice of the time limit within that leaves no time to train
+LOST = "lost"  # state of an attempt whose end nobody saw
+SPEAKS = ("stopped", "unfit", "refused", "failed")  # states whose reason is the run's own word
 
-STOPPED = ("stopped", "unfit")  # ended before its time, and not by dying
-
-Decision = Literal["", "done", "requeue", "stop"]
+# requeue: ask Slurm to. requeued: it has done so by itself. stop: a person's turn.
+Decision = Literal["", "done", "requeue", "requeued", "stop"]
+# Slurm's states of a job that it has put back, or is about to, after losing a node or preempting it.
+PUT_BACK = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
 
 
 @dataclass(frozen=True)
@@ -71,75 +77,115 @@ def read(output_dir: str | Path) -> list[Attempt]:
 
 
 def begin(output_dir: str | Path, attempt: str, nodes: int) -> Attempt:
-    entry = Attempt(attempt, nodes, time.time(), newest_step(output_dir))
+    """Record that an attempt begins, and of earlier ones that nobody has seen the end of, that they are over."""
+    now, newest = time.time(), newest_step(output_dir)
+    for earlier in read(output_dir):
+        if not earlier.ended and earlier.attempt != attempt:
+            reason = "its batch script did not live to say how it ended: a lost node, most likely"
+            decision: Decision = "requeued" if _job(earlier.attempt) == _job(attempt) else "stop"
+            _append(
+                output_dir, replace(earlier, ended=now, last_step=newest, state=LOST, decision=decision, reason=reason)
+            )
+    entry = Attempt(attempt, nodes, now, newest)
     _append(output_dir, entry)
     return entry
 
 
-def end(output_dir: str | Path, attempt: str, *, restarts: int, max_restarts: int) -> Attempt:
+def end(
+    output_dir: str | Path,
+    attempt: str,
+    *,
+    restarts: int,
+    max_restarts: int,
+    most_in_vain: int = MOST_IN_VAIN,
+    told: Told | None = None,
+) -> Attempt:
     """Record how the attempt ended, and decide.
 
     Args:
         restarts: how often the job has been requeued so far.
         max_restarts: as often as it may be.
+        most_in_vain: as many attempts in a row may end without a new checkpoint.
+        told: what Slurm says of the job.
     """
     history = read(output_dir)
     begun = next((entry for entry in history if entry.attempt == attempt), None) or Attempt(attempt, 0, time.time(), 0)
-    found = status.read(output_dir) or {}
-    own = found if found.get("attempt") == attempt else {}
-    state = "finished" if found.get("state") == "finished" else own.get("state", "")
-    last = newest_step(output_dir)
+    own = status.read(output_dir, attempt) or {}
+    state = "finished" if status.finished(output_dir) else own.get("state", "")
+    state = "" if state == "running" else state
+    now, last = time.time(), newest_step(output_dir)
     decision, reason = decide(
         state,
         own.get("reason", ""),
         restarts,
         max_restarts,
-        [*_died_in_vain(history, attempt), last <= begun.first_step],
+        [*in_vain(history, attempt), last <= begun.first_step],
+        most_in_vain=most_in_vain,
+        told=told or NOTHING,
+        seconds=now - begun.began,
     )
-    entry = Attempt(
-        attempt,
-        begun.nodes,
-        begun.began,
-        begun.first_step,
-        time.time(),
-        last,
-        state.replace("running", ""),
-        decision,
-        reason,
-    )
+    entry = replace(begun, ended=now, last_step=last, state=state, decision=decision, reason=reason)
     _append(output_dir, entry)
     return entry
 
 
-def decide(state: str, said: str, restarts: int, max_restarts: int, in_vain: list[bool]) -> tuple[Decision, str]:
+def decide(
+    state: str,
+    said: str,
+    restarts: int,
+    max_restarts: int,
+    vain: list[bool],
+    *,
+    most_in_vain: int = MOST_IN_VAIN,
+    told: Told = NOTHING,
+    seconds: float = float("inf"),
+) -> tuple[Decision, str]:
     """What to do after an attempt that left ``state`` and ``said`` why.
 
-    in_vain: for each attempt but those that were stopped before a new checkpoint, this one last: whether none came of it.
+    Args:
+        vain: for each attempt of the job that counts (``in_vain``), this one last: whether it ended without a new
+            checkpoint.
+        seconds: for which this attempt lasted.
     """
     if state == "finished":
         return "done", "nothing left to do"
     if state in ("refused", "failed"):
         return "stop", f"a restart would end the same way: {said}"
+    if told.state == "CANCELLED":
+        return "stop", "cancelled (scancel)" + (", after saving" if state == "stopped" else "")
+    if told.state in PUT_BACK or told.restarts > restarts:
+        return "requeued", "Slurm has put the job back itself, as after a lost node or a preemption"
+    if state == "stopped" and said.startswith("SIGUSR1") and vain[-1] and seconds < EARLY_SECONDS:
+        return "stop", (
+            f"the notice of the time limit came {seconds:.0f} s after the start, before anything was trained: raise --time, or "
+            "lower --signal=B:USR1@SECONDS to the time of a save plus a minute"
+        )
+    tail = 0
+    while tail < len(vain) and vain[-1 - tail]:
+        tail += 1
+    if tail >= most_in_vain and state != "unfit":
+        return "stop", f"{tail} attempts in a row ended without a new checkpoint, as many as allowed (SGT_MAX_IN_VAIN)"
     if restarts >= max_restarts:
         return "stop", f"{restarts} restarts, as many as allowed (SGT_MAX_RESTARTS)"
-    if state == "stopped":
-        return "requeue", f"stopped on {said}"
-    if state == "unfit":
-        return "requeue", f"without bad nodes: {said}"
-    tail = 0
-    while tail < len(in_vain) and in_vain[-1 - tail]:
-        tail += 1
-    if tail > WITHOUT_PROGRESS:
-        return "stop", f"{tail} attempts in a row died without a new checkpoint"
-    return "requeue", "died" if not tail else "died without a new checkpoint"
+    how = {"stopped": f"stopped on {said}", "unfit": f"without bad nodes: {said}"}.get(
+        state, "died without a new checkpoint" if tail else "died"
+    )
+    if told.why_no_requeue:
+        return "stop", f"{how}; {told.why_no_requeue}"
+    return "requeue", how
 
 
-def _died_in_vain(history: list[Attempt], attempt: str) -> list[bool]:
-    """Of the earlier attempts of this job: somebody who submits again has seen the others."""
-    job = attempt.rpartition(".")[0]
-    own = [entry for entry in history if entry.attempt.rpartition(".")[0] == job and entry.ended]
-    in_vain = ((entry, entry.last_step <= entry.first_step) for entry in own)
-    return [vain for entry, vain in in_vain if not (vain and entry.state in STOPPED)]
+def in_vain(history: list[Attempt], attempt: str) -> list[bool]:
+    """Whether each earlier attempt of this job ended without a new checkpoint, however it ended: dying, stopped, or lost
+    with its node. Somebody who submits again has seen the others; and one that found bad nodes has at least named them,
+    so that the next goes without.
+    """
+    own = [entry for entry in history if _job(entry.attempt) == _job(attempt) and entry.attempt != attempt]
+    return [entry.last_step <= entry.first_step for entry in own if entry.ended and entry.state != "unfit"]
+
+
+def _job(attempt: str) -> str:
+    return attempt.rpartition(".")[0]
 
 
 def _append(output_dir: str | Path, entry: Attempt) -> None:

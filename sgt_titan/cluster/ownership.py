@@ -4,8 +4,10 @@
 
 Two jobs started by mistake would overwrite each other's checkpoints. And a scheduler that loses contact with a node
 requeues the job while the orphaned processes train on; they must not commit another checkpoint once the new attempt has
-begun. So the file is a token: a new attempt of the *same* job takes it, any other job must wait until its heartbeat has
-stopped or the scheduler says that its job is over, and a holder that finds another's name in it ends without saving.
+begun. So the file is a token: a new attempt of the *same* job takes it, any other must wait until the scheduler says
+that the holder's job is over, or, where it does not know, until the heartbeat has stopped; and a holder that finds
+another's name in it ends without saving. A job has its directory from ``begin`` on (``claim``), before its ranks are
+there to hold it.
 
 Ages are differences of modification times in one directory: clocks of two nodes are never compared.
 """
@@ -53,15 +55,30 @@ class Ownership:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def claim(self, pid: int) -> None:
+        """Take the directory for a job whose script is process ``pid`` of this host, without a heartbeat: the ranks of
+        the same attempt ``acquire`` it later. ``Ownership(...).drop`` gives it back.
+
+        Raises:
+            UserError: as ``acquire``.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while not self._create(pid):
+            self._remove(self.check())
+
+    def drop(self) -> None:
+        """Give back what ``claim`` took, be it that ranks had taken it over and died; never another's."""
+        holder = read_owner(self.folder)
+        if holder is not None and holder["attempt"] == self.attempt:
+            self._remove(holder)
+
     def acquire(self) -> None:
         """Take the directory and keep it until ``release``.
 
         Raises:
             UserError: another job holds it and is alive.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            self._remove(self.check())
+        self.claim(os.getpid())
         self._thread = threading.Thread(target=self._keep, name="ownership", daemon=True)
         self._thread.start()
 
@@ -75,7 +92,7 @@ class Ownership:
         if holder is not None and holder["attempt"] != self.attempt and not self._may_take_from(holder):
             raise UserError(
                 f"run.output_dir: {self.folder} is in use by {holder['attempt']} on {holder['host']} (heartbeat "
-                f"{self._age():.0f} s ago); stop that job, or choose another directory"
+                f"{self._age():.0f} s ago); stop that job, or choose another directory, as by another run.name"
             )
         return holder
 
@@ -98,10 +115,10 @@ class Ownership:
             if self.held():
                 self.file.unlink(missing_ok=True)
 
-    def _create(self) -> bool:
+    def _create(self, pid: int) -> bool:
         """Put our name in a new token. False if there is one already."""
         work = self.folder / f".{FILE}.{secrets.token_hex(4)}"
-        me = {"attempt": self.attempt, "host": socket.gethostname(), "pid": os.getpid(), "started": _started("self")}
+        me = {"attempt": self.attempt, "host": socket.gethostname(), "pid": pid, "started": _started(pid)}
         work.write_text(json.dumps(me))
         try:
             os.link(work, self.file)  # fails if it exists, and a reader never sees half of it
@@ -129,9 +146,10 @@ class Ownership:
         )
         if job.startswith("slurm-") and job == their_job and int(restart) > int(their_restart):
             return True
+        alive = _is_running(their_job.removeprefix("slurm-")) if their_job.startswith("slurm-") else None
+        if alive is not None:
+            return not alive  # also while it waits to be started again: it comes back to its directory
         if holder.get("host") == socket.gethostname() and not _is_alive(holder):
-            return True
-        if their_job.startswith("slurm-") and _is_over(their_job.removeprefix("slurm-")):
             return True
         return self._age() > STALE_SECONDS
 
@@ -188,13 +206,13 @@ def _started(pid: int | str) -> str:
         return ""
 
 
-def _is_over(job: str) -> bool:
-    """Whether Slurm says that a job has ended. False where there is no Slurm to ask, or it does not know the job, which
-    may be of another cluster that shares the files.
+def _is_running(job: str) -> bool | None:
+    """Whether Slurm says that a job runs or will. None where there is no Slurm to ask, or it does not know the job,
+    which may be of another cluster that shares the files.
     """
     words = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job]
     try:
         told = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return bool(told.stdout.split()) and set(told.stdout.split()) <= ENDED
+        return None
+    return None if not told.stdout.split() else not set(told.stdout.split()) <= ENDED

@@ -10,6 +10,8 @@ waits for it. Nothing here imports torch.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from typing import Any
 from sgt_titan.arguments import Parser
 from sgt_titan.checkpoint import write_durably
 from sgt_titan.cluster import status
+from sgt_titan.cluster.cause import error_line
 from sgt_titan.cluster.ownership import attempt_name
 from sgt_titan.errors import UserError, guarded
 
@@ -37,7 +40,11 @@ TMP_BYTES = 1 << 30
 # sinfo's short states of a node that can be had sooner or later.
 UP = ("idle", "alloc", "mix", "comp", "resv", "plnd", "boot")
 
-PHASES = ("local", "pairs", "rendezvous", "node", "all")  # in the order in which a process comes to them
+# In the order in which a process comes to them. begun: Slurm has started it, before there is any Python; started:
+# Python runs; imported: torch is there.
+PHASES = ("begun", "started", "imported", "local", "pairs", "rendezvous", "node", "all")
+# Findings that no other node's would be needed to believe: they are of the machine, not of what the job was given.
+OF_THE_NODE = ("cpu", "cuda", "clock", "all-reduce")
 
 Report = Mapping[str, Any]
 
@@ -51,32 +58,46 @@ class Verdict:
     remarks: list[str] = field(default_factory=list)
 
 
-def judge(reports: Sequence[Report], nodes: Sequence[str], processes: int) -> Verdict:
+def judge(
+    reports: Sequence[Report], nodes: Sequence[str], processes: int, said: Mapping[str, str] | None = None,
+    seconds: float = float("inf"),
+) -> Verdict:  # fmt: skip
     """What the reports say of the nodes.
+
+    A node is blamed for what is seen on it and not on the others, or for what only a machine can have. What all have
+    alike, or might have for all that is known of one node, is the job's own doing: other nodes would not help.
 
     Args:
         reports: one of each process that wrote one; ``sgt_titan/doctor.py`` says what is in them.
         nodes: all that should have.
         processes: that each of them should have.
+        said: by node, the last error line that its processes printed.
+        seconds: that they had.
     """
-    found = Verdict()
+    found, said = Verdict(), said or {}
     by_node: dict[str, list[Report]] = {node: [r for r in reports if r["node"] == node] for node in nodes}
 
     def bad(node: str, reason: str) -> None:
         found.bad.setdefault(node, reason)  # the first is the nearest to the cause
 
+    if _absent_ones(by_node, processes, said, seconds, bad, found.problems):
+        return found
+    errors = [(node, name, text) for node, own in by_node.items() for r in own for name, text in r["errors"].items()]
+    for node, name, text in errors:
+        having = {other for other, same, _ in errors if same == name}
+        if name in OF_THE_NODE or len(having) < len(nodes):
+            bad(node, f"{name}: {text}")
+        elif not any(problem.startswith(f"every node: {name}") for problem in found.problems):
+            found.problems.append(f"every node: {name}: {text}" if len(nodes) > 1 else f"{node}: {name}: {text}")
     for node, own in by_node.items():
-        if len(own) < processes:
-            bad(node, "did not report" if not own else f"{len(own)} of {processes} processes reported")
         for report in own:
-            for name, text in report.get("errors", {}).items():
-                bad(node, f"{name}: {text}")
             if report.get("tmp_bytes", TMP_BYTES) < TMP_BYTES:
                 bad(node, f"{report['tmp_bytes'] / 2**20:.0f} MiB free in its temporary directory")
     _odd_ones(by_node, bad)
     _slow_ones(by_node, bad)
     _clocks(by_node, bad, found.remarks)
-    _stragglers(by_node, bad, found.problems)
+    if not found.problems:
+        _stragglers(by_node, bad, found.problems)
     if len(nodes) > 1 and len(found.bad) == len(nodes) and len(set(found.bad.values())) == 1:
         found.problems.append(f"every node: {found.bad[nodes[0]]}")  # the job's own doing: no other nodes would help
         found.bad.clear()
@@ -87,6 +108,44 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], processes: int) -> Ve
             f"run.output_dir: {needed / 2**30:.1f} GiB are needed for checkpoints, {free / 2**30:.1f} GiB are free"
         )
     return found
+
+
+def _absent_ones(
+    by_node: Mapping[str, Sequence[Report]], processes: int, said: Mapping[str, str], seconds: float,
+    bad: Callable[[str, str], None], problems: list[str],
+) -> bool:  # fmt: skip
+    """Nodes with processes that did not get past their imports. True if nothing can be said of any node, and why.
+
+    Such a process says nothing about its node, unless another node's had come further by then with time to spare.
+    """
+    imported = PHASES.index("imported")
+    past = {n: sum(PHASES.index(r.get("phase", PHASES[0])) >= imported for r in own) for n, own in by_node.items()}
+    absent = [node for node, count in past.items() if count < processes]
+    if not absent:
+        return False
+    elsewhere = [node for node in by_node if node not in absent]
+    took = max((r.get("import_seconds", 0.0) for own in by_node.values() for r in own), default=0.0)
+    if not elsewhere or (took > seconds / 2 and not any(said.get(node) for node in absent)):
+        problems.append(_why_absent(by_node, absent, said, seconds, took))
+        return True
+    for node in absent:
+        count = f"{past[node]} of {processes} processes reported" if past[node] else "did not report"
+        begun = "" if by_node[node] else "; Slurm started no process on it"
+        bad(node, count + (f": {said[node]}" if said.get(node) else begun))
+    return False
+
+
+def _why_absent(
+    by_node: Mapping[str, Sequence[Report]], absent: Sequence[str], said: Mapping[str, str], seconds: float, took: float
+) -> str:
+    everyone = "no process" if len(absent) == len(by_node) else f"{len(absent)} of {len(by_node)} nodes: no process"
+    spoken = next((node for node in absent if said.get(node)), None)
+    if spoken is not None:
+        return f"{everyone} could start: {said[spoken]} (on {spoken})"
+    if not any(by_node.values()):
+        return f"{everyone} was started within {seconds:.0f} s"
+    slow = f"; where it did, that took {took:.0f} s" if took else ""
+    return f"{everyone} got past its imports within {seconds:.0f} s{slow}; SGT_PREFLIGHT_SECONDS gives more"
 
 
 def _odd_ones(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str], None]) -> None:
@@ -131,18 +190,20 @@ def _clocks(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str], N
 
 def _stragglers(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str], None], problems: list[str]) -> None:
     """Who kept the others waiting: the nodes that came least far, if they are not all of them."""
+    imported = PHASES.index("imported")
     reached = {node: min(PHASES.index(r.get("phase", PHASES[0])) for r in own) for node, own in by_node.items() if own}
-    if not reached or min(reached.values()) == len(PHASES) - 1:
-        return
-    least, missing = min(reached.values()), [node for node, own in by_node.items() if not own]
-    behind = [node for node, phase in reached.items() if phase == least]
-    if missing:
-        return  # they are named already, and are why the others got no further
-    if len(behind) < len(reached):
+    here = {node: phase for node, phase in reached.items() if phase >= imported}
+    if not here or min(here.values()) == len(PHASES) - 1 or len(here) < len(by_node):
+        return  # those that are absent are named already, and are why the others got no further
+    least = min(here.values())
+    behind = [node for node, phase in here.items() if phase == least]
+    heard = {node: r["stopped"] for node, own in by_node.items() for r in own if "stopped" in r}
+    if len(behind) < len(here):
         for node in behind:
-            bad(node, f"did not get beyond {PHASES[least]!r} in time")
+            bad(node, f"did not get beyond {PHASES[least]!r} in time" + (f": {heard[node]}" if node in heard else ""))
     else:
-        problems.append(f"no node got beyond {PHASES[least]!r}: see their logs")
+        why = next((f": {text} (on {node})" for node, text in heard.items()), "")
+        problems.append(f"no node got beyond {PHASES[least]!r}{why}")
 
 
 def read_reports(folder: Path) -> list[Report]:
@@ -202,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict.add_argument("--nodes", nargs="+", required=True)
     verdict.add_argument("--processes", type=int, required=True)
     verdict.add_argument("--partition", default="")
+    verdict.add_argument("--logs", type=Path, help="where preflight-NODE.log are: what the processes printed")
+    verdict.add_argument("--seconds", type=float, default=float("inf"), help="that the processes had")
     verdict.add_argument("--notice", default="", help="the signal by which the job was told to end meanwhile")
     listing = commands.add_parser("excluded")
     listing.add_argument("output_dir", type=Path)
@@ -212,14 +275,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.notice:  # it ended the checks, too: what is missing says nothing of the nodes
         _say(arguments.output_dir, "stopped", f"{arguments.notice} before training")
         return 3
-    found = judge(read_reports(arguments.reports), arguments.nodes, arguments.processes)
+    reports, logs = read_reports(arguments.reports), arguments.logs
+    heard = {node: error_line(logs / f"preflight-{node}.log") for node in arguments.nodes} if logs else {}
+    found = judge(reports, arguments.nodes, arguments.processes, heard, arguments.seconds)
     for line in [*found.remarks, *(f"bad node {node}: {reason}" for node, reason in found.bad.items())]:
         print(f"preflight: {line}", file=sys.stderr)
+    if logs and (found.bad or found.problems):
+        print(f"preflight: what the checks printed is in {logs}/preflight-NODE.log", file=sys.stderr)
     if not found.bad and not found.problems:
         print(f"preflight: {len(arguments.nodes)} nodes fit", file=sys.stderr)
         return 0
     said = "; ".join([*found.problems, *(f"{node}: {reason}" for node, reason in found.bad.items())])
     if found.problems:
+        said += _variable(said, os.environ)
         _say(arguments.output_dir, "refused", said)
         raise UserError(f"preflight: {said}")
     exclude(arguments.output_dir, found.bad)
@@ -235,8 +303,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 3
 
 
+def _variable(said: str, env: Mapping[str, str]) -> str:
+    """Which of the site's variables decides about what went wrong, to end the sentence with; empty where none does."""
+    names = []
+    if "No module named" in said or "ImportError" in said:
+        names = ["SGT_ACTIVATE", "SGT_WRAP"]
+    elif "could start" in said:
+        names = ["SGT_WRAP", "SGT_ACTIVATE"]
+    elif "'pairs'" in said or "'rendezvous'" in said or "interface" in said:
+        names = ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"]
+    given = [f"{name}={shlex.quote(env[name])}" for name in names if env.get(name)]
+    return f"; look at {' and '.join(given)} in slurm/site.env" if given else ""
+
+
 def _say(output_dir: Path, state: status.State, reason: str) -> None:
-    step = (status.read(output_dir) or {}).get("step", 0)
+    step = (status.read(output_dir, attempt_name()) or {}).get("step", 0)
     status.write(output_dir, state, attempt=attempt_name(), step=step, reason=reason)
 
 

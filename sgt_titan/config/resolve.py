@@ -52,7 +52,10 @@ _SHAPE_KEYS = (
 _RANGES = {
     "cluster.nodes": ("at least 1", lambda v: v >= 1),
     "cluster.gpus_per_node": ("at least 1", lambda v: v >= 1),
-    "run.name": ("a name that is not empty", lambda v: bool(v.strip())),
+    "run.name": (
+        "a name that is not empty, without / and not . or .. (run.output_dir says where else)",
+        lambda v: bool(v.strip()) and "/" not in v and "\0" not in v and v not in (".", "..") and not v.startswith("~"),
+    ),
     "run.seed": ("0 or more", lambda v: v >= 0),
     "estimator.layers": ("at least 1", lambda v: v >= 1),
     "estimator.mean_bound": ("0 (unbounded) or more", lambda v: v >= 0),
@@ -102,10 +105,11 @@ _RANGES = {
 }
 
 
-def resolve(config: Config, *, world_size: int | None) -> Config:
+def resolve(config: Config, *, world_size: int | None, home: str = "outputs") -> Config:
     """A copy of the config in which defaults that depend on other options are explicit.
 
-    Fills ``run.output_dir``, ``data.cache_dir``, ``data.source`` and ``trunk`` paths (environment variables,
+    Fills ``run.name`` (environment variables, such as an array's task), ``run.output_dir`` (below ``home``),
+    ``data.cache_dir``, ``data.source`` and ``trunk`` paths (environment variables,
     ``~``, ``trunk.path: demo``), the weights of the terms (explicit ones win over the preset's, the rest are
     0), ``objective.mi_group``, and, when the world size is known and fits, the shard degree and
     the global batch size. Resolving a resolved config changes nothing.
@@ -115,6 +119,8 @@ def resolve(config: Config, *, world_size: int | None) -> Config:
     """
     config = copy.deepcopy(config)
     run, data, training = config.run, config.data, config.training
+    if "$" in run.name:
+        run.name = expand(run.name, "run.name")
     for key in _PATHS:
         if key == "trunk.path" and config.trunk.architecture and unset(config.trunk.path):
             continue  # dry runs and arithmetic do without the trunk; `read_trunk` says it to the others
@@ -124,7 +130,7 @@ def resolve(config: Config, *, world_size: int | None) -> Config:
         config.trunk.path = str(Path(__file__).resolve().parents[1] / "demo" / "trunk")
     if config.trunk.architecture:
         config.trunk.architecture = os.path.abspath(config.trunk.architecture)
-    run.output_dir = run.output_dir or os.path.join("outputs", run.name)
+    run.output_dir = run.output_dir or os.path.join(home, run.name)
     data.cache_dir = data.cache_dir or os.path.normpath(os.path.join(run.output_dir, "..", ".cache", "data"))
 
     preset = PRESETS.get(config.objective.preset, {})

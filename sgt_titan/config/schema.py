@@ -174,6 +174,9 @@ class Data:
         "skip", "A row that cannot be used (no JSON, a field missing, refused by the template): skipped and counted, with the "
                 "first ten named, or the end. A mark of a private value that is not in the text is always the end.")  # fmt: skip
     max_bad_share: float = opt(0.05, "Rows that cannot be used, of all: more than this share is the end.")
+    private: str = opt("", "Finders of private values (patterns, names, capitals, spacy:MODEL ...; by commas) that get "
+                           "surrogates before anything else, as a client's do; empty: none (docs/PRIVATE_VALUES.md).")  # fmt: skip
+    private_own: str = opt("", "YAML file of words, patterns and surrogates of your own, beside data.private.")
     template: Literal["auto", "chat", "plain"] = opt(
         "auto", "chat: the tokenizer's chat template around the turns; plain: prompt and response as they are after "
                 "BOS. auto: chat where the tokenizer has a template.")  # fmt: skip

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Conversation
 from sgt_titan.data.marks import MarkError, Units, fold, mark
 from sgt_titan.data.sources import Rows
+from sgt_titan.data.surrogates import finders, with_surrogates
 from sgt_titan.errors import UserError
 from sgt_titan.transform.chat_template import look
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, EncodedPrompt, encode_turns, response_start
@@ -55,9 +57,15 @@ class Options:
     roles: tuple[tuple[str, str], ...]
     answers: str
     need_response: bool
+    private: str = ""  # finders, and the file of a user's own; see surrogates.py
+    private_own: str = ""
+    private_own_digest: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what is not used: rows without surrogates stay the rows they were."""
+        found = asdict(self)
+        path = found.pop("private_own")  # where a file lies decides nothing
+        return found if self.private or path else {k: v for k, v in found.items() if not k.startswith("private")}
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,18 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         roles=rows.roles,
         answers=data.answers,
         need_response=config.objective.utility_positions == "response",
+        **_private(data),
     )
+
+
+def _private(data: schema.Data) -> dict[str, str]:
+    """Raises UserError: a finder or a file of one's own that is none."""
+    if not data.private and not data.private_own:
+        return {}
+    own = expand(data.private_own, "data.private_own") if data.private_own else ""
+    finders(data.private, own)
+    digest = hashlib.sha256(Path(own).read_bytes()).hexdigest() if own else ""
+    return {"private": data.private, "private_own": own, "private_own_digest": digest}
 
 
 def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -294,16 +313,23 @@ class _Parts:
         )
 
 
-def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Conversation, list[EncodedPrompt]]:
-    """Row i, and its samples before truncation.
+def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Conversation, list[EncodedPrompt], int]:
+    """Row i, its samples before truncation, and the hash of its content.
 
     Raises:
         UserError: the row cannot be used at all (missing field, refused by the template); names the row.
     """
     conversation = rows.conversation(i)
+    hashed = content_hash([conversation.messages, conversation.tools])
     try:
         ends, left = conversation.ends(options.answers)
         notes = (*conversation.ignored, *left)
+        if options.private or options.private_own:
+            if conversation.tools or any(m.keys() & {"tool_calls", "reasoning_content"} for m in conversation.messages):
+                raise UserError("has tools, calls or thoughts, which data.private does not reach")
+            private = finders(options.private, options.private_own)
+            messages, units = with_surrogates(conversation.messages, conversation.private, i, private)
+            conversation = replace(conversation, messages=messages, private=units)
         variables = json.loads(options.variables)
         samples = []
         for end in ends:
@@ -318,7 +344,7 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
             samples.append(replace(encoded, notes=(*notes, *encoded.notes)) if notes else encoded)
     except UserError as error:
         raise UserError(f"{rows.where(i)}: {error}") from None
-    return conversation, samples
+    return conversation, samples, hashed
 
 
 def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
@@ -333,13 +359,12 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
     parts = _Parts()
     for i in range(start, stop):
         try:
-            conversation, samples = encode_row(rows, i, tokenizer, options)
+            conversation, samples, hashed = encode_row(rows, i, tokenizer, options)
         except MarkError:
             raise
         except UserError as error:
             parts.refuse(error, rows.where(i))
             continue
-        hashed = content_hash([conversation.messages, conversation.tools])
         for encoded in samples:
             parts.add(encoded, hashed, i, conversation.private, tokenizer, options)
     return parts.chunk(stop - start)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.arguments import Parser
-from sgt_titan.config.load import HOW_IT_RUNS, dump, get, keys, load, parse_overrides, resolve
+from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.load import HOW_IT_RUNS, dump, get, keys, load, parse_overrides
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.evaluate import benchmark_names
@@ -73,7 +74,7 @@ def objective(row: str) -> list[str]:
 
 def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]:
     """Everything to run, in order: row by row, so that an interruption leaves whole rows."""
-    config = resolve(load(arguments.config, overrides), world_size=None)
+    config, _ = read_config(arguments.config, overrides)
     found = []
     for row in arguments.rows:
         home = arguments.out / row
@@ -88,7 +89,7 @@ def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]
             *objective(row),
             *overrides,
         ]
-        asked = resolve(load(arguments.config, [*objective(row), *overrides]), world_size=None)
+        asked, _ = read_config(arguments.config, [*objective(row), *overrides])
         found.append(Step(tuple(words), export / "config.json", asked))
         measure = ["evaluate", str(export), "--trunk", config.trunk.path, "--suite", arguments.suite]
         measure += ["--seed", str(arguments.seed), *(["--no-baselines"] if row != REFERENCE else [])]
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     Raises:
         UserError: an unknown config, row or option.
     """
-    arguments, overrides = parser().parse_known_args(argv)
+    arguments, overrides = split_words(parser(), sys.argv[2:] if argv is None else argv)
     arguments.rows = [row for row in arguments.rows.split(",") if row]
     if unknown := [row for row in arguments.rows if row not in ROWS]:
         raise UserError(f"--rows: {unknown[0]!r} is unknown; there are {', '.join(ROWS)}")
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
 
     rows = read(arguments.out, arguments.rows, "evaluation")
     # Where the training data has marked values itself, its own evaluation says it all.
-    own = arguments.pii == resolve(load(arguments.config, overrides), world_size=None).data.source
+    own = arguments.pii == read_config(arguments.config, overrides)[0].data.source
     pii_rows = [row for row in arguments.rows if row in PII_ROWS]
     pii = read(arguments.out, pii_rows, "evaluation" if own else "pii") if arguments.pii else {}
     about = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sgt_titan.config.load import load, read_trunk, resolve, validate
+from sgt_titan.config.door import read_config
+from sgt_titan.config.load import load
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 from sgt_titan.trunk.families import shapes
@@ -159,9 +160,7 @@ def prepared(name: str, overrides: list[str] | None = None) -> tuple[Config, dic
     if config.run.task != "sgt":
         raise UserError(f"{name}: run.task is {config.run.task}; plan counts the training of a transform (sgt) alone")
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
-    config = resolve(config, world_size=world_size)
-    trunk = read_trunk(config, weights=False)
-    validate(config, world_size, trunk)
+    config, trunk = read_config(name, overrides or [], world_size=world_size, trunk="config")
     shapes(trunk)  # a family that is known, with all that shapes depend on
     return config, trunk
 

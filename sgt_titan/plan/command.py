@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any
 
 from sgt_titan.arguments import Parser
+from sgt_titan.config.door import split_words
 from sgt_titan.errors import UserError
 
 from .arithmetic import fewest_nodes, plan, prepared
@@ -41,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--node-mtbf-days", type=float, default=NODE_MTBF_DAYS, metavar="D", help="mean days between "
                         "failures of one node (default %(default).0f, of Llama 3's training)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="numbers instead of a page")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = split_words(parser, sys.argv[1:] if argv is None else argv)
     if arguments.name is None:
         if overrides:
-            raise UserError(f"{overrides[0]}: overrides need the NAME of a config before them")
+            raise UserError(f"{overrides[0]}: overrides need the NAME of a config")
         print(summary(SHIPPED))
         return 0
     for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days"):

@@ -7,13 +7,18 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, WandBLogger
 from torchtitan.tools.logging import logger
 
+from sgt_titan.cluster import progress
+from sgt_titan.cluster.ownership import attempt_name
+
+from .curves import Curve, same_wandb_run
 from .loss import REPORTED
 
 # Name in TensorBoard for each reported term.
@@ -59,9 +64,27 @@ class SGTMetricsProcessor(MetricsProcessor):
         self.latest: dict[str, float] = {}
         self.live = config.progress and dist.get_rank() == 0 and sys.stderr.isatty()
 
+    def _build_metric_logger(
+        self, *, config: Config, dump_folder: str, config_dict: dict[str, Any] | None = None, **_: Any
+    ) -> BaseLogger:
+        """One curve a run, not one an attempt; and a logger that cannot be had is an error, not a line in a log."""
+        self.output_dir, self.curve = dump_folder, None
+        container = LoggerContainer()
+        if dist.get_rank() != 0:
+            return container
+        if config.enable_wandb:
+            same_wandb_run(dump_folder)
+            container.add_logger(WandBLogger(str(Path(dump_folder, "wandb")), config_dict=config_dict))
+        if config.enable_tensorboard:
+            self.curve = Curve(Path(dump_folder, config.save_tb_folder))
+            container.add_logger(self.curve)
+        return container
+
     def start_step(self, step: int) -> None:
         self.sums = None
         if self.first_step is None:
+            if self.curve is not None:
+                self.curve.begin(step)
             self.first_step, self.started = step, time.perf_counter()
             self.time_last_log = self.started
 
@@ -118,10 +141,26 @@ class SGTMetricsProcessor(MetricsProcessor):
             f"data {metrics['throughput/data_loading_percent']:.2f}%  {memory.max_reserved_gib:.1f} GiB  "
             f"eta {self.eta(step)}"
         )
+        if dist.get_rank() == 0:
+            progress.write(self.output_dir, self.progress(step, terms, per_rank * ranks))
         self.ntokens_since_last_log = self.teacher_tokens_read = 0
         self.data_loading_times.clear()
         self.time_last_log = now
         self.device_memory_monitor.reset_peak_stats()
+
+    def progress(self, step: int, terms: dict[str, float], tokens_per_second: float) -> dict[str, Any]:
+        """For ``sgt-titan status`` and a job's log."""
+        return {
+            "attempt": attempt_name(),
+            "step": step,
+            "steps": self.config.total_steps,
+            "first_step": self.first_step,
+            "tokens_per_second": tokens_per_second,
+            "seconds_per_step": self.seconds_per_step(step),
+            "terms": _finite(terms),
+            "probe": self.latest_probe,
+            "at": time.time(),
+        }
 
     def line(self, terms: dict[str, float]) -> str:
         """The step's terms in the log."""
@@ -141,10 +180,12 @@ class SGTMetricsProcessor(MetricsProcessor):
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
 
+    def seconds_per_step(self, step: int) -> float:
+        """Of this attempt so far, with everything that it did between steps."""
+        return (time.perf_counter() - self.started) / (step - (self.first_step or 1) + 1)
+
     def eta(self, step: int) -> str:
-        done = step - (self.first_step or 1) + 1
-        seconds = (time.perf_counter() - self.started) / done * (self.config.total_steps - step)
-        return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+        return progress.clock(self.seconds_per_step(step) * (self.config.total_steps - step))
 
     def show_progress(self, step: int) -> None:
         """The line that a person watching a terminal sees move."""

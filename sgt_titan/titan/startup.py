@@ -24,8 +24,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
 from sgt_titan import checkpoint
-from sgt_titan.cluster import attempts, ownership, preflight, status
-from sgt_titan.config.load import HOW_IT_RUNS, difference, dump, load
+from sgt_titan.cluster import directory, status
+from sgt_titan.config.load import dump
 from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
 from sgt_titan.data.batch import BatchSource
@@ -33,7 +33,6 @@ from sgt_titan.data.cache import wait_or_prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
 from sgt_titan.export import export_checkpoint
-from sgt_titan.folders import writable
 from sgt_titan.objectives.rate import log_frequencies
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
 from sgt_titan.transform.tokenizer import fingerprint_ids
@@ -43,23 +42,6 @@ from .flops import hardware_flops_per_token
 from .load_trunk import check_trunk
 from .timeline import Timeline
 from .trunks import Family, build, build_body, family_of
-
-RUN_FILE = "run.json"
-CONFIG_FILE = "config.yaml"
-
-# Sections and keys in which a resumed run may differ from the one that wrote its checkpoint. Everything else decides
-# what is learned.
-MAY_DIFFER = (
-    *HOW_IT_RUNS,
-    "trunk.architecture",
-    "data.source",  # its fingerprint is compared instead, as the trunk's
-    "teacher_cache.dir",
-    "training.steps",
-    "training.epochs",
-    "training.local_batch_size",
-    "training.loss_chunk_tokens",
-    "training.max_nonfinite_steps",
-)
 
 
 @dataclass
@@ -243,65 +225,16 @@ def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.
 
 
 def check_output_dir(prepared: Prepared) -> int:
-    """Step of the newest checkpoint of this run whose files are all there with their sizes, 0 if there is none.
-
-    Checksums are the loading ranks' business: they share that work, and here every rank is on its own.
-
-    Raises:
-        UserError: it is no place to write to, or holds something else, or a run that differs in what is learned.
-    """
-    config = prepared.config
-    folder = Path(config.run.output_dir)
-    run_file = folder / RUN_FILE
-    writable(folder, "run.output_dir")
-    if not run_file.is_file():
-        foreign = [p.name for p in folder.iterdir() if p.name not in _HARMLESS] if folder.is_dir() else []
-        if foreign:
-            raise UserError(
-                f"run.output_dir: {folder} holds {sorted(foreign)[0]!r} and is not a run of ours; "
-                "choose another directory"
-            )
-        return 0
-    recorded = json.loads(run_file.read_text())
-    found = [
-        f"{name} fingerprint {recorded['fingerprints'].get(name, '?')[:12]} -> {value[:12]}"
-        for name, value in prepared.fingerprints.items()
-        if recorded["fingerprints"].get(name, value) != value  # runs before there was one have none to compare
-    ]
-    old = load(str(folder / CONFIG_FILE), [])
-    found += [line for line in difference(old, config) if not line.startswith(MAY_DIFFER)]
-    if found and not config.checkpoint.accept_changes:
-        raise UserError(
-            f"run.output_dir: {folder} belongs to a run that differs: {'; '.join(found)}. Choose another directory, or "
-            "continue it on purpose with --checkpoint.accept_changes true"
-        )
-    paths = (path for path in checkpoint.list_steps(folder) if checkpoint.is_committed(path))
-    whole = next((path for path in paths if not checkpoint.problems(path, checksums=False)), None)
-    return checkpoint.step_of(whole) if whole else 0
-
-
-# What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.
-_HARMLESS = {
-    attempts.FILE,
-    preflight.EXCLUDED,
-    preflight.REPORTS,
-    ownership.FILE,
-    status.FILE,
-    "logs",
-    ".cache",
-    "tb",
-    "comm_traces",
-    "structured_logs",
-    CONFIG_FILE,
-}
+    """See ``cluster.directory.check``, with the fingerprints of trunk and data."""
+    return directory.check(prepared.config, prepared.fingerprints)
 
 
 def claim_output_dir(prepared: Prepared) -> None:
     """Record whose directory this is, and with which config (rank 0)."""
     folder = Path(prepared.config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_durably(folder / CONFIG_FILE, dump(prepared.config))
-    checkpoint.write_durably(folder / RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))
+    checkpoint.write_durably(folder / directory.CONFIG_FILE, dump(prepared.config))
+    checkpoint.write_durably(folder / directory.RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))
 
 
 def finish(config: Config, attempt: str, step: int) -> None:

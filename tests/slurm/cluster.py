@@ -25,6 +25,7 @@ CONTROLLER_PORT, NODE_PORT = 26817, 27000
 HOSTS_TAG = "# sgt_titan test cluster"
 NODE_VARIABLE = "SGT_TEST_NODE"  # slurmd is started with it
 CPUS = 8
+GPUS = 8  # files that Slurm counts: there is no device behind them
 
 # Timeouts are short, so that a lost node is noticed in seconds. cred_expire is also how long a requeued job waits; for
 # less than 5 Slurm takes its default of 120.
@@ -62,8 +63,9 @@ ReturnToService=1
 SlurmdTimeout=5
 TCPTimeout=1
 MessageTimeout=5
-KillWait=3
+KillWait=12
 MinJobAge=3600
+GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=15 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
@@ -121,12 +123,15 @@ class Cluster:
         host = os.uname().nodename.split(".")[0]
         lines = [
             f"NodeName={name} NodeHostname={name if self.own_names else host} NodeAddr=127.0.1.{i} "
-            f"Port={NODE_PORT + i} CPUs={CPUS} RealMemory=16384 State=UNKNOWN"
+            f"Port={NODE_PORT + i} CPUs={CPUS} RealMemory=16384 Gres=gpu:{GPUS} State=UNKNOWN"
             for i, name in enumerate(self.nodes, start=1)
         ]
         self.conf.write_text(CONFIG.format(host=host, port=CONTROLLER_PORT, folder=self.folder, nodes="\n".join(lines)))
         # Naming a plugin spares slurmd a search that fails in containers.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        for index in range(GPUS):
+            (self.folder / f"gpu{index}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
         self._hosts(f"127.0.1.{i} {name}" for i, name in enumerate(self.nodes, start=1))
         munge = self.folder / "munge"
         (munge / "key").touch(mode=0o600)

@@ -41,7 +41,7 @@ SITE = """
 export PATH={bin}:$PATH PYTHONPATH={path}
 SGT_ACTIVATE=true
 SGT_SHARED={shared}
-SGT_PROCS_PER_NODE=1
+SGT_PROCS_PER_NODE=${{SGT_PROCS_PER_NODE-1}}
 """
 
 
@@ -135,9 +135,11 @@ def cluster():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="sgt-slurm-") as folder:  # munge wants its parents open to all
         made = slurm.Cluster(Path(folder))
-        made.up()
-        yield made
-        made.down()
+        try:
+            made.up()
+            yield made
+        finally:  # also where it did not come up: its daemons are on their own
+            made.down()
 
 
 @pytest.fixture(scope="session")
@@ -165,6 +167,7 @@ def submit(cluster, home, tmp_path_factory):
         run: Run | None = None,
         rows: int = 2,
         bad_node: str = "",
+        env: dict[str, str] | None = None,
     ) -> Run:
         run = run or Run(cluster, tmp_path_factory.mktemp("run"))
         words = ["--run.output_dir", str(run.out), "--run.deterministic", "true"]
@@ -178,10 +181,10 @@ def submit(cluster, home, tmp_path_factory):
             "SGT_TEST_STEP_SECONDS": str(step_seconds),
             "SGT_TEST_BAD_NODE": bad_node or "none",
             "SGT_PREFLIGHT": "1" if bad_node else "0",  # it doubles the time of a start
-            "SGT_PREFLIGHT_SECONDS": "45",
+            "SGT_PREFLIGHT_SECONDS": "60",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-        }
+        } | (env or {})
         sbatch = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={run.folder}/job-%j.log", *options]
         number = cluster.call(*sbatch, str(home / "job.sh"), *words, *overrides, env=env)
         run.jobs.append(int(number))

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "objectives": {"errors"},
     "metrics": set(),
     "demo": {"errors"},
-    "data": {"errors", "config", "transform", "trunk", "demo"},
+    "data": {"errors", "config", "transform", "trunk", "demo", "private"},
     "export": {"errors", "config", "transform", "trunk", "checkpoint"},
     "conjformer": {"errors", "folders", "arguments", "transform", "trunk"},
     "plan": {"errors", "arguments", "config", "trunk"},
@@ -46,7 +46,6 @@ MAY_IMPORT = {
     "serving": {"errors", "arguments", "client"},
     "titan": {
         "errors",
-        "folders",
         "config",
         "trunk",
         "transform",

@@ -60,6 +60,9 @@ def sgt_titan(*words, env=None, code="from sgt_titan.cli import main; sys.exit(m
     return subprocess.run([sys.executable, "-c", watch + code, *words], capture_output=True, text=True, env=full)
 
 
+NAMES = "run.name must be a name that is not empty, without / and not . or .. (run.output_dir says where else), got"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -89,13 +92,14 @@ def sgt_titan(*words, env=None, code="from sgt_titan.cli import main; sys.exit(m
             "trunk.path is not set: it must be the directory with the frozen model's checkpoint",
         ),
         ("--foo", "unrecognized arguments: --foo (see sgt-titan --help)"),
-        ("train mine --run.name=", "run.name must be a name that is not empty, got "),
+        ("train mine --run.name=", NAMES + " "),
+        ("train mine --run.name ../x", NAMES + " ../x"),
         (
             "train mine --run.output_dir trunk/config.json/x",
             "run.output_dir: trunk/config.json/x cannot be made: {here}/trunk/config.json is not a directory",
         ),
         ("prepare mine --trunk.path no", "trunk.path: no directory no"),
-        ("prepare mine --nproc 2", "unrecognized arguments: --nproc 2 (see sgt-titan prepare --help)"),
+        ("prepare mine --nproc 2", "unknown option --nproc"),
         ("export no out", "no checkpoint directory no"),
         ("export x", "the following arguments are required: OUT (see sgt-titan export --help)"),
         ("report x --data demo", "the following arguments are required: --trunk (see sgt-titan report --help)"),

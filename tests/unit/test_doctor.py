@@ -116,4 +116,4 @@ def test_three_nodes_of_which_one_hangs(tmp_path):
     assert {r["node"]: r["phase"] for r in reports} == {"n0": "pairs", "n2": "pairs"}
     assert all(r["pair"] > 0 for r in reports)
     found = preflight.judge(reports, ["n0", "n1", "n2"], 1)
-    assert found.bad == {"n1": "did not report"} and not found.problems
+    assert found.bad == {"n1": "did not report; Slurm started no process on it"} and not found.problems

@@ -346,7 +346,7 @@ if __name__ == "__main__":
     out, *names = sys.argv[1:]
     os.environ.setdefault("SGT_TRUNKS", "nothing")
     everything = {name: _facts(name) for name in names}
-    from sgt_titan.titan.startup import MAY_DIFFER
+    from sgt_titan.cluster.directory import MAY_DIFFER
 
     everything["may differ"] = MAY_DIFFER
     everything["flavors"] = {architecture: _flavor(architecture) for architecture in FLAVORS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,11 +14,20 @@ import pytest
 import yaml
 
 from sgt_titan import checkpoint
-from sgt_titan.cluster import attempts, job, notice, preflight, status
+from sgt_titan.cluster import attempts, directory, job, notice, preflight, progress, status
+from sgt_titan.cluster.ownership import Ownership, read_owner
+from sgt_titan.config.door import read_config
+from sgt_titan.config.load import dump
 from sgt_titan.errors import UserError
 
 REPO = Path(__file__).resolve().parents[3]
 LAUNCH = sorted((REPO / "launch").glob("*.sh"))
+
+
+def commit(out: Path, step: int) -> None:
+    folder = checkpoint.step_dir(out, step)
+    folder.mkdir(parents=True)
+    checkpoint.commit(folder, {})
 
 
 @pytest.fixture
@@ -27,8 +37,9 @@ def begin(tmp_path, monkeypatch, capsys):
     def begin(restart: int = 0, nodes: int = 1, *words: str, out: Path = tmp_path / "out") -> tuple[int, str, str]:
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         where = ["--shared", "/nowhere", "--run.output_dir", str(out)]
-        code = job.main(["begin", "demo", "--nodes", str(nodes), "--gpus", "1", *where, *words])
+        code = job.main(["begin", "demo", "--nodes", str(nodes), *where, *words])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -37,8 +48,11 @@ def begin(tmp_path, monkeypatch, capsys):
 
 def test_begin_records_the_attempt(begin, tmp_path):
     code, script, told = begin()
-    assert code == 0 and script == f"OUTPUT_DIR={tmp_path / 'out'}\n" and "attempt slurm-7.0" in told
-    assert status.read(tmp_path / "out") == {"state": "running", "attempt": "slurm-7.0", "step": 0, "reason": ""}
+    out = tmp_path / "out"
+    assert code == 0 and script == f"OUTPUT_DIR={out}\nLOGS={out}/logs/7.0\nPROCS=1\n"
+    assert told.splitlines()[:2] == [f"output {out}", f"logs   {out}/logs/7.0"] and "attempt slurm-7.0" in told
+    assert read_owner(out)["attempt"] == "slurm-7.0"
+    assert status.read(out) == {"state": "running", "attempt": "slurm-7.0", "step": 0, "reason": ""}
     assert [a.attempt for a in attempts.read(tmp_path / "out")] == ["slurm-7.0"]
 
 
@@ -50,23 +64,96 @@ def test_degrees_that_the_allocation_does_not_hold(begin, tmp_path):
 
 def test_a_finished_run_is_refused_but_not_to_the_job_that_finished_it(begin, tmp_path):
     """Ranks that Slurm had lost sight of may finish a run while its next attempt is about to begin."""
+    commit(tmp_path / "out", 300)
     status.write(tmp_path / "out", "finished", attempt="slurm-7.0", step=300)
     code, script, told = begin(1)
     assert (code, script) == (0, "FINISHED=1\n") and "finished by slurm-7.0" in told
     status.write(tmp_path / "out", "finished", attempt="slurm-6.0", step=300)
     with pytest.raises(UserError, match=r"holds a finished run \(step 300\)"):
         begin(1)
+    shutil.rmtree(tmp_path / "out" / checkpoint.FOLDER)
+    assert begin(1)[0] == 0  # its last checkpoint has been deleted: there is something left to do
+
+
+def test_another_config_is_refused_before_anything(begin, tmp_path):
+    """And not minutes later, when nodes have been checked and data tokenized."""
+    out = tmp_path / "out"
+    stored, _ = read_config("demo", ["--run.output_dir", str(out)], world_size=1)
+    stored.data.template = "chat"  # what the data have decided since
+    out.mkdir()
+    (out / directory.CONFIG_FILE).write_text(dump(stored))
+    (out / directory.RUN_FILE).write_text(json.dumps({"fingerprints": {"data": "ab"}}))
+    assert begin()[0] == 0
+    Ownership(out, "slurm-7.0").drop()
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"belongs to a run that differs: optimizer\.lr: 0\.003 -> 0\.01\. Choose"):
+        begin(1, 1, "--optimizer.lr", "0.01")
+    with pytest.raises(UserError, match=r"training\.global_batch_size"):
+        begin(1, 1, "--training.global_batch_size", "32")
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_of_two_jobs_of_a_directory_one_begins(begin, tmp_path, monkeypatch):
+    """Tasks of an array with one run.name, say; the loser leaves no trace that could be taken for the other's end."""
+    begin()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    with pytest.raises(UserError, match=r"is in use by slurm-7\.0"):
+        begin()
+    assert [a.attempt for a in attempts.read(tmp_path / "out")] == ["slurm-7.0"]
+    assert status.read(tmp_path / "out")["attempt"] == "slurm-7.0"
+
+
+def test_a_job_without_time_to_train_or_without_return(begin, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(
+        "#!/bin/sh\necho JobId=7 JobState=RUNNING Requeue=0 BatchFlag=1 TimeLimit=$LIMIT Command=/x\n"
+    )
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LIMIT", "00:10:00")
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --signal=B:USR1@600\n")
+    with pytest.raises(UserError, match="leaves 0 s before the notice to stop"):
+        begin(0, 1, "--script", str(script))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("LIMIT", "01:00:00")
+    code, _, told = begin(0, 1, "--script", str(script))
+    assert code == 0 and "note: Slurm was told not to requeue it" in told
+
+
+def test_follow_says_what_is_new(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    written = iter([None, 1.0, 1.0, 2.0])
+
+    def sleep(seconds):
+        at = next(written, "end")
+        if at == "end":
+            monkeypatch.setattr(os, "getppid", lambda: -1)
+        elif at is not None:
+            facts = {"step": int(at), "steps": 4, "at": at, "terms": {"loss": 1.5}, "tokens_per_second": 1234.5}
+            progress.write(tmp_path, facts | {"attempt": "slurm-7.0", "seconds_per_step": 60})
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    job.main(["follow", str(tmp_path)])
+    lines = [line.split("  ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "no step yet after 0 min",
+        "step 1/4  loss 1.5  1,234 tok/s  eta 0:03:00",
+        "step 2/4  loss 1.5  1,234 tok/s  eta 0:02:00",
+    ]
 
 
 def test_end_prints_the_decision(begin, tmp_path, monkeypatch, capsys):
     begin()
-    folder = checkpoint.step_dir(tmp_path / "out", 40)
-    folder.mkdir(parents=True)
-    checkpoint.commit(folder, {})
-    words = ["end", str(tmp_path / "out"), "--restarts", "0", "--max-restarts", "5"]
+    commit(tmp_path / "out", 40)
+    words = ["end", str(tmp_path / "out"), "--logs", str(tmp_path), "--restarts", "0", "--max-restarts", "5"]
     assert job.main(words) == 0
     printed = capsys.readouterr()
     assert printed.out == "requeue\n" and "at step 40 (died): requeue, died" in printed.err
+    assert "What happened: it ended without a word of any rank, before the first logged step" in printed.err
+    assert "Next:          Slurm starts the job again, from step 40 (restart 1 of at most 5)" in printed.err
+    assert read_owner(tmp_path / "out") is None  # given back, for whoever comes next
 
 
 def test_notices_are_kept(monkeypatch):

@@ -160,12 +160,35 @@ def test_another_process_with_the_holder_s_number_does_not_hold(tmp_path):
     owner.release()
 
 
+def test_a_job_claims_its_directory_before_its_ranks_are_there(tmp_path):
+    """Two jobs that begin at once: one gets it, keeps it while nobody beats, and hands it to its own ranks."""
+    script = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    job = Ownership(tmp_path, "slurm-7.0")
+    job.claim(script.pid)
+    with pytest.raises(UserError, match=r"in use by slurm-7\.0"):
+        Ownership(tmp_path, "slurm-8.0").claim(os.getpid())
+    ranks = Ownership(tmp_path, "slurm-7.0")
+    ranks.acquire()
+    assert read_owner(tmp_path)["pid"] == os.getpid()
+    ranks.release()
+    job.claim(script.pid)
+    Ownership(tmp_path, "slurm-8.0").drop()
+    assert read_owner(tmp_path)["attempt"] == "slurm-7.0"  # not its own to give back
+    job.drop()
+    assert not list(tmp_path.iterdir())
+    job.claim(script.pid)
+    script.communicate(b"\n")
+    Ownership(tmp_path, "slurm-8.0").claim(os.getpid())  # the script has died
+    assert read_owner(tmp_path)["attempt"] == "slurm-8.0"
+
+
 @pytest.mark.parametrize(
     ("answer", "over"),
     [
         ("echo CANCELLED", True),
         ("echo COMPLETING", False),
         ("echo RUNNING", False),
+        ("echo PENDING", False),
         ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", False),  # of another cluster, perhaps
         ("echo Unable to contact slurm controller >&2; exit 1", False),
     ],
@@ -181,3 +204,9 @@ def test_slurm_is_asked_whether_the_holder_s_job_is_over(answer, over, tmp_path,
     else:
         with pytest.raises(UserError, match="in use"):
             Ownership(tmp_path, "slurm-8.0").check()
+    elsewhere("slurm-7_2.0", age=ownership.STALE_SECONDS + 5)  # no heartbeat: as during checks, or between attempts
+    if answer in ("echo RUNNING", "echo PENDING", "echo COMPLETING"):
+        with pytest.raises(UserError, match="in use"):
+            Ownership(tmp_path, "slurm-8.0").check()
+    else:
+        Ownership(tmp_path, "slurm-8.0").check()

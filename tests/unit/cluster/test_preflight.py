@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 
 import pytest
 
@@ -73,22 +74,75 @@ def test_the_slow_one_of_two_is_named():
 
 def test_the_absent_one_is_named_and_not_those_who_waited_for_it():
     waiting = [report(node, i, phase="pairs") for node in NODES[:3] for i in range(2)]
-    assert judge(waiting, NODES, 2).bad == {"n4": "did not report"}
+    assert judge(waiting, NODES, 2).bad == {"n4": "did not report; Slurm started no process on it"}
+    begun = [*waiting, *(report("n4", i, phase="begun") for i in range(2))]
+    assert judge(begun, NODES, 2).bad == {"n4": "did not report"}
+    said = {"n4": "ImportError: libcudart.so.13: cannot open shared object file"}
+    assert judge(begun, NODES, 2, said).bad == {"n4": f"did not report: {said['n4']}"}
     half = judge([*waiting, report("n4", 0, phase="pairs")], NODES, 2)
     assert half.bad == {"n4": "1 of 2 processes reported"}
 
 
 def test_if_all_are_stuck_nobody_is_blamed():
     found = judge([report(node, i, phase="node") for node in NODES for i in range(2)], NODES, 2)
-    assert not found.bad and found.problems == ["no node got beyond 'node': see their logs"]
+    assert not found.bad and found.problems == ["no node got beyond 'node'"]
+    reports = [report(node, i, phase="pairs", stopped="no route") for node in NODES for i in range(2)]
+    assert judge(reports, NODES, 2).problems == ["no node got beyond 'pairs': no route (on n1)"]
 
 
 def test_what_every_node_has_is_no_node_s_fault():
-    absent = judge([], NODES, 2)
-    assert not absent.bad and absent.problems == ["every node: did not report"]
-    broken = judge([report(node, errors={"trunk": "no such file"}) for node in NODES], NODES, 1)
-    assert not broken.bad and broken.problems == ["every node: trunk: no such file"]
-    assert list(judge([], ["n1"], 2).bad) == ["n1"]  # a node alone is left out: another one may do
+    absent = judge([], NODES, 2, seconds=90)
+    assert not absent.bad and absent.problems == ["no process was started within 90 s"]
+    broken = judge([report(node, errors={"trunk": f"no file on {node}"}) for node in NODES], NODES, 1)
+    assert not broken.bad and broken.problems == ["every node: trunk: no file on n1"]
+
+
+@pytest.mark.parametrize("nodes", [NODES[:1], NODES], ids=["one node", "four"])
+@pytest.mark.parametrize("phase", ["begun", "started"])
+def test_a_process_that_cannot_start_says_nothing_of_its_node(phase, nodes):
+    """A container that is missing, an environment without torch: what all have, or one alone, is the job's doing."""
+    reports = [report(node, i, phase=phase) for node in nodes for i in range(2)]
+    found = judge(reports, nodes, 2, {"n1": "bash: line 4: apptainer: command not found"}, 90)
+    assert not found.bad
+    assert found.problems == ["no process could start: bash: line 4: apptainer: command not found (on n1)"]
+
+
+def test_a_deadline_shorter_than_the_imports_blames_nobody():
+    slow = [report(node, i, phase="started") for node in NODES for i in range(2)]
+    said = "no process got past its imports within 20 s; SGT_PREFLIGHT_SECONDS gives more"
+    assert judge(slow, NODES, 2, {}, 20).problems == [said]
+    # Some were just in time: the others are no worse for that.
+    half = [*slow[:4], *(report(node, i, import_seconds=15.0) for node in NODES[2:] for i in range(2))]
+    found = judge(half, NODES, 2, {}, 20)
+    assert not found.bad and found.problems == [
+        "2 of 4 nodes: no process got past its imports within 20 s; where it did, that took 15 s; "
+        "SGT_PREFLIGHT_SECONDS gives more"
+    ]
+    # With time to spare elsewhere it is the node.
+    assert list(judge(half, NODES, 2, {}, 90).bad) == ["n1", "n2"]
+
+
+def test_one_node_is_left_out_only_for_what_a_machine_can_have():
+    alone = ["n1"]
+    assert judge([report("n1", errors={"cuda": "GPU 0: 30 GiB are in use by somebody else"})], alone, 1).bad
+    found = judge([report("n1", errors={"trunk": "no such file"})], alone, 1)
+    assert not found.bad and found.problems == ["n1: trunk: no such file"]
+    assert not judge([], alone, 2).bad
+
+
+@pytest.mark.parametrize(
+    ("said", "variables"),
+    [
+        ("no process could start: apptainer: command not found (on n1)", ["SGT_WRAP", "SGT_ACTIVATE"]),
+        ("no process could start: ModuleNotFoundError: No module named 'torch' (on n1)", ["SGT_ACTIVATE", "SGT_WRAP"]),
+        ("no node got beyond 'pairs': no route (on n1)", ["NCCL_SOCKET_IFNAME"]),
+        ("every node: trunk: no such file", []),
+    ],
+)
+def test_the_variable_that_matters_is_named(said, variables):
+    env = {"SGT_WRAP": "apptainer exec", "SGT_ACTIVATE": "true", "NCCL_SOCKET_IFNAME": "ib0"}
+    given = " and ".join(f"{name}={shlex.quote(env[name])}" for name in variables)
+    assert preflight._variable(said, env) == (f"; look at {given} in slurm/site.env" if given else "")
 
 
 def test_a_little_skew_is_a_remark_and_noise_on_cpus_is_nothing():

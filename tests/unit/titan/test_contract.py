@@ -64,6 +64,8 @@ SIGNATURES = {
 # a part of the list is enough
 ACCEPTS = {
     "torchtitan.components.metrics:MetricsProcessor.__init__": "config parallel_dims dump_folder config_dict",
+    "torchtitan.components.metrics:MetricsProcessor._build_metric_logger": "config dump_folder config_dict",
+    "torchtitan.components.metrics:WandBLogger.__init__": "log_dir config_dict",
     "torchtitan.distributed:ParallelDims.get_optional_mesh": "dims",
     "torchtitan.distributed.activation_checkpoint:FullAC._wrap_block": "module base_fqn",
     "torchtitan.distributed.activation_checkpoint:SelectiveAC._wrap_block": "module base_fqn",

@@ -17,7 +17,7 @@ from sgt_titan.titan.metrics import TAGS, SGTMetricsProcessor
 def bare(**fields) -> SGTMetricsProcessor:
     """A processor without torchtitan's loggers and devices."""
     processor = object.__new__(SGTMetricsProcessor)
-    vars(processor).update({"sums": None, "first_step": None, "live": False, **fields})
+    vars(processor).update({"sums": None, "first_step": None, "live": False, "curve": None, **fields})
     return processor
 
 

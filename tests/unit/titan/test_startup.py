@@ -12,20 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgt_titan import checkpoint
+from sgt_titan.cluster.directory import CONFIG_FILE, MAY_DIFFER, RUN_FILE
 from sgt_titan.config.keys import keys
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 from sgt_titan.titan import startup
-from sgt_titan.titan.startup import (
-    CONFIG_FILE,
-    MAY_DIFFER,
-    RUN_FILE,
-    check_device,
-    check_output_dir,
-    claim_output_dir,
-    once,
-    prepare,
-)
+from sgt_titan.titan.startup import check_device, check_output_dir, claim_output_dir, once, prepare
 
 
 @pytest.fixture(scope="module")

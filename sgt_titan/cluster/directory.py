@@ -1,0 +1,95 @@
+"""Whose an output directory is, and with which config: asked before anything expensive, and without torch.
+
+<output_dir>/run.json       versions and fingerprints of the run that made it
+<output_dir>/config.yaml    its resolved config
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from sgt_titan import checkpoint
+from sgt_titan.cluster import attempts, ownership, preflight, progress, status
+from sgt_titan.config.load import HOW_IT_RUNS, difference, load
+from sgt_titan.config.schema import Config
+from sgt_titan.errors import UserError
+from sgt_titan.folders import writable
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+
+# Sections and keys in which a resumed run may differ from the one that wrote its checkpoint. Everything else decides
+# what is learned.
+MAY_DIFFER = (
+    *HOW_IT_RUNS,
+    "trunk.architecture",
+    "data.source",  # its fingerprint is compared instead, as the trunk's
+    "teacher_cache.dir",
+    "training.steps",
+    "training.epochs",
+    "training.local_batch_size",
+    "training.loss_chunk_tokens",
+    "training.max_nonfinite_steps",
+)
+
+# What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.
+_HARMLESS = {
+    attempts.FILE,
+    preflight.EXCLUDED,
+    preflight.REPORTS,
+    progress.FILE,
+    ownership.FILE,
+    status.FOLDER,
+    "logs",
+    ".cache",
+    "tb",
+    "wandb",
+    "wandb_id.txt",
+    "comm_traces",
+    "structured_logs",
+    CONFIG_FILE,
+}
+
+
+def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unknown: Collection[str] = ()) -> int:
+    """Step of the newest checkpoint of this run whose files are all there with their sizes, 0 if there is none.
+
+    Checksums are the loading ranks' business: they share that work, and here every rank is on its own.
+
+    Args:
+        config: resolved.
+        fingerprints: of trunk and data; None: not known yet, so not compared.
+        unknown: keys that are not known yet either, as what the data decide.
+
+    Raises:
+        UserError: it is no place to write to, or holds something else, or a run that differs in what is learned.
+    """
+    folder = Path(config.run.output_dir)
+    run_file = folder / RUN_FILE
+    writable(folder, "run.output_dir")
+    if not run_file.is_file():
+        foreign = [p.name for p in folder.iterdir() if p.name not in _HARMLESS] if folder.is_dir() else []
+        if foreign:
+            raise UserError(
+                f"run.output_dir: {folder} holds {sorted(foreign)[0]!r} and is not a run of ours; "
+                "choose another directory"
+            )
+        return 0
+    recorded = json.loads(run_file.read_text())
+    found = [
+        f"{name} fingerprint {recorded['fingerprints'].get(name, '?')[:12]} -> {value[:12]}"
+        for name, value in (fingerprints or {}).items()
+        if recorded["fingerprints"].get(name, value) != value  # runs before there was one have none to compare
+    ]
+    old = load(str(folder / CONFIG_FILE), [])
+    found += [line for line in difference(old, config) if not line.startswith((*MAY_DIFFER, *unknown))]
+    if found and not config.checkpoint.accept_changes:
+        raise UserError(
+            f"run.output_dir: {folder} belongs to a run that differs: {'; '.join(found)}. Choose another directory, or "
+            "continue it on purpose with --checkpoint.accept_changes true"
+        )
+    paths = (path for path in checkpoint.list_steps(folder) if checkpoint.is_committed(path))
+    whole = next((path for path in paths if not checkpoint.problems(path, checksums=False)), None)
+    return checkpoint.step_of(whole) if whole else 0

@@ -1,0 +1,51 @@
+"""One curve a run in TensorBoard and Weights & Biases, over all its attempts: a step that is trained again replaces
+itself.
+
+    <output_dir>/tb/            event files of all attempts, one run to TensorBoard
+    <output_dir>/wandb_id.txt   under which W&B goes on with the run
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.components.metrics import BaseLogger
+
+WANDB_ID = "wandb_id.txt"
+
+
+class Curve(BaseLogger):
+    """TensorBoard's scalars; the file is begun with the first step of an attempt, when that is known."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.writer: SummaryWriter | None = None
+
+    def begin(self, step: int) -> None:
+        """What earlier attempts wrote of ``step`` and later is no longer shown: it comes again."""
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.folder), max_queue=1000, purge_step=step)
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.begin(step)
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, step)
+        self.writer.flush()  # a run that is killed has shown what it had saved
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def same_wandb_run(output_dir: str | Path) -> None:
+    """Have ``wandb.init`` go on with the run of this directory, by the variables it reads; those that are set stay."""
+    file = Path(output_dir) / WANDB_ID
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(6))
+    os.environ.setdefault("WANDB_RUN_ID", file.read_text().strip())
+    os.environ.setdefault("WANDB_RESUME", "allow")
