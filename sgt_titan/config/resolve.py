@@ -65,6 +65,7 @@ _RANGES = {
     "objective.rate.context_layers": ("at least 1", lambda v: v >= 1),
     "objective.rate.context_rank": ("at least 1", lambda v: v >= 1),
     "objective.mi_group": ("0 (automatic) or at least 2", lambda v: v == 0 or v >= 2),
+    "data.max_bad_share": ("between 0 and 1", lambda v: 0 <= v <= 1),
     "data.prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.min_prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.max_samples": ("0 (all) or more", lambda v: v >= 0),

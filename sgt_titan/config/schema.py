@@ -154,9 +154,13 @@ class Objective:
 @dataclass(kw_only=True)
 class Data:
     source: str = opt("", "A preset (openorca, alpaca, tinystories, pupa, t0, flan_cot, demo), a hub dataset name, "
-                          "or a local JSONL/Parquet/Arrow/CSV file. Environment variables are expanded.")  # fmt: skip
-    subset: str = opt("", "Hub configuration name, when the dataset has several.")
-    split: str = opt("train", "Split of a hub dataset.")
+                          "or local files: one, a folder, a glob, a list of them, or an address (s3://, hf://, https://). JSONL, "
+                          "JSON, CSV, TSV, text (a row a line; all also .gz, .bz2, .zst), Parquet, Arrow. Environment "
+                          "variables are expanded.")  # fmt: skip
+    subset: str = opt("", "Hub configuration name, when the dataset has several; of a folder: the folder in it.")
+    split: str = opt(
+        "train", "Split of a hub dataset, of a saved DatasetDict, or of a folder whose files are named after splits."
+    )
     format: Literal["auto", "text", "instruction", "chat"] = opt(
         "auto", "text: one column; instruction: instruction/input/output columns (or those mapped to them); chat: a "
                 "list of {role, content}. auto: the preset's, else by the columns found.")  # fmt: skip

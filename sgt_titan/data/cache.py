@@ -572,7 +572,13 @@ def _discard(directory: Path) -> None:
 def _sweep(root: Path) -> None:
     """Delete what builders that were killed left behind a week ago or earlier."""
     old = time.time() - STALE_SECONDS
-    for path in [*root.glob(".building-*"), *root.glob(".damaged-*"), *root.glob("sessions/*")]:
+    for path in [
+        *root.glob(".building-*"),
+        *root.glob(".damaged-*"),
+        *root.glob("sessions/*"),
+        *root.glob("rows/*"),
+        *root.glob("remote/*"),
+    ]:
         try:
             if path.stat().st_mtime < old:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

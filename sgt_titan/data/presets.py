@@ -55,8 +55,3 @@ USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 # Fields of a turn, not of a row.
 TURN_FIELDS = ("role", "content")
-
-SUFFIXES: dict[str, str] = {  # file suffix -> builder of the datasets library
-    ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".jsonl.zst": "json",
-    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".csv.gz": "csv",
-}  # fmt: skip

@@ -177,17 +177,25 @@ def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> 
     ``right`` cuts the end. ``left`` takes out the first prompt tokens, as many as needed: the template around
     them stays whole, and so does the response; None if the prompt is not long enough for that.
     """
-    excess = len(ids_T) - seq_len
-    if excess <= 0:
+    if len(ids_T) <= seq_len:
         return ids_T, roles_T
+    keep = kept(roles_T, seq_len, how)
+    return None if keep is None else (ids_T[keep], roles_T[keep])
+
+
+def kept(roles_T: np.ndarray, seq_len: int, how: str) -> np.ndarray | None:
+    """Which tokens ``truncate`` keeps: bool (T,)."""
+    keep, excess = np.ones(len(roles_T), dtype=bool), len(roles_T) - seq_len
+    if excess <= 0:
+        return keep
     if how == "right":
-        return ids_T[:seq_len], roles_T[:seq_len]
+        keep[seq_len:] = False
+        return keep
     prompt = np.flatnonzero(roles_T == PROMPT)
     if how == "drop" or len(prompt) < excess:
         return None
-    keep = np.ones(len(ids_T), dtype=bool)
     keep[prompt[:excess]] = False
-    return ids_T[keep], roles_T[keep]
+    return keep
 
 
 def label_text(roles_T: np.ndarray, prompt_tokens: int) -> np.ndarray:
@@ -227,7 +235,7 @@ def private_tokens(marks_M5: np.ndarray, length: int) -> np.ndarray:
     return np.cumsum(edges[:-1]) > 0
 
 
-class _Parts:
+class Parts:
     """A chunk in the making."""
 
     def __init__(self) -> None:
@@ -356,7 +364,7 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
     Raises:
         MarkError: a mark of a private value that is not in the text; names the row.
     """
-    parts = _Parts()
+    parts = Parts()
     for i in range(start, stop):
         try:
             conversation, samples, hashed = encode_row(rows, i, tokenizer, options)

@@ -8,7 +8,8 @@ import pytest
 
 from sgt_titan.config.schema import Data
 from sgt_titan.data.presets import PRESETS
-from sgt_titan.data.sources import JsonLines, load_rows
+from sgt_titan.data.readers import JsonLines
+from sgt_titan.data.sources import load_rows
 from sgt_titan.errors import UserError
 
 
@@ -118,7 +119,7 @@ def test_fingerprint_follows_content_not_place(write, tmp_path):
         (lambda d: f"{d}/nothing.jsonl", "nothing.jsonl does not exist"),
         (lambda d: "nothing.jsonl", "data.source: nothing.jsonl does not exist"),
         (lambda d: "${SGT_TEST_UNSET}/x.jsonl", "environment variable SGT_TEST_UNSET is not set (in '${SGT_TEST"),
-        (lambda d: touch(d, "x.txt", "hello"), "x.txt: unknown kind of file; known are .jsonl"),
+        (lambda d: touch(d, "x.md", "hello"), "x.md: unknown kind of file; known are .jsonl"),
         (lambda d: touch(d, "x.jsonl", ""), "x.jsonl: no usable rows: the source is empty"),
         (lambda d: touch(d, "x.jsonl", "{not json"), "x.jsonl: row 1: cannot be read as JSON (Expecting"),
         (lambda d: touch(d, "x.jsonl", "3\n"), "x.jsonl: row 1: must be a JSON object, is int"),
