@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sgt_titan import __version__, train
 from sgt_titan.arguments import Parser
+from sgt_titan.cluster import notice
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.help import help_text
 from sgt_titan.config.load import available, dump, load
@@ -37,14 +38,17 @@ _FORWARDED = {
         "Memory, communication and time of a config, and how often to save, by arithmetic.",
     ),
     "doctor": ("sgt_titan.doctor", "Check this machine and what a config needs; jobs run it on all their nodes."),
+    "status": ("sgt_titan.cluster.overview", "A run at a glance, running or ended: progress, checkpoints, attempts."),
     "serve": (
         "sgt_titan.serving.main",
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
-    "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
+    "inspect": ("sgt_titan.client.inspect_main", "What a text of yours would reveal, token by token."),
+    "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
     "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
     "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),
     "conjgenerate": ("sgt_titan.conjformer.talk:generate", "Answer a prompt with a served rotated checkpoint."),
+    "frontier": ("sgt_titan.evaluation.frontier", "Train and attack a grid: what is kept against what is read."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 
@@ -164,12 +168,15 @@ def _launch(nproc: int, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = ["--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0", "-m", "sgt_titan.train", *words]
+    # torchrun would end its ranks on SIGTERM without waiting for their last save.
+    options = ["--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0", "--signals-to-handle=SIGINT"]
+    options += ["-m", "sgt_titan.train", *words]
+    notice.pass_on()
     try:
         torchrun.run(torchrun.parse_args(options))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode != 2:
+        if failure.exitcode not in (2, notice.EXIT_STOPPED):
             print(f"sgt-titan: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:

@@ -29,6 +29,10 @@ class Transformers:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self._model, self._tokenizer = model.eval(), tokenizer
 
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model
+
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: Any) -> Transformers:
         """A checkpoint directory or hub name. Raises UserError if it cannot be loaded."""

@@ -79,6 +79,8 @@ def find(name_or_path: str) -> Path:
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
+    if (own := Path(name_or_path, "config.yaml")).is_file():  # a run's directory: its own config
+        return own
     configs = available()
     name = name_or_path.removesuffix(".yaml").removeprefix("train_configs/")
     if name in configs:

@@ -25,9 +25,9 @@ PRESETS: dict[str, dict[str, float]] = {
     "mi": {"mi": 0.1},
     "mi_abs_cos": {"mi": 0.1, "abs_cos": 1.0},
     "mi_abs_cos_norm": {"mi": 0.1, "abs_cos": 1.0, "norm": 1.0},
-    "rate": {"rate": 0.08},
-    "rate_abs_cos": {"rate": 0.08, "abs_cos": 1.0},
-    "rate_abs_cos_norm": {"rate": 0.08, "abs_cos": 1.0, "norm": 1.0},
+    "rate": {"rate": 0.05},
+    "rate_abs_cos": {"rate": 0.05, "abs_cos": 1.0},
+    "rate_abs_cos_norm": {"rate": 0.05, "abs_cos": 1.0, "norm": 1.0},
 }
 
 
@@ -43,7 +43,8 @@ def section(cls: type, help: str) -> Any:
 
 @dataclass(kw_only=True)
 class Run:
-    name: str = opt("sgt", "Name of the run in logs and in the exported card.")
+    name: str = opt("sgt", "Name of the run in logs and in the exported card, and of its folder. Environment variables are "
+                           "expanded (sweep-${SLURM_ARRAY_TASK_ID}).")  # fmt: skip
     task: Literal["sgt", "finetune"] = opt(
         "sgt", "sgt: train a Stained Glass Transform against the frozen trunk. finetune: train the trunk itself on the "
                "next token, all but its norms (docs/CONJFORMER.md); `estimator` and `objective` are not used then, "
@@ -129,7 +130,7 @@ class Rate(Term):
 class Objective:
     preset: Literal["none", "comp_entr", "cos_sim", "abs_cos", "mi", "mi_abs_cos", "mi_abs_cos_norm", "rate", "rate_abs_cos",
                     "rate_abs_cos_norm"] = opt(
-        "mi_abs_cos_norm", "A row of the paper's Table I, or of this project's: sets the weights that are not given below.")  # fmt: skip
+        "rate", "A row of the paper's Table I, or of this project's: sets the weights that are not given below.")  # fmt: skip
     utility: Literal["ce", "kl"] = opt(
         "ce", "Eq. 3 between teacher and student logits. Same gradient; kl subtracts the teacher's entropy, so 0 is "
               "perfect. KL is always reported.")  # fmt: skip
@@ -289,8 +290,9 @@ class Checkpoint:
 @dataclass(kw_only=True)
 class Metrics:
     log_every: int = opt(10, "Steps between log lines and TensorBoard points.")
-    tensorboard: bool = opt(True, "Write TensorBoard events to <output_dir>/tb.")
-    wandb: bool = opt(False, "Also log to Weights & Biases (WANDB_* variables).")
+    tensorboard: bool = opt(True, "Write TensorBoard events to <output_dir>/tb: one curve over all attempts.")
+    wandb: bool = opt(False, "Also log to Weights & Biases (WANDB_* variables), all attempts as one run. Refused without its "
+                             "package or a key.")  # fmt: skip
     probe_every: int = opt(100, "Steps between nearest-neighbour probes on held-out samples; 0: never.")
     probe_samples: int = opt(32, "Held-out samples in a probe, rounded up to whole pair groups (objective.mi_group).")
     progress: bool = opt(True, "A live progress line with ETA on a terminal.")

@@ -18,6 +18,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.serving.disconnect import EventStream, until_disconnect
 from sgt_titan.serving.errors import RequestError, body_of, response_of
 from sgt_titan.serving.guard import Guard
+from sgt_titan.serving.private import ask, spans
 from sgt_titan.serving.render import Renderer, event
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest, parse
 from sgt_titan.serving.service import Service
@@ -204,7 +205,9 @@ async def _events(
 async def _inspect(service: Service, body: Any) -> dict[str, Any]:
     if not isinstance(body, dict) or ("messages" in body) == ("prompt" in body):
         raise RequestError("body: give either messages or prompt")
-    prompt = await service.prompt(body.get("messages") or body.get("prompt"), body.get("tools") or ())
+    what = body.get("messages") or body.get("prompt")
+    (asked,) = await service.run(ask, service.settings.private, body.get("private"), [what])
+    prompt = await service.prompt(asked.what, asked.tools(body.get("tools") or ()))
     embeds_TD = await service.run(service.sgt.encode, prompt)
     reading = await service.run(read_nearest, service.sgt, prompt, embeds_TD)
     return {
@@ -214,4 +217,5 @@ async def _inspect(service: Service, body: Any) -> dict[str, Any]:
         "read_right": reading.right,
         "warning": WARNING,
         "best_attacker": best_attacker(service.settings.results),
+        **({"private": spans(asked)} if asked.conversation is not None else {}),
     }

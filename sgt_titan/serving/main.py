@@ -78,6 +78,9 @@ def _parser() -> Parser:
     add("--shutdown-timeout", type=int, default=30, metavar="S", help="to finish answers when stopped (default 30)")
     add("--tls-cert", metavar="FILE", help="serve https with this certificate")
     add("--tls-key", metavar="FILE", help="and this key")
+    add("--private", metavar="A,B", help="surrogates for what patterns, names or a detector find; values come back")
+    add("--private-own", metavar="FILE", help="and for words and patterns of your own (YAML, docs/PRIVATE_VALUES.md)")
+    add("--private-key-file", metavar="FILE", help="of the surrogates, mode 600 (default: a new one with every start)")
     add("--inspect", action="store_true", help="offer /v1/inspect: what a nearest neighbour reads from a prompt")
     add("--results", metavar="FILE", help="results.json of sgt-titan evaluate, for /v1/inspect")
     return parser
@@ -174,12 +177,18 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
     from sgt_titan.client import StainedGlassTransform
     from sgt_titan.client.inspect import best_attacker
     from sgt_titan.client.quiet import quiet
+    from sgt_titan.private import Private
     from sgt_titan.serving.settings import Settings
 
     best_attacker(arguments.results)
     upstream_keys = _read_keys(arguments.upstream_api_key_file, "SGT_TITAN_UPSTREAM_API_KEY")
     if len(upstream_keys) > 1:
         raise UserError(f"--upstream-api-key-file: holds {len(upstream_keys)} keys, expected one")
+    private = None
+    if arguments.private is not None or arguments.private_own:
+        private = Private.of(arguments.private or "", own=arguments.private_own, key_file=arguments.private_key_file)
+    elif arguments.private_key_file:
+        raise UserError("--private-key-file without --private: nothing would get a surrogate")
     settings = Settings(
         upstream=arguments.upstream,
         backend=arguments.backend,
@@ -198,6 +207,7 @@ def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
         total_timeout_s=arguments.total_timeout,
         inspect=arguments.inspect,
         results=arguments.results,
+        private=private,
     )
     with quiet(_say):
         sgt = StainedGlassTransform.from_pretrained(

@@ -70,6 +70,7 @@ class _Request(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    private: bool | dict[str, Any] | None = None  # private.py; never leaves
 
     @property
     def usage_wanted(self) -> bool:

@@ -11,9 +11,11 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from sgt_titan.client import Delta, Options, Prompt, StainedGlassTransform, UpstreamError
+from sgt_titan.client.private import ChoiceRestorer, hidden_options
 from sgt_titan.serving.admission import Admission
 from sgt_titan.serving.errors import RequestError
 from sgt_titan.serving.metrics import Metrics
+from sgt_titan.serving.private import Asked, ask
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest
 from sgt_titan.serving.settings import Settings
 from sgt_titan.serving.upstream import Upstream
@@ -65,7 +67,8 @@ class Service:
         await self.check_model(request.model)
         async with self.admission.slot():
             described = await self.upstream.describe()
-            checked = [await self.run(self._check, request, what, described.context) for what in _prompts(request)]
+            asked = await self.run(self._ask, request)
+            checked = [await self.run(self._check, request, one, described.context) for one in asked]
             for index, (prompt, _) in enumerate(checked):
                 self.metrics.prompt_tokens.inc(len(prompt))
                 yield index, len(prompt), None
@@ -73,9 +76,11 @@ class Service:
                 # Only now: embeddings are thousands of times as large as the text, and prompts may be many.
                 body = await self.run(self._encode, prompt, options, described.model)
                 self.metrics.sent.inc(len(body))
+                back = self._restorers(asked[index], options.n)
                 async with aclosing(self.upstream.stream(body, options)) as stream:
                     async for delta in _until(deadline, self._timed(stream)):
-                        yield index, len(prompt), delta
+                        yield index, len(prompt), back[delta.index].feed(delta) if back else delta
+                self.metrics.put_back(back)
 
     async def prompt(self, what: Any, tools: Sequence[dict[str, Any]] = ()) -> Prompt:
         """Tokenized in the pool. Raises RequestError for one that is too long here."""
@@ -95,12 +100,25 @@ class Service:
             )
         return prompt
 
+    def _ask(self, request: ChatRequest | CompletionRequest) -> list[Asked]:
+        """The prompts with surrogates. ``logprobs`` 0 of a completion are log probabilities too."""
+        wanted = bool(request.logprobs) if isinstance(request, ChatRequest) else request.logprobs is not None
+        asked = ask(self.settings.private, request.private, _prompts(request), logprobs=wanted)
+        for one in asked:
+            self.metrics.replaced(one.hidden)
+        return asked
+
+    @staticmethod
+    def _restorers(asked: Asked, n: int) -> list[ChoiceRestorer]:
+        return [ChoiceRestorer(asked.conversation) for _ in range(n)] if asked.conversation is not None else []
+
     def _check(
-        self, request: ChatRequest | CompletionRequest, what: Any, context: int | None
+        self, request: ChatRequest | CompletionRequest, asked: Asked, context: int | None
     ) -> tuple[Prompt, Options]:
-        prompt = self._prompt(what, getattr(request, "tools", None) or ())
+        prompt = self._prompt(asked.what, asked.tools(getattr(request, "tools", None) or ()))
         contexts = [c for c in (context, self.sgt.limit) if c]
-        return prompt, self._options(request, len(prompt), min(contexts, default=None))
+        options = self._options(request, len(prompt), min(contexts, default=None))
+        return prompt, hidden_options(asked.conversation, options) if asked.conversation is not None else options
 
     def _encode(self, prompt: Prompt, options: Options, model: str) -> bytes:
         with self.metrics.encode.time():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sgt_titan.private import Private
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -13,6 +15,7 @@ class Settings:
     name clients use. api_keys: any of them is accepted; empty: no authentication. wire_dtype: of the embeddings sent,
     None as encoded. Sizes in bytes and tokens, times in seconds. active: requests answered at a time; waiting: how many
     more may wait, for wait_s at most. results: results.json of an evaluation, for /v1/inspect.
+    private: what gets surrogates in every request that does not say otherwise.
     """
 
     upstream: str
@@ -34,3 +37,4 @@ class Settings:
     total_timeout_s: float = 600.0
     inspect: bool = False
     results: str | None = None
+    private: Private | None = field(default=None, repr=False)

@@ -43,7 +43,7 @@ MAY_IMPORT = {
         "private",
     },
     "client": {"errors", "arguments", "transform", "metrics", "private"},
-    "serving": {"errors", "arguments", "client"},
+    "serving": {"errors", "arguments", "client", "private"},
     "titan": {
         "errors",
         "config",
@@ -59,8 +59,21 @@ MAY_IMPORT = {
     "train": {"errors", "folders", "config", "cluster", "titan"},
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
-    | {"serving", "conjformer"},
+    "readings": {"errors", "arguments", "client", "private", "evaluation", "data"},
+    "cli": {
+        "errors",
+        "arguments",
+        "config",
+        "data",
+        "export",
+        "train",
+        "evaluation",
+        "plan",
+        "doctor",
+        "client",
+        "readings",
+    }
+    | {"serving", "conjformer", "cluster"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 

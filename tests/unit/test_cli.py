@@ -102,7 +102,7 @@ NAMES = "run.name must be a name that is not empty, without / and not . or .. (r
         ("prepare mine --nproc 2", "unknown option --nproc"),
         ("export no out", "no checkpoint directory no"),
         ("export x", "the following arguments are required: OUT (see sgt-titan export --help)"),
-        ("report x --data demo", "the following arguments are required: --trunk (see sgt-titan report --help)"),
+        ("report x --data demo", "--trunk: is needed, since x is neither a run's directory nor an export in one"),
         ("configs x", "unrecognized arguments: x (see sgt-titan configs --help)"),
     ],
 )  # fmt: skip

@@ -40,6 +40,10 @@ CAUTION = (
     "Top-1 is the share of the hidden tokens that an attack reads right. The attacks are ours and finite: what they do not "
     "recover, a better one may. What they do recover is lost for certain."
 )
+KEPT = (
+    "kept: share of what the prompt is worth to its answer that is left, in nats of the response; 0 is the best prompt that "
+    "says nothing (docs/EVALUATION.md)."
+)
 CLASSES = ("frequent", "word", "piece", "number", "punctuation", "marked")
 
 
