@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sgt_titan.data.preview import preview
@@ -23,7 +25,8 @@ def shown(write, make_config, tokenizer_dir):
 def test_every_token_has_its_kind(shown):
     text = shown()
     assert "1 rows, format instruction" in text and "columns not used: id" in text
-    assert "<|im_start|>user\n[the cat][[ Ann]][\\x1b[2J sat]<|im_end|>" in text
+    # A space may be a token of its own.
+    assert re.search(r"<\|im_start\|>user\n\[the cat ?\]\[\[ ?Ann\]\]\[\\x1b\[2J sat\]<\|im_end\|>", text)
     assert "<|im_start|>assistant\n{on the mat<|im_end|>}\n" in text
     colored = shown(color=True)
     assert (
