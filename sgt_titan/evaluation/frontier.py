@@ -230,7 +230,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--jobs", type=int, help="commands at a time (default: one for every two cores)")
     found.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="of each evaluation")
     found.add_argument("--prompts", type=int, metavar="N", help="held-out prompts to attack, instead of the suite's")
-    found.add_argument("--attacks", metavar="A,B", default="", help="only these (default: all of the suite)")
+    found.add_argument(
+        "--attacks", metavar="A,B", default="", help="only these, and guessing (default: all of the suite)"
+    )
     zero_argument(found)
     found.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
     found.add_argument("--draw", action="store_true", help="run nothing, draw what is there")
@@ -316,8 +318,10 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
         raise UserError("--rows: names no row")
     for row in arguments.rows:  # what would stop a training is said before the first of them
         read_config(arguments.config, [*overrides, *row.words], trunk="weights")
-    from sgt_titan.evaluation.attacks import ATTACKS
+    from sgt_titan.evaluation.attacks import ATTACKS, GUESSING
 
+    if arguments.attacks and GUESSING not in arguments.attacks.split(","):
+        arguments.attacks += f",{GUESSING}"
     if unknown := [name for name in arguments.attacks.split(",") if name and name not in ATTACKS]:
         raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS)}")
     arguments.out = arguments.out or Path("outputs") / f"frontier-{Path(arguments.config).stem}"
