@@ -59,7 +59,8 @@ def test_a_learned_choice_keeps_more_of_the_answer(trunk):
         clean = measured(trunk, batches[4:], nothing(), torch.Generator().manual_seed(0))
         return (found.cross_entropy_N - clean.cross_entropy_N).mean().item()
 
-    chosen = learned_choice(trunk, batches[:4], zeros)
+    with torch.no_grad():  # as it is fitted, within a measurement
+        chosen = learned_choice(trunk, batches[:4], zeros)
     at_half = {
         name: nats(dropping(0.5, zeros, choose, name=name, title=name))
         for name, choose in {"random": at_random, "learned": chosen}.items()
