@@ -96,6 +96,12 @@ def _part(part: str, config: Config) -> list[str]:
     raise UserError(f"--rows: {part!r} is neither rate=WEIGHT, preset:NAME nor section.key=value")
 
 
+def _named(word: str) -> tuple[str, Path]:
+    """[NAME=]DIR; a directory may have an = in its own name, as those of a grid have."""
+    name, equals, path = word.partition("=")
+    return ("", Path(word)) if not equals or Path(word).exists() else (name, Path(path))
+
+
 def trained_elsewhere(words: Sequence[str]) -> list[Row]:
     """Rows of ``--run [NAME=]DIR``: a run's directory, or an export.
 
@@ -104,16 +110,13 @@ def trained_elsewhere(words: Sequence[str]) -> list[Row]:
     """
     found: dict[str, Row] = {}
     for word in words:
-        name, equals, path = word.partition("=")
-        if not equals:
-            name, path = "", word
-        folder = Path(path)
+        name, folder = _named(word)
         export = folder / "export" if (folder / "export" / "config.json").is_file() else folder
         if not (export / "config.json").is_file():
-            raise UserError(f"--run {path}: neither a run with an export/ nor an export (no config.json)")
+            raise UserError(f"--run {folder}: neither a run with an export/ nor an export (no config.json)")
         row = Row(name or (folder.name if folder.name != "export" else folder.resolve().parent.name), export=export)
         if row.folder in found:
-            raise UserError(f"--run: two are called {row.name!r}; name them, as in --run NAME={path}")
+            raise UserError(f"--run: two are called {row.name!r}; name them, as in --run NAME={folder}")
         found[row.folder] = row
     return list(found.values())
 
@@ -156,8 +159,7 @@ def measured_before(words: Sequence[str]) -> list[tuple[str, int, Path]]:
     """
     found: list[tuple[str, int, Path]] = []
     for word in words:
-        name, equals, path = word.partition("=")
-        folder = Path(path if equals else word)
+        name, folder = _named(word)
         file = folder / "results.json" if folder.is_dir() else folder
         try:
             results = json.loads(file.read_text(encoding="utf-8"))
@@ -168,7 +170,7 @@ def measured_before(words: Sequence[str]) -> list[tuple[str, int, Path]]:
             raise UserError(
                 f"--measured {folder}: of an earlier version, whose `kept` counts from another zero; run it again"
             )
-        row = name if equals else folder.name
+        row = name or folder.name
         found.append((row, sum(known == row for known, _, _ in found), file))
     return found
 

@@ -185,9 +185,11 @@ def test_evaluations_made_before_are_drawn(tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(run["row"], run["seed"]) for run in found["runs"]] == [("long", 0), ("long", 1)]
     assert "85.0% [80.0, 90.0]" in (tmp_path / "out" / "frontier.md").read_text()
+    (tmp_path / "ev-1").rename(tmp_path / "rate=1")
+    assert frontier.measured_before([str(tmp_path / "rate=1")])[0][0] == "rate=1"
     (tmp_path / "ev-0" / "results.json").write_text(json.dumps(evaluation(0.8, 0.3) | {"format": 1}))
     with pytest.raises(UserError, match="of an earlier version, whose `kept` counts from another zero"):
-        run(tmp_path / "out", *words, machine=machine)
+        frontier.measured_before([str(tmp_path / "ev-0")])
 
 
 def test_rows_and_grids():
