@@ -23,7 +23,19 @@ from sgt_titan.trunk.files import CONFIG, check_folder, holds_weights, read_json
 from sgt_titan.trunk.quantisation import scheme_of
 
 _PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
-_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages", "private")
+_DATA_FIELDS = (
+    "text",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "messages",
+    "tools",
+    "private",
+    "role",
+    "content",
+)
 
 # Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
 _SHAPE_KEYS = (
@@ -53,6 +65,7 @@ _RANGES = {
     "objective.rate.context_layers": ("at least 1", lambda v: v >= 1),
     "objective.rate.context_rank": ("at least 1", lambda v: v >= 1),
     "objective.mi_group": ("0 (automatic) or at least 2", lambda v: v == 0 or v >= 2),
+    "data.max_bad_share": ("between 0 and 1", lambda v: 0 <= v <= 1),
     "data.prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.min_prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.max_samples": ("0 (all) or more", lambda v: v >= 0),

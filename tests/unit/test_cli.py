@@ -333,11 +333,14 @@ def test_prepare(monkeypatch, capsys):
         seen.append((config, tokenizer_dir, progress))
         return dataset
 
-    fake(monkeypatch, "sgt_titan.data.cache", prepare=prepare)
+    dataset.meta = {"said": "of the rows"}
+    fake(monkeypatch, "sgt_titan.data.cache", prepare=prepare, remarks=lambda meta: [f"a remark {meta['said']}"])
     assert cli.main(["prepare", "--data.max_samples", "7", "mine"]) == 0
     ((config, tokenizer_dir, progress),) = seen
     assert config.data.max_samples == 7 and tokenizer_dir == "trunk" and progress is True
-    assert capsys.readouterr().out == "5 training and 2 validation samples in outputs/.cache/data\n"
+    assert (
+        capsys.readouterr().out == "a remark of the rows\n5 training and 2 validation samples in outputs/.cache/data\n"
+    )
 
 
 def test_export_and_report(monkeypatch, here, capsys):

@@ -291,7 +291,8 @@ P = "parallelism"
         (
             ['data.columns={"txt": "a"}'],
             1,
-            "data.columns.txt is no field; the fields are text, system, instruction, input, output, messages, private",
+            "data.columns.txt is no field; the fields are text, system, instruction, input, output, history, messages, "
+            "tools, private, role, content",
         ),
         (
             ["data.validation_samples=0"],
