@@ -33,6 +33,10 @@ _FORWARDED = {
         "Measure surrogates for private values: what is found, what is left, what an attacker reads.",
     ),
     "zero": ("sgt_titan.evaluation.zero", "Fit the constant prompt that `kept` counts from."),
+    "convert-trunk": (
+        "sgt_titan.transform.convert_trunk",
+        "Write a checkpoint as safetensors: from pickles, or with a LoRA adapter merged.",
+    ),
     "plan": (
         "sgt_titan.plan.command",
         "Memory, communication and time of a config, and how often to save, by arithmetic.",

@@ -312,7 +312,7 @@ def test_packing_needs_a_gpu():
 
 
 def test_experts():
-    moe = {**TRUNK, "num_experts": 6}
+    moe = {**TRUNK, "model_type": "qwen3_moe", "num_experts": 6}
     assert message(f"{P}.expert_parallel_degree=4", world_size=4, trunk=moe) == (
         "parallelism.expert_parallel_degree 4 does not divide the trunk's 6 experts"
     )
