@@ -8,6 +8,7 @@ Shape suffixes: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -167,7 +168,17 @@ def naive(size: Size) -> Arm:
 # -- (b) this project --------------------------------------------------------------------------------------------------
 
 
-def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: str, replicas: int = 1):
+def model_of(
+    size: Size,
+    *,
+    chunk: int,
+    recompute: str,
+    compiled: bool,
+    float8: str,
+    replicas: int = 1,
+    prior: str = "",
+    denoiser: int = 0,
+):
     """Model, loss and pair groups of a config of these shapes; random weights, sharded where there are ranks."""
     from sgt_titan.config.resolve import resolve
     from sgt_titan.config.schema import Config
@@ -190,6 +201,9 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: 
     config.activation_checkpoint.mode, config.compile.enable = recompute, compiled
     for name, weight in WEIGHTS.items():
         getattr(config.objective, name).weight = weight
+    config.denoiser.layers = denoiser
+    if prior:
+        config.objective.rate.weight, config.objective.rate.prior = 0.05, prior
     config = resolve(config, world_size=world)
     model, trainer, dims = meta_model(config, size.hf(), scale=0.02, world_size=world)
     parallelize(model, trainer, dims)
@@ -204,7 +218,7 @@ def model_of(size: Size, *, chunk: int, recompute: str, compiled: bool, float8: 
                 local.copy_(torch.randn(local.shape, device=local.device, dtype=size.dtype))
             else:
                 local.normal_(std=0.02) if parameter.dim() > 1 else local.fill_(1.0)
-        initialize_estimator(model.estimator, 0)
+        initialize_estimator(model.estimator, 0, torch.full((size.vocab,), -math.log(size.vocab)))
     pairs = make_pair_groups(config.objective.mi_group, size.rows, dims.get_optional_mesh("batch"))
     return model.train(), trainer.loss.build(), pairs
 
@@ -218,13 +232,25 @@ def ours(
     stored: int = 0,
     float8: str = "none",
     replicas: int = 1,
+    prior: str = "",
+    denoiser: int = 0,
 ) -> Arm:
-    """A step of the composite model; ``stored``: with this many of the teacher's probabilities known beforehand."""
+    """A step of the composite model; ``stored``: with this many of the teacher's probabilities known beforehand.
+
+    prior: with the rate under it. denoiser: with this many layers of one.
+    """
     from sgt_titan.data.batch import Counts
 
     torch.manual_seed(0)
     model, loss_fn, pairs = model_of(
-        size, chunk=chunk, recompute=recompute, compiled=compiled, float8=float8, replicas=replicas
+        size,
+        chunk=chunk,
+        recompute=recompute,
+        compiled=compiled,
+        float8=float8,
+        replicas=replicas,
+        prior=prior,
+        denoiser=denoiser,
     )
     fused = torch.cuda.is_available()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused)
@@ -270,7 +296,8 @@ def ours(
         optimizer.zero_grad(set_to_none=True)
 
     read = 2.0 * trunk_parameters(size) * size.tokens if stored else 0.0
-    return Arm(step, work(size, recompute=recompute == "full") - read, model)
+    added = 6.0 * (denoiser * layer_parameters(size) + size.width**2) * size.tokens if denoiser else 0.0
+    return Arm(step, work(size, recompute=recompute == "full") - read + added, model)
 
 
 # -- (c) torchtitan's own ----------------------------------------------------------------------------------------------
@@ -342,6 +369,10 @@ ARMS: dict[str, Callable[[Size], Arm]] = {
     "(b) compiled, full recomputation": lambda size: ours(size, compiled=True, recompute="full"),
     "(b) compiled, layers in float8": lambda size: ours(size, compiled=True, float8="weights"),
     "(b) compiled, products in float8": lambda size: ours(size, compiled=True, float8="products"),
+    "(b) + rate, broad": lambda size: ours(size, prior="broad"),
+    "(b) + rate, tokens": lambda size: ours(size, prior="tokens"),
+    "(b) + rate, context": lambda size: ours(size, prior="context"),
+    "(b) + a denoiser of 2 layers": lambda size: ours(size, denoiser=2),
     "(c) torchtitan pretraining": pretraining,
 }
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from sgt_titan import __version__, train
 from sgt_titan.arguments import Parser
+from sgt_titan.cluster import notice
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.help import help_text
 from sgt_titan.config.load import available, dump, load
 from sgt_titan.errors import UserError, guarded
 
-_CONFIG_COMMANDS = ("train", "prepare")
+_CONFIG_COMMANDS = ("train", "prepare", "preview")
 
 # Commands with arguments of their own: module whose main(argv) (or the function named) runs it, and what it does.
 _FORWARDED = {
@@ -32,19 +33,26 @@ _FORWARDED = {
         "Measure surrogates for private values: what is found, what is left, what an attacker reads.",
     ),
     "zero": ("sgt_titan.evaluation.zero", "Fit the constant prompt that `kept` counts from."),
+    "convert-trunk": (
+        "sgt_titan.transform.convert_trunk",
+        "Write a checkpoint as safetensors: from pickles, or with a LoRA adapter merged.",
+    ),
     "plan": (
         "sgt_titan.plan.command",
         "Memory, communication and time of a config, and how often to save, by arithmetic.",
     ),
     "doctor": ("sgt_titan.doctor", "Check this machine and what a config needs; jobs run it on all their nodes."),
+    "status": ("sgt_titan.cluster.overview", "A run at a glance, running or ended: progress, checkpoints, attempts."),
     "serve": (
         "sgt_titan.serving.main",
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
-    "inspect": ("sgt_titan.client.inspect_main", "What a nearest-neighbour observer would read from a text of yours."),
+    "inspect": ("sgt_titan.client.inspect_main", "What a text of yours would reveal, token by token."),
+    "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
     "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
     "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),
     "conjgenerate": ("sgt_titan.conjformer.talk:generate", "Answer a prompt with a served rotated checkpoint."),
+    "frontier": ("sgt_titan.evaluation.frontier", "Train and attack a grid: what is kept against what is read."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 
@@ -62,7 +70,7 @@ def _main(argv: list[str]) -> int:
     parser, commands = _parser()
     if argv and argv[0] in _CONFIG_COMMANDS:
         arguments, overrides = split_words(commands[argv[0]], argv[1:])
-        return (_train if argv[0] == "train" else _prepare)(arguments, overrides)
+        return {"train": _train, "prepare": _prepare, "preview": _preview}[argv[0]](arguments, overrides)
     arguments, rest = parser.parse_known_args(argv)
     if rest:
         program = " ".join(filter(None, ("sgt-titan", arguments.command)))
@@ -109,6 +117,10 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     prepare = command("prepare", "Tokenize the data of a run into its cache, and stop.", help_text())
     prepare.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+
+    preview = command("preview", "Show a row of a run's data as it will be trained on.", help_text())
+    preview.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    preview.add_argument("--row", type=int, default=1, metavar="N", help="number of the row in the source (default: 1)")
 
     for name, (_, text) in _FORWARDED.items():
         command(name, text)
@@ -160,12 +172,15 @@ def _launch(nproc: int, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = ["--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0", "-m", "sgt_titan.train", *words]
+    # torchrun would end its ranks on SIGTERM without waiting for their last save.
+    options = ["--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0", "--signals-to-handle=SIGINT"]
+    options += ["-m", "sgt_titan.train", *words]
+    notice.pass_on()
     try:
         torchrun.run(torchrun.parse_args(options))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode != 2:
+        if failure.exitcode not in (2, notice.EXIT_STOPPED):
             print(f"sgt-titan: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
@@ -183,10 +198,22 @@ def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = read_config(arguments.name, overrides, trunk="config")
     if not config.trunk.path:
         raise UserError("trunk.path is not set: the tokenizer is read from there")
-    from sgt_titan.data.cache import prepare
+    from sgt_titan.data.cache import prepare, remarks
 
     dataset = prepare(config, config.trunk.path, progress=True)
+    for line in remarks(dataset.meta):
+        print(line)
     print(f"{len(dataset.train)} training and {len(dataset.validation)} validation samples in {config.data.cache_dir}")
+    return 0
+
+
+def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config, _ = read_config(arguments.name, overrides, trunk="config")
+    if not config.trunk.path:
+        raise UserError("trunk.path is not set: the tokenizer is read from there")
+    from sgt_titan.data.preview import preview
+
+    print(preview(config, arguments.row, color=sys.stdout.isatty()))
     return 0
 
 

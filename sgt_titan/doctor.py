@@ -45,6 +45,7 @@ from sgt_titan.checkpoint import write_durably
 from sgt_titan.cluster import preflight
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.load import read_trunk, validate
+from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 from sgt_titan.plan.weights import checkpoint_bytes
@@ -99,7 +100,8 @@ def alone(config: Config | None) -> int:
     if config is not None:
         free = f"{report['output_free'] / 2**30:.1f} GiB free at " if "output_free" in report else ""
         lines += [("checkpoints", f"{free}{config.run.output_dir}")]
-        lines += [("trunk", f"{config.trunk.path}  {report['same'].get('trunk', '')[:12]}")]
+        where = "not known" if unset(config.trunk.path) else config.trunk.path
+        lines += [("trunk", f"{where}  {report['same'].get('trunk', '')[:12]}".rstrip())]
         lines += [("dataset cache", report["cache"])]
     lines += [(name, text) for name, text in report["versions"].items()]
     for name, text in lines:
@@ -164,7 +166,7 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
     attempt(report, "clock", lambda: report.update(clock=_clock(beside or Path(tempfile.gettempdir()))))
     if config is None:
         return
-    attempt(report, "trunk", lambda: report["same"].update(trunk=_trunk(config.trunk.path)))
+    attempt(report, "trunk", lambda: report["same"].update(trunk=_trunk(expand(config.trunk.path, "trunk.path"))))
     attempt(report, "run.output_dir", lambda: report.update(output_free=_free(Path(config.run.output_dir))))
     if "trunk" not in report["errors"]:  # all that `train` would refuse of it, from config.json and headers
         attempt(report, "trunk", lambda: validate(config, None, read_trunk(config)))
@@ -262,6 +264,8 @@ def _free(folder: Path) -> int:
         folder = folder.parent
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a directory")
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise PermissionError(f"{folder} is on a read-only file system")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written")
     return shutil.disk_usage(folder).free

@@ -21,6 +21,8 @@ def writable(path: str | Path, said: str) -> Path:
     found = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
     if not found.is_dir():
         raise UserError(f"{said}: {path} cannot be made: {found} is not a directory")
+    if os.statvfs(found).f_flag & os.ST_RDONLY:
+        raise UserError(f"{said}: {path} cannot be written: {found} is on a read-only file system")
     if not os.access(found, os.W_OK | os.X_OK):
         raise UserError(f"{said}: {path} cannot be written: no permission in {found}")
     return found

@@ -56,6 +56,23 @@ head=${nodes[0]}
 # Other jobs and earlier attempts listen elsewhere; outgoing connections have ports from 32768 on.
 port=$((20000 + (SLURM_JOB_ID * 17 + restart) % 12000))
 
+# A config of the user's own says its size itself; only a new job can have it.
+if [ -n "${SIZED_BY_CONFIG:-}" ] && [ "$restart" = 0 ] && [ -z "${SGT_RESIZED:-}" ]; then
+  wanted=$(python -m sgt_titan.cluster.job size "$CONFIG" "$@") || exit 2
+  if [ -n "$wanted" ]; then # what sbatch was told otherwise is the job's own record
+    read -r -a size <<<"$wanted"
+    echo "${CONFIG}: its cluster is ${size[*]}; submitted as another job (--cluster.nodes N, or sbatch --nodes and GPUs, change it)"
+    script=$(scontrol show job "$job" -o | sed 's/.* Command=\([^ ]*\).*/\1/')
+    (
+      conf=${SLURM_CONF:-} from=${SLURM_SUBMIT_DIR:-$root}
+      unset "${!SLURM_@}" # they are of this job, and sbatch and srun would take some of them for options
+      [ -z "$conf" ] || export SLURM_CONF=$conf
+      SGT_RESIZED=1 exec sbatch --chdir="$from" "${size[@]}" "$script" "$CONFIG" "$@"
+    ) || fail "sbatch refused; submit with ${size[*]} yourself"
+    exit 0
+  fi
+fi
+
 # -- before ------------------------------------------------------------------------------------------------------------
 assignments=$(python -m sgt_titan.cluster.job begin "$CONFIG" --nodes "$SLURM_NNODES" --shared "$SGT_SHARED" --script "$0" \
   --pid $$ "$@") || exit 2

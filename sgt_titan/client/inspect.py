@@ -1,4 +1,4 @@
-"""What the weakest observer would read from one request: the row of the embedding table nearest to each position.
+"""What one request reveals: what the weakest observer reads (the table's nearest rows), and nats a token at most.
 
 Shapes: T tokens, D model width, V vocabulary.
 """
@@ -18,7 +18,9 @@ from sgt_titan.client.encoder import StainedGlassTransform
 from sgt_titan.client.prompt import Prompt
 from sgt_titan.errors import UserError
 from sgt_titan.metrics.ranks import token_ranks
+from sgt_titan.transform import glow
 
+BRIGHTEST = 8  # tokens that are named where there are no colours
 WARNING = (
     "This is the weakest observer there is. One who trains a model on his own obfuscations, or knows a few hundred "
     "pairs of token and embedding, reads far more: believe the best attacker of `sgt-titan evaluate`, not this."
@@ -57,6 +59,59 @@ def read_nearest(sgt: StainedGlassTransform, prompt: Prompt, embeds_TD: torch.Te
         tokens=len(nearest),
         tokens_read=[sgt.tokenizer.decode([i]) for i in nearest],
         tokens_right=right,
+    )
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """pieces: the text by tokens. nats: what one observation can tell of each at most, on average over the noise; None
+    where a token is sent in clear. log_vocab: ln V, at which a token is readable."""
+
+    pieces: list[str]
+    nats: list[float | None]
+    log_vocab: float
+
+    @property
+    def total(self) -> float:
+        return sum(value for value in self.nats if value is not None)
+
+
+def revealed(sgt: StainedGlassTransform, prompt: Prompt) -> Revealed:
+    """Nats that one observation of each token of a prompt can tell, under the prior that the export carries."""
+    ids_BT, mask_BT = torch.tensor([prompt.ids]), torch.as_tensor(prompt.mask)[None]
+    device = sgt.embed_tokens.weight.device
+    rate_T = sgt.rate(ids_BT.to(device), mask_BT.to(device))[0].tolist()
+    hidden = mask_BT[0].tolist()
+    return Revealed(
+        pieces=glow.pieces(sgt.tokenizer, prompt.ids),
+        nats=[value if there else None for value, there in zip(rate_T, hidden, strict=True)],
+        log_vocab=math.log(sgt.config.vocab_size),
+    )
+
+
+def coloured(shown: Revealed) -> str:
+    """For a terminal."""
+    return glow.terminal(shown.pieces, shown.nats, shown.log_vocab)
+
+
+def named(shown: Revealed) -> str:
+    """Where there are no colours: the text, and its brightest tokens by name."""
+    known = [(value, piece) for piece, value in zip(shown.pieces, shown.nats, strict=True) if value is not None]
+    most = ", ".join(
+        f"{glow.printable(piece).strip()} {value:.1f}" for value, piece in sorted(known)[: -BRIGHTEST - 1 : -1]
+    )
+    return f"{glow.printable(''.join(shown.pieces))}\n\nmost nats: {most} (--color always shows all)"
+
+
+def page(shown: Revealed) -> str:
+    """A page of its own. It holds the text."""
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><title>What is revealed</title>"
+        f"<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}"
+        f"{glow.STYLE}</style></head><body>{glow.page(shown.pieces, shown.nats, shown.log_vocab)}"
+        f"<p>At most {shown.total:.0f} nats in all. Bright: can be told; dark: nothing is told; underlined: sent in "
+        "clear.</p></body></html>\n"
     )
 
 

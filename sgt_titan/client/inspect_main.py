@@ -1,8 +1,9 @@
-"""``sgt-titan inspect``: what a nearest-neighbour observer would read from a text of yours."""
+"""``sgt-titan inspect``: what a text of yours would reveal: nats a token, and what a nearest neighbour reads."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = Parser(
         prog="sgt-titan inspect",
-        description="What a nearest-neighbour observer would read from a text of yours. Nothing is sent anywhere.",
+        description="What a text of yours would reveal: nats a token, and what a nearest neighbour reads. Nothing is "
+        "sent anywhere.",
         allow_abbrev=False,
     )
-    parser.add_argument("export", metavar="EXPORT", help="an exported directory")
+    parser.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     # No --text: arguments can be seen by every user of a machine and stay in the shell's history.
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="the text (default: standard input)")
     parser.add_argument(
@@ -38,9 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="surrogates for what patterns, names or a detector find; shows what becomes what",
     )
     parser.add_argument("--private-own", metavar="FILE", help="and for words and patterns of your own (YAML)")
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="of the text by what it reveals (default auto)",
+    )
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write that text as a page; it holds your text")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    from sgt_titan.client.inspect import WARNING, best_attacker, read_nearest
+    inside = Path(arguments.export, "export")
+    if not Path(arguments.export, "config.json").is_file() and (inside / "config.json").is_file():
+        arguments.export = str(inside)  # a run's directory
+    from sgt_titan.client.inspect import WARNING, best_attacker, coloured, named, page, read_nearest, revealed
 
     best = best_attacker(arguments.results)
     what = _read(arguments.file)
@@ -65,9 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.export, trunk=arguments.trunk, hold_noise=False
         )  # nothing is sent
     prompt = sgt.prompt(what)
-    reading = read_nearest(sgt, prompt, sgt.encode(prompt))
+    reading, shown = read_nearest(sgt, prompt, sgt.encode(prompt)), revealed(sgt, prompt)
+    if arguments.html:
+        _write(arguments.html, page(shown))
     if arguments.json:
         facts = {"tokens": reading.tokens, "obfuscated_tokens": reading.hidden, "read_right": reading.right}
+        facts |= {"pieces": shown.pieces, "nats": shown.nats, "nats_in_all": shown.total}
         if arguments.private is not None or arguments.private_own:
             facts["private"] = [dict(zip(("kind", "value", "surrogate"), item, strict=True)) for item in replaced]
         print(json.dumps({"nearest_neighbour_reads": reading.text, **facts, "warning": WARNING, "best_attacker": best}))
@@ -77,6 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind, value, surrogate in replaced:
             print(f"  {kind:<9} {_printable(value)}  ->  {_printable(surrogate)}")
         print()
+    if reading.hidden:
+        print("What one observation can tell, from dark (nothing) to bright (the token); underlined: sent in clear.\n")
+        seen = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(coloured(shown) if arguments.color == "always" or (arguments.color == "auto" and seen) else named(shown))
+        print(
+            f"\nat most {shown.total:.0f} nats in all, {shown.total / reading.hidden:.2f} a hidden token "
+            f"(naming a token takes up to {shown.log_vocab:.1f}); on average over the noise\n"
+        )
     print("A nearest-neighbour observer reads:\n")
     print(_printable(reading.text))
     if reading.hidden:
@@ -97,6 +120,13 @@ def _read(file: Path | None) -> str:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{file or 'standard input'}: is not valid UTF-8") from None
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html: cannot write {file}: {error.strerror}") from None
 
 
 def _printable(text: str) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from sgt_titan.errors import UserError
 
 OWN = "SGT_PROCS_PER_NODE"
+KEPT = {"partition": "Partition", "account": "Account", "qos": "QOS", "time": "TimeLimit"}
 LEAST_SECONDS = 60.0  # before the notice that an attempt must have: nothing starts faster where trunks are large
 
 
@@ -125,6 +126,9 @@ class Told:
     limit: float | None = None  # seconds; None: none, or not known
     command: str = ""
     excluded: str = ""
+    kept: Mapping[str, str] = field(
+        default_factory=dict
+    )  # sbatch's options that another job in its place needs as well
 
     @property
     def why_no_requeue(self) -> str:
@@ -148,6 +152,16 @@ def read_told(text: str) -> Told:
         batch=fields.get("BatchFlag", "1") != "0",
         limit=seconds_of(fields.get("TimeLimit", "")),
         command=fields.get("Command", ""),
+        kept={
+            option: fields[name]
+            for option, name in (
+                ("partition", "Partition"),
+                ("account", "Account"),
+                ("qos", "QOS"),
+                ("time", "TimeLimit"),
+            )
+            if fields.get(name, "(null)") not in ("(null)", "", "N/A")
+        },
         excluded="" if excluded == "(null)" else excluded,
     )
 

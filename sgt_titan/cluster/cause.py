@@ -19,7 +19,8 @@ from typing import Any
 
 TAIL_BYTES = 1 << 20  # of a log that are looked at: the end is where a failure is
 
-_RANK = re.compile(r"^\[\w+?(\d+)\]:\s?")  # torchrun's prefix of a rank's line: role and local rank
+# torchrun's prefix of a rank's line, role and local rank, and torch's own of an exception's, the rank.
+_RANK = re.compile(r"^\[(?!rank)[a-z]\w*?(\d+)\]:\s?(?:\[rank(\d+)\]:\s?)?")
 _ERROR = re.compile(
     r"\w*(Error|Exception)\b|\berror:|\bnot found\b|No such file|Permission denied|\bfatal\b|Segmentation fault"
     r"|Killed$",
@@ -55,10 +56,12 @@ class Failure:
     line: str  # the last that it printed of an error; empty where it had no word
     file: Path
 
+    late: bool = False  # it ended itself, since it did not come to its next step: hung, or waiting for one that is gone
+
     @property
     def consequence(self) -> bool:
         """Whether it ended because another had."""
-        return self.code in (-signal.SIGTERM, 128 + signal.SIGTERM) or bool(_CONSEQUENCE.search(self.line))
+        return self.late or self.code in (-signal.SIGTERM, 128 + signal.SIGTERM) or bool(_CONSEQUENCE.search(self.line))
 
     def sentence(self) -> str:
         who = f"rank {self.rank} on {self.node}" if self.rank is not None else f"the launcher on {self.node}"
@@ -69,6 +72,8 @@ class Failure:
                 name, ""
             )
             return f"{who} was killed by {name}{often}"
+        if self.late:
+            return f"{who} did not come to its next step in time; where it stood is in its log"
         return f"{who} ended with exit code {self.code}"
 
 
@@ -102,7 +107,11 @@ def failures(logs: Path) -> list[Failure]:
             continue
         for report in _REPORT.finditer(tail(file)):
             line = error_line(file, int(report["local"]))
-            found.append(Failure(file.stem, int(report["rank"]), int(report["code"]), report["time"], line, file))
+            late = not line and report["code"] == "1" and _timed_out(file, int(report["local"]))
+            found.append(Failure(file.stem, int(report["rank"]), int(report["code"]), report["time"], line, file, late))
+        # A launcher whose store is gone dies without a report; the exception of its rank is there all the same.
+        if not any(failure.node == file.stem for failure in found) and (spoken := _spoken(file)):
+            found.append(spoken)
     known = {failure.node for failure in found}
     for task in _TASK.finditer(tail(logs / "srun.log")):
         if task["node"] not in known and not re.search(r"Terminated|exit code 143", task["how"]):
@@ -115,6 +124,20 @@ def failures(logs: Path) -> list[Failure]:
     return found
 
 
+def _timed_out(file: Path, local_rank: int) -> bool:
+    """Whether a rank's watchdog ended it (``titan/watchdog.py``)."""
+    return bool(re.search(rf"^\[[a-z]\w*?{local_rank}\]:\s?Timeout \(", tail(file), re.MULTILINE))
+
+
+def _spoken(file: Path) -> Failure | None:
+    """The last exception of a rank in a node's log."""
+    for line in reversed(tail(file).splitlines()):
+        prefix = _RANK.match(line)
+        if prefix and prefix[2] and _ERROR.search(bare := line[prefix.end() :]) and not _NOISE.search(bare):
+            return Failure(file.stem, int(prefix[2]), 1, "", " ".join(bare.split())[:300], file)
+    return None
+
+
 def first(found: Iterable[Failure]) -> Failure | None:
     """The failure that the others follow from; None of none.
 
@@ -125,12 +148,13 @@ def first(found: Iterable[Failure]) -> Failure | None:
 
 def paragraph(
     *, state: str, reason: str, decision: str, step: int, steps: int | None, logs: Path, restart: int, again: str,
-    reached: Mapping[str, Any] | None = None, most: int = 0, export: Path | None = None,
+    decided: str = "", reached: Mapping[str, Any] | None = None, most: int = 0, export: Path | None = None,
 ) -> str:  # fmt: skip
     """What happened, where, the last error, the file, and what comes next, for a person who has read nothing else.
 
     Args:
-        state, reason, decision: of the attempt, as ``attempts`` recorded them.
+        state, decision: of the attempt, as ``attempts`` recorded them.
+        reason: what the run said itself, if it did. decided: why the decision; by default for the same reason.
         step: of the newest checkpoint.
         again: the command that goes on.
         reached: ``progress.read`` of the attempt.
@@ -161,7 +185,7 @@ def paragraph(
         else:
             facts["What happened"] = f"{reason}{at}" if cancelled else f"it ended without a word of any rank{at}"
     facts.setdefault("Look at", str(logs))
-    facts["Next"] = _next(decision, reason, step, of, restart, most, again)
+    facts["Next"] = _next(decision, decided or reason, step, of, restart, most, again)
     width = max(map(len, facts)) + 1
     return "\n".join(f"{name + ':':<{width}} {text}" for name, text in facts.items())
 

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sgt_titan.arguments import Parser
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin.add_argument("--shared", required=True, help="where run.output_dir is, unless the config says otherwise")
     begin.add_argument("--script", default="", help="the batch script, for its --signal")
     begin.add_argument("--pid", type=int, default=os.getppid(), help="process that lives as long as the job")
+    size = commands.add_parser("size", allow_abbrev=False)
+    size.add_argument("name")
     follow = commands.add_parser("follow", allow_abbrev=False)
     follow.add_argument("output_dir", type=Path)
     follow.add_argument("--every", type=float, default=60.0, help="seconds between lines (default %(default)g)")
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _begin(
             arguments.name, rest, arguments.nodes, arguments.shared, script=arguments.script, pid=arguments.pid
         )
+    if arguments.command == "size":
+        print(" ".join(_size(arguments.name, rest, os.environ)))
+        return 0
     if arguments.command == "follow":
         return _follow(arguments.output_dir, arguments.every)
     told = allocation.ask(_job())
@@ -67,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state=entry.state,
         reason=entry.reason if entry.state not in attempts.SPEAKS else _said(arguments.output_dir, entry),
         decision=entry.decision,
+        decided=entry.reason,
         step=entry.last_step,
         steps=reached["steps"] if reached else None,
         logs=arguments.logs,
@@ -88,6 +94,30 @@ def _said(output_dir: Path, entry: attempts.Attempt) -> str:
 def _job() -> str:
     """As scontrol takes it: an array's task, not the array."""
     return attempt_name().removeprefix("slurm-").rpartition(".")[0]
+
+
+def _size(name: str, overrides: list[str], env: Mapping[str, str]) -> list[str]:
+    """sbatch's options for a job of the size that a config asks for; none where it was asked for another size.
+
+    Raises:
+        UserError: anything wrong with the config.
+    """
+    config, _ = read_config(name, overrides)
+    nodes, gpus = config.cluster.nodes, config.cluster.gpus_per_node
+    given = [
+        word for word in ("SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_JOB_GPUS") if env.get(word)
+    ]
+    counted = bool(env.get(allocation.OWN))  # processes without GPUs, or a site that says how many
+    if int(env.get("SLURM_NNODES", "1")) > 1 or given or (nodes == 1 and counted):
+        return []
+    if env.get("SLURM_ARRAY_JOB_ID"):
+        raise UserError(
+            f"{name}: a task of an array cannot be given another size; tell sbatch --nodes and --gpus-per-node"
+        )
+    told = allocation.ask(_job())
+    options = [f"--nodes={nodes}", f"--job-name=sgt-{config.run.name}"]
+    options += [] if counted else [f"--gpus-per-node={gpus}"]
+    return [*options, *(f"--{option}={value}" for option, value in told.kept.items())]
 
 
 def _begin(name: str, overrides: list[str], nodes: int, shared: str, *, script: str, pid: int) -> int:

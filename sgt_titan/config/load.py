@@ -79,6 +79,8 @@ def find(name_or_path: str) -> Path:
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
+    if (own := Path(name_or_path, "config.yaml")).is_file():  # a run's directory: its own config
+        return own
     configs = available()
     name = name_or_path.removesuffix(".yaml").removeprefix("train_configs/")
     if name in configs:
@@ -349,6 +351,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             if not (isinstance(name, str) and isinstance(item, str)):
                 raise UserError(f"{where}.{name} must be a string, got {_repr.repr(item)}")
         return dict(value)
+    if where.endswith("data.source") and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return "\n".join(value)
     if hint is float:
         # YAML 1.1 reads 1e-3 (no dot) as a string.
         number = isinstance(value, int | float) and not isinstance(value, bool)

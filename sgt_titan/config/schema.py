@@ -25,9 +25,9 @@ PRESETS: dict[str, dict[str, float]] = {
     "mi": {"mi": 0.1},
     "mi_abs_cos": {"mi": 0.1, "abs_cos": 1.0},
     "mi_abs_cos_norm": {"mi": 0.1, "abs_cos": 1.0, "norm": 1.0},
-    "rate": {"rate": 0.08},
-    "rate_abs_cos": {"rate": 0.08, "abs_cos": 1.0},
-    "rate_abs_cos_norm": {"rate": 0.08, "abs_cos": 1.0, "norm": 1.0},
+    "rate": {"rate": 0.05},
+    "rate_abs_cos": {"rate": 0.05, "abs_cos": 1.0},
+    "rate_abs_cos_norm": {"rate": 0.05, "abs_cos": 1.0, "norm": 1.0},
 }
 
 
@@ -43,7 +43,8 @@ def section(cls: type, help: str) -> Any:
 
 @dataclass(kw_only=True)
 class Run:
-    name: str = opt("sgt", "Name of the run in logs and in the exported card.")
+    name: str = opt("sgt", "Name of the run in logs and in the exported card, and of its folder. Environment variables are "
+                           "expanded (sweep-${SLURM_ARRAY_TASK_ID}).")  # fmt: skip
     task: Literal["sgt", "finetune"] = opt(
         "sgt", "sgt: train a Stained Glass Transform against the frozen trunk. finetune: train the trunk itself on the "
                "next token, all but its norms (docs/CONJFORMER.md); `estimator` and `objective` are not used then, "
@@ -129,7 +130,7 @@ class Rate(Term):
 class Objective:
     preset: Literal["none", "comp_entr", "cos_sim", "abs_cos", "mi", "mi_abs_cos", "mi_abs_cos_norm", "rate", "rate_abs_cos",
                     "rate_abs_cos_norm"] = opt(
-        "mi_abs_cos_norm", "A row of the paper's Table I, or of this project's: sets the weights that are not given below.")  # fmt: skip
+        "rate", "A row of the paper's Table I, or of this project's: sets the weights that are not given below.")  # fmt: skip
     utility: Literal["ce", "kl"] = opt(
         "ce", "Eq. 3 between teacher and student logits. Same gradient; kl subtracts the teacher's entropy, so 0 is "
               "perfect. KL is always reported.")  # fmt: skip
@@ -154,15 +155,30 @@ class Objective:
 @dataclass(kw_only=True)
 class Data:
     source: str = opt("", "A preset (openorca, alpaca, tinystories, pupa, t0, flan_cot, demo), a hub dataset name, "
-                          "or a local JSONL/Parquet/Arrow/CSV file. Environment variables are expanded.")  # fmt: skip
-    subset: str = opt("", "Hub configuration name, when the dataset has several.")
-    split: str = opt("train", "Split of a hub dataset.")
+                          "or local files: one, a folder, a glob, a list of them, or an address (s3://, hf://, https://). JSONL, "
+                          "JSON, CSV, TSV, text (a row a line; all also .gz, .bz2, .zst), Parquet, Arrow. Environment "
+                          "variables are expanded.")  # fmt: skip
+    subset: str = opt("", "Hub configuration name, when the dataset has several; of a folder: the folder in it.")
+    split: str = opt(
+        "train", "Split of a hub dataset, of a saved DatasetDict, or of a folder whose files are named after splits."
+    )
     format: Literal["auto", "text", "instruction", "chat"] = opt(
         "auto", "text: one column; instruction: instruction/input/output columns (or those mapped to them); chat: a "
                 "list of {role, content}. auto: the preset's, else by the columns found.")  # fmt: skip
     columns: dict[str, str] = field(default_factory=dict, metadata={
-        "help": "Maps a field (text, system, instruction, input, output, messages, private) to its column; an empty name: "
-                "the field is not used. private marks private values (docs/TRAINING.md)."})  # fmt: skip
+        "help": "Maps a field (text, system, instruction, input, output, history, messages, tools, private; role and content "
+                "of a turn) to its column; an empty name: the field is not used. private marks private values "
+                "(docs/TRAINING.md)."})  # fmt: skip
+    roles: dict[str, str] = field(default_factory=dict, metadata={
+        "help": "Roles of your data as system, user, assistant or tool, beside the names that are known (human, gpt, "
+                "developer, observation, function_call, ...)."})  # fmt: skip
+    answers: Literal["last", "all"] = opt(
+        "last", "last: a conversation is one sample, whose response is its last answer. all: a sample an answer, each with "
+                "all that stands before it. Answers of weight 0 are in the prompt only.")  # fmt: skip
+    on_bad_row: Literal["skip", "stop"] = opt(
+        "skip", "A row that cannot be used (no JSON, a field missing, refused by the template): skipped and counted, with the "
+                "first ten named, or the end. A mark of a private value that is not in the text is always the end.")  # fmt: skip
+    max_bad_share: float = opt(0.05, "Rows that cannot be used, of all: more than this share is the end.")
     private: str = opt("", "Finders of private values (patterns, names, capitals, spacy:MODEL ...; by commas) that get "
                            "surrogates before anything else, as a client's do; empty: none (docs/PRIVATE_VALUES.md).")  # fmt: skip
     private_own: str = opt("", "YAML file of words, patterns and surrogates of your own, beside data.private.")
@@ -274,8 +290,9 @@ class Checkpoint:
 @dataclass(kw_only=True)
 class Metrics:
     log_every: int = opt(10, "Steps between log lines and TensorBoard points.")
-    tensorboard: bool = opt(True, "Write TensorBoard events to <output_dir>/tb.")
-    wandb: bool = opt(False, "Also log to Weights & Biases (WANDB_* variables).")
+    tensorboard: bool = opt(True, "Write TensorBoard events to <output_dir>/tb: one curve over all attempts.")
+    wandb: bool = opt(False, "Also log to Weights & Biases (WANDB_* variables), all attempts as one run. Refused without its "
+                             "package or a key.")  # fmt: skip
     probe_every: int = opt(100, "Steps between nearest-neighbour probes on held-out samples; 0: never.")
     probe_samples: int = opt(32, "Held-out samples in a probe, rounded up to whole pair groups (objective.mi_group).")
     progress: bool = opt(True, "A live progress line with ETA on a terminal.")

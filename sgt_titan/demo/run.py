@@ -23,6 +23,13 @@ OUT = Path("outputs") / "demo"
 ZERO_STEPS = 100
 RUN_FILE = "run.json"  # what training leaves in a directory of its own
 
+OWN = Path(__file__).parent / "private.yaml"
+# What goes through the whole client at the end; like the rest of the demo, it belongs to nobody.
+LETTER = (
+    "Hello, my name is Ella Nellakin. For a winter coat I paid $694.33 with card 4327 6736 5229 1676, order XS-863504. "
+    "Today your site sells it for less. Could you look into it?"
+)
+
 Execute = Callable[[Sequence[str]], int]
 
 
@@ -70,6 +77,12 @@ def run(out: Path, *, fresh: bool = False, overrides: Sequence[str] = (), execut
     report = ["report", str(export), "--trunk", "demo", "--data", "demo", "--json", str(out / "report.json")]
     report += ["--zero-steps", str(ZERO_STEPS)]
     if code := execute(report):
+        return code
+    letter = out / "letter.txt"
+    out.mkdir(parents=True, exist_ok=True)
+    letter.write_text(LETTER + "\n", encoding="utf-8")
+    readings = ["readings", str(export), str(letter), "--trunk", "demo", "--data", "demo", "--private-own", str(OWN)]
+    if code := execute(readings):
         return code
     print(closing(out, trained - began, time.monotonic() - trained))
     return 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sgt_titan.arguments import Parser
+from sgt_titan.config.door import split_words
+from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.evaluate import zero_argument
 
@@ -17,15 +20,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: as ``summarise``; a JSON file that cannot be written.
     """
     parser = Parser(prog="sgt-titan report", description="Print what an export costs and hides.", allow_abbrev=False)
-    parser.add_argument("export", metavar="EXPORT", help="an exported directory")
-    parser.add_argument("--trunk", metavar="PATH", required=True, help="directory of the trunk; demo: the shipped one")
-    parser.add_argument("--data", metavar="SOURCE", required=True, help="as data.source of a config")
+    parser.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
+    parser.add_argument(
+        "--trunk",
+        metavar="PATH",
+        help="directory of the trunk, or a config's name (default: the run's own)",
+    )
+    parser.add_argument("--data", metavar="SOURCE", help="as data.source, or a config's name (default: the run's)")
     parser.add_argument("--samples", type=int, default=128, help="held-out rows (default 128)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--examples", type=int, default=1, help="prompts to show in clear (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     zero_argument(parser)
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = split_words(parser, sys.argv[2:] if argv is None else argv)
+    settle(arguments)
     from transformers.utils.logging import disable_progress_bar
 
     from sgt_titan.evaluation.samples import data_config

@@ -16,6 +16,8 @@ from typing import Any
 
 from sgt_titan import __version__
 from sgt_titan.arguments import Parser, check_seed, http_url
+from sgt_titan.config.door import split_words
+from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
 
 ZERO_STEPS = 600
@@ -32,9 +34,13 @@ def parser() -> argparse.ArgumentParser:
         "docs/EVALUATION.md explains every number.",
         allow_abbrev=False,
     )
-    found.add_argument("export", metavar="EXPORT", help="an exported directory")
-    found.add_argument("--trunk", metavar="PATH", required=True, help="directory of the trunk; demo: the shipped one")
-    found.add_argument("--data", metavar="SOURCE", required=True, help="as data.source of a config")
+    found.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
+    found.add_argument(
+        "--trunk",
+        metavar="PATH",
+        help="directory of the trunk, or a config's name (default: the run's own)",
+    )
+    found.add_argument("--data", metavar="SOURCE", help="as data.source, or a config's name (default: the run's)")
     found.add_argument("--out", metavar="DIR", type=Path, help="default: EXPORT's folder, evaluation-SUITE")
     found.add_argument(
         "--suite", choices=("quick", "standard", "full"), default="quick", help="how much (default quick: minutes)"
@@ -72,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: bad options; an export, trunk or data that do not fit; a directory of another evaluation; more memory
             or time than given.
     """
-    arguments, overrides = parser().parse_known_args(argv)
+    arguments, overrides = split_words(parser(), sys.argv[2:] if argv is None else argv)
     checked(arguments)
+    settle(arguments)
     # Not before the words are known to be good: the first of these takes seconds.
     from transformers.utils.logging import disable_progress_bar
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sgt_titan.evaluation.benchmarks import at_chance, utility_pp
-from sgt_titan.evaluation.report import html, plots
+from sgt_titan.evaluation.report import html, plots, words
 from sgt_titan.evaluation.report.words import best_attack, number, percent, value
 
 Rows = Mapping[str, Mapping[str, Any]]  # objective -> results.json of its evaluation
@@ -49,15 +49,16 @@ def table_1(rows: Rows, clean: Mapping[str, Any] | None) -> Table:
     """Head and cells; published and ours alternate. ``clean``: benchmarks without obfuscation, where they were run."""
     head = ["objective", "", *COLUMNS_1, "kept", "KL", "best attacker reads", "by"]
     body = []
-    for name, published in TABLE_1.items():
-        body.append([name, "paper", *(_published(x) for x in published), "-", "-", "not measured", ""])
+    for name in dict.fromkeys([*TABLE_1, *rows]):  # after the paper's rows, those it does not have
+        if name in TABLE_1:
+            body.append([name, "paper", *map(_published, TABLE_1[name]), "-", "-", "not measured", ""])
         if name not in rows:
             continue
         sgt = rows[name]["mechanisms"]["sgt"]
         privacy, use, best = sgt.get("privacy") or {}, sgt.get("utility") or {}, best_attack(sgt)
         body.append(
             [
-                "",
+                "" if name in TABLE_1 else name,
                 "here",
                 _utility(clean, sgt.get("benchmarks")),
                 *(percent(privacy.get(key)) for key in PRIVACY_1),
@@ -128,7 +129,7 @@ def notes(rows: Rows, clean: Mapping[str, Any] | None) -> list[str]:
     found = [
         "paper: Llama 3.2 1B Instruct, OpenOrca, arXiv 2506.09452; its weights are not published. here: "
         + "; ".join(dict.fromkeys(_origin(results) for results in rows.values())),
-        "kept: share of the prompt's benefit to the response's perplexity that is left. MI: Algorithm 1, nats per feature, an "
+        f"{words.KEPT} MI: Algorithm 1, nats per feature, an "
         "upper bound. PAC-Adv: of one feature with prior 1/V. best attacker: the highest top-1 recovery of the battery, "
         "95% interval; the paper has no such column.",
     ]

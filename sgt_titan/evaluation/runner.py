@@ -23,12 +23,13 @@ from sgt_titan.evaluation.attacks import GUESSING, Attack
 from sgt_titan.evaluation.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.rotated import load_rotation
-from sgt_titan.evaluation.samples import MAX_ROWS, Padded, generator
+from sgt_titan.evaluation.samples import MAX_ROWS, Padded, Sample, generator
 from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
 from sgt_titan.evaluation.threat import Cost, grants, kind_of
 from sgt_titan.evaluation.world import World
 from sgt_titan.metrics.interval import Estimate
+from sgt_titan.transform import glow
 from sgt_titan.transform.chat_template import look
 
 CHOICE_ROWS = 256  # public rows that token dropping learns its choice on
@@ -254,7 +255,21 @@ class Evaluation:
         answers = utility.answers(
             setting.trunk, setting.tokenizer, shown, (nothing(), mechanism), generator(self.seed, setting.device)
         )
-        return {"prompts": prompts, "clean": answers[0], "obfuscated": answers[1]}
+        return {"prompts": prompts, "clean": answers[0], "obfuscated": answers[1], "revealed": self._revealed(shown)}
+
+    def _revealed(self, shown: Sequence[Sample]) -> list[dict[str, Any]]:
+        """Nats that one observation can tell of each token, and the text they belong to; nothing without a table."""
+        transform, found = self.setting.transform, []
+        for row in shown if transform.embed_tokens is not None else ():
+            ids_BT, mask_BT = (torch.from_numpy(a)[None].to(self.setting.device) for a in (row.ids, row.obfuscate))
+            nats_T = transform.rate(ids_BT, mask_BT, generator=generator(self.seed, self.setting.device))[0].tolist()
+            found.append(
+                {
+                    "pieces": glow.pieces(self.setting.tokenizer, row.ids.tolist()),
+                    "nats": [n if there else None for n, there in zip(nats_T, row.obfuscate.tolist(), strict=True)],
+                }
+            )
+        return found
 
     def _benchmark(self, mechanism: Mechanism, name: str) -> dict[str, Any]:
         from sgt_titan.evaluation.benchmarks import run_benchmarks
@@ -404,6 +419,7 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
                     "guesses": {key: part["reads"][i] for key, part in attacks.items()},
                     "answer_clean": shown["clean"][i],
                     "answer_obfuscated": shown["obfuscated"][i],
+                    **(dict(enumerate(shown.get("revealed") or ())).get(i) or {}),
                 }
                 for i, prompt in enumerate(shown["prompts"])
             ]

@@ -8,91 +8,38 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sgt_titan.arguments import Parser
 from sgt_titan.config.door import read_config, split_words
-from sgt_titan.config.load import HOW_IT_RUNS, dump, get, keys, load, parse_overrides
-from sgt_titan.config.schema import PRESETS, TERMS, Config
+from sgt_titan.config.load import dump, load, parse_overrides
+from sgt_titan.config.schema import PRESETS
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import benchmark_names
+from sgt_titan.evaluation.evaluate import benchmark_names, check_zero, zero_argument
+from sgt_titan.evaluation.grid import Execute, Step, command, execute, objective, shared_cache, training
 from sgt_titan.evaluation.parts import write
 from sgt_titan.folders import writable
 
-ROWS = tuple(PRESETS)  # Table I, in the paper's order
+ROWS = tuple(PRESETS)
+PAPER_ROWS = tuple(name for name, terms in PRESETS.items() if "rate" not in terms)  # Table I, in the paper's order
 PII_ROWS = ("mi", "abs_cos", "mi_abs_cos", "mi_abs_cos_norm")  # Table III
 REFERENCE = "mi_abs_cos_norm"  # the row whose evaluation carries the baselines, which are the same for all
-
-Execute = Callable[[Sequence[str]], int]
-
-RESOLVED = (-1, "auto", "")  # a run chooses for itself
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command, and the file that says it has been done. asked: the config of a training."""
-
-    words: tuple[str, ...]
-    done: Path
-    asked: Config | None = None
-
-    def is_done(self) -> bool:
-        """Whether the file is there and, of an evaluation, by this command: with another it goes on, or refuses.
-
-        Raises:
-            UserError: it is there from a training with another config.
-        """
-        if not self.done.is_file():
-            return False
-        if self.asked is None:
-            about = json.loads(self.done.read_text(encoding="utf-8")).get("about") or {}
-            return about.get("command") == command(self.words)
-        home, trained = self.done.parents[2], load(str(self.done.parents[1] / "config.yaml"))
-        for key in keys():
-            old, new = get(trained, key), get(self.asked, key)
-            if old != new and not key.startswith(HOW_IT_RUNS) and new not in RESOLVED:
-                raise UserError(
-                    f"{home}: was trained with --{key} {old}, not {new}; choose another --out, or delete it"
-                )
-        return True
-
-
-def objective(row: str) -> list[str]:
-    """Overrides that make a config's objective that of a row: terms the row does not have get no weight."""
-    words = ["--objective.preset", row]
-    for term in TERMS:
-        if term not in PRESETS[row]:
-            words += [f"--objective.{term}.weight", "0"]
-    return words
 
 
 def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]:
     """Everything to run, in order: row by row, so that an interruption leaves whole rows."""
     config, _ = read_config(arguments.config, overrides)
-    found = []
+    found, cache = [], shared_cache(config, overrides)
     for row in arguments.rows:
         home = arguments.out / row
         run, export = home / "run", home / "run" / "export"
-        words = [
-            "train",
-            arguments.config,
-            "--run.name",
-            row,
-            "--run.output_dir",
-            str(run),
-            *objective(row),
-            *overrides,
-        ]
-        asked, _ = read_config(arguments.config, [*objective(row), *overrides])
-        found.append(Step(tuple(words), export / "config.json", asked))
+        found.append(training(row, arguments.config, run, [*objective(row), *overrides, *cache]))
         measure = ["evaluate", str(export), "--trunk", config.trunk.path, "--suite", arguments.suite]
         measure += ["--seed", str(arguments.seed), *(["--no-baselines"] if row != REFERENCE else [])]
+        measure += ["--zero-steps", str(arguments.zero_steps)]
         if arguments.prompts:
             measure += ["--rows", str(arguments.prompts)]
         bench = ["--benchmarks", arguments.benchmarks] if arguments.benchmarks else []
@@ -104,17 +51,6 @@ def steps(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Step]
             other = ["--data", arguments.pii, "--out", str(home / "pii"), "--training.seq_len", length]
             found.append(Step((*measure, *other), home / "pii" / "results.json"))
     return found
-
-
-def command(words: Sequence[str]) -> str:
-    return shlex.join(["sgt-titan", *words])
-
-
-def execute(words: Sequence[str]) -> int:
-    """Run ``sgt-titan`` with ``words``; what it prints goes to the terminal."""
-    print(f"\n$ {command(words)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "sgt_titan.cli", *words], check=False).returncode
-    return code if code >= 0 else 128 - code
 
 
 def read(out: Path, rows: Sequence[str], folder: str) -> dict[str, Any]:
@@ -139,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("config", metavar="NAME", help="a config of train_configs/ or a YAML file")
     found.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/tables-NAME")
     found.add_argument(
-        "--rows", metavar="A,B", default=",".join(ROWS), help=f"rows of Table I (default {','.join(ROWS)})"
+        "--rows", metavar="A,B", default=",".join(PAPER_ROWS), help=f"presets (default Table I: {','.join(PAPER_ROWS)})"
     )
     found.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="of each evaluation")
     found.add_argument("--prompts", type=int, help="held-out prompts to attack, instead of the suite's number")
@@ -150,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--benchmark-dir", metavar="DIR", help="local copies of the benchmarks; default: from the hub")
     found.add_argument("--seed", type=int, default=0, help="of the evaluations (default 0)")
+    zero_argument(found)
     found.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
     return found
 
@@ -172,6 +109,7 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
         UserError: an unknown config, row or option.
     """
     arguments, overrides = split_words(parser(), sys.argv[2:] if argv is None else argv)
+    check_zero(arguments.zero_steps)
     arguments.rows = [row for row in arguments.rows.split(",") if row]
     if unknown := [row for row in arguments.rows if row not in ROWS]:
         raise UserError(f"--rows: {unknown[0]!r} is unknown; there are {', '.join(ROWS)}")

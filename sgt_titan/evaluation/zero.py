@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sgt_titan.arguments import Parser
-from sgt_titan.config.load import load, resolve
+from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import cache_dir, prepare
 from sgt_titan.errors import UserError
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=128, help="held-out rows to measure it on (default 128)")
     parser.add_argument("--kept", metavar="A,B", default="", help="percents by the zero without it, to be counted anew")
     zero_argument(parser)
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = split_words(parser, sys.argv[2:] if argv is None else argv)
     check_zero(arguments.zero_steps)
     if arguments.rows < 2:
         raise UserError(f"--rows must be at least 2, got {arguments.rows}")
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = [float(text) for text in arguments.kept.split(",") if text]
     except ValueError:
         raise UserError(f"--kept: give percents, as in 95.0,87.5, not {arguments.kept!r}") from None
-    config = resolve(load(arguments.config, overrides), world_size=None)
+    config, _ = read_config(arguments.config, overrides, trunk="weights")
     dataset = prepare(config, config.trunk.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trunk = load_trunk(config.trunk.path, device)

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any
 
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.door import split_words
+from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
-from .arithmetic import fewest_nodes, plan, prepared
-from .hardware import KINDS, NODE_MTBF_DAYS, gpu_name
-from .interval import saving
-from .report import SHIPPED, figures, summary, terminal
+from .arithmetic import Plan, fewest_nodes, plan, prepared
+from .goodput import Conditions
+from .hardware import (
+    KINDS,
+    LOAD_SECONDS,
+    NODE_MTBF_DAYS,
+    NOTICE_SECONDS,
+    PREFLIGHT_SECONDS,
+    REQUEUE_SECONDS,
+    gpu_name,
+)
+from .interval import DAY, Saving, saving
+from .report import SHIPPED, figures, goodput_lines, simulated, steps_of_run, summary, terminal
 
 MOST_NODES = 1024  # looked at for the fewest that fit
 
@@ -42,6 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--node-mtbf-days", type=float, default=NODE_MTBF_DAYS, metavar="D", help="mean days between "
                         "failures of one node (default %(default).0f, of Llama 3's training)")  # fmt: skip
+    parser.add_argument(
+        "--simulate", action="store_true", help="also live through the run under node failures, many times"
+    )
+    for name, default, text in (
+        ("notice", NOTICE_SECONDS, "from a failure until the attempt is known to be dead"),
+        ("requeue", REQUEUE_SECONDS, "in the queue"),
+        ("preflight", PREFLIGHT_SECONDS, "of the checks before training"),
+        ("start", LOAD_SECONDS, "from there to the first step"),
+    ):
+        parser.add_argument(
+            f"--{name}-seconds",
+            type=float,
+            default=default,
+            metavar="S",
+            help=f"simulated: {text} (default %(default)g)",
+        )
+    parser.add_argument(
+        "--days", type=float, metavar="D", help="simulated: training in all (default: the config's, or 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default 0)")
     parser.add_argument("--json", action="store_true", help="numbers instead of a page")
     arguments, overrides = split_words(parser, sys.argv[1:] if argv is None else argv)
     if arguments.name is None:
@@ -49,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{overrides[0]}: overrides need the NAME of a config")
         print(summary(SHIPPED))
         return 0
-    for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days"):
+    check_seed(arguments.seed)
+    seconds = ("notice_seconds", "requeue_seconds", "preflight_seconds", "start_seconds")
+    for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days", "days", *seconds):
         if (value := getattr(arguments, name)) is not None and not 0 < value < inf:
             raise UserError(f"--{name.replace('_', '-')}: {value} is no number above 0")
     words = list(overrides)
@@ -62,7 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     asynchronous = config.checkpoint.asynchronous
     saved = saving(found, config.cluster.nodes, arguments.node_mtbf_days, asynchronous=asynchronous)
     told = config, found, saved, arguments.rows, fewest
-    print(json.dumps(_strict(figures(*told)), indent=1) if arguments.json else terminal(*told))
+    good = None
+    if arguments.simulate:
+        if not found.gpu:
+            raise UserError("--simulate: how long a step takes is not known on CPUs; set cluster.gpu or give --gpu")
+        good = simulated(conditions(arguments, *told[:-1]), arguments.seed)
+    if arguments.json:
+        print(json.dumps(_strict(figures(*told) | ({"goodput": good} if good else {})), indent=1))
+    else:
+        print(terminal(*told) + ("\n\n" + goodput_lines(good) if good else ""))
     if not found.fits:
         least = f"{fewest} nodes hold it" if fewest else f"not even {MOST_NODES} nodes hold it at these degrees"
         raise UserError(
@@ -72,6 +113,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             "parallelism.tensor_parallel_degree"
         )
     return 0
+
+
+def conditions(arguments: Namespace, config: Config, found: Plan, saved: Saving, rows: int | None) -> Conditions:
+    """Of the config's own run; a step takes the geometric mean of the best and the worst."""
+    best, worst = found.seconds_range
+    step = (best * worst) ** 0.5
+    steps = steps_of_run(config, found, rows)
+    if arguments.days:
+        work = arguments.days * DAY
+    else:
+        work = steps * step if steps else 30 * DAY
+    return Conditions(
+        work=work,
+        mtbf=saved.mtbf,
+        interval=config.checkpoint.interval * step,
+        stall=saved.stall,
+        write=saved.write,
+        notice=arguments.notice_seconds,
+        requeue=arguments.requeue_seconds,
+        preflight=arguments.preflight_seconds,
+        start=arguments.start_seconds,
+    )
 
 
 def _strict(value: Any) -> Any:

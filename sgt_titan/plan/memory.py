@@ -10,10 +10,11 @@ from math import ceil
 from typing import Any
 
 from sgt_titan.config.schema import Config
-from sgt_titan.trunk.families import head_dim, kv_heads
+from sgt_titan.trunk.families import head_dim, kv_heads, mixtures, shared_width
 
 from .weights import (
     Degrees,
+    denoiser_weights,
     embedding_weights,
     end_weights,
     estimator_layers,
@@ -21,6 +22,7 @@ from .weights import (
     gathered_elements,
     head_weights,
     layer_weights,
+    prior_weights,
     shard_elements,
     stored_layers,
     total,
@@ -32,6 +34,7 @@ RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmen
 
 # Tensors of a step that grow with the batch, by number of copies; see the fields of Memory.
 LAYERS_IN_FLIGHT = 3  # FSDP2: the layer at work, its gather buffer, and the next one's
+DENOISER_COPIES = 6  # float32 (B, T, D): z beside what is sent, where it is noisy, g(z), and gradients
 TRANSFORM_COPIES = 18  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
 HIDDEN_COPIES = 5  # (B, T, D): both streams whole, their utility positions, and the student's gradient
@@ -84,15 +87,17 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         saved += trained_layers * size * 2 * tokens * width
     group = max(config.objective.mi_group, training.local_batch_size)
     pairs = PAIR_COPIES * group * own_tokens // training.local_batch_size
+    copies = TRANSFORM_COPIES + (DENOISER_COPIES if config.denoiser.layers else 0)
+    heads = [*head_weights(trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
     norm, lm_head = end_weights(trunk)
     # A tied table is gathered from the embedding to the loss, an lm_head of its own during the loss alone.
     tied = bool(trunk.get("tie_word_embeddings"))
     if degrees.gathers:
         in_flight = LAYERS_IN_FLIGHT * layer_gathered
-        stay_gathered = [norm, *head_weights(trunk), *([lm_head] if tied else [])]
+        stay_gathered = [norm, *heads, *([lm_head] if tied else [])]
     else:  # the estimator alone, cast to the type it computes in
         in_flight = size * total(gathered_elements, layer_weights(trunk, experts=False), degrees)
-        stay_gathered = head_weights(trunk)
+        stay_gathered = heads
     vocabulary = ceil(trunk["vocab_size"] / tp)
     chunk = training.loss_chunk_tokens or 1 << max(6, (CHUNK_LOGITS // vocabulary).bit_length() - 1)
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
@@ -108,7 +113,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         gathered=in_flight + size * (copied + total(gathered_elements, stay_gathered, degrees)),
         saved=saved,
         layer=size * _layer_passing(trunk, degrees, tokens) + (kept if recomputed else 0),
-        transform=FP32 * width * (TRANSFORM_COPIES * own_tokens + tokens + pairs),  # noise is drawn for whole rows
+        transform=FP32 * width * (copies * own_tokens + tokens + pairs),  # noise is drawn for whole rows
         logits=(size * gathered_elements(lm_head, degrees) if degrees.gathers and not tied else 0)
         + HIDDEN_COPIES * size * tokens * width
         + (3 * size + 3 * FP32) * min(chunk, tokens) * vocabulary,
@@ -117,8 +122,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
 
 def _kinds(trunk: dict[str, Any]) -> set[bool]:
     """Whether there are layers without experts (False) and with them (True)."""
-    dense = trunk.get("first_k_dense_replace", trunk["num_hidden_layers"])
-    return {index >= dense for index in (0, trunk["num_hidden_layers"] - 1)}
+    return set(mixtures(trunk))
 
 
 def _layer_kept(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens: int, experts: bool) -> int:
@@ -141,7 +145,7 @@ def _layer_kept(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens
     # With expert parallelism each tensor-parallel rank routes its own tokens; spread evenly, it receives as many.
     routed_tokens = top * (own_tokens if degrees.ep > 1 else tokens)
     routed = routed_tokens * (6 * width + 3 * hidden // (1 if degrees.ep > 1 else tp))
-    return ends + routed + tokens * (attention + 3 * hidden * trunk["n_shared_experts"] // tp)
+    return ends + routed + tokens * (attention + 3 * shared_width(trunk) // tp)
 
 
 def _layer_passing(trunk: dict[str, Any], degrees: Degrees, tokens: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from sgt_titan.config.schema import Config
 
 from .arithmetic import Plan, from_name
+from .goodput import RUNS, Conditions, knobs, needed_mtbf, simulate
 from .hardware import EXPOSED_RANGE, HFU_RANGE, LINK_RANGE, START_SECONDS, STORAGE
 from .interval import DAY, Saving
 from .memory import Memory
@@ -116,6 +117,54 @@ def terminal(config: Config, plan: Plan, found: Saving, rows: int | None, fewest
     return "\n".join(lines)
 
 
+KNOBS = {
+    "mtbf": "half as many failures",
+    "interval": "saving twice as often",
+    "stall": "a save that holds up half as long",
+    "write": "a save on disk in half the time",
+    "notice": "noticing in half the time",
+    "requeue": "half the time in the queue",
+    "preflight": "checks in half the time",
+    "start": "a start in half the time",
+}
+
+
+def simulated(c: Conditions, seed: int) -> dict[str, Any]:
+    """Goodput of many simulated runs, what would raise it, and what 99% needs."""
+    found = simulate(c, seed=seed)
+    needed = needed_mtbf(c, 0.99, seed=seed)
+    return {
+        "conditions": asdict(c),
+        **asdict(found),
+        "gain_of_twice_as_good": dict(knobs(c, seed=seed)),
+        "mtbf_for_99_percent": needed,
+        "seed": seed,
+        "runs": RUNS,
+    }
+
+
+def goodput_lines(good: dict[str, Any]) -> str:
+    """The same for people."""
+    c, gains = good["conditions"], good["gain_of_twice_as_good"]
+    share = f"{good['mean']:.2%} of the time; 90% of runs from {good['low']:.2%} to {good['high']:.2%}"
+    needed, have = good["mtbf_for_99_percent"], c["mtbf"]
+    if needed is None:
+        target = "no rate of failures reaches it: saves and the first start alone cost more"
+    else:
+        verdict = "reached" if have >= needed else "not reached"
+        target = f"a failure every {needed / 3600:,.1f} h at most, these nodes have {have / 3600:,.1f}: {verdict}"
+    facts = [
+        ("goodput", share),
+        (
+            "work done again",
+            f"{good['lost']:.2%}, over {good['attempts']:.1f} attempts; {good['in_vain']:.1%} of them in vain",
+        ),
+        *((f"  {KNOBS[name]}", f"{gain:+.2%}") for name, gain in list(gains.items())[:4]),
+        ("99% needs", target),
+    ]
+    return "\n".join([f"Goodput, {good['runs']} simulated runs of {c['work'] / DAY:.1f} days", *_aligned(facts)])
+
+
 def _aligned(facts: Iterable[tuple[str, str]]) -> list[str]:
     return [f"  {name:<30} {text}" for name, text in facts]
 
@@ -151,6 +200,7 @@ def _assumed(plan: Plan) -> list[str]:
         f"{gpu.network / GB:.0f} GB/s (network),",
         f"{EXPOSED_RANGE[0]:.0%} to {EXPOSED_RANGE[1]:.0%} of their time not hidden; storage {STORAGE / GB:.0f} GB/s a "
         f"node; {START_SECONDS / 60:.0f} min from a failure to the next first step.",
+        f"GPU: {gpu.source}.",
         "Not measured on GPUs; docs/MEMORY.md says how far the memory is to be trusted.",
     ]
 

@@ -12,7 +12,7 @@ Pure text: no torch, no network.
 from __future__ import annotations
 
 from sgt_titan.private.conversation import Conversation, Hidden, Replaced, Unit
-from sgt_titan.private.policy import Private
+from sgt_titan.private.policy import Private, parse_marks
 from sgt_titan.private.restore import Literal, Restorer, restore, restore_json
 from sgt_titan.private.spans import Span
 
@@ -25,6 +25,7 @@ __all__ = [
     "Restorer",
     "Span",
     "Unit",
+    "parse_marks",
     "restore",
     "restore_json",
 ]

@@ -20,7 +20,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.private import dates, surrogates, tables
 from sgt_titan.private.draws import Draw, key_check
 from sgt_titan.private.restore import Literal, Restorer
-from sgt_titan.private.spans import Finder, Span, bounded, check_marks, find, plain, settle
+from sgt_titan.private.spans import Finder, Span, alternation, bounded, check_marks, cover, find, plain, settle
 from sgt_titan.private.surrogates import KINDS, ORDER, Kind, as_cased, folded, only_digits
 
 ATTEMPTS = 512
@@ -34,9 +34,9 @@ class Unit:
     """A value and what stands for it, both in canonical form; ``value`` as it was first written."""
 
     kind: str
-    norm: str
-    value: str
-    surrogate: str
+    norm: str = field(repr=False)
+    value: str = field(repr=False)
+    surrogate: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Replaced:
     """An occurrence: ``span`` of the text, and ``at`` of the text that is sent."""
 
     span: Span
-    value: str
-    surrogate: str
+    value: str = field(repr=False)
+    surrogate: str = field(repr=False)
     at: int
 
 
@@ -72,7 +72,9 @@ class Conversation:
         self._units: dict[tuple[str, str], Unit] = {}
         self._counts: dict[str, int] = {}
         self._taken: set[str] = set()
+        self._forms: tuple[int, dict[str, str], re.Pattern[str] | None] | None = None
         self._seen = ""  # every text so far, folded
+        self._digits = ""  # and its digits
         self._occurrences: dict[str, Literal] = {}
         # A further wish of (value, surrogate), given up after half of the attempts. An answer that depends on more of
         # the value than is said in docs/PRIVATE_VALUES.md is the caller's to state.
@@ -102,12 +104,16 @@ class Conversation:
         found = []
         for text, own in zip(texts, marked, strict=True):
             spans = settle([*find(text, self._finders), *self._surrogates_in(text)], own)
-            self._seen += "\n" + folded(plain(text)[0])
+            self._see(text)
             self._add(text, spans)
             found.append(spans)
         # Only now: a value that a later message gave away is replaced in the earlier ones as well.
         return [self._replaced(text, settle([*spans, *self._known_in(text, spans)], own))
                 for text, spans, own in zip(texts, found, marked, strict=True)]  # fmt: skip
+
+    def _see(self, text: str) -> None:
+        new = folded(plain(text)[0])
+        self._seen, self._digits = f"{self._seen}\n{new}", self._digits + only_digits(new)
 
     def apply(self, text: str) -> str:
         """Known values replaced, nothing looked for: what else goes with a request, as a stop string."""
@@ -124,10 +130,12 @@ class Conversation:
         for name in same:
             if (name, norm) in self._units:
                 return self._units[name, norm]
-        card = next((u for (k, n), u in self._units.items() if k == "card" and n.endswith(norm)), None)
+        card = None
+        if kind == "card_end":
+            card = next((u for (k, n), u in self._units.items() if k == "card" and n.endswith(norm)), None)
         if kind == "email":
             surrogate = self._email(text)
-        elif kind == "card_end" and card is not None:
+        elif card is not None:
             surrogate = card.surrogate[-4:]
         else:
             surrogate = self._draw(kind, text, norm)
@@ -159,7 +167,7 @@ class Conversation:
         if kind == "date":
             return all(form not in self._seen for form in _date_forms(found))
         digits = only_digits(found)
-        return found not in self._seen and not (kind in _DIGIT_KINDS and digits in only_digits(self._seen))
+        return found not in self._seen and not (kind in _DIGIT_KINDS and digits in self._digits)
 
     def _shape(self, kind: str, text: str, norm: str) -> str:
         """A date also goes between its neighbours; a card ends as what is known to be its end does."""
@@ -248,19 +256,25 @@ class Conversation:
 
     def _known_in(self, text: str, found: Sequence[Span]) -> Iterator[Span]:
         """Occurrences of known values that no finder found, by their forms."""
-        covered = [range(span.start, span.stop) for span in found]
-        forms: dict[str, str] = {}
-        for unit in self._units.values():
-            if unit.kind in self._kinds and unit.kind != "initial":
-                for form in self._value_forms(unit):
-                    forms.setdefault(form, _outer(unit.kind))
-        if not forms:
+        covered, (forms, pattern) = cover(found, len(text)), self._known()
+        if pattern is None:
             return
         searched, origin = plain(text)
-        for match in re.finditer("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), searched):
+        for match in pattern.finditer(searched):
             start, stop = origin[match.start()], origin[match.end() - 1] + 1
-            if bounded(searched, *match.span()) and not any(start < r.stop and r.start < stop for r in covered):
+            if bounded(searched, *match.span()) and covered.find(1, start, stop) < 0:
                 yield Span(start, stop, forms[match[0]])
+
+    def _known(self) -> tuple[dict[str, str], re.Pattern[str] | None]:
+        """Forms of the known values with their kinds, and an expression for them; made anew when there are more."""
+        if self._forms is None or self._forms[0] != len(self._units):
+            forms: dict[str, str] = {}
+            for unit in self._units.values():
+                if unit.kind in self._kinds and unit.kind != "initial":
+                    for form in self._value_forms(unit):
+                        forms.setdefault(form, _outer(unit.kind))
+            self._forms = len(self._units), forms, alternation(forms) if forms else None
+        return self._forms[1:]
 
     def _value_forms(self, unit: Unit) -> Iterable[str]:
         value = plain(unit.value)[0]
@@ -278,6 +292,8 @@ class Conversation:
         for unit in list(self._units.values()):
             if unit.kind in self._kinds and unit.kind not in ("initial", "card_end"):
                 for form in {unit.surrogate, unit.surrogate.upper(), unit.surrogate.lower()}:
+                    if form not in text:
+                        continue
                     for match in re.finditer(re.escape(form), text):
                         if bounded(text, *match.span()):
                             yield Span(*match.span(), _outer(unit.kind))

@@ -7,12 +7,14 @@ wins, and never inside a word. A stream holds back what could still become one, 
 from __future__ import annotations
 
 import json
-import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sgt_titan.private.spans import bounded
+from sgt_titan.private.spans import alternation, bounded
+
+SURE = 4  # letters that are looked at before a whole beginning is compared
 
 
 class Literal(NamedTuple):
@@ -30,10 +32,10 @@ class Restorer:
 
     def __init__(self, literals: Mapping[str, Literal], traces: Mapping[str, str] | None = None):
         self._literals, self._traces = literals, traces or {}
-        ordered = sorted(literals, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
-        self._beginnings = {literal[:k] for literal in literals for k in range(1, len(literal) + 1)}
-        self._longest = max(map(len, ordered), default=0)
+        self._pattern = alternation(literals) if literals else None
+        self._sorted = sorted(literals)
+        self._starts = {literal[:k] for literal in literals for k in range(1, SURE + 1)}
+        self._longest = max(map(len, literals), default=0)
         self._text = ""
         self._at = 0  # of _text, before which everything was shown; one character stays, to see where words begin
         self._clear: list[str] = []
@@ -69,9 +71,15 @@ class Restorer:
     def _undecided(self) -> int:
         """Where the earliest end of the text begins that is the beginning of a literal, or a whole one."""
         for start in range(max(self._at, len(self._text) - self._longest), len(self._text)):
-            if self._text[start:] in self._beginnings and (start == 0 or bounded(self._text, start, len(self._text))):
+            if self._text[start : start + SURE] in self._starts and self._begins(start):
                 return start
         return len(self._text)
+
+    def _begins(self, start: int) -> bool:
+        end = self._text[start:]
+        at = bisect_left(self._sorted, end)
+        fits = at < len(self._sorted) and self._sorted[at].startswith(end)
+        return fits and (start == 0 or bounded(self._text, start, len(self._text)))
 
     def _match(self, hold: int) -> tuple[int, int] | None:
         """The first literal that begins before ``hold``."""

@@ -6,6 +6,7 @@ soft hyphens and other invisible characters, so that a card number in full-width
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,20 +47,25 @@ def settle(spans: Iterable[Span], first: Iterable[Span] = ()) -> list[Span]:
 
     No character that anybody found is left out.
     """
-    kept: list[Span] = sorted(first)
-    for span in sorted(spans, key=lambda s: s.start - s.stop):
-        pieces = [span]
-        for other in kept:
-            pieces = [rest for piece in pieces for rest in _without(piece, other)]
-        kept += pieces
+    kept, spans = sorted(first), sorted(spans, key=lambda s: s.start - s.stop)
+    covered = cover(kept, max((span.stop for span in [*kept, *spans]), default=0))
+    for span in spans:
+        start = covered.find(0, span.start, span.stop)
+        while start >= 0:
+            stop = covered.find(1, start, span.stop)
+            stop = span.stop if stop < 0 else stop
+            kept.append(Span(start, stop, span.kind))
+            start = covered.find(0, stop, span.stop)
+        covered[span.start : span.stop] = b"\1" * (span.stop - span.start)
     return sorted(kept)
 
 
-def _without(span: Span, other: Span) -> list[Span]:
-    if other.stop <= span.start or span.stop <= other.start:
-        return [span]
-    left, right = Span(span.start, other.start, span.kind), Span(other.stop, span.stop, span.kind)
-    return [rest for rest in (left, right) if rest.start < rest.stop]
+def cover(spans: Iterable[Span], size: int) -> bytearray:
+    """1 for every character of a span."""
+    covered = bytearray(size)
+    for span in spans:
+        covered[span.start : span.stop] = b"\1" * (span.stop - span.start)
+    return covered
 
 
 def check_marks(spans: Iterable[Span], text: str, where: str) -> list[Span]:
@@ -84,6 +90,18 @@ def bounded(text: str, start: int, stop: int) -> bool:
     """Whether ``start..stop`` does not cut a word: no letter or digit of the same sort goes on at either end."""
     left = start > 0 and _joined(text[start - 1], text[start])
     return not left and not (stop < len(text) and _joined(text[stop - 1], text[stop]))
+
+
+def alternation(literals: Iterable[str]) -> re.Pattern[str]:
+    """An expression for any of the literals, of those that fit at a place the longest.
+
+    By their first letters: an engine tries the branches of an alternation one by one, and there may be thousands.
+    """
+    groups: dict[str, list[str]] = {}
+    for literal in sorted(literals, key=len, reverse=True):
+        groups.setdefault(literal[:3], []).append(literal[3:])
+    heads = sorted(groups, key=len, reverse=True)  # whole literals of one or two letters come after all that go on
+    return re.compile("|".join(f"{re.escape(head)}(?:{'|'.join(map(re.escape, groups[head]))})" for head in heads))
 
 
 def _joined(a: str, b: str) -> bool:

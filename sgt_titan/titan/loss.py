@@ -110,14 +110,6 @@ class SGTLoss(BaseLoss):
             mi_offset = mi_offset / counts.rows
             return loss / counts.rows
 
-        computed = {
-            "mi": mutual_information,
-            "abs_cos": lambda: per_token(absolute_cosine(pred.x_BTD, pred.x_tilde_BTD)),
-            "norm": lambda: per_token(norm_deviation(pred.x_BTD, pred.mean_BTD, median_norm)),
-            "comp_entr": lambda: per_token(component_entropy(pred.log_std_BTD)),
-            "cos_sim": lambda: per_token(cosine(pred.x_BTD, pred.x_tilde_BTD)),
-            "rate": lambda: per_token(rate_BT * price_BT),
-        }
         with torch.set_grad_enabled(weights["rate"] != 0 and torch.is_grad_enabled()):
             rate_BT = pred.rate_BT
             if rate_BT is None:
@@ -126,6 +118,14 @@ class SGTLoss(BaseLoss):
         price_BT = 1.0
         if private_BT is not None and objective.rate.private != 1:
             price_BT = 1 + (objective.rate.private - 1) * private_BT[:, part]
+        computed = {
+            "mi": mutual_information,
+            "abs_cos": lambda: per_token(absolute_cosine(pred.x_BTD, pred.x_tilde_BTD)),
+            "norm": lambda: per_token(norm_deviation(pred.x_BTD, pred.mean_BTD, median_norm)),
+            "comp_entr": lambda: per_token(component_entropy(pred.log_std_BTD)),
+            "cos_sim": lambda: per_token(cosine(pred.x_BTD, pred.x_tilde_BTD)),
+            "rate": lambda: per_token(rate_BT * price_BT),
+        }
         values, obfuscation = {}, torch.zeros((), device=cross_entropy.device)
         for name, compute in computed.items():
             with torch.set_grad_enabled(weights[name] != 0 and torch.is_grad_enabled()):

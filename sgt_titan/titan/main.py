@@ -12,6 +12,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 from sgt_titan.checkpoint import latest_committed, step_of
 from sgt_titan.cluster import status
+from sgt_titan.cluster.notice import EXIT_STOPPED
 from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
@@ -20,8 +21,6 @@ from .config import to_trainer_config
 from .optimizer import NonFiniteError
 from .startup import check_output_dir, finish, rank
 from .timeline import Timeline
-
-EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: asked to stop, saved, to be started again
 
 
 def run(config: Config) -> int:

@@ -217,8 +217,8 @@ def model_card(config: SGTConfig, summary: Mapping[str, Any], licence: str | Non
         "name": _show(summary.get("name") or "sgt"),
         "trunk": trunk,
         "what": _wrap(
-            "Turns token embeddings into obfuscated ones on the client: `x~ = x + mu(x) + sigma(x) * eps`, with fresh "
-            f"noise every time (arXiv 2506.09452). The server runs the unchanged {trunk} on `x~` and is not sent the "
+            "Turns token embeddings into obfuscated ones on the client: `x~ = x + mu(x) + sigma(x) * eps` (arXiv "
+            f"2506.09452){_denoiser_line(config)}. The server runs the unchanged {trunk} on `x~` and is not sent the "
             f"token ids of the obfuscated positions. {_estimator_line(config)} Written by sgt_titan {__version__}."
         ),
         "inputs": "input_ids" if config.embeddings else "inputs_embeds",
@@ -266,7 +266,8 @@ embeddings = transform.transform({inputs}, mask)
   can train a model to invert it, and such attacks can recover far more than nearest neighbours do. Measure with them.
 - Generated tokens are always in the clear: the server produces them. So are the length of the prompt, the template
   tokens that are not obfuscated, and anything the answer repeats.
-- Sending the same prompt many times lets the server average the noise away.
+- Sending the same prompt many times with fresh noise lets the server average the noise away; the client holds its noise
+  unless told otherwise (`sgt_titan.client`), `transform` here draws it anew.
 - It only fits the trunk and tokenizer below.
 
 ## Training
@@ -301,6 +302,10 @@ def _estimator_line(config: SGTConfig) -> str:
     )
 
 
+def _denoiser_line(config: SGTConfig) -> str:
+    return f", cleaned up by a denoiser of {config.denoiser_layers} layers" if config.denoiser_layers else ""
+
+
 def _licence_note(trunk: str, licence: str | None, embeddings: bool) -> str:
     part = "contains the embedding table of" if embeddings else "was trained against"
     state = f"whose licence is stated as `{licence}`" if licence else "whose licence could not be determined here"
@@ -318,6 +323,7 @@ def _summary_rows(config: SGTConfig, summary: Mapping[str, Any]) -> list[tuple[s
         "tokens": "Tokens, padding included",
         "objective": "Objective weights",
         "losses": "Final losses",
+        "rate": "Rate: what one observation tells at most (training data)",
         "kl": "KL to the clean trunk, nats per token",
         "agreement": "Top-1 agreement with the clean trunk",
         "nn_fr": "Nearest-neighbour failure rate (probe)" + (f", {positions} positions" if positions else ""),

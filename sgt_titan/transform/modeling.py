@@ -422,6 +422,11 @@ def check_checkpoint(directory: Path, config: SGTConfig) -> None:
                 for name in handle.keys():  # noqa: SIM118
                     tensor = handle.get_tensor(name)
                     check_finite(name, tensor, str(file))
+                    if name == "prior.log_frequency" and abs(float(tensor.double().logsumexp(0))) > 0.05:
+                        raise UserError(
+                            f"{file}: prior.log_frequency is no distribution over the {config.vocab_size} tokens; the "
+                            "prior was fitted on other tokens than this export's, train it again"
+                        )
                     if name == "embed_tokens.weight":
                         _check_embeddings(tensor, config, file)
                     elif "weights" in config.fingerprints:

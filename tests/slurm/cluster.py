@@ -63,7 +63,7 @@ ReturnToService=1
 SlurmdTimeout=5
 TCPTimeout=1
 MessageTimeout=5
-KillWait=12
+KillWait=30
 MinJobAge=3600
 GresTypes=gpu
 {nodes}

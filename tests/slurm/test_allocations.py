@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from conftest import ROOT
 
 import launch
 from sgt_titan.cluster import attempts, preflight, progress, status
@@ -142,3 +143,23 @@ def test_a_job_that_is_cancelled_says_so(cluster, submit):
     log = job_log(run)
     assert run.attempts[0].decision == "stop" and run.attempts[0].reason.startswith("cancelled (scancel)")
     assert "torch.distributed.run" not in log and "requeue," not in log
+
+
+def test_a_config_of_one_s_own(cluster, submit, home):
+    """``sbatch launch/any.sh mine.yaml``: two nodes, as the config says, from a folder that is not the checkout."""
+    run = submit(options=("--hold",))  # for its directory and its words
+    words = (run.folder / "command").read_text().split()
+    cluster.call("scancel", str(run.jobs[0]))
+    mine = home / "mine.yaml"
+    mine.write_text("extends: small.yaml\ncluster: {nodes: 2}\n")
+    env = {"SGT_SITE": str(home / "site.env"), "SGT_PREFLIGHT": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"SGT_TEST_FOLDER": str(run.folder), "SGT_TEST_FAULT": "{}"}
+    script = str(ROOT / "launch" / "any.sh")
+    out = f"--output={run.folder}/job-%j.log"
+    first = cluster.call("sbatch", "--parsable", "--time=30", out, "--chdir=/tmp", script, str(mine), *words, env=env)
+    cluster.wait_state(int(first), "COMPLETED", seconds=120)
+    run.jobs.append(int(re.findall(r"Submitted batch job (\d+)", job_log(run))[0]))
+    run.until(lambda: run.attempts, "the job has begun", 120)
+    assert cluster.job(run.jobs[-1])["NumNodes"] == "2" and cluster.job(run.jobs[-1])["TimeLimit"] == "00:30:00"
+    run.finish()
+    assert run.attempts[0].nodes == 2

@@ -20,19 +20,21 @@ MAY_IMPORT = {
     "config": {"errors", "trunk"},
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "folders", "objectives", "trunk"},
+    "transform": {"errors", "folders", "arguments", "objectives", "trunk"},
     "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
     "demo": {"errors"},
     "data": {"errors", "config", "transform", "trunk", "demo", "private"},
     "export": {"errors", "config", "transform", "trunk", "checkpoint"},
-    "conjformer": {"errors", "folders", "arguments", "transform", "trunk"},
+    "outgoing": {"errors", "arguments"},
+    "conjformer": {"errors", "folders", "arguments", "outgoing", "transform", "trunk"},
     "plan": {"errors", "arguments", "config", "trunk"},
     "evaluation": {
         "errors",
         "folders",
         "arguments",
+        "outgoing",
         "config",
         "trunk",
         "transform",
@@ -42,8 +44,8 @@ MAY_IMPORT = {
         "conjformer",
         "private",
     },
-    "client": {"errors", "arguments", "transform", "metrics", "private"},
-    "serving": {"errors", "arguments", "client"},
+    "client": {"errors", "arguments", "outgoing", "transform", "metrics", "private"},
+    "serving": {"errors", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
         "config",
@@ -59,8 +61,21 @@ MAY_IMPORT = {
     "train": {"errors", "folders", "config", "cluster", "titan"},
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "cli": {"errors", "arguments", "config", "data", "export", "train", "evaluation", "plan", "doctor", "client"}
-    | {"serving", "conjformer"},
+    "readings": {"errors", "arguments", "client", "private", "evaluation", "data"},
+    "cli": {
+        "errors",
+        "arguments",
+        "config",
+        "data",
+        "export",
+        "train",
+        "evaluation",
+        "plan",
+        "doctor",
+        "client",
+        "readings",
+    }
+    | {"serving", "conjformer", "cluster", "transform"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 

@@ -27,6 +27,34 @@ def test_this_machine(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_trunk_below_a_variable_that_is_not_set(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("SGT_TRUNKS", raising=False)
+    assert doctor.main(["llama3_1b", "--run.output_dir", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "trunk.path: environment variable SGT_TRUNKS is not set" in printed and "trunk            not known" in printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fits"),
+    [
+        ("GLOO_SOCKET_IFNAME", "ib0", False),
+        ("GLOO_SOCKET_IFNAME", "eth0", True),
+        ("GLOO_SOCKET_IFNAME", "eth", False),
+        ("NCCL_SOCKET_IFNAME", "eth", True),  # a prefix
+        ("NCCL_SOCKET_IFNAME", "=eth", False),
+        ("NCCL_SOCKET_IFNAME", "^lo", True),
+        ("NCCL_SOCKET_IFNAME", "ib,lo", True),
+    ],
+)
+def test_a_network_interface_that_is_not_here(variable, value, fits):
+    if fits:
+        return doctor.check_interfaces({variable: value}, ["lo", "eth0"])
+    with pytest.raises(RuntimeError, match=f"{variable}={value}: no such interface; here are lo, eth0"):
+        doctor.check_interfaces({variable: value}, ["lo", "eth0"])
+
+
 def test_a_damaged_trunk_is_a_finding(capsys, tmp_path):
     trunk = tmp_path / "trunk"
     trunk.mkdir()

@@ -1,6 +1,7 @@
 """Folders that cannot be made or written, before anything is."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,13 @@ def test_a_file_in_the_way(tmp_path):
                 UserError, match=f"^--out: {path} cannot be made: {tmp_path / name} is not a directory$"
             ):
                 writable(path, "--out")
+
+
+def test_a_read_only_mount_is_not_a_matter_of_permission(tmp_path, monkeypatch):
+    mounted = SimpleNamespace(f_flag=os.ST_RDONLY)
+    monkeypatch.setattr(os, "statvfs", lambda path: mounted)
+    with pytest.raises(UserError, match=f"{tmp_path}/a cannot be written: {tmp_path} is on a read-only file system$"):
+        writable(tmp_path / "a", "--out")
 
 
 def test_no_permission(tmp_path, monkeypatch):

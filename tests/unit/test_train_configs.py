@@ -21,7 +21,7 @@ from sgt_titan.plan import SHIPPED, from_name, plan, summary
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "train_configs"
-CPU_CONFIGS = ("demo", "stories3m")
+CPU_CONFIGS = ("demo", "demo_settled", "stories3m")
 needs_assets = pytest.mark.skipif(not os.environ.get("SGT_TITAN_ASSETS"), reason="SGT_TITAN_ASSETS is not set")
 NAMES = [
     pytest.param(name, marks=[pytest.mark.assets, needs_assets] if name == "stories3m" else [])
@@ -187,13 +187,15 @@ def test_plan_of_one_config_by_hand():
     width, hidden, vocabulary = 8192, 28672, 128256
     layer = 2 * width * width + 2 * width * 1024 + 3 * width * hidden + 2 * width
     assert result.trunk_parameters == 80 * layer + 2 * vocabulary * width + width
-    assert result.estimator_parameters == 2 * layer + width + 2 * (width * width + width)
+    estimator = 2 * layer + width + 2 * (width * width + width)
+    denoiser = 2 * layer + width + (width * width + width) + width
+    assert result.estimator_parameters == estimator + denoiser
     assert result.checkpoint_bytes == 12 * result.estimator_parameters
     assert result.layer_gathered == 2 * ((layer - 2 * width) // 8 + 2 * width)
-    assert result.memory.saved == 82 * 2 * (8 * 2048 * width) // 8
+    assert result.memory.saved == 84 * 2 * (8 * 2048 * width) // 8
     assert (result.microbatches, result.tokens_per_step) == (1, 512 * 2048)
     matmul = 80 * layer + vocabulary * width + width + result.estimator_parameters
-    work = 6 * matmul + 2 * (80 + 2) * layer  # all layers are recomputed, lm_head and the heads are not
+    work = 6 * matmul + 2 * (80 + 4) * layer  # all layers are recomputed, lm_head and the heads are not
     assert (result.model_flops_per_token, result.hardware_flops_per_token) == (6 * matmul, work)
     assert result.seconds_per_step == pytest.approx(work * 512 * 2048 / (512 * 312e12 * 0.4))
 
@@ -242,7 +244,7 @@ def _facts(name: str) -> dict:
             "estimator_parameters": sum(p.numel() for p in model.estimator.parameters()),
             "model_flops": model_flops_per_token(model),
             "hardware_flops": hardware_flops_per_token(model, full_recompute=recomputed),
-            "blocks": len(model.trunk.layers) + sum(len(body.layers) for body in model.estimator.bodies),
+            "blocks": len(model.trunk.layers) + sum(len(body.layers) for body in model.estimator.every_body()),
         }
         parallelize(model, trainer, dims)
 

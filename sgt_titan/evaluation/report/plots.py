@@ -16,6 +16,7 @@ from sgt_titan.evaluation.report.words import CLASSES, Results, best_attack, val
 # Okabe and Ito's palette, without black and yellow, which vanish on one of the two backgrounds.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#888888"
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def figure(draw: Callable[[Any], None], *, width: float = 7.2, height: float = 3.4, columns: int = 1) -> str:

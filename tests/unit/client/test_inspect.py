@@ -5,7 +5,7 @@ import pytest
 
 from sgt_titan import cli
 from sgt_titan.client import Prompt, StainedGlassTransform, read_nearest
-from sgt_titan.client.inspect import best_attacker
+from sgt_titan.client.inspect import best_attacker, revealed
 from sgt_titan.errors import UserError
 
 TEXT = "the dragon sleeps"
@@ -42,6 +42,31 @@ def test_noise_is_not(chat_trunk, tmp_path):
     nothing = Prompt(prompt.ids, prompt.mask & False)
     reading = read_nearest(loud, nothing, loud.encode(nothing))
     assert reading.hidden == 0 and reading.share != reading.share and reading.text == "<s>" + TEXT
+
+
+def test_what_is_revealed(clear, chat_trunk, tmp_path):
+    """An identity tells every token; noise like the prior tells far less; what is sent in clear has no price."""
+    from tests.serving_kit import make_export
+
+    prompt = clear.prompt(TEXT)
+    told = revealed(clear, prompt)
+    assert "".join(told.pieces) == "<s>" + TEXT and told.nats[0] is None
+    assert min(told.nats[1:]) > told.log_vocab and told.total == pytest.approx(sum(told.nats[1:]))
+    loud = StainedGlassTransform.from_pretrained(make_export(chat_trunk, tmp_path / "loud", std=1.0))
+    assert revealed(loud, prompt).total < told.total / 10
+
+
+def test_the_text_as_a_page(identity_export, tmp_path, capsys):
+    (tmp_path / "text").write_text(TEXT)
+    command = ["inspect", str(identity_export), str(tmp_path / "text"), "--html", str(tmp_path / "page.html")]
+    assert cli.main([*command, "--color", "always"]) == 0
+    out, html = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    assert "\x1b[1m\x1b[38;5;226m" in out and "\x1b[4m<s>" in out and "nats in all" in out
+    assert html.count("<span") == len(TEXT) and "&lt;s&gt;" in html and "<script" not in html
+    assert cli.main(command) == 0
+    assert "\x1b" not in (out := capsys.readouterr().out) and "most nats: " in out
+    assert cli.main([*command[:3], "--html", str(tmp_path / "nowhere" / "page.html")]) == 2
+    assert "--html: cannot write" in capsys.readouterr().err
 
 
 def test_command(identity_export, tmp_path, capsys, monkeypatch):

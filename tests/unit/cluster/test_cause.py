@@ -75,10 +75,39 @@ def test_an_exception_is_quoted(logs):
     )
 
 
+def test_a_launcher_that_lost_its_store_leaves_the_exception_of_its_rank(logs):
+    """The other rank's watchdog, seconds later, is the only failure that a launcher lived to report."""
+    for name in ("n1", "n2", "n3"):
+        (logs / f"{name}.log").unlink()
+    (logs / "n1.log").write_text(
+        REPORT.format(line="Timeout (0:00:10)!", code=1, node="n1", rank=0, second="02").replace(
+            '[default0]:    raise RuntimeError("boom: not found here")\n', ""
+        )
+    )
+    (logs / "n2.log").write_text(
+        "[default0]:[rank1]:     raise RuntimeError('boom')\n[default0]:[rank1]: RuntimeError: boom\n"
+        "torch.distributed.elastic.rendezvous.api.RendezvousConnectionError: The connection has failed.\n"
+    )
+    assert told(logs)[:2] == [
+        "What happened: rank 1 on n2 ended with exit code 1, before the first logged step",
+        "Last error:    RuntimeError: boom",
+    ]
+    (logs / "n2.log").unlink()
+    assert "rank 0 on n1 did not come to its next step in time" in told(logs)[0]
+
+
 def test_a_launcher_that_was_killed_is_known_from_srun(logs):
     (logs / "n2.log").write_text("[default0]:step 5\n")
     (logs / "srun.log").write_text("srun: error: n2: task 1: Killed\nsrun: error: n3: task 2: Terminated\n")
     assert told(logs)[0].startswith("What happened: the launcher on n2 was killed by SIGKILL")
+
+
+def test_what_the_run_said_and_why_it_is_not_started_again(tmp_path):
+    lines = told(
+        tmp_path, state="stopped", reason="SIGTERM", decision="stop", decided="cancelled (scancel), after saving"
+    )
+    assert lines[0] == "What happened: ended on notice: SIGTERM"
+    assert "not started again: cancelled (scancel), after saving. To go on from step 4 of 10: sbatch" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,12 @@ def test_degrees_that_the_allocation_does_not_hold(begin, tmp_path):
 
 def test_a_finished_run_is_refused_but_not_to_the_job_that_finished_it(begin, tmp_path):
     """Ranks that Slurm had lost sight of may finish a run while its next attempt is about to begin."""
-    commit(tmp_path / "out", 300)
-    status.write(tmp_path / "out", "finished", attempt="slurm-7.0", step=300)
+    commit(tmp_path / "out", 99000)
+    status.write(tmp_path / "out", "finished", attempt="slurm-7.0", step=99000)
     code, script, told = begin(1)
     assert (code, script) == (0, "FINISHED=1\n") and "finished by slurm-7.0" in told
-    status.write(tmp_path / "out", "finished", attempt="slurm-6.0", step=300)
-    with pytest.raises(UserError, match=r"holds a finished run \(step 300\)"):
+    status.write(tmp_path / "out", "finished", attempt="slurm-6.0", step=99000)
+    with pytest.raises(UserError, match=r"holds a finished run \(step 99000\)"):
         begin(1)
     shutil.rmtree(tmp_path / "out" / checkpoint.FOLDER)
     assert begin(1)[0] == 0  # its last checkpoint has been deleted: there is something left to do
@@ -122,6 +122,27 @@ def test_a_job_without_time_to_train_or_without_return(begin, tmp_path, monkeypa
     assert code == 0 and "note: Slurm was told not to requeue it" in told
 
 
+@pytest.mark.parametrize(
+    ("words", "env", "size"),
+    [
+        ((), {}, ["--nodes=2", "--job-name=sgt-mine", "--gpus-per-node=4"]),
+        (("--cluster.nodes", "1"), {}, ["--nodes=1", "--job-name=sgt-mine", "--gpus-per-node=4"]),
+        ((), {"SGT_PROCS_PER_NODE": "1"}, ["--nodes=2", "--job-name=sgt-mine"]),
+        ((), {"SLURM_NNODES": "3"}, []),  # sbatch --nodes=3
+        ((), {"SLURM_GPUS_PER_NODE": "8"}, []),
+    ],
+)
+def test_a_config_of_one_s_own_says_how_large_its_job_is(words, env, size, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        "run: {name: mine}\ncluster: {nodes: 2, gpus_per_node: 4}\ntrunk: {path: demo}\ndata: {source: demo}\n"
+    )
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert job.main(["size", str(tmp_path / "mine.yaml"), *words]) == 0
+    assert capsys.readouterr().out.split() == size
+
+
 def test_follow_says_what_is_new(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     written = iter([None, 1.0, 1.0, 2.0])
@@ -165,6 +186,25 @@ def test_notices_are_kept(monkeypatch):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "SIGUSR1" in done.stdout and done.returncode == 0
     assert not notice.heard
+
+
+def test_a_launcher_hands_a_notice_to_its_ranks(tmp_path):
+    """A rank that needs a second to save, below a launcher that is told to end."""
+    rank = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda n, f: (time.sleep(0.3), sys.exit(75)))\n"
+        "pathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)\n"
+    )
+    code = (
+        "import subprocess, sys; from sgt_titan.cluster import notice; notice.pass_on()\n"
+        f"sys.exit(subprocess.Popen([sys.executable, '-c', {rank!r}, {str(tmp_path / 'up')!r}]).wait())"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.terminate()
+    assert launcher.wait(timeout=60) == 75
 
 
 # -- the scripts -------------------------------------------------------------------------------------------------------

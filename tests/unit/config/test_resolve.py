@@ -26,6 +26,7 @@ TRUNK = {
 def config_of(*overrides: str, tmp="/nonexistent-is-fine") -> Config:
     """Defaults with a source and a trunk path, and overrides; unresolved."""
     base = Config()
+    base.objective.preset = "mi_abs_cos_norm"  # most to be wrong with
     base.data.source, base.trunk.path = "demo", tmp
     for word in overrides:
         key, _, text = word.partition("=")
@@ -104,7 +105,8 @@ def test_resolve_preset_weights(preset):
 
 
 def test_explicit_weights_win_over_the_preset():
-    config = resolve(config_of("objective.mi.weight=0.0", "objective.cos_sim.weight=2"), world_size=1)
+    words = ("objective.mi.weight=0.0", "objective.cos_sim.weight=2")
+    config = resolve(config_of(*words), world_size=1)
     assert config.objective.mi.weight == 0.0 and config.objective.cos_sim.weight == 2.0
     assert config.objective.abs_cos.weight == PRESETS["mi_abs_cos_norm"]["abs_cos"]
 
@@ -289,7 +291,8 @@ P = "parallelism"
         (
             ['data.columns={"txt": "a"}'],
             1,
-            "data.columns.txt is no field; the fields are text, system, instruction, input, output, messages, private",
+            "data.columns.txt is no field; the fields are text, system, instruction, input, output, history, messages, "
+            "tools, private, role, content",
         ),
         (
             ["data.validation_samples=0"],
@@ -309,7 +312,7 @@ def test_packing_needs_a_gpu():
 
 
 def test_experts():
-    moe = {**TRUNK, "num_experts": 6}
+    moe = {**TRUNK, "model_type": "qwen3_moe", "num_experts": 6}
     assert message(f"{P}.expert_parallel_degree=4", world_size=4, trunk=moe) == (
         "parallelism.expert_parallel_degree 4 does not divide the trunk's 6 experts"
     )

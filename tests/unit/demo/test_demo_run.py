@@ -30,17 +30,18 @@ def test_trains_then_reports(tmp_path, capsys):
     assert demo.run(out, overrides=["--training.steps", "3"], execute=execute) == 0
     assert calls[0] == ["train", "demo", "--run.output_dir", str(out), "--training.steps", "3"]
     assert calls[1][:2] == ["report", str(out / "export")]
-    assert len(calls) == 2
+    assert calls[2][:3] == ["readings", str(out / "export"), str(out / "letter.txt")] and len(calls) == 3
+    assert (out / "letter.txt").read_text().startswith("Hello, my name is")
     assert f"--logdir {out}/tb" in capsys.readouterr().out
 
 
 def test_exports_what_an_interrupted_run_did_not(tmp_path):
     calls, execute = recorder()
     assert demo.run(tmp_path, execute=execute) == 0
-    assert [words[0] for words in calls] == ["train", "export", "report"]
+    assert [words[0] for words in calls] == ["train", "export", "report", "readings"]
 
 
-@pytest.mark.parametrize("failing", ["train", "export", "report"])
+@pytest.mark.parametrize("failing", ["train", "export", "report", "readings"])
 def test_stops_at_the_first_failure_with_its_code(tmp_path, failing, capsys):
     calls, execute = recorder({failing: 7})
     assert demo.run(tmp_path, execute=execute) == 7
@@ -53,8 +54,8 @@ def test_fresh_deletes_a_run_and_nothing_else(tmp_path):
     exported(out)
     _, execute = recorder()
     assert demo.run(out, fresh=True, execute=execute) == 0
-    assert not out.exists()
-    out.mkdir()
+    assert not (out / "run.json").exists()
+    (out / "letter.txt").unlink()
     (out / "thesis.tex").write_text("years of work")
     assert demo.main(["--out", str(out), "--fresh"]) == 2
     assert (out / "thesis.tex").is_file()

@@ -11,12 +11,15 @@ from sgt_titan.evaluation import tables
 
 @pytest.mark.parametrize("row", tables.ROWS)
 def test_a_row_is_its_terms_and_no_other(row):
-    """Also where the config gives a weight of its own, as the demo does for MI."""
+    """Also where the config gives a ramp and a denoiser of its own, as the demo does."""
     from sgt_titan.config.load import resolve
 
     config = resolve(load("demo", tables.objective(row)), world_size=None)
     weights = {term: getattr(config.objective, term).weight for term in TERMS}
     assert {term for term, weight in weights.items() if weight} == set(PRESETS[row])
+    started = {term for term in TERMS if getattr(config.objective, term).start}
+    assert started <= set(PRESETS[row])
+    assert (config.denoiser.layers == 0) == (row in tables.PAPER_ROWS)
 
 
 def test_dry_run_prints_every_command_and_runs_none(tmp_path, capsys):
@@ -45,7 +48,7 @@ def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path):
     words = ["demo", "--out", str(out), "--rows", "mi"]
     options = {
         "config": "demo", "out": out, "rows": ["mi"], "suite": "quick", "seed": 0, "prompts": None,
-        "benchmarks": "", "benchmark_dir": None, "pii": None, "pii_seq_len": None,
+        "benchmarks": "", "benchmark_dir": None, "pii": None, "pii_seq_len": None, "zero_steps": 600,
     }  # fmt: skip
     for step in tables.steps(SimpleNamespace(**options), ["--training.steps", "7"]):
         finish(step)
@@ -76,7 +79,7 @@ def test_goes_on_where_it_stopped(tmp_path):
     steps = tables.steps(
         SimpleNamespace(
             config="demo", out=tmp_path / "out", rows=["mi", "abs_cos"], suite="quick", seed=0, prompts=None,
-            benchmarks="", benchmark_dir=None, pii=None, pii_seq_len=None,
+            benchmarks="", benchmark_dir=None, pii=None, pii_seq_len=None, zero_steps=600,
         ),
         [],
     )  # fmt: skip

@@ -138,7 +138,10 @@ def test_names_of_gpus():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([BIG, "--gpu", "tpu"], "--gpu: 'tpu' is unknown; known are a100-40g, a100-80g, h100, h200"),
+        (
+            [BIG, "--gpu", "tpu"],
+            "--gpu: 'tpu' is unknown; known are " + ", ".join(KINDS),
+        ),
         ([BIG, "--nodes", "12"], "does not divide the world size 96"),
         ([BIG, "--nodes", "0"], "--nodes: 0 is no number above 0"),
         ([BIG, "--node-mtbf-days", "nan"], "--node-mtbf-days: nan is no number above 0"),

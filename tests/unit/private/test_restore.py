@@ -119,3 +119,21 @@ def test_two_values_of_one_form_are_neither():
     card = conversation.units[0].surrogate
     assert literals[card[-4:]].value == "1111"
     assert restore("nothing known", {})[0] == "nothing known"
+
+
+def test_an_alternation_takes_the_longest_that_fits():
+    from sgt_titan.private.spans import alternation
+
+    literals = ["a", "ab", "abc", "abcd", "abx", "b.c", "zz"]
+    found = [m[0] for m in alternation(literals).finditer("abcde abx abc! ab a b.c bxc zzz")]
+    assert found == ["abcd", "abx", "abc", "ab", "a", "b.c", "zz"]
+
+
+def test_a_long_prompt_with_many_values():
+    text = " ".join(
+        f"mail u{i:05d}x@host{i % 50}.org about it, please, and then go on with the rest." for i in range(600)
+    )
+    talk = Conversation(b"k" * 32, "c", [find_patterns])
+    sent = talk.hide([text])[0]
+    assert len(sent.replaced) == 600 and "u00017x" not in sent.text
+    assert talk.restorer().feed(sent.text, last=True) == text

@@ -39,7 +39,16 @@ FAMILY_FIELDS = {
         }
     },
     "qwen2": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [0, 1],
+    },
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "q_lora_rank": 16,
@@ -337,6 +346,10 @@ def test_estimator_config(family, tmp_path):
         assert getattr(rebuilt, key, None) == getattr(trunk, key, None)
     if family == "deepseek_v3":
         assert rebuilt.first_k_dense_replace == 1 and rebuilt.num_mtp_layers == 0
+    if family == "qwen3_moe":
+        assert rebuilt.mlp_only_layers == [0]
+    if family == "smollm3":
+        assert rebuilt.no_rope_layers == trunk.no_rope_layers  # by index, also of a denoiser with more layers
     # The content of a config.json gives the same as the object, also with a quantised remote-code checkpoint's extras.
     trunk.save_pretrained(tmp_path)
     from_file = AutoConfig.from_pretrained(tmp_path).to_diff_dict()
@@ -437,3 +450,88 @@ def test_works_without_the_training_dependencies(tmp_path):
 
 def test_auto_model_from_config():
     assert type(AutoModel.from_config(sgt_config())) is StainedGlassTransform
+
+
+def with_denoiser(family="llama", **fields):
+    """A transform whose denoiser does something, with a prior of its own."""
+    fields = {"denoiser_layers": 1, "format_version": 2} | fields
+    model = make_transform(family, **fields)
+    generator = torch.Generator().manual_seed(4)
+    for layer in (model.denoiser.head, model.denoiser.mark):
+        layer.weight.data.copy_(0.3 * torch.randn(layer.weight.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("body", ["shared", "separate"])
+def test_a_denoiser_streams(family, body):
+    """Pieces through its cache give what one pass gives; clean positions are left alone; z is the plain draw."""
+    model, ids = with_denoiser(family, body=body), token_ids()
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    noise = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(2))
+    whole = model.release(ids, mask, noise_BTD=noise)
+    caches, sent = model.new_caches(), []
+    for part in (slice(0, 4), slice(4, 5), slice(5, 11)):
+        sent.append(model.transform(ids[:, part], mask[:, part], noise_BTD=noise[:, part], past_key_values=caches))
+    torch.testing.assert_close(torch.cat(sent, 1), whole.sent_BTD, rtol=1e-5, atol=1e-6)
+    x = model.embed_tokens(ids)
+    assert torch.equal(whole.sent_BTD[~mask], x[~mask]) and torch.equal(whole.z_BTD[~mask], x[~mask])
+    assert (whole.sent_BTD - whole.z_BTD)[mask].abs().min(-1).values.max() > 0
+    expected = whole.center_BTD + whole.log_std_BTD.exp() * noise
+    torch.testing.assert_close(whole.z_BTD[mask], expected[mask])
+
+
+def test_a_denoiser_sees_z_the_mask_and_nothing_later():
+    model, ids = with_denoiser(), token_ids()
+    z = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    before = model.denoiser(z, mask)
+    later = z.clone()
+    later[:, 6] += 1
+    torch.testing.assert_close(model.denoiser(later, mask)[:, :6], before[:, :6])
+    assert not torch.allclose(model.denoiser(later, mask)[:, 7:], before[:, 7:])
+    bare = mask.clone()
+    bare[:, 2] = False
+    assert not torch.allclose(model.denoiser(z, bare)[:, 3], before[:, 3])
+
+
+def test_padding_does_not_reach_the_denoiser():
+    model, ids = with_denoiser(), token_ids(1, 6)
+    noise = torch.randn(1, 6, WIDTH, generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    alone = model.transform(ids, mask, noise_BTD=noise)
+    padded = torch.cat([torch.full((1, 3), 7), ids], 1)
+    real = torch.tensor([[0] * 3 + [1] * 6])
+    wide = torch.cat([torch.zeros(1, 3, WIDTH), noise], 1)
+    found = model.transform(padded, torch.ones_like(padded, dtype=torch.bool), noise_BTD=wide, attention_mask=real)
+    torch.testing.assert_close(found[:, 3:], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior", ["broad", "tokens", "context"])
+def test_an_export_with_denoiser_and_prior_comes_back(prior, tmp_path):
+    context = {"context_layers": 1, "context_rank": 4} if prior == "context" else {}
+    model, ids = with_denoiser(rate_prior=prior, **context), token_ids()
+    model.save_pretrained(tmp_path)
+    again = StainedGlassTransform.from_pretrained(tmp_path)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    rates = [m.rate(ids, mask, generator=torch.Generator().manual_seed(1)) for m in (model, again)]
+    assert torch.equal(*rates) and (rates[0] > 0).all()
+    mask[:, 3] = False
+    assert (again.rate(ids, mask, generator=torch.Generator().manual_seed(1))[:, 3] == 0).all()
+
+
+def test_a_prior_of_other_tokens_is_refused(tmp_path):
+    model = with_denoiser(rate_prior="tokens")
+    model.prior.log_frequency += 0.5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"prior\.log_frequency is no distribution over the 50 tokens"):
+        StainedGlassTransform.from_pretrained(tmp_path)
+
+
+def test_an_older_client_refuses_a_denoiser(tmp_path, monkeypatch):
+    with_denoiser().save_pretrained(tmp_path)
+    monkeypatch.setattr("sgt_titan.transform.configuration.FORMAT_VERSION", 1)
+    with pytest.raises(UserError, match="format_version is 2, this sgt_titan reads up to 1; update"):
+        StainedGlassTransform.from_pretrained(tmp_path)

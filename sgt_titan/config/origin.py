@@ -1,0 +1,63 @@
+"""Which export, trunk and data a command means: a run's directory knows all three, a config's name the latter two."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sgt_titan.config.keys import get
+from sgt_titan.config.load import available, load
+from sgt_titan.config.paths import expand
+from sgt_titan.config.schema import Config
+from sgt_titan.errors import UserError
+
+EXPORT = "export"  # in a run's directory
+KEYS = {"trunk": "trunk.path", "data": "data.source"}
+
+
+def settle(arguments: argparse.Namespace) -> None:
+    """Fill in ``export``, ``trunk`` and ``data`` of a command's arguments, in place.
+
+    ``export`` may be a run's directory. What is not given is the run's own; what is given may be the
+    name of a config, whose trunk or data are meant.
+
+    Raises:
+        UserError: neither given nor known; a run that has not been exported.
+    """
+    arguments.export, run = export_of(arguments.export)
+    for name, key in KEYS.items():
+        given = getattr(arguments, name)
+        if given is None and run is None:
+            raise UserError(
+                f"--{name}: is needed, since {arguments.export} is neither a run's directory nor an export in one"
+            )
+        setattr(arguments, name, meant(given, key) if given is not None else get(run, key))
+
+
+def export_of(path: str) -> tuple[str, Config | None]:
+    """The export that a path means, and the config of its run; None where it lies in no run's directory.
+
+    Raises:
+        UserError: a run without an export; a config.yaml that is damaged.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
+        if not (folder / EXPORT / "config.json").is_file():
+            raise UserError(f"{path}: is a run that has not been exported; sgt-titan export {path} {folder / EXPORT}")
+        folder = folder / EXPORT
+    file = folder.resolve().parent / "config.yaml"
+    return str(folder) if folder != Path(path) else path, load(str(file)) if file.is_file() else None
+
+
+def meant(given: str, key: str) -> str:
+    """A directory, file or preset as it is; of a config's name its value of ``key``.
+
+    Raises:
+        UserError: the config has no value, or names an environment variable that is not set.
+    """
+    if given == "demo" or Path(given).exists() or given not in available():
+        return given
+    value = get(load(given), key)
+    if not value:
+        raise UserError(f"{given}: this config has no {key}")
+    return expand(value, f"{given}: {key}")

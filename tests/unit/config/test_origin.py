@@ -1,0 +1,50 @@
+"""A run's directory, an export in one, and a config's name, where an export, a trunk or data are asked for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+
+from sgt_titan.config.load import find
+from sgt_titan.config.origin import settle
+from sgt_titan.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("trunk: {path: /models/mine}\ndata: {source: /data/mine.jsonl}\n")
+    (tmp_path / "run" / "export" / "config.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def settled(export, trunk=None, data=None) -> tuple[str, str, str]:
+    arguments = Namespace(export=str(export), trunk=trunk, data=data)
+    settle(arguments)
+    return arguments.export, arguments.trunk, arguments.data
+
+
+def test_a_run_knows_its_export_trunk_and_data(run):
+    own = (str(run / "export"), "/models/mine", "/data/mine.jsonl")
+    assert settled(run) == settled(run / "export") == own
+    assert settled(run, "demo", "alpaca") == (own[0], "demo", "alpaca")
+    assert find(str(run)) == run / "config.yaml"  # train, plan, doctor and tables
+
+
+def test_a_config_s_name_means_its_trunk_or_data(run, monkeypatch):
+    monkeypatch.setenv("SGT_TRUNKS", "/trunks")
+    assert settled(run, "llama3_70b_64x8", "llama3_70b_64x8")[1:] == ("/trunks/Llama-3.3-70B-Instruct", "openorca")
+    monkeypatch.delenv("SGT_TRUNKS")
+    with pytest.raises(UserError, match=r"llama3_70b_64x8: trunk\.path: environment variable SGT_TRUNKS is not set"):
+        settled(run, "llama3_70b_64x8")
+
+
+def test_what_cannot_be_known_is_asked_for(run, tmp_path):
+    (run / "export").rename(tmp_path / "alone")
+    with pytest.raises(UserError, match=r"is a run that has not been exported; sgt-titan export"):
+        settled(run)
+    with pytest.raises(UserError, match=r"--trunk: is needed, since .*alone is neither"):
+        settled(tmp_path / "alone")
+    with pytest.raises(UserError, match="--data: is needed"):
+        settled(tmp_path / "alone", "demo")
