@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": {"errors", "trunk"},
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "folders", "objectives", "trunk"},
+    "transform": {"errors", "folders", "arguments", "objectives", "trunk"},
     "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
@@ -75,7 +75,7 @@ MAY_IMPORT = {
         "client",
         "readings",
     }
-    | {"serving", "conjformer", "cluster"},
+    | {"serving", "conjformer", "cluster", "transform"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
