@@ -2,8 +2,8 @@
 
 ``vllm_app``: what vLLM 0.33.0 does at /v1/completions (vllm/renderers/embed_utils.py, online_renderer.py,
 entrypoints/openai/completion/). ``sglang_app``: what SGLang 0.5.23 does at /generate (managers/io_struct.py,
-tokenizer_manager.py). Written from reading them; `make test-vllm` holds the first against a real vLLM on a CPU: the
-same requests, the same events and refusals.
+tokenizer_manager.py). Written from reading them; `make test-vllm` is to hold the first against a real vLLM on a
+CPU: the same requests, the same events and refusals.
 """
 
 from __future__ import annotations
