@@ -2,6 +2,8 @@
 
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
+# vLLM's own environment: it pins other versions than ours.
+VLLM_VENV ?= .venv-vllm
 
 # The Python that makes .venv: the first that is new enough.
 BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -13,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-slurm test-all bench lint clean
+.PHONY: help setup demo test test-slurm test-vllm test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,12 +34,20 @@ demo: $(READY) ## train an SGT on the shipped trunk, export it, print before and
 	$(PYTHON) -m sgt_titan.demo.run $(if $(FRESH),--fresh)
 
 test: $(READY) ## unit, parity and distributed tests on the CPU
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm and not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm and not gpu and not vllm"
 
 test-slurm: $(READY) ## what a cluster does to a run, on a real Slurm of four virtual nodes (root; installs Slurm)
 	$(PYTHON) -m pytest -m slurm tests/slurm
 
-test-all: $(READY) ## also the tests that need a GPU or a Slurm cluster
+test-vllm: $(READY) $(VLLM_VENV)/.ready ## client and proxy against a real vLLM on the CPU, set up in .venv-vllm
+	$(PYTHON) -m pytest -m vllm tests/vllm
+
+$(VLLM_VENV)/.ready: tests/vllm/install.py
+	$(BASE_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python tests/vllm/install.py
+	touch $@
+
+test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 	$(PYTHON) -m pytest
 
 bench: $(READY) ## a training step against the naive way, torchtitan and the bound, in minutes (GPU=1: Llama shapes)

@@ -19,7 +19,7 @@ from sgt_titan.config.help import help_text
 from sgt_titan.config.load import available, dump, load
 from sgt_titan.errors import UserError, guarded
 
-_CONFIG_COMMANDS = ("train", "prepare")
+_CONFIG_COMMANDS = ("train", "prepare", "preview")
 
 # Commands with arguments of their own: module whose main(argv) (or the function named) runs it, and what it does.
 _FORWARDED = {
@@ -33,6 +33,10 @@ _FORWARDED = {
         "Measure surrogates for private values: what is found, what is left, what an attacker reads.",
     ),
     "zero": ("sgt_titan.evaluation.zero", "Fit the constant prompt that `kept` counts from."),
+    "convert-trunk": (
+        "sgt_titan.transform.convert_trunk",
+        "Write a checkpoint as safetensors: from pickles, or with a LoRA adapter merged.",
+    ),
     "plan": (
         "sgt_titan.plan.command",
         "Memory, communication and time of a config, and how often to save, by arithmetic.",
@@ -66,7 +70,7 @@ def _main(argv: list[str]) -> int:
     parser, commands = _parser()
     if argv and argv[0] in _CONFIG_COMMANDS:
         arguments, overrides = split_words(commands[argv[0]], argv[1:])
-        return (_train if argv[0] == "train" else _prepare)(arguments, overrides)
+        return {"train": _train, "prepare": _prepare, "preview": _preview}[argv[0]](arguments, overrides)
     arguments, rest = parser.parse_known_args(argv)
     if rest:
         program = " ".join(filter(None, ("sgt-titan", arguments.command)))
@@ -113,6 +117,10 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     prepare = command("prepare", "Tokenize the data of a run into its cache, and stop.", help_text())
     prepare.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+
+    preview = command("preview", "Show a row of a run's data as it will be trained on.", help_text())
+    preview.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    preview.add_argument("--row", type=int, default=1, metavar="N", help="number of the row in the source (default: 1)")
 
     for name, (_, text) in _FORWARDED.items():
         command(name, text)
@@ -190,10 +198,22 @@ def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = read_config(arguments.name, overrides, trunk="config")
     if not config.trunk.path:
         raise UserError("trunk.path is not set: the tokenizer is read from there")
-    from sgt_titan.data.cache import prepare
+    from sgt_titan.data.cache import prepare, remarks
 
     dataset = prepare(config, config.trunk.path, progress=True)
+    for line in remarks(dataset.meta):
+        print(line)
     print(f"{len(dataset.train)} training and {len(dataset.validation)} validation samples in {config.data.cache_dir}")
+    return 0
+
+
+def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config, _ = read_config(arguments.name, overrides, trunk="config")
+    if not config.trunk.path:
+        raise UserError("trunk.path is not set: the tokenizer is read from there")
+    from sgt_titan.data.preview import preview
+
+    print(preview(config, arguments.row, color=sys.stdout.isatty()))
     return 0
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import bare_trunks
 
 VOCABULARY, WIDTH = 300, 32
 
@@ -62,8 +63,22 @@ TRUNKS: dict[str, tuple[str, dict]] = {
         _ATTENTION | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "qwen2": ("qwen2", _ATTENTION),
+    "mistral": ("mistral", _ATTENTION | {"sliding_window": None, "head_dim": 16}),
+    "smollm3": ("smollm3", _ATTENTION | {"no_rope_layers": [1, 0, 1], "pad_token_id": 1, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", _ATTENTION | {"head_dim": 16}),
     "qwen3-tied": ("qwen3", _ATTENTION | {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        _ATTENTION
+        | {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
     "deepseek-dense": ("deepseek_v3", _MOE | {"q_lora_rank": 16, "first_k_dense_replace": 3}),
     "deepseek-dense-yarn": (
         "deepseek_v3",
@@ -126,26 +141,7 @@ def write_trunk(path: Path, name: str, *, max_shard_size: str = "5GB") -> Path:
 @pytest.fixture(scope="session")
 def bare_trunk() -> Callable[..., dict]:
     """``bare_trunk(path, **changes)``: a config.json and weights that are all zero, for what reads headers alone."""
-    return write_bare_trunk
-
-
-def write_bare_trunk(path: Path, **changes) -> dict:
-    from sgt_titan.trunk.families import shapes
-
-    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 10, "max_position_embeddings": 256}
-    config |= changes
-    header, end = {}, 0
-    for name, shape in shapes(config).items():
-        size = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
-    (path / "tokenizer.json").write_text("{}")
-    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
-    return config
+    return bare_trunks.write_bare_trunk
 
 
 def write_tokenizer(path: Path) -> None:

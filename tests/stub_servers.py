@@ -2,7 +2,8 @@
 
 ``vllm_app``: what vLLM 0.33.0 does at /v1/completions (vllm/renderers/embed_utils.py, online_renderer.py,
 entrypoints/openai/completion/). ``sglang_app``: what SGLang 0.5.23 does at /generate (managers/io_struct.py,
-tokenizer_manager.py). Written from reading them: neither runs without a GPU here.
+tokenizer_manager.py). Written from reading them; `make test-vllm` is to hold the first against a real vLLM on a
+CPU: the same requests, the same events and refusals.
 """
 
 from __future__ import annotations
@@ -272,7 +273,8 @@ async def _sglang_events(trunk, body, embeds_TD):
     params = body["sampling_params"]
     unknown = params.keys() - {
         *("max_new_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
-        *("frequency_penalty", "repetition_penalty", "sampling_seed"),
+        *("frequency_penalty", "repetition_penalty", "sampling_seed", "min_new_tokens", "ignore_eos"),
+        *("skip_special_tokens", "stop_token_ids", "json_schema"),
     }
     assert not unknown, unknown
     n = params.get("n", 1)
@@ -306,7 +308,8 @@ async def _sglang_events(trunk, body, embeds_TD):
 @contextmanager
 def running(app, **options):
     """The app behind a real socket, in a thread; its URL."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, **options)
+    options = {"port": 0, **options}
+    config = uvicorn.Config(app, host="127.0.0.1", log_config=None, access_log=False, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -16,6 +16,7 @@ from sgt_titan.client.local import Transformers
 from sgt_titan.client.private import PrivateChat
 from sgt_titan.client.prompt import Prompt
 from sgt_titan.client.remote import VLLM, SGLang
+from sgt_titan.client.tool_calls import ToolCall
 
 __all__ = [
     "VLLM",
@@ -30,6 +31,7 @@ __all__ = [
     "SGLang",
     "StainedGlassTransform",
     "TokenLogprob",
+    "ToolCall",
     "Transformers",
     "UpstreamError",
     "read_nearest",

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
+from sgt_titan.client.tool_calls import ToolCall
 from sgt_titan.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +28,20 @@ class UpstreamError(UserError):
         self.status, self.code = status, code
 
 
+def brief(value: float) -> str:
+    """A number as an error message may repeat it: one of a thousand digits is not."""
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "an integer of more than 18 digits"
+    return f"{value}"
+
+
 @dataclass(frozen=True)
 class Options:
     """How to generate. None: the server's own default.
 
     max_tokens: of one choice. n: choices. logprobs: how many alternatives to report per token (0: none but the token).
     seed: of the server's sampling; it has nothing to do with the noise. stop: looked for on this side, never sent.
+    stop_token_ids: are sent, so give only ids of special tokens. json_object: the answer has to be some JSON object.
     Raises UserError for a value outside its range.
     """
 
@@ -47,24 +56,32 @@ class Options:
     repetition_penalty: float | None = None
     seed: int | None = None
     logprobs: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    json_object: bool = False
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UserError(f"{name}: {value}, must be between {low} and {high}")
+                raise UserError(f"{name}: {brief(value)}, must be between {low} and {high}")
         if isinstance(self.stop, str):  # else each of its characters would be a stop
             raise UserError("stop: one string; give a tuple of strings")
+        if self.min_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UserError(f"min_tokens: {brief(self.min_tokens)}, must be at most max_tokens")
         if not all(self.stop):
             raise UserError("stop: an empty string; leave it out")
 
     def numbers(self) -> dict[str, int | float]:
         """Every option that is sent and set, under its own name."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stop", "max_tokens", "n")}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NO_NUMBERS}
         return {name: value for name, value in named.items() if value is not None}
 
 
+_NO_NUMBERS = ("stop", "max_tokens", "n", "json_object")
 _RANGES = {
     "max_tokens": (1, 1_000_000),
     "n": (1, 128),
@@ -77,6 +94,7 @@ _RANGES = {
     "repetition_penalty": (0.01, 10.0),
     "seed": (-(2**63), 2**63 - 1),
     "logprobs": (0, 20),
+    "min_tokens": (0, 1_000_000),
 }
 
 
@@ -91,20 +109,27 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of choice ``index``. ``tokens``: how many of this choice are generated so far, if known."""
+    """The next piece of choice ``index``. tokens: how many of this choice are generated so far, if known.
+
+    reasoning, calls (number and ToolCall): of a chat, once ``reading.ChoiceReader`` has taken them out of the text.
+    """
 
     index: int = 0
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     tokens: int | None = None
+    reasoning: str = ""
+    calls: tuple[tuple[int, ToolCall], ...] = ()
 
 
 @dataclass
 class Choice:
-    """One answer: ``finish_reason`` is stop or length."""
+    """One answer: ``finish_reason`` is stop or length; tool_calls where there are ``calls``."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     tokens: int = 0
@@ -129,6 +154,8 @@ class Answer:
     def add(self, delta: Delta) -> None:
         choice = self.choices[delta.index]
         choice.text += delta.text
+        choice.reasoning += delta.reasoning
+        choice.calls += [call for _, call in delta.calls]
         choice.logprobs += delta.logprobs
         choice.finish_reason = delta.finish_reason or choice.finish_reason
         choice.tokens = max(choice.tokens, delta.tokens or 0)

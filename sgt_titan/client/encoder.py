@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ from sgt_titan import transform
 from sgt_titan.client.int8 import quantize
 from sgt_titan.client.noise import HeldNoise, held_key
 from sgt_titan.client.private import hide
-from sgt_titan.client.prompt import Message, Prompt, make_prompt
+from sgt_titan.client.prompt import Message, Prompt, Rendering, check_size, make_prompt
+from sgt_titan.client.template_check import check_template
 from sgt_titan.errors import UserError
 from sgt_titan.private import Conversation
 from sgt_titan.transform.fingerprint import check_tokenizer_fingerprint, fingerprint_tensor
@@ -33,6 +34,10 @@ _SEED_WARNING = (
     "a fixed seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it across "
     "prompts ties them together; leave it out except in tests"
 )
+
+
+class Abandoned(Exception):
+    """Nobody waits for it any more."""
 
 
 class StainedGlassTransform(transform.StainedGlassTransform):
@@ -110,12 +115,28 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         return self.config.trunk_config.get("max_position_embeddings")
 
     def prompt(
-        self, what: str | Sequence[Message] | Sequence[int] | Prompt, *, tools: Sequence[dict[str, Any]] = ()
+        self,
+        what: str | Sequence[Message] | Sequence[int] | Prompt,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        arguments: Mapping[str, Any] | None = None,
+        continued: bool = False,
+        most: int | None = None,
     ) -> Prompt:
-        """Token ids and mask of text, messages or token ids. Raises UserError as ``make_prompt``."""
+        """Token ids and mask of text, messages or token ids.
+
+        ``tools``, ``arguments`` (of the chat template) and ``continued`` (the last turn is to be gone on with): of
+        messages. ``most``: tokens, where less than the trunk takes is wanted. Raises UserError as ``make_prompt``.
+        """
         if isinstance(what, Prompt):
             return what
-        return make_prompt(self.tokenizer, self.config, what, tools=tools, limit=self.limit)
+        limit = min((n for n in (most, self.limit) if n is not None), default=None)
+        rendering = Rendering(tools, arguments or {}, continued)
+        return make_prompt(self.tokenizer, self.config, what, rendering=rendering, limit=limit)
+
+    def check_size(self, what: Any, *, most: int | None = None) -> None:
+        """Raise TooLong (a UserError) for a prompt that cannot fit whatever its tokens are; no work is done on it."""
+        check_size(self.tokenizer, what, min((n for n in (most, self.limit) if n is not None), default=None))
 
     def encode(
         self,
@@ -124,20 +145,27 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         tools: Sequence[dict[str, Any]] = (),
         private: Conversation | None = None,
         seed: int | None = None,
+        gone: Callable[[], bool] = lambda: False,
     ) -> torch.Tensor:
         """What may leave the machine for this prompt: ``(T, D)`` in the embedding table's dtype, on the CPU.
 
         Positions outside the trained mask (template and special tokens) are the trunk's clean embeddings. Noise is
         held: the same prompt gives the same embeddings. With ``hold_noise=False`` it comes from the operating system
         and differs with every call; ``seed`` is for tests and warns. ``private``: private values of text or messages
-        become this conversation's surrogates before anything else (client/private.py puts them back).
+        become this conversation's surrogates before anything else (client/private.py puts them back). ``gone`` is asked
+        before every piece: whether nobody waits for the result any more.
 
         Raises:
             UserError: empty or over-long prompt, unknown role, tools the template cannot render, invalid Unicode.
+            Abandoned: ``gone`` said so.
         """
         if private is not None:
             what = hide(private, what)[0]
-        pieces = list(self.encode_pieces(what, tools=tools, seed=seed))
+        pieces = []
+        for piece in self.encode_pieces(what, tools=tools, seed=seed):
+            pieces.append(piece)
+            if gone():
+                raise Abandoned
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def encode_batch(
@@ -226,6 +254,8 @@ def _load_tokenizer(directory: Path, config: transform.SGTConfig) -> PreTrainedT
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, the embedding table {config.vocab_size} rows; "
             "they are not of one trunk"
         )
+    if config.template == "chat" and isinstance(tokenizer.chat_template, str):
+        check_template(tokenizer.chat_template)
     return tokenizer
 
 

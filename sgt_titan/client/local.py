@@ -16,7 +16,7 @@ from sgt_titan.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_UNSUPPORTED = ("logprobs", "presence_penalty", "frequency_penalty")
+_UNSUPPORTED = ("logprobs", "presence_penalty", "frequency_penalty", "ignore_eos", "stop_token_ids", "json_object")
 
 
 class Transformers:
@@ -56,7 +56,7 @@ class Transformers:
         options = options or Options(**changes)
         check_embeddings(embeds_TD)
         for name in _UNSUPPORTED:
-            if getattr(options, name) is not None:
+            if getattr(options, name) not in (None, False):
                 raise UserError(f"{name}: the transformers backend has no such option")
         width = self._model.get_input_embeddings().weight.shape[1]
         if embeds_TD.shape[1] != width:
@@ -91,6 +91,7 @@ class Transformers:
         scanners = [StopScanner(options.stop) for _ in range(options.n)]
         ids: list[list[int]] = [[] for _ in range(options.n)]
         shown = [0] * options.n
+        skip = options.skip_special_tokens is not False
         ends = set(_as_list(self._model.generation_config.eos_token_id))
         while not all(scanner.stopped for scanner in scanners):
             step = feed.tokens.get()
@@ -104,7 +105,7 @@ class Transformers:
                 ended = token in ends
                 ids[row].append(token)
                 reason = "stop" if ended else "length" if len(ids[row]) == options.max_tokens else None
-                text = self._tokenizer.decode(ids[row], skip_special_tokens=True)
+                text = self._tokenizer.decode(ids[row][:-1] if ended else ids[row], skip_special_tokens=skip)
                 # Bytes of a character that is not complete yet decode to U+FFFD.
                 ready = len(text) if reason or not text.endswith("\ufffd") else shown[row]
                 new, shown[row] = text[shown[row] : ready], max(ready, shown[row])
@@ -149,6 +150,8 @@ def _sampling(options: Options) -> dict[str, Any]:
         value = getattr(options, name)
         if sample and value is not None:
             chosen[name] = max(value, 0) if name == "top_k" else value
+    if options.min_tokens is not None:
+        chosen["min_new_tokens"] = options.min_tokens
     if options.repetition_penalty is not None:
         chosen["repetition_penalty"] = options.repetition_penalty
     return chosen

@@ -7,24 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sgt_titan import outgoing
 from sgt_titan.client.answer import Answer, Delta, Options, UpstreamError, gather
 from sgt_titan.client.sse import DONE, EventDecoder
 from sgt_titan.client.stops import StopScanner
 from sgt_titan.client.wire import WIRES, Wire, check_event, explain, wire_dtype
-from sgt_titan.errors import UserError
 
 if TYPE_CHECKING:
     import httpx
     import torch
 
 
-def require_httpx() -> Any:
-    """The httpx module. Raises UserError naming the extra."""
-    try:
-        import httpx
-    except ImportError:
-        raise UserError("httpx is not installed; pip install 'sgt-titan[client]'") from None
-    return httpx
+MAX_COUNT = 1 << 53
+MAX_ERROR = 1 << 20  # bytes that are read of an answer that is none
+TOKEN_BYTES = 4096  # of an event for one token, generously
+ALTERNATIVE_BYTES = 512  # of each log probability in it
+
+
+def most_bytes(options: Options) -> int:
+    """More than any honest answer takes on the wire."""
+    per_token = TOKEN_BYTES + ALTERNATIVE_BYTES * ((options.logprobs or 0) + 1)
+    return (1 << 20) + options.n * options.max_tokens * per_token
 
 
 class Remote:
@@ -32,7 +35,8 @@ class Remote:
 
     url: of the server, without a path. model: its name there; None: vLLM's only one. api_key: sent as a bearer token.
     dtype: of the embeddings on the wire (float32, bfloat16, float16; None: as encoded); a server that computes in
-    bfloat16 rounds to it anyway, and half the bytes travel. timeout: seconds without a byte.
+    bfloat16 rounds to it anyway, and half the bytes travel. timeout: seconds without a byte; total_timeout: for a whole
+    answer.
     """
 
     wire: Wire
@@ -45,16 +49,14 @@ class Remote:
         api_key: str | None = None,
         dtype: str | None = None,
         timeout: float = 60.0,
+        total_timeout: float = 600.0,
         client: httpx.Client | None = None,
     ):
-        httpx = require_httpx()
         self._url = url.rstrip("/").removesuffix("/v1") + self.wire.path
         self._model, self._dtype = model, wire_dtype(dtype)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # A transport of our own: a proxy that the environment names would see the embeddings and the answers.
-        self._client = client or httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=10.0), transport=httpx.HTTPTransport()
-        )
+        self._total_timeout = total_timeout
+        self._client = client or outgoing.client(timeout=timeout)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url!r})"
@@ -76,10 +78,12 @@ class Remote:
         with connection_errors(), self._client.stream("POST", self._url, json=body, headers=self._headers) as response:
             del body
             if response.status_code != 200:
-                raise explain(self.wire, response.status_code, parsed(response.read()))
-            decoder = EventDecoder()
+                body = outgoing.whole(response, MAX_ERROR, self._total_timeout)
+                raise explain(self.wire, response.status_code, parsed(body))
+            decoder, bounds = EventDecoder(), outgoing.Bounds(response, most_bytes(options), self._total_timeout)
             for chunk in response.iter_bytes():
-                for data in decoder.feed(chunk):
+                for data in decoder.feed(bounds.take(chunk)):
+                    bounds.check()
                     if data == DONE:
                         check_complete(scanners)
                         return
@@ -119,8 +123,10 @@ def deltas(data: str, read: Any, scanners: list[StopScanner], wire: Wire) -> Ite
 
 def _checked(delta: Delta) -> Delta:
     """A delta that can be added up and written out again. Raises TypeError or ValueError."""
-    if not isinstance(delta.finish_reason, str | None) or not isinstance(delta.tokens, int | None):
+    if not isinstance(delta.finish_reason, str | None):
         raise TypeError
+    if delta.tokens is not None and (type(delta.tokens) is not int or not 0 <= delta.tokens <= MAX_COUNT):
+        raise ValueError  # Python writes no integer of thousands of digits, and no counter adds one
     texts = [delta.text]
     for entry in delta.logprobs:
         texts += [entry.token, *(token for token, _ in entry.top)]
@@ -135,7 +141,7 @@ def check_complete(scanners: list[StopScanner]) -> None:
 
 
 def parsed(content: bytes) -> Any:
-    """JSON, or None."""
+    """JSON, or None for what is none, or holds a number of thousands of digits."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -145,7 +151,7 @@ def parsed(content: bytes) -> Any:
 @contextmanager
 def connection_errors() -> Iterator[None]:
     """httpx's exceptions as UpstreamError. Their own words hold addresses and nothing of a request."""
-    httpx = require_httpx()
+    httpx = outgoing.require_httpx()
     try:
         yield
     except httpx.ConnectTimeout:
@@ -161,6 +167,8 @@ def connection_errors() -> Iterator[None]:
             status=502,
             code="upstream_down",
         ) from None
+    except httpx.DecodingError as error:  # of outgoing.Bounds
+        raise UpstreamError(f"the upstream's answer is {error}", code="upstream_malformed") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise UpstreamError(
             f"the connection to the upstream broke ({type(error).__name__})", code="upstream_cut_off"

@@ -16,17 +16,24 @@ class EventDecoder:
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []  # of a line without an end yet; joined once, however small its pieces
         self._data: list[bytes] = []
+        self._held = 0  # bytes of both
 
     def feed(self, chunk: bytes) -> Iterator[str]:
-        *lines, self._rest = (self._rest + chunk).replace(b"\r\n", b"\n").split(b"\n")
-        if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT:
-            raise ValueError("an event without an end")
-        for line in lines:
-            line = line.rstrip(b"\r")
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            line = b"".join([*self._rest, end]).rstrip(b"\r")
+            self._held -= sum(map(len, self._rest))
+            self._rest = []
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
+                self._held += len(line)
             elif not line and self._data:
                 yield b"\n".join(self._data).decode()
-                self._data = []
+                self._data, self._held = [], 0
+        if rest:
+            self._rest.append(rest)
+            self._held += len(rest)
+        if self._held > MAX_EVENT:
+            raise ValueError("an event without an end")

@@ -25,7 +25,7 @@ from sgt_titan.client.answer import Delta, Options, TokenLogprob, UpstreamError,
 from sgt_titan.errors import UserError
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_REASON = 300
+MAX_REASON = 10_000  # characters that are looked at
 
 Body = dict[str, Any]
 Reader = Callable[[Any], Iterator[Delta]]
@@ -69,6 +69,8 @@ def _vllm_body(embeds_TD: torch.Tensor, options: Options, model: str | None) -> 
         "max_tokens": options.max_tokens,
         "n": options.n,
         **options.numbers(),
+        # Holds the answer to some JSON object; a schema would say what the application wants, so there is none.
+        **({"response_format": {"type": "json_object"}} if options.json_object else {}),
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
@@ -94,6 +96,8 @@ def _finish(reason: Any) -> str | None:
     """How a whole answer ended, stop or length; None: it goes on. Raises UpstreamError for any other end."""
     if reason in (None, "stop", "length"):
         return reason
+    if not isinstance(reason, str):
+        raise TypeError  # no event that can be read
     aborted = reason == "abort"
     raise UpstreamError(
         "the server aborted the request" if aborted else "the server broke the answer off for a reason of its own",
@@ -124,10 +128,12 @@ def _best(pairs: Any, count: int) -> tuple[tuple[str, float], ...]:
 def _sglang_body(embeds_TD: torch.Tensor, options: Options, model: str | None) -> Body:
     check_embeddings(embeds_TD)
     numbers = options.numbers()
-    logprobs, seed = numbers.pop("logprobs", None), numbers.pop("seed", None)
+    logprobs = numbers.pop("logprobs", None)
+    theirs = {"seed": "sampling_seed", "min_tokens": "min_new_tokens"}
+    numbers = {theirs.get(name, name): value for name, value in numbers.items()}
     sampling = {"max_new_tokens": options.max_tokens, "n": options.n, **numbers}
-    if seed is not None:
-        sampling["sampling_seed"] = seed
+    if options.json_object:
+        sampling["json_schema"] = '{"type": "object"}'
     body: Body = {"input_embeds": embeds_TD.float().tolist(), "sampling_params": sampling, "stream": True}
     if logprobs is not None:
         body |= {"return_logprob": True, "top_logprobs_num": logprobs, "return_text_in_logprobs": True}
@@ -206,16 +212,37 @@ def explain(wire: Wire, status: int, payload: Any) -> UpstreamError:
             code="context_length_exceeded",
         )
     if 400 <= status < 500:
-        return UpstreamError(f"the upstream refuses the request: {reason}", status=400, code="upstream_refused")
+        # Not its words: an upstream's refusal may repeat the request. What is known by them is named here.
+        known = next((ours for theirs, ours in _REFUSALS if theirs in lower), "its own log says why")
+        return UpstreamError(f"the upstream refuses the request: {known}", status=400, code="upstream_refused")
     return UpstreamError(f"the upstream failed with status {status}", code="upstream_error")
 
 
+# What a refusal contains, in lower case, and what it means.
+_REFUSALS = (
+    ("max_tokens must be at least", "max_tokens is too small"),
+    ("min_tokens must be", "min_tokens is not between 0 and max_tokens"),
+    ("logprobs", "it gives fewer log probabilities than asked for; lower logprobs"),
+    ("temperature must be", "temperature is out of its range"),
+    ("top_p must be", "top_p is out of its range"),
+    ("top_k must be", "top_k is out of its range"),
+    ("min_p must be", "min_p is out of its range"),
+    ("penalty must be", "a penalty is out of its range"),
+    ("n must be", "n is out of its range"),
+    ("best_of", "n is out of its range"),
+    ("stop_token_ids", "stop_token_ids holds an id that is none"),
+    ("could not be deserialized", "it cannot read the embeddings"),
+    ("2d tensor", "it cannot read the embeddings"),
+    ("floating-point", "it cannot read the embeddings; another --wire-dtype?"),
+)
+
+
 def _reason(payload: Any) -> str:
-    """The words of an error body, in one line and short: a server may repeat a whole request in it."""
+    """The words of an error body. To be searched, never shown: a server may repeat a whole request in them."""
     for key in ("error", "detail", "message"):
         if isinstance(payload, dict) and payload.get(key):
             payload = payload[key]
-    return " ".join(payload.split())[:MAX_REASON] if isinstance(payload, str) else "no reason given"
+    return payload[:MAX_REASON] if isinstance(payload, str) else ""
 
 
 def check_event(event: Any, wire: Wire) -> None:
@@ -225,4 +252,4 @@ def check_event(event: Any, wire: Wire) -> None:
     if event.get("error"):
         error = event["error"]
         status = error.get("code") if isinstance(error, dict) else None
-        raise explain(wire, status if isinstance(status, int) else 500, event)
+        raise explain(wire, status if isinstance(status, int) and 400 <= status < 600 else 500, event)

@@ -151,10 +151,13 @@ def decide(
         return "done", "nothing left to do"
     if state in ("refused", "failed"):
         return "stop", f"a restart would end the same way: {said}"
+    cancelled = "cancelled (scancel)" + (", after saving" if state == "stopped" else "")
     if told.state == "CANCELLED":
-        return "stop", "cancelled (scancel)" + (", after saving" if state == "stopped" else "")
+        return "stop", cancelled
     if told.state in PUT_BACK or told.restarts > restarts:
         return "requeued", "Slurm has put the job back itself, as after a lost node or a preemption"
+    if told.state == "COMPLETING":  # all that Slurm says of a job that it is ending, whatever for
+        return "stop", f"{cancelled}, unless Slurm has lost a node and starts it again itself"
     if state == "stopped" and said.startswith("SIGUSR1") and vain[-1] and seconds < EARLY_SECONDS:
         return "stop", (
             f"the notice of the time limit came {seconds:.0f} s after the start, before anything was trained: raise --time, or "

@@ -148,12 +148,13 @@ def first(found: Iterable[Failure]) -> Failure | None:
 
 def paragraph(
     *, state: str, reason: str, decision: str, step: int, steps: int | None, logs: Path, restart: int, again: str,
-    reached: Mapping[str, Any] | None = None, most: int = 0, export: Path | None = None,
+    decided: str = "", reached: Mapping[str, Any] | None = None, most: int = 0, export: Path | None = None,
 ) -> str:  # fmt: skip
     """What happened, where, the last error, the file, and what comes next, for a person who has read nothing else.
 
     Args:
-        state, reason, decision: of the attempt, as ``attempts`` recorded them.
+        state, decision: of the attempt, as ``attempts`` recorded them.
+        reason: what the run said itself, if it did. decided: why the decision; by default for the same reason.
         step: of the newest checkpoint.
         again: the command that goes on.
         reached: ``progress.read`` of the attempt.
@@ -184,7 +185,7 @@ def paragraph(
         else:
             facts["What happened"] = f"{reason}{at}" if cancelled else f"it ended without a word of any rank{at}"
     facts.setdefault("Look at", str(logs))
-    facts["Next"] = _next(decision, reason, step, of, restart, most, again)
+    facts["Next"] = _next(decision, decided or reason, step, of, restart, most, again)
     width = max(map(len, facts)) + 1
     return "\n".join(f"{name + ':':<{width}} {text}" for name, text in facts.items())
 

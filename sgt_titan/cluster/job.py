@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state=entry.state,
         reason=entry.reason if entry.state not in attempts.SPEAKS else _said(arguments.output_dir, entry),
         decision=entry.decision,
+        decided=entry.reason,
         step=entry.last_step,
         steps=reached["steps"] if reached else None,
         logs=arguments.logs,

@@ -351,6 +351,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             if not (isinstance(name, str) and isinstance(item, str)):
                 raise UserError(f"{where}.{name} must be a string, got {_repr.repr(item)}")
         return dict(value)
+    if where.endswith("data.source") and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return "\n".join(value)
     if hint is float:
         # YAML 1.1 reads 1e-3 (no dot) as a string.
         number = isinstance(value, int | float) and not isinstance(value, bool)

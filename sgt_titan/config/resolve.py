@@ -18,12 +18,24 @@ from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 from sgt_titan.errors import UserError
 from sgt_titan.trunk.check import check_checkpoint
-from sgt_titan.trunk.families import check_config
+from sgt_titan.trunk.families import FAMILIES, check_config, expert_count
 from sgt_titan.trunk.files import CONFIG, check_folder, holds_weights, read_json
 from sgt_titan.trunk.quantisation import scheme_of
 
 _PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
-_DATA_FIELDS = ("text", "system", "instruction", "input", "output", "messages", "private")
+_DATA_FIELDS = (
+    "text",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "messages",
+    "tools",
+    "private",
+    "role",
+    "content",
+)
 
 # Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
 _SHAPE_KEYS = (
@@ -53,6 +65,7 @@ _RANGES = {
     "objective.rate.context_layers": ("at least 1", lambda v: v >= 1),
     "objective.rate.context_rank": ("at least 1", lambda v: v >= 1),
     "objective.mi_group": ("0 (automatic) or at least 2", lambda v: v == 0 or v >= 2),
+    "data.max_bad_share": ("between 0 and 1", lambda v: 0 <= v <= 1),
     "data.prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.min_prompt_tokens": ("0 or more", lambda v: v >= 0),
     "data.max_samples": ("0 (all) or more", lambda v: v >= 0),
@@ -325,7 +338,7 @@ def _trunk_problems(config: Config, trunk_config: dict[str, Any]) -> Iterator[st
     tp, ep = config.parallelism.tensor_parallel_degree, config.parallelism.expert_parallel_degree
     layers, context = trunk.get("num_hidden_layers"), trunk.get("max_position_embeddings")
     heads = trunk.get("num_attention_heads")
-    experts = trunk.get("num_experts") or trunk.get("n_routed_experts") or trunk.get("num_local_experts")
+    experts = expert_count(trunk) if trunk.get("model_type") in FAMILIES else 0
     if context and config.training.seq_len > context:
         yield (f"training.seq_len {config.training.seq_len} exceeds the trunk's max_position_embeddings {context}")
     if layers and config.estimator.layers > layers:

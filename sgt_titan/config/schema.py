@@ -155,15 +155,30 @@ class Objective:
 @dataclass(kw_only=True)
 class Data:
     source: str = opt("", "A preset (openorca, alpaca, tinystories, pupa, t0, flan_cot, demo), a hub dataset name, "
-                          "or a local JSONL/Parquet/Arrow/CSV file. Environment variables are expanded.")  # fmt: skip
-    subset: str = opt("", "Hub configuration name, when the dataset has several.")
-    split: str = opt("train", "Split of a hub dataset.")
+                          "or local files: one, a folder, a glob, a list of them, or an address (s3://, hf://, https://). JSONL, "
+                          "JSON, CSV, TSV, text (a row a line; all also .gz, .bz2, .zst), Parquet, Arrow. Environment "
+                          "variables are expanded.")  # fmt: skip
+    subset: str = opt("", "Hub configuration name, when the dataset has several; of a folder: the folder in it.")
+    split: str = opt(
+        "train", "Split of a hub dataset, of a saved DatasetDict, or of a folder whose files are named after splits."
+    )
     format: Literal["auto", "text", "instruction", "chat"] = opt(
         "auto", "text: one column; instruction: instruction/input/output columns (or those mapped to them); chat: a "
                 "list of {role, content}. auto: the preset's, else by the columns found.")  # fmt: skip
     columns: dict[str, str] = field(default_factory=dict, metadata={
-        "help": "Maps a field (text, system, instruction, input, output, messages, private) to its column; an empty name: "
-                "the field is not used. private marks private values (docs/TRAINING.md)."})  # fmt: skip
+        "help": "Maps a field (text, system, instruction, input, output, history, messages, tools, private; role and content "
+                "of a turn) to its column; an empty name: the field is not used. private marks private values "
+                "(docs/TRAINING.md)."})  # fmt: skip
+    roles: dict[str, str] = field(default_factory=dict, metadata={
+        "help": "Roles of your data as system, user, assistant or tool, beside the names that are known (human, gpt, "
+                "developer, observation, function_call, ...)."})  # fmt: skip
+    answers: Literal["last", "all"] = opt(
+        "last", "last: a conversation is one sample, whose response is its last answer. all: a sample an answer, each with "
+                "all that stands before it. Answers of weight 0 are in the prompt only.")  # fmt: skip
+    on_bad_row: Literal["skip", "stop"] = opt(
+        "skip", "A row that cannot be used (no JSON, a field missing, refused by the template): skipped and counted, with the "
+                "first ten named, or the end. A mark of a private value that is not in the text is always the end.")  # fmt: skip
+    max_bad_share: float = opt(0.05, "Rows that cannot be used, of all: more than this share is the end.")
     private: str = opt("", "Finders of private values (patterns, names, capitals, spacy:MODEL ...; by commas) that get "
                            "surrogates before anything else, as a client's do; empty: none (docs/PRIVATE_VALUES.md).")  # fmt: skip
     private_own: str = opt("", "YAML file of words, patterns and surrogates of your own, beside data.private.")

@@ -7,7 +7,6 @@ A server is a function of (embeddings, session): ``Local`` runs the checkpoint i
 
 from __future__ import annotations
 
-import http.client
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import DynamicCache, PreTrainedModel
 
+from sgt_titan import outgoing
 from sgt_titan.arguments import http_url
 from sgt_titan.conjformer.client import Client
 from sgt_titan.errors import UserError
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_ANSWER = 1 << 22  # bytes: one vector
 
 
 @dataclass
@@ -66,8 +67,7 @@ class Remote:
         parts = http_url(url)
         if parts is None:
             raise UserError(f"--url {url}: not an address like http://host:port")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.url, self.connection = url, kind(parts.hostname, parts.port, timeout=timeout)
+        self.url, self.timeout, self.connection = url.rstrip("/"), timeout, outgoing.client(timeout=timeout)
         self.session, self.wire, self.traffic = secrets.token_hex(16), TYPES[wire], Traffic()
 
     def step(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -89,13 +89,19 @@ class Remote:
 
     def _request(self, method: str, body: bytes) -> bytes:
         try:
-            self.connection.request(method, f"/sessions/{self.session}", body, {"Start": str(self.traffic.tokens)})
-            response = self.connection.getresponse()
-            answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
+            status, answer = outgoing.exchange(
+                self.connection,
+                method,
+                f"{self.url}/sessions/{self.session}",
+                content=body,
+                headers={"Start": str(self.traffic.tokens)},
+                most=MAX_ANSWER,
+                seconds=self.timeout,
+            )
+        except outgoing.require_httpx().HTTPError as error:
             raise UserError(f"--url {self.url}: no answer ({type(error).__name__}); is the server up?") from None
-        if response.status != 200:
-            raise UserError(f"--url {self.url}: {answer[:200].decode(errors='replace')} (HTTP {response.status})")
+        if status != 200:
+            raise UserError(f"--url {self.url}: {answer[:200].decode(errors='replace')} (HTTP {status})")
         return answer
 
 

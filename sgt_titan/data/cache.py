@@ -25,6 +25,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from sgt_titan.data.sources import Rows, load_rows
 from sgt_titan.data.tokenization import (
     COUNTS,
     DROPS,
+    FIRST_BAD,
     MARK_FIELDS,
     Chunk,
     Options,
@@ -55,12 +57,13 @@ from sgt_titan.trunk.tokenizer_files import tokenizer_files
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3  # of the arrays; another one is built again
-TOKENS_VERSION = 3  # of what the arrays say: part of the fingerprint, which runs and exports record
+TOKENS_VERSION = 4  # of what the arrays say: part of the fingerprint, which runs and exports record
 ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources", "marks", "mark_offsets")
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1
 STALE_SECONDS = 7 * 24 * 3600
 POLL_SECONDS = 0.5
+MANY_ROWS = 2_000  # enough to judge the share of bad ones by
 ERROR_SECONDS = 60.0
 
 
@@ -232,7 +235,7 @@ def prepare(
     try:
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
-        _build(rows, tokenizer, tokenizer_dir, options, name, final, progress=progress, workers=workers)
+        _build(rows, tokenizer, tokenizer_dir, options, name, final, config.data, progress=progress, workers=workers)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror or error}") from error
     return _open_or_fail(final, config.data.validation_samples)
@@ -363,6 +366,7 @@ def _build(
     options: Options,
     name: str,
     final: Path,
+    data: schema.Data,
     *,
     progress: bool,
     workers: int | None,
@@ -372,7 +376,11 @@ def _build(
     try:
         largest = max(tokenizer.get_vocab().values(), default=0)
         chunks = tokenize_rows(rows, tokenizer, tokenizer_dir, options, workers=workers)
-        meta = _write(temporary, chunks, rows, options, name, np.uint16 if largest < 2**16 else np.uint32, progress)
+        kind = np.uint16 if largest < 2**16 else np.uint32
+        meta = _write(temporary, chunks, rows, options, name, kind, progress, data.on_bad_row, data.max_bad_share)
+        if progress:
+            for line in remarks(meta):
+                logger.warning("%s: %s", os.path.basename(rows.name), line)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             os.rename(temporary, final)
@@ -385,13 +393,26 @@ def _build(
 
 
 def _write(
-    directory: Path, chunks: Iterator[Chunk], rows: Rows, options: Options, name: str, token_type: type, progress: bool
+    directory: Path,
+    chunks: Iterator[Chunk],
+    rows: Rows,
+    options: Options,
+    name: str,
+    token_type: type,
+    progress: bool,
+    on_bad_row: str,
+    max_bad_share: float,
 ) -> dict[str, Any]:
-    """Append chunks to the arrays; returns the content of meta.json."""
+    """Append chunks to the arrays; returns the content of meta.json.
+
+    Raises:
+        UserError: too many rows that cannot be used; none that can.
+    """
     from tqdm import tqdm
 
     read, used, total, truncated, marked = 0, 0, 0, 0, 0
-    values = {"values": 0, "not_found": 0}
+    bad, notes, first_bad = Counter(), Counter(), []
+    values, with_response = {"values": 0, "not_found": 0}, 0
     kinds: dict[str, int] = {}
     dropped = dict.fromkeys(DROPS, 0)
     sums = np.zeros(len(COUNTS), dtype=np.int64)
@@ -430,18 +451,27 @@ def _write(
             values["values"] += chunk.marked_values
             values["not_found"] += chunk.values_not_found
             sums += chunk.counts[:take].sum(0, dtype=np.int64)
+            with_response += int((chunk.counts[:take, COUNTS.index("response_targets")] > 0).sum())
             read, used, total, truncated = read + chunk.read, used + take, total + stop, truncated + chunk.truncated
             for reason, count in chunk.dropped.items():
                 dropped[reason] += count
+            bad += chunk.bad
+            notes += chunk.notes
+            first_bad = [*first_bad, *chunk.first_bad][:FIRST_BAD]
+            if bad and (on_bad_row == "stop" or read >= MANY_ROWS):
+                _check_bad(bad, first_bad, read, 0.0 if on_bad_row == "stop" else max_bad_share)
             bar.update(chunk.read)
             if options.max_samples and used >= options.max_samples:
                 break
+    if bad:
+        _check_bad(bad, first_bad, read, max_bad_share)
     if not used:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise UserError(
             f"{rows.name}: no usable rows: {read} read, dropped {why} (too_long: more than training.seq_len "
             f"{options.seq_len} tokens; short_prompt: fewer prompt tokens than data.min_prompt_tokens "
-            f"{options.min_prompt_tokens})"
+            f"{options.min_prompt_tokens}; response_cut: training.seq_len leaves nothing of it; no_response: and "
+            "objective.utility_positions is response)"
         )
     if values["values"] and not marked:
         raise MarkError(
@@ -456,12 +486,44 @@ def _write(
         "rows_read": read,
         "samples": used,
         "dropped": dropped,
+        "bad_rows": {"count": bad.total(), "reasons": dict(bad.most_common()), "first": first_bad},
+        "not_used": {"columns": list(rows.unused), **dict(notes.most_common())},
+        "with_response": with_response,
         "truncated": truncated,
         "tokens": total,
         "marks": {"kinds": list(kinds), **values},
         **{f"{kind}_tokens": int(n) for kind, n in zip(COUNTS, sums, strict=True)},
         "arrays": {a: _describe(directory / f"{a}.npy") for a in ARRAYS},
     }
+
+
+def _check_bad(bad: Counter[str], first: list[str], read: int, most: float) -> None:
+    """Raise UserError for too many rows that cannot be used: the first, and how many there are."""
+    if (count := bad.total()) > most * read:
+        share = f"; {count} of {read} rows cannot be used, at most {most:.0%} may (data.max_bad_share)" if most else ""
+        raise UserError(f"{first[0]}{share}")
+
+
+def remarks(meta: dict[str, Any]) -> list[str]:
+    """What a user should know of how his rows were used, a line each; no text of theirs."""
+    read, bad = meta["rows_read"], meta["bad_rows"]
+    lines = []
+    if bad["count"]:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in bad["reasons"].items())
+        lines.append(f"{bad['count']} of {read} rows cannot be used and were skipped: {reasons}")
+        lines.append(f"the first of them: {' | '.join(bad['first'])}")
+    if dropped := {reason: count for reason, count in meta["dropped"].items() if count}:
+        lines.append("samples left out: " + ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
+    columns, *rest = meta["not_used"].items()
+    if columns[1]:
+        lines.append(f"columns not used: {', '.join(columns[1])}")
+    if rest:
+        lines.append("not used: " + "; ".join(f"{what} ({count} samples)" for what, count in rest))
+    lines.append(f"{meta['with_response'] / meta['samples']:.1%} of {meta['samples']} samples have a response")
+    if marks := meta["marks"]["values"]:
+        found = marks - meta["marks"]["not_found"]
+        lines.append(f"{found} of {marks} marked private values are in the prompts ({meta['private_tokens']} tokens)")
+    return lines
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -510,7 +572,13 @@ def _discard(directory: Path) -> None:
 def _sweep(root: Path) -> None:
     """Delete what builders that were killed left behind a week ago or earlier."""
     old = time.time() - STALE_SECONDS
-    for path in [*root.glob(".building-*"), *root.glob(".damaged-*"), *root.glob("sessions/*")]:
+    for path in [
+        *root.glob(".building-*"),
+        *root.glob(".damaged-*"),
+        *root.glob("sessions/*"),
+        *root.glob("rows/*"),
+        *root.glob("remote/*"),
+    ]:
         try:
             if path.stat().st_mtime < old:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

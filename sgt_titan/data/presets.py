@@ -37,8 +37,8 @@ DEMO_SEED = 2  # the shipped trunk was trained on seed 0 and evaluated on seed 1
 # The fields of each format; those after the bar may be missing or empty.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ("private",)),
-    "instruction": (("instruction", "output"), ("system", "input", "private")),
-    "chat": (("messages",), ("private",)),
+    "instruction": (("instruction", "output"), ("system", "input", "history", "private")),
+    "chat": (("messages",), ("system", "tools", "private")),
 }
 
 # Column names that are understood without being told, by field, in order of preference.
@@ -49,13 +49,9 @@ USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "input": ("input", "context"),
     "output": ("output", "response", "completion", "answer"),
     "messages": ("messages", "conversations"),
+    "tools": ("tools",),
+    "history": ("history",),
     "private": ("pii_units", "spans"),
 }
-
-SUFFIXES: dict[str, str] = {  # file suffix -> builder of the datasets library
-    ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".jsonl.zst": "json",
-    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".csv.gz": "csv",
-}  # fmt: skip
-
-# ShareGPT names of roles and keys.
-ROLES: dict[str, str] = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+# Fields of a turn, not of a row.
+TURN_FIELDS = ("role", "content")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
-from sgt_titan.data.marks import fold, mark
+from sgt_titan.data.conversations import Conversation
+from sgt_titan.data.marks import MarkError, Units, fold, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.data.surrogates import finders, with_surrogates
 from sgt_titan.errors import UserError
 from sgt_titan.transform.chat_template import look
-from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns, response_start
+from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, EncodedPrompt, encode_turns, response_start
 from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 
 # Columns of a sample's role counts. A target is a token that some position predicts: any but the first.
@@ -28,7 +31,9 @@ COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets
 
 MARK_FIELDS = 5
 
-DROPS = ("too_long", "short_prompt")
+# Samples that are left out: why.
+DROPS = ("too_long", "short_prompt", "response_cut", "no_response")
+MAX_REASONS, FIRST_BAD = 30, 10
 PARALLEL_ROWS = 50_000
 CHUNK_ROWS = 1_000
 MAX_WORKERS = 32
@@ -49,6 +54,9 @@ class Options:
     strip_suffix: str
     variables: str  # canonical JSON, see chat_template.Look
     date: str
+    roles: tuple[tuple[str, str], ...]
+    answers: str
+    need_response: bool
     private: str = ""  # finders, and the file of a user's own; see surrogates.py
     private_own: str = ""
     private_own_digest: str = ""
@@ -65,7 +73,8 @@ class Chunk:
     """Some consecutive rows, tokenized: flat uint32 tokens and uint8 roles, per-sample lengths (int64),
     role counts (int32, see COUNTS), hashes (uint64) and row numbers in the source (int64); marks of private values,
     int32 (M, 5): start, stop, lead, characters, index in ``kinds`` (see ``marks.Mark``), and how many each sample has
-    (int64); rows read and dropped by reason; values marked and those of them that no prompt holds."""
+    (int64); rows read; samples dropped, bad rows, and what of rows was not used, by reason; values marked and those of
+    them that no prompt holds."""
 
     tokens: np.ndarray
     roles: np.ndarray
@@ -78,6 +87,9 @@ class Chunk:
     kinds: list[str]
     read: int
     dropped: dict[str, int]
+    bad: Counter[str]
+    first_bad: list[str]
+    notes: Counter[str]
     truncated: int
     marked_values: int
     values_not_found: int
@@ -142,6 +154,9 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         strip_suffix=rows.strip_suffix,
         variables=how.variables,
         date=how.date,
+        roles=rows.roles,
+        answers=data.answers,
+        need_response=config.objective.utility_positions == "response",
         **_private(data),
     )
 
@@ -162,17 +177,25 @@ def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> 
     ``right`` cuts the end. ``left`` takes out the first prompt tokens, as many as needed: the template around
     them stays whole, and so does the response; None if the prompt is not long enough for that.
     """
-    excess = len(ids_T) - seq_len
-    if excess <= 0:
+    if len(ids_T) <= seq_len:
         return ids_T, roles_T
+    keep = kept(roles_T, seq_len, how)
+    return None if keep is None else (ids_T[keep], roles_T[keep])
+
+
+def kept(roles_T: np.ndarray, seq_len: int, how: str) -> np.ndarray | None:
+    """Which tokens ``truncate`` keeps: bool (T,)."""
+    keep, excess = np.ones(len(roles_T), dtype=bool), len(roles_T) - seq_len
+    if excess <= 0:
+        return keep
     if how == "right":
-        return ids_T[:seq_len], roles_T[:seq_len]
+        keep[seq_len:] = False
+        return keep
     prompt = np.flatnonzero(roles_T == PROMPT)
     if how == "drop" or len(prompt) < excess:
         return None
-    keep = np.ones(len(ids_T), dtype=bool)
     keep[prompt[:excess]] = False
-    return ids_T[keep], roles_T[keep]
+    return keep
 
 
 def label_text(roles_T: np.ndarray, prompt_tokens: int) -> np.ndarray:
@@ -212,76 +235,147 @@ def private_tokens(marks_M5: np.ndarray, length: int) -> np.ndarray:
     return np.cumsum(edges[:-1]) > 0
 
 
-def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
-    """Tokenize rows start..stop-1.
+class Parts:
+    """A chunk in the making."""
 
-    The hash of a sample is that of its row's content, so that the held-out samples of a data set are the same at every
-    seq_len, behind every template and on every day.
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.roles: list[np.ndarray] = []
+        self.counts: list[tuple[int, ...]] = []
+        self.hashes: list[int] = []
+        self.sources: list[int] = []
+        self.marks: list[np.ndarray] = []
+        self.mark_counts: list[int] = []
+        self.kinds: dict[str, int] = {}
+        self.dropped = dict.fromkeys(DROPS, 0)
+        self.bad: Counter[str] = Counter()
+        self.first_bad: list[str] = []
+        self.notes: Counter[str] = Counter()
+        self.truncated = self.values = self.values_not_found = 0
 
-    Raises:
-        UserError: a row that cannot be used at all (missing field, refused by the template); names the row.
-    """
-    ids_parts, role_parts, counts, hashes, sources = [], [], [], [], []
-    marks, mark_counts, kinds = [], [], {}
-    dropped = dict.fromkeys(DROPS, 0)
-    truncated, values, values_not_found = 0, 0, 0
-    variables = json.loads(options.variables)
-    for i in range(start, stop):
-        messages, units = rows.sample(i)
-        content = content_hash(messages)
-        if options.private or options.private_own:
-            private = finders(options.private, options.private_own)
-            messages, units = with_surrogates(messages, units, i, private)
-        try:
-            encoded = encode_turns(
-                tokenizer, messages, template=options.template, variables=variables, date=options.date
-            )
-        except UserError as error:
-            raise UserError(f"{rows.where(i)}: {error}") from error
-        ids = np.array(encoded.ids, dtype=np.uint32)
-        cut = truncate(ids, np.array(encoded.roles, dtype=np.uint8), options.seq_len, options.truncation)
+    def add(self, encoded: EncodedPrompt, hashed: int, source: int, units: Units, tokenizer: Any, options: Options):
+        """A sample, or a reason why it is none."""
+        ids, roles = np.array(encoded.ids, dtype=np.uint32), np.array(encoded.roles, dtype=np.uint8)
+        cut = truncate(ids, roles, options.seq_len, options.truncation)
         if cut is None:
-            dropped["too_long"] += 1
-            continue
-        roles = label_text(cut[1], options.prompt_tokens)
-        count = role_counts(roles)
+            self.dropped["too_long"] += 1
+            return
+        kept = label_text(cut[1], options.prompt_tokens)
+        count = role_counts(kept)
         # A sample needs two tokens, one to predict from and one to predict.
-        if count[COUNTS.index("prompt")] < options.min_prompt_tokens or len(roles) < 2:
-            dropped["short_prompt"] += 1
-            continue
-        truncated += len(cut[0]) < len(ids)
-        here = list(mark(tokenizer, cut[0], roles, units)) if units else []
-        rows_M5 = [(m.start, m.stop, m.lead, len(m.text), kinds.setdefault(m.kind, len(kinds))) for m in here]
-        marks_M5 = np.array(rows_M5, dtype=np.int32).reshape(-1, MARK_FIELDS)
+        if count[COUNTS.index("prompt")] < options.min_prompt_tokens or len(kept) < 2:
+            self.dropped["short_prompt"] += 1
+            return
+        if options.need_response and not count[COUNTS.index("response_targets")]:
+            had = role_counts(label_text(roles, options.prompt_tokens))[COUNTS.index("response_targets")]
+            self.dropped["response_cut" if had else "no_response"] += 1
+            return
+        self.truncated += len(kept) < len(ids)
+        here = list(mark(tokenizer, cut[0], kept, units)) if units else []
         if here:
-            count = (*count[:-1], int(private_tokens(marks_M5, len(roles)).sum()))
-            marks.append(marks_M5)
-        mark_counts.append(len(here))
-        values += len(units)
+            rows_M5 = [
+                (m.start, m.stop, m.lead, len(m.text), self.kinds.setdefault(m.kind, len(self.kinds))) for m in here
+            ]
+            self.marks.append(np.array(rows_M5, dtype=np.int32))
+            count = (*count[:-1], int(private_tokens(self.marks[-1], len(kept)).sum()))
         if units:
             said = {fold(m.text)[0] for m in here}
-            values_not_found += sum(fold(text)[0] not in said for text, _ in units)
-        ids_parts.append(cut[0])
-        role_parts.append(roles)
-        counts.append(count)
-        hashes.append(content)
-        sources.append(i)
-    return Chunk(
-        tokens=np.concatenate(ids_parts) if ids_parts else np.zeros(0, np.uint32),
-        roles=np.concatenate(role_parts) if role_parts else np.zeros(0, np.uint8),
-        lengths=np.array([len(p) for p in ids_parts], dtype=np.int64),
-        counts=np.array(counts, dtype=np.int32).reshape(-1, len(COUNTS)),
-        hashes=np.array(hashes, dtype=np.uint64),
-        sources=np.array(sources, dtype=np.int64),
-        marks=np.concatenate(marks) if marks else np.zeros((0, MARK_FIELDS), np.int32),
-        mark_counts=np.array(mark_counts, dtype=np.int64),
-        kinds=list(kinds),
-        read=stop - start,
-        dropped=dropped,
-        truncated=truncated,
-        marked_values=values,
-        values_not_found=values_not_found,
-    )
+            self.values += len(units)
+            self.values_not_found += sum(fold(text)[0] not in said for text, _ in units)
+        self.ids.append(cut[0])
+        self.roles.append(kept)
+        self.counts.append(count)
+        self.hashes.append(hashed)
+        self.sources.append(source)
+        self.mark_counts.append(len(here))
+        self.notes.update(set(encoded.notes))
+
+    def refuse(self, error: UserError, where: str) -> None:
+        """A row that cannot be used. Numbers apart, equal reasons are one."""
+        reason = str(error).removeprefix(f"{where}: ")
+        reason = re.sub(r"\d+", "N", reason)
+        self.bad[reason if reason in self.bad or len(self.bad) < MAX_REASONS else "other reasons"] += 1
+        if len(self.first_bad) < FIRST_BAD:
+            self.first_bad.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+
+    def chunk(self, read: int) -> Chunk:
+        """All that was added."""
+        return Chunk(
+            tokens=np.concatenate(self.ids) if self.ids else np.zeros(0, np.uint32),
+            roles=np.concatenate(self.roles) if self.roles else np.zeros(0, np.uint8),
+            lengths=np.array([len(p) for p in self.ids], dtype=np.int64),
+            counts=np.array(self.counts, dtype=np.int32).reshape(-1, len(COUNTS)),
+            hashes=np.array(self.hashes, dtype=np.uint64),
+            sources=np.array(self.sources, dtype=np.int64),
+            marks=np.concatenate(self.marks) if self.marks else np.zeros((0, MARK_FIELDS), np.int32),
+            mark_counts=np.array(self.mark_counts, dtype=np.int64),
+            kinds=list(self.kinds),
+            read=read,
+            dropped=self.dropped,
+            bad=self.bad,
+            first_bad=self.first_bad,
+            notes=self.notes,
+            truncated=self.truncated,
+            marked_values=self.values,
+            values_not_found=self.values_not_found,
+        )
+
+
+def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Conversation, list[EncodedPrompt], int]:
+    """Row i, its samples before truncation, and the hash of its content.
+
+    Raises:
+        UserError: the row cannot be used at all (missing field, refused by the template); names the row.
+    """
+    conversation = rows.conversation(i)
+    hashed = content_hash([conversation.messages, conversation.tools])
+    try:
+        ends, left = conversation.ends(options.answers)
+        notes = (*conversation.ignored, *left)
+        if options.private or options.private_own:
+            if conversation.tools or any(m.keys() & {"tool_calls", "reasoning_content"} for m in conversation.messages):
+                raise UserError("has tools, calls or thoughts, which data.private does not reach")
+            private = finders(options.private, options.private_own)
+            messages, units = with_surrogates(conversation.messages, conversation.private, i, private)
+            conversation = replace(conversation, messages=messages, private=units)
+        variables = json.loads(options.variables)
+        samples = []
+        for end in ends:
+            encoded = encode_turns(
+                tokenizer,
+                conversation.messages[:end],
+                template=options.template,
+                variables=variables,
+                date=options.date,
+                tools=conversation.tools,
+            )
+            samples.append(replace(encoded, notes=(*notes, *encoded.notes)) if notes else encoded)
+    except UserError as error:
+        raise UserError(f"{rows.where(i)}: {error}") from None
+    return conversation, samples, hashed
+
+
+def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
+    """Tokenize rows start..stop-1; what cannot be used is counted.
+
+    The hash of a sample is that of its row's content, so that the held-out samples of a data set are the same at every
+    seq_len, behind every template and on every day, and all answers of a row are on one side.
+
+    Raises:
+        MarkError: a mark of a private value that is not in the text; names the row.
+    """
+    parts = Parts()
+    for i in range(start, stop):
+        try:
+            conversation, samples, hashed = encode_row(rows, i, tokenizer, options)
+        except MarkError:
+            raise
+        except UserError as error:
+            parts.refuse(error, rows.where(i))
+            continue
+        for encoded in samples:
+            parts.add(encoded, hashed, i, conversation.private, tokenizer, options)
+    return parts.chunk(stop - start)
 
 
 def tokenize_rows(

@@ -26,10 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from sgt_titan.evaluation.samples import Padded
 from sgt_titan.metrics.information import pac_advantage
 from sgt_titan.metrics.interval import Estimate, ratio
+from sgt_titan.transform import StainedGlassTransform
 
+CHUNK = 256  # tokens whose distributions exist at a time
 SLOPES = tuple(0.25 * 1.35**i for i in range(16))  # values of s, 0.25 to 22
 
 
@@ -183,6 +187,46 @@ def source_from(sums: np.ndarray, tokens: int, vocab: int) -> Source:
     """The means of ``source_of``'s sums."""
     best, nats, *slopes = (sums / tokens).tolist()
     return Source(best, nats, tuple(slopes), vocab, tokens)
+
+
+@torch.no_grad()
+def measure_source(trunk: PreTrainedModel, batches: Sequence[Padded]) -> Source:
+    """The trunk's own view of the hidden tokens, given the clean text before each. One with nothing before it counts as
+    known: that errs towards no bound."""
+    sums, tokens, vocab = np.zeros(2 + len(SLOPES)), 0, trunk.get_input_embeddings().weight.shape[0]
+    for batch in batches:
+        logits_BTV = trunk(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long(), use_cache=False).logits
+        hidden_BT = batch.obfuscate_BT & batch.valid_BT
+        sums[0] += int(hidden_BT[:, 0].sum())
+        logits_NV, tokens_N = logits_BTV[:, :-1][hidden_BT[:, 1:]], batch.tokens_BT[:, 1:][hidden_BT[:, 1:]]
+        for logits_CV, tokens_C in zip(logits_NV.split(CHUNK), tokens_N.split(CHUNK), strict=True):
+            sums += source_of(torch.log_softmax(logits_CV[:, :vocab].double(), -1), tokens_C)[0]
+        tokens += int(hidden_BT.sum())
+    return source_from(sums, tokens, vocab)
+
+
+@torch.no_grad()
+def measure_rates(
+    transform: StainedGlassTransform, batches: Sequence[Padded], random: torch.Generator
+) -> tuple[list[float], list[int]]:
+    """Nats of each prompt by the export's own rate, and its hidden tokens."""
+    rates, tokens = [], []
+    for batch in batches:
+        attention_BT = batch.valid_BT.long()
+        rate_BT = transform.rate(batch.tokens_BT, batch.obfuscate_BT, attention_mask=attention_BT, generator=random)
+        rates += rate_BT.double().sum(-1).tolist()
+        tokens += batch.obfuscate_BT.sum(-1).tolist()
+    return rates, tokens
+
+
+def least_nats(kept: float, worth_B: Sequence[float]) -> Estimate:
+    """k Delta, nats a prompt: what a mechanism that keeps a share k of the answers' worth has revealed at least.
+
+    ``I(X; z) >= I(answer; z) >= k Delta`` along X - answer - z, Delta = n (L_none - L_clean) of each prompt: nothing
+    can be left of that line. L_none stands for the entropy of the answer without the prompt, and is too high as far as
+    the best that is known of it is: then so is the line.
+    """
+    return ratio(kept * np.asarray(worth_B, np.float64), np.ones(len(worth_B)))
 
 
 # -- one value, without averaging over prompts -------------------------------------------------------------------------

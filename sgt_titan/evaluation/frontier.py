@@ -24,6 +24,7 @@ from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.load import dump, parse_overrides
 from sgt_titan.config.schema import PRESETS, Config
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.evaluate import FORMAT as EVALUATION_FORMAT
 from sgt_titan.evaluation.evaluate import check_zero, zero_argument
 from sgt_titan.evaluation.grid import Chain, Pool, Step, command, cores, objective, shared_cache, training
 from sgt_titan.evaluation.parts import write
@@ -95,6 +96,12 @@ def _part(part: str, config: Config) -> list[str]:
     raise UserError(f"--rows: {part!r} is neither rate=WEIGHT, preset:NAME nor section.key=value")
 
 
+def _named(word: str) -> tuple[str, Path]:
+    """[NAME=]DIR; a directory may have an = in its own name, as those of a grid have."""
+    name, equals, path = word.partition("=")
+    return ("", Path(word)) if not equals or Path(word).exists() else (name, Path(path))
+
+
 def trained_elsewhere(words: Sequence[str]) -> list[Row]:
     """Rows of ``--run [NAME=]DIR``: a run's directory, or an export.
 
@@ -103,16 +110,13 @@ def trained_elsewhere(words: Sequence[str]) -> list[Row]:
     """
     found: dict[str, Row] = {}
     for word in words:
-        name, equals, path = word.partition("=")
-        if not equals:
-            name, path = "", word
-        folder = Path(path)
+        name, folder = _named(word)
         export = folder / "export" if (folder / "export" / "config.json").is_file() else folder
         if not (export / "config.json").is_file():
-            raise UserError(f"--run {path}: neither a run with an export/ nor an export (no config.json)")
+            raise UserError(f"--run {folder}: neither a run with an export/ nor an export (no config.json)")
         row = Row(name or (folder.name if folder.name != "export" else folder.resolve().parent.name), export=export)
         if row.folder in found:
-            raise UserError(f"--run: two are called {row.name!r}; name them, as in --run NAME={path}")
+            raise UserError(f"--run: two are called {row.name!r}; name them, as in --run NAME={folder}")
         found[row.folder] = row
     return list(found.values())
 
@@ -147,17 +151,44 @@ def chains(arguments: argparse.Namespace, overrides: Sequence[str], config: Conf
 # -- what came out -----------------------------------------------------------------------------------------------------
 
 
-def collected(done: Sequence[tuple[Row, int, Chain]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """``results.json``: every run that is measured, the baselines, and what the picture's limits are drawn from."""
+def measured_before(words: Sequence[str]) -> list[tuple[str, int, Path]]:
+    """(row, seed, results.json) of ``--measured [NAME=]DIR``; those of one name are seeds of one row.
+
+    Raises:
+        UserError: no evaluation there.
+    """
+    found: list[tuple[str, int, Path]] = []
+    for word in words:
+        name, folder = _named(word)
+        file = folder / "results.json" if folder.is_dir() else folder
+        try:
+            results = json.loads(file.read_text(encoding="utf-8"))
+            point(results["mechanisms"]["sgt"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--measured {folder}: no results.json of `sgt-titan evaluate` there") from None
+        if results.get("format") != EVALUATION_FORMAT:
+            raise UserError(
+                f"--measured {folder}: of an earlier version, whose `kept` counts from another zero; run it again"
+            )
+        row = name or folder.name
+        found.append((row, sum(known == row for known, _, _ in found), file))
+    return found
+
+
+def collected(files: Sequence[tuple[str, int, Path]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """``results.json``: every run that is measured, the baselines, and what the picture's limits are drawn from.
+
+    Args:
+        files: row, seed and results.json of each evaluation; those that are not there yet are left out.
+    """
     runs, baselines, limits = [], {}, {}
-    for row, seed, chain in done:
-        file = chain.steps[-1].done
+    for row, seed, file in files:
         try:
             results = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # not there yet, or being written by somebody else
         mechanisms = results["mechanisms"]
-        runs.append({"row": row.name, "seed": seed, "results": str(file), **point(mechanisms["sgt"])})
+        runs.append({"row": row, "seed": seed, "results": str(file), **point(mechanisms["sgt"])})
         baselines |= {name: point(entry) for name, entry in mechanisms.items() if name != "sgt"}
         facts, no_prompt = results["about"], results.get("no_prompt") or {}
         limits = limits or {
@@ -209,7 +240,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     found.add_argument("config", metavar="NAME", help="a config of train_configs/ or a YAML file")
-    found.add_argument("--weights", metavar="W,W", help=f"rows rate=W (default without --rows and --run: {WEIGHTS})")
+    found.add_argument(
+        "--weights", metavar="W,W", help=f"rows rate=W (default without --rows, --run and --measured: {WEIGHTS})"
+    )
     found.add_argument(
         "--rows", metavar="R,R", default="",
         help="rows, each of parts joined by +: rate=0.05, preset:mi_abs_cos_norm, denoiser.layers=2, "
@@ -226,11 +259,17 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="also attack this run or export, trained before",
     )
+    found.add_argument(
+        "--measured", metavar="[NAME=]DIR", action="append", default=[],
+        help="also draw this evaluation, made before; several of one NAME are its seeds",
+    )  # fmt: skip
     found.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/frontier-NAME")
     found.add_argument("--jobs", type=int, help="commands at a time (default: one for every two cores)")
     found.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="of each evaluation")
     found.add_argument("--prompts", type=int, metavar="N", help="held-out prompts to attack, instead of the suite's")
-    found.add_argument("--attacks", metavar="A,B", default="", help="only these (default: all of the suite)")
+    found.add_argument(
+        "--attacks", metavar="A,B", default="", help="only these, and guessing (default: all of the suite)"
+    )
     zero_argument(found)
     found.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
     found.add_argument("--draw", action="store_true", help="run nothing, draw what is there")
@@ -262,7 +301,8 @@ def main(argv: Sequence[str] | None = None, start: Any = None) -> int:
     def draw() -> None:
         from sgt_titan.evaluation.report import plane
 
-        found = collected(todo, about | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")})
+        files = [(row.name, seed, chain.steps[-1].done) for row, seed, chain in todo] + arguments.measured
+        found = collected(files, about | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")})
         arguments.out.mkdir(parents=True, exist_ok=True)
         write(arguments.out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         write(arguments.out / "frontier.md", plane.markdown(found))
@@ -306,18 +346,27 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
             raise UserError(f"--{key}: every run has its own; leave it out")
     config, _ = read_config(arguments.config, overrides)
     specs = [part for part in arguments.rows.split(",") if part]
-    weights = arguments.weights if arguments.weights is not None else "" if specs or arguments.run else WEIGHTS
+    weights = (
+        arguments.weights
+        if arguments.weights is not None
+        else ""
+        if specs or arguments.run or arguments.measured
+        else WEIGHTS
+    )
     specs = [*(f"rate={weight}" for weight in weights.split(",") if weight), *specs]
     arguments.rows = rows(specs, arguments.grid, config)
     arguments.run = trained_elsewhere(arguments.run)
     if clash := {row.folder for row in arguments.rows} & {row.folder for row in arguments.run}:
         raise UserError(f"--run: a row is called {min(clash)!r} as well; name the run, as in --run NAME=DIR")
-    if not arguments.rows and not arguments.run:
+    arguments.measured = measured_before(arguments.measured)
+    if not arguments.rows and not arguments.run and not arguments.measured:
         raise UserError("--rows: names no row")
     for row in arguments.rows:  # what would stop a training is said before the first of them
         read_config(arguments.config, [*overrides, *row.words], trunk="weights")
-    from sgt_titan.evaluation.attacks import ATTACKS
+    from sgt_titan.evaluation.attacks import ATTACKS, GUESSING
 
+    if arguments.attacks and GUESSING not in arguments.attacks.split(","):
+        arguments.attacks += f",{GUESSING}"
     if unknown := [name for name in arguments.attacks.split(",") if name and name not in ATTACKS]:
         raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS)}")
     arguments.out = arguments.out or Path("outputs") / f"frontier-{Path(arguments.config).stem}"

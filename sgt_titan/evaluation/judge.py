@@ -6,18 +6,19 @@ the URL given there. Nothing of it is logged. The API key, where one is needed, 
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sgt_titan import outgoing
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.pii import is_in, ratios
+
+if TYPE_CHECKING:
+    import httpx
 
 QUESTION = (
     "You audit a privacy tool. Below are a private VALUE and a TEXT that an attacker reconstructed. Could the attacker "
@@ -25,17 +26,8 @@ QUESTION = (
     "VALUE: {unit}\n\nTEXT: {text}"
 )
 ATTEMPTS, TIMEOUT, PARALLEL = 4, 60.0, 8
+MAX_ANSWER = 1 << 20  # bytes
 RETRIED = {408, 409, 429, 500, 502, 503, 504}
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would follow without the question and with the key, to whatever host is named."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
-_open = urllib.request.build_opener(_NoRedirect).open
 
 
 def judge(
@@ -64,39 +56,44 @@ def judge(
         for unit in these
         if is_in(unit, original)
     ]
-    key = os.environ.get(api_key_env, "")
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        answers = list(pool.map(lambda ask: _ask(base_url, model, key, *ask[1:], timeout=timeout, pause=pause), asked))
+    key = os.environ.get(api_key_env) or None
+    with outgoing.client(timeout=timeout, key=key) as client, ThreadPoolExecutor(PARALLEL) as pool:
+        answers = list(
+            pool.map(lambda ask: _ask(client, base_url, model, *ask[1:], seconds=timeout, pause=pause), asked)
+        )
     flags: list[list[bool]] = [[] for _ in originals]
     for (i, _, _), answer in zip(asked, answers, strict=True):
         flags[i].append(answer)
     return ratios("judge", flags)
 
 
-def _ask(base_url: str, model: str, key: str, unit: str, text: str, *, timeout: float, pause: float) -> bool:
+def _ask(
+    client: httpx.Client, base_url: str, model: str, unit: str, text: str, *, seconds: float, pause: float
+) -> bool:
     url = base_url.rstrip("/") + "/chat/completions"
     question = {"role": "user", "content": QUESTION.format(unit=unit, text=text)}
-    body = json.dumps({"model": model, "messages": [question], "temperature": 0, "max_tokens": 3}).encode()
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    body = {"model": model, "messages": [question], "temperature": 0, "max_tokens": 3}
+    http_error = outgoing.require_httpx().HTTPError
     problem = ""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
         try:
-            with _open(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
-                said = json.load(answer)["choices"][0]["message"]["content"].strip().casefold()
-        except urllib.error.HTTPError as error:
-            problem = f"answers {error.code} {error.reason}"
-            if error.code not in RETRIED:
-                break
-            continue
-        except (urllib.error.URLError, OSError) as error:
-            problem = f"cannot be reached ({getattr(error, 'reason', None) or error})"
-            continue
-        except http.client.HTTPException:
+            status, answer = outgoing.exchange(client, "POST", url, json=body, most=MAX_ANSWER, seconds=seconds)
+        except outgoing.require_httpx().RemoteProtocolError:
             problem = "breaks off or does not speak HTTP"
             continue
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except http_error as error:
+            problem = f"cannot be reached ({type(error).__name__})"
+            continue
+        if status != 200:
+            problem = f"answers {status}"
+            if status not in RETRIED:
+                break
+            continue
+        try:
+            said = json.loads(answer)["choices"][0]["message"]["content"].strip().casefold()
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             problem = "does not answer as an OpenAI chat completion"
             continue
         word = said.split()[0].strip(".,!\"'*") if said else ""

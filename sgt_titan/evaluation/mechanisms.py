@@ -3,6 +3,7 @@
     none        the embeddings as they are
     noise       Gaussian noise of one std for every token and feature (local differential privacy's mechanism)
     redaction   the tokens of marked private spans replaced by a placeholder; everything else in clear
+    dropping    some of the tokens in clear, the others left out (dropping.py)
     sgt         the export, called as a client calls it
 
 Legend: B batch, T sequence, D width.
@@ -98,7 +99,7 @@ def learned(transform: StainedGlassTransform) -> Mechanism:
         found = transform.release(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
         return Obfuscated(found.sent_BTD, found.center_BTD, found.log_std_BTD, found.z_BTD)
 
-    return Mechanism("sgt", "this SGT", obfuscate, transform=transform)
+    return Mechanism("sgt", "this SGT", obfuscate, transform=transform, denoises=transform.denoiser is not None)
 
 
 def redaction(placeholder_D: torch.Tensor) -> Mechanism:

@@ -107,7 +107,8 @@ def _finding(arguments: Any, private: Any, nobody: Any) -> dict[str, Any]:
     rows = []
     for i in range(count):
         group = source[i].get("predicted_category", "")
-        rows.append(finding.to_row(*source.sample(i), group))
+        conversation = source.conversation(i)
+        rows.append(finding.to_row(conversation.messages, conversation.private, group))
     if not any(row.units for row in rows):
         raise UserError(f"{arguments.data}: none of its first {count} rows marks a private value")
     _say(f"finding in {count} rows")

@@ -18,19 +18,21 @@ from typing import Any
 import torch
 
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation import pii, privacy, reading, recovery, utility
+from sgt_titan.evaluation import certificates, dropping, pii, privacy, reading, recovery, utility
 from sgt_titan.evaluation.attacks import GUESSING, Attack
 from sgt_titan.evaluation.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.rotated import load_rotation
-from sgt_titan.evaluation.samples import MAX_ROWS, generator
+from sgt_titan.evaluation.samples import MAX_ROWS, Padded, Sample, generator
 from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
 from sgt_titan.evaluation.threat import Cost, grants, kind_of
 from sgt_titan.evaluation.world import World
 from sgt_titan.metrics.interval import Estimate
+from sgt_titan.transform import glow
 from sgt_titan.transform.chat_template import look
 
+CHOICE_ROWS = 256  # public rows that token dropping learns its choice on
 USEFUL_SHARE = 0.25  # of a large matmul's speed that small ones reach: estimates are no better than a factor of three
 
 
@@ -74,8 +76,30 @@ class Evaluation:
         found = [sgt, nothing()]
         if any(row.spans for row in setting.rows):
             found.append(redaction(table_VD[placeholder(setting.tokenizer)]))
-        found += [*rotated, *noise]
+        found += [*rotated, *noise, *self._dropping()]
         return {mechanism.name: mechanism for mechanism in found}
+
+    def _dropping(self) -> list[Mechanism]:
+        """Token dropping at the suite's shares; what it needs to be fitted is, when the first prompt is sent."""
+        setting, fitted = self.setting, {}
+
+        def place(batch: Padded, x_BTD: torch.Tensor) -> torch.Tensor:
+            return setting.zero.place(batch, x_BTD)
+
+        def learned(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+            if not fitted:
+                rows = setting.batches(setting.training[:CHOICE_ROWS])
+                fitted["choice"] = dropping.learned_choice(setting.trunk, rows, place)
+            return fitted["choice"](batch, x_BTD, random)
+
+        ways = {"dropping": (dropping.at_random, "any"), "choosing": (learned, "the best by a look at the prompt")}
+        return [
+            dropping.dropping(
+                share, place, way, name=f"{name}-{100 * share:g}", title=f"{share:.0%} of the tokens, {how}"
+            )
+            for share in SUITES[self.suite].drops
+            for name, (way, how) in ways.items()
+        ]
 
     def world(self, mechanism: Mechanism) -> World:
         setting = self.setting
@@ -124,6 +148,7 @@ class Evaluation:
                 cost = attack.cost(world.size, **(attack.arguments(self.suite) or {}))
                 run = lambda m=mechanism, k=key, a=attack: self._attack(m, k, a)  # noqa: E731
                 yield Job(f"{name}/attacks/{key}", run, cost)
+        yield Job("sgt/certificate", self._certificate, pass_cost)
         yield Job("sgt/answers", self._answers, pass_cost)
         source = "local" if self.benchmark_dir else "hub"
         flops = 2.0 * self.world(nothing()).size.trunk * 600 * (SUITES[self.suite].questions or 2_000)
@@ -142,6 +167,20 @@ class Evaluation:
 
     def _lm_top1(self) -> dict[str, Any]:
         return self.lm_top1.as_dict()
+
+    def _certificate(self) -> dict[str, Any]:
+        """What nobody can exceed, of one observation, and what the answers are worth; nothing without a table to price
+        with."""
+        setting = self.setting
+        if setting.transform.embed_tokens is None:
+            return {}
+        batches, random = setting.batches(setting.prompts), generator(self.seed, setting.device)
+        rates, tokens = certificates.measure_rates(setting.transform, batches, random)
+        source = certificates.measure_source(setting.trunk, batches)
+        worth_B = self.reference.without_B - self.reference.clean_B
+        return certificates.certificate(rates, tokens, source, seed=self.seed).as_dict() | {
+            "worth_per_prompt": certificates.least_nats(1.0, worth_B).as_dict()
+        }
 
     def _privacy(self, mechanism: Mechanism) -> dict[str, Any]:
         setting = self.setting
@@ -216,7 +255,21 @@ class Evaluation:
         answers = utility.answers(
             setting.trunk, setting.tokenizer, shown, (nothing(), mechanism), generator(self.seed, setting.device)
         )
-        return {"prompts": prompts, "clean": answers[0], "obfuscated": answers[1]}
+        return {"prompts": prompts, "clean": answers[0], "obfuscated": answers[1], "revealed": self._revealed(shown)}
+
+    def _revealed(self, shown: Sequence[Sample]) -> list[dict[str, Any]]:
+        """Nats that one observation can tell of each token, and the text they belong to; nothing without a table."""
+        transform, found = self.setting.transform, []
+        for row in shown if transform.embed_tokens is not None else ():
+            ids_BT, mask_BT = (torch.from_numpy(a)[None].to(self.setting.device) for a in (row.ids, row.obfuscate))
+            nats_T = transform.rate(ids_BT, mask_BT, generator=generator(self.seed, self.setting.device))[0].tolist()
+            found.append(
+                {
+                    "pieces": glow.pieces(self.setting.tokenizer, row.ids.tolist()),
+                    "nats": [n if there else None for n, there in zip(nats_T, row.obfuscate.tolist(), strict=True)],
+                }
+            )
+        return found
 
     def _benchmark(self, mechanism: Mechanism, name: str) -> dict[str, Any]:
         from sgt_titan.evaluation.benchmarks import run_benchmarks
@@ -353,6 +406,8 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
             for key, part in reading.compared(attacks, guess, seed=evaluation.seed).items()
         }
         entry |= reading.best(attacks)
+        if certified := found.get(f"{name}/certificate"):
+            entry["certificate"] = certified
         benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}
         if benchmarks:
             entry["benchmarks"] = {key.rpartition("/")[2]: part for key, part in benchmarks.items()}
@@ -364,6 +419,7 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
                     "guesses": {key: part["reads"][i] for key, part in attacks.items()},
                     "answer_clean": shown["clean"][i],
                     "answer_obfuscated": shown["obfuscated"][i],
+                    **(dict(enumerate(shown.get("revealed") or ())).get(i) or {}),
                 }
                 for i, prompt in enumerate(shown["prompts"])
             ]

@@ -19,7 +19,8 @@ BLIND = ("nearest_l2", "nearest_cosine", "known_plaintext", "inverter")
 class Suite:
     """rows: prompts under attack, at most. corpus: public rows an attacker trains on, at most. sigmas: of constant
     noise, units of the table's per-feature std, beside the SGT's own mean std. whole: baselines that get the whole
-    battery; the others get ``EXACT``. greedy: prompts answered greedily; questions: per benchmark."""
+    battery; the others get ``EXACT``. greedy: prompts answered greedily; questions: per benchmark.
+    drops: shares of the tokens that token dropping sends in clear."""
 
     rows: int
     corpus: int
@@ -28,10 +29,11 @@ class Suite:
     greedy: int
     questions: int
     about: str
+    drops: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
 
 
 SUITES: dict[str, Suite] = {
-    "quick": Suite(32, 6_000, (0.25, 1.0, 4.0), (), 16, 50, "minutes: is anything badly wrong?"),
+    "quick": Suite(32, 6_000, (0.25, 1.0, 4.0), (), 16, 50, "minutes: is anything badly wrong?", (0.3,)),
     "standard": Suite(
         128,
         10_000,

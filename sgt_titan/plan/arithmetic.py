@@ -9,7 +9,7 @@ from sgt_titan.config.door import read_config
 from sgt_titan.config.load import load
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.trunk.families import shapes
+from sgt_titan.trunk.families import expert_count, shapes
 
 from .hardware import EXPOSED_RANGE, GPUS, HFU, HFU_RANGE, NO_GPU, Gpu
 from .memory import Memory, item_size, memory
@@ -147,7 +147,7 @@ def _work(weight: Weight, trunk: dict[str, Any]) -> int:
     """Parameters of ``weight`` that a token meets."""
     if not weight.matmul:
         return 0
-    return weight.numel * trunk["num_experts_per_tok"] // trunk["n_routed_experts"] if weight.expert else weight.numel
+    return weight.numel * trunk["num_experts_per_tok"] // expert_count(trunk) if weight.expert else weight.numel
 
 
 def prepared(name: str, overrides: list[str] | None = None) -> tuple[Config, dict[str, Any]]:

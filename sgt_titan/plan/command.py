@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words += ["--cluster.gpu", gpu_name(arguments.gpu)] if arguments.gpu else []
     config, trunk = prepared(arguments.name, words)
     found = plan(config, trunk)
-    fewest = fewest_nodes(arguments.name, words, MOST_NODES)[0] if found.gpu else None
+    enough = fewest_nodes(arguments.name, words, MOST_NODES) if found.gpu else None
+    fewest = enough[0] if enough else None
     asynchronous = config.checkpoint.asynchronous
     saved = saving(found, config.cluster.nodes, arguments.node_mtbf_days, asynchronous=asynchronous)
     told = config, found, saved, arguments.rows, fewest

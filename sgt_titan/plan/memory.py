@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 
 from sgt_titan.config.schema import Config
-from sgt_titan.trunk.families import head_dim, kv_heads
+from sgt_titan.trunk.families import head_dim, kv_heads, mixtures, shared_width
 
 from .weights import (
     Degrees,
@@ -122,8 +122,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
 
 def _kinds(trunk: dict[str, Any]) -> set[bool]:
     """Whether there are layers without experts (False) and with them (True)."""
-    dense = trunk.get("first_k_dense_replace", trunk["num_hidden_layers"])
-    return {index >= dense for index in (0, trunk["num_hidden_layers"] - 1)}
+    return set(mixtures(trunk))
 
 
 def _layer_kept(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens: int, experts: bool) -> int:
@@ -146,7 +145,7 @@ def _layer_kept(trunk: dict[str, Any], degrees: Degrees, tokens: int, own_tokens
     # With expert parallelism each tensor-parallel rank routes its own tokens; spread evenly, it receives as many.
     routed_tokens = top * (own_tokens if degrees.ep > 1 else tokens)
     routed = routed_tokens * (6 * width + 3 * hidden // (1 if degrees.ep > 1 else tp))
-    return ends + routed + tokens * (attention + 3 * hidden * trunk["n_shared_experts"] // tp)
+    return ends + routed + tokens * (attention + 3 * shared_width(trunk) // tp)
 
 
 def _layer_passing(trunk: dict[str, Any], degrees: Degrees, tokens: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sgt_titan.config.schema import Config
+from sgt_titan.trunk.families import mixtures
 
 from .hardware import LINK_RANGE, Gpu
 from .memory import BF16, FP32, item_size
@@ -85,7 +86,7 @@ def traffic(config: Config, trunk: dict[str, Any], degrees: Degrees, microbatche
         found.append(Traffic(f"tensor parallel, {kinds[0]}", pairs, pairs * moved, link(degrees.tp)))
         found.append(Traffic(f"tensor parallel, {kinds[1]}", pairs, pairs * moved, link(degrees.tp)))
     if degrees.ep > 1:
-        top, moe = trunk["num_experts_per_tok"], layers - trunk.get("first_k_dense_replace", 0)
+        top, moe = trunk["num_experts_per_tok"], sum(mixtures(trunk))
         own = tokens // degrees.tp if degrees.sp else tokens
         calls = 2 * (3 + (config.activation_checkpoint.mode == "full")) * moe * microbatches
         moved = (degrees.ep - 1) / degrees.ep * own * top * width * size

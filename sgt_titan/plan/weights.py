@@ -11,7 +11,7 @@ from math import ceil, prod
 from typing import Any
 
 from sgt_titan.config.schema import Config
-from sgt_titan.trunk.families import FAMILIES, head_dim, kv_heads
+from sgt_titan.trunk.families import FAMILIES, expert_count, head_dim, kv_heads, mixtures, shared_width
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,18 @@ def layer_weights(trunk: dict[str, Any], *, experts: bool) -> list[Weight]:
     shared = [*attention_weights(trunk), Weight((width,)), Weight((width,))]
     if not experts:
         return shared + gated_mlp(trunk["intermediate_size"], width)
-    count, hidden = trunk["n_routed_experts"], trunk["moe_intermediate_size"]
+    count, hidden = expert_count(trunk), trunk["moe_intermediate_size"]
+    shared_mlp = gated_mlp(shared_width(trunk), width) if shared_width(trunk) else []
     routed = [
         Weight((count, hidden, width), tp_dim=1, expert=True),
         Weight((count, hidden, width), tp_dim=1, expert=True),
         Weight((count, width, hidden), tp_dim=2, expert=True),
     ]
-    return [*shared, Weight((count, width)), *gated_mlp(hidden * trunk["n_shared_experts"], width), *routed]
+    return [*shared, Weight((count, width)), *shared_mlp, *routed]
 
 
 def trunk_layers(trunk: dict[str, Any]) -> list[list[Weight]]:
-    dense = trunk.get("first_k_dense_replace", trunk["num_hidden_layers"])
-    return [layer_weights(trunk, experts=index >= dense) for index in range(trunk["num_hidden_layers"])]
+    return [layer_weights(trunk, experts=experts) for experts in mixtures(trunk)]
 
 
 def stored_layers(config: Config, trunk: dict[str, Any]) -> list[list[Weight]]:

@@ -72,6 +72,7 @@ class Conversation:
         self._units: dict[tuple[str, str], Unit] = {}
         self._counts: dict[str, int] = {}
         self._taken: set[str] = set()
+        self._forms: tuple[int, dict[str, str], re.Pattern[str] | None] | None = None
         self._seen = ""  # every text so far, folded
         self._digits = ""  # and its digits
         self._occurrences: dict[str, Literal] = {}
@@ -255,19 +256,25 @@ class Conversation:
 
     def _known_in(self, text: str, found: Sequence[Span]) -> Iterator[Span]:
         """Occurrences of known values that no finder found, by their forms."""
-        covered = cover(found, len(text))
-        forms: dict[str, str] = {}
-        for unit in self._units.values():
-            if unit.kind in self._kinds and unit.kind != "initial":
-                for form in self._value_forms(unit):
-                    forms.setdefault(form, _outer(unit.kind))
-        if not forms:
+        covered, (forms, pattern) = cover(found, len(text)), self._known()
+        if pattern is None:
             return
         searched, origin = plain(text)
-        for match in alternation(forms).finditer(searched):
+        for match in pattern.finditer(searched):
             start, stop = origin[match.start()], origin[match.end() - 1] + 1
             if bounded(searched, *match.span()) and covered.find(1, start, stop) < 0:
                 yield Span(start, stop, forms[match[0]])
+
+    def _known(self) -> tuple[dict[str, str], re.Pattern[str] | None]:
+        """Forms of the known values with their kinds, and an expression for them; made anew when there are more."""
+        if self._forms is None or self._forms[0] != len(self._units):
+            forms: dict[str, str] = {}
+            for unit in self._units.values():
+                if unit.kind in self._kinds and unit.kind != "initial":
+                    for form in self._value_forms(unit):
+                        forms.setdefault(form, _outer(unit.kind))
+            self._forms = len(self._units), forms, alternation(forms) if forms else None
+        return self._forms[1:]
 
     def _value_forms(self, unit: Unit) -> Iterable[str]:
         value = plain(unit.value)[0]
@@ -285,6 +292,8 @@ class Conversation:
         for unit in list(self._units.values()):
             if unit.kind in self._kinds and unit.kind not in ("initial", "card_end"):
                 for form in {unit.surrogate, unit.surrogate.upper(), unit.surrogate.lower()}:
+                    if form not in text:
+                        continue
                     for match in re.finditer(re.escape(form), text):
                         if bounded(text, *match.span()):
                             yield Span(*match.span(), _outer(unit.kind))

@@ -82,7 +82,7 @@ def find_capitals(text: str) -> Iterator[Span]:
     """Every capitalised word that is not an ordinary one, and not the first of a sentence unless others follow it."""
     known = lists()
     for run in _runs(text):
-        begins = _SENTENCE_END.search(text[: run[0][0]][-8:]) is not None
+        begins = _SENTENCE_END.search(text[max(0, run[0][0] - 8) : run[0][0]]) is not None
         for i, (start, stop) in enumerate(run):
             word = text[start:stop]
             if word.casefold() in known.ordinary or len(word) < 2 or (begins and i == 0 and len(run) == 1):

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 
 from sgt_titan.serving.errors import RequestError
+from sgt_titan.serving.turns import Full, Turns
 
 
 class Admission:
-    """``async with admission.slot()`` around a request."""
+    """``async with admission.slot(client)`` around a request."""
 
     def __init__(self, active: int, waiting: int, wait_s: float):
-        self._slots = asyncio.Semaphore(active)
-        self._most, self._wait_s = active + waiting, wait_s
-        self.waiting = self.active = 0
+        self._turns, self._wait_s = Turns(active, waiting), wait_s
+
+    @property
+    def active(self) -> int:
+        return self._turns.active
+
+    @property
+    def waiting(self) -> int:
+        return self._turns.waiting
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, client: Hashable) -> AsyncIterator[None]:
         """Raises RequestError (503) if too many wait already, or none came free in time."""
-        if self.active + self.waiting >= self._most:  # counted here: several may arrive before one has its slot
-            raise RequestError("the proxy is overloaded; try again", status=503, code="overloaded")
-        self.waiting += 1
         try:
-            await asyncio.wait_for(self._slots.acquire(), self._wait_s)
+            await self._turns.take(client, self._wait_s)
+        except Full:
+            raise RequestError("the proxy is overloaded; try again", status=503, code="overloaded") from None
         except TimeoutError:
             raise RequestError(
                 "the proxy is overloaded; no slot came free in time", status=503, code="overloaded"
             ) from None
-        finally:
-            self.waiting -= 1
-        self.active += 1
         try:
             yield
         finally:
-            self.active -= 1
-            self._slots.release()
+            self._turns.give_back()

@@ -52,8 +52,8 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, request: Request, events: AsyncIterator[bytes], patience_s: float):
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, request: Request, events: AsyncIterator[bytes], patience_s: float, headers: dict[str, str]):
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._request, self._events, self._patience_s = request, events, patience_s
 

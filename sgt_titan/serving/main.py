@@ -7,15 +7,20 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sgt_titan.arguments import Parser, http_url
+from sgt_titan.arguments import http_url
 from sgt_titan.errors import UserError
+from sgt_titan.serving.keys import plain_keys, read_keys
+from sgt_titan.serving.options import ModelOptions, Options, UpstreamOptions, read_options
 
-MIN_KEY = 16
+if TYPE_CHECKING:
+    from sgt_titan.serving.settings import Served, Settings, Target
+
+KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "SGT_TITAN_API_KEY", "SGT_TITAN_UPSTREAM_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,132 +29,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: anything wrong with the arguments, the export or the port, before anything is served.
     """
-    arguments = _parser().parse_args(argv)
-    _check(arguments)
-    keys = _keys(arguments)
-    listener = _listen(arguments.host, arguments.port)
+    options = read_options(argv)
+    keys = _keys(options)
+    for model in options.models:
+        for upstream in model.upstreams:
+            parts = http_url(upstream.url)
+            if parts is not None and parts.scheme == "http" and not is_loopback(parts.hostname):
+                _say("warning: --upstream is http: embeddings and answers, in clear, can be read on the way; use https")
+    listener = _listen(options.host, options.port)
     try:
-        return _serve(arguments, keys, listener)
+        return _serve(options, keys, listener)
     finally:
         listener.close()
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="sgt-titan serve",
-        description="A local OpenAI-compatible proxy: prompts leave this machine only as obfuscated embeddings.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("export", metavar="EXPORT", help="an exported directory")
-    add(
-        "--upstream",
-        metavar="URL",
-        required=True,
-        help="vLLM (--enable-prompt-embeds) or SGLang (--disable-radix-cache)",
-    )
-    add("--backend", choices=("vllm", "sglang"), default="vllm", help="what the upstream is (default vllm)")
-    add("--model", metavar="NAME", help="the model's name at the upstream (default: its only one)")
-    add("--served-name", metavar="NAME", help="the model's name here (default: as at the upstream)")
-    add("--trunk", metavar="DIR", help="the trunk's checkpoint, for an export without an embedding table")
-    add("--weights", default="stored", choices=("stored", "float32", "bfloat16", "int8"), help="of the transform")
-    add("--noise-key", metavar="FILE", help="key of the held noise, made if there is none; or SGT_TITAN_NOISE_KEY")
-    add("--fresh-noise", action="store_true", help="new noise with every request: repeats and retries can be averaged")
-    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    add("--port", type=int, default=8080, help="0: any free one (default 8080)")
-    add("--api-key-file", metavar="FILE", type=Path, help="keys of clients, one a line; or SGT_TITAN_API_KEY")
-    add("--no-auth", action="store_true", help="let anybody who reaches --host use the upstream through this proxy")
-    add("--upstream-api-key-file", metavar="FILE", type=Path, help="our key; or SGT_TITAN_UPSTREAM_API_KEY")
-    add("--wire-dtype", choices=("float32", "bfloat16", "float16"), help="of the embeddings sent (default: as encoded)")
-    add("--max-body-mib", type=float, default=4.0, help="of a client's request (default 4)")
-    add("--max-prompt-tokens", type=int, help="of a prompt (default: what fits the trunk)")
-    add("--max-tokens", type=int, default=4096, help="of an answer (default 4096)")
-    add("--active", type=int, default=64, help="requests answered at a time (default 64)")
-    add("--waiting", type=int, default=256, help="requests that may wait; the rest gets a 503 (default 256)")
-    add("--encode-threads", type=int, default=1, help="prompts encoded at a time (default 1)")
-    add(
-        "--silence-timeout",
-        type=float,
-        default=120.0,
-        metavar="S",
-        help="without a byte from the upstream, or taken by a client (default 120)",
-    )
-    add("--total-timeout", type=float, default=600.0, metavar="S", help="for a whole answer (default 600)")
-    add("--shutdown-timeout", type=int, default=30, metavar="S", help="to finish answers when stopped (default 30)")
-    add("--tls-cert", metavar="FILE", help="serve https with this certificate")
-    add("--tls-key", metavar="FILE", help="and this key")
-    add("--private", metavar="A,B", help="surrogates for what patterns, names or a detector find; values come back")
-    add("--private-own", metavar="FILE", help="and for words and patterns of your own (YAML, docs/PRIVATE_VALUES.md)")
-    add("--private-key-file", metavar="FILE", help="of the surrogates, mode 600 (default: a new one with every start)")
-    add("--inspect", action="store_true", help="offer /v1/inspect: what a nearest neighbour reads from a prompt")
-    add("--results", metavar="FILE", help="results.json of sgt-titan evaluate, for /v1/inspect")
-    return parser
-
-
-def _check(arguments) -> None:
-    if "@" in arguments.upstream:  # first: the next message repeats the URL
-        raise UserError("--upstream: credentials in a URL end up in logs; use --upstream-api-key-file")
-    parts = http_url(arguments.upstream)
-    if parts is None or parts.query or parts.fragment:
-        raise UserError(f"--upstream: {arguments.upstream!r} is no URL; give http(s)://host[:port]")
-    for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
-        if not getattr(arguments, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)}, must be more than 0")
-    if arguments.waiting < 0 or (arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1):
-        raise UserError("--waiting must be at least 0, --max-prompt-tokens at least 1")
-    if not 0 <= arguments.port < 65536:
-        raise UserError(f"--port: {arguments.port}, must be between 0 and 65535")
-    if arguments.shutdown_timeout < 0:
-        raise UserError(f"--shutdown-timeout: {arguments.shutdown_timeout}, must be at least 0")
-    if bool(arguments.tls_cert) != bool(arguments.tls_key):
-        raise UserError("--tls-cert and --tls-key: give both or neither")
-    for file in filter(None, (arguments.tls_cert, arguments.tls_key)):
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such file")
-    if arguments.tls_cert:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(arguments.tls_cert, arguments.tls_key)
-        except OSError as error:  # ssl's are such
-            raise UserError(f"--tls-cert, --tls-key: {arguments.tls_cert} cannot be used ({error})") from None
-    if parts.scheme == "http" and not is_loopback(parts.hostname):
-        _say("warning: --upstream is http: embeddings and, in clear text, answers can be read on the way; use https")
-
-
-def _keys(arguments) -> tuple[str, ...]:
-    keys = _read_keys(arguments.api_key_file, "SGT_TITAN_API_KEY")
-    if any(len(key) < MIN_KEY for key in keys):
-        raise UserError(f"API keys: at least {MIN_KEY} characters each; make one with `openssl rand -hex 24`")
-    if keys and arguments.no_auth:
+def _keys(options: Options) -> tuple[str, ...]:
+    """Keys of the environment; those of a file are read, and read again, by the proxy."""
+    file = options.api_key_file
+    keys = () if file is not None else _lines(os.environ.get(KEY_VARIABLE, ""))
+    plain_keys(keys, f"API keys in {KEY_VARIABLE}")
+    if file is not None:
+        read_keys(file)
+    given, local = bool(keys) or file is not None, is_loopback(options.host)
+    if given and options.no_auth:
         raise UserError("--no-auth: an API key is set as well; choose one")
-    if not keys and not arguments.no_auth and not is_loopback(arguments.host):
+    if not given and not options.no_auth and not local:
         raise UserError(
-            f"--host {arguments.host} can be reached from other machines: give --api-key-file or SGT_TITAN_API_KEY, or "
+            f"--host {options.host} can be reached from other machines: give --api-key-file or SGT_TITAN_API_KEY, or "
             "say --no-auth"
         )
-    if keys and not is_loopback(arguments.host) and not arguments.tls_cert:
+    if given and not local and not options.tls_cert:
         _say("warning: without --tls-cert, keys, prompts and answers cross the network in clear text")
     return keys
 
 
-def _read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
-    text = os.environ.get(variable, "")
-    if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read ({type(error).__name__})") from None
-    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if file is not None and not keys:
-        raise UserError(f"{file}: holds no key; one a line")
-    if not all(key.isascii() for key in keys):
-        raise UserError(f"{file or variable}: a key is not ASCII; one a line, nothing else")
-    return keys
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback(host: str | None) -> bool:
     """Whether only this machine reaches ``host``."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return host == "localhost"
 
@@ -159,6 +80,8 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it: the kernel finds out about a peer that has gone without a word.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
@@ -167,72 +90,112 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(arguments, keys: tuple[str, ...], listener: socket.socket) -> int:
+def _settings(options: Options, keys: tuple[str, ...]) -> Settings:
+    from sgt_titan.private import Private
+    from sgt_titan.serving.settings import Settings
+
+    private = None
+    if options.private is not None or options.private_own:
+        private = Private.of(options.private or "", own=options.private_own, key_file=options.private_key_file)
+    # On a public address behind a key, names nobody listed are let in: they cannot be known here, and a page that
+    # rebinds one has no key.
+    any_host = not is_loopback(options.host) and not options.no_auth and not options.allowed_host
+    return Settings(
+        api_keys=keys,
+        keys_file=options.api_key_file,
+        max_body=int(options.max_body_mib * (1 << 20)),
+        max_prompt_tokens=options.max_prompt_tokens,
+        max_tokens=options.max_tokens,
+        active=options.active,
+        waiting=options.waiting,
+        wait_s=options.wait_timeout,
+        retries=options.retries,
+        encode_threads=options.encode_threads,
+        silence_timeout_s=options.silence_timeout,
+        total_timeout_s=options.total_timeout,
+        inspect=options.inspect,
+        openapi=options.openapi,
+        hosts=(options.host, *options.allowed_host),
+        origins=tuple(options.allowed_origin),
+        any_host=any_host,
+        drop_params=options.drop_params,
+        clamp_max_tokens=options.clamp_max_tokens,
+        private=private,
+    )
+
+
+def _served(model: ModelOptions, options: Options) -> Served:
+    """The model, loaded."""
+    from sgt_titan.client import StainedGlassTransform
+    from sgt_titan.client.inspect import best_attacker
+    from sgt_titan.client.quiet import quiet
+    from sgt_titan.serving.settings import Served
+
+    best_attacker(model.results)
+    targets = tuple(_target(upstream) for upstream in model.upstreams)
+    with quiet(_say):
+        sgt = StainedGlassTransform.from_pretrained(
+            model.export,
+            trunk=model.trunk,
+            weights=model.weights,
+            hold_noise=not options.fresh_noise,
+            noise_key=options.noise_key,
+        )
+    return Served(sgt, targets, model.name, model.tool_format, model.reasoning, model.results)
+
+
+def _target(upstream: UpstreamOptions) -> Target:
+    from sgt_titan.serving.settings import Target
+
+    if upstream.api_key_file is None:
+        keys = _lines(os.environ.get(UPSTREAM_KEY_VARIABLE, ""))
+    else:
+        try:
+            keys = _lines(Path(upstream.api_key_file).read_text(encoding="ascii"))
+        except OSError as error:
+            raise UserError(f"{upstream.api_key_file}: cannot be read ({type(error).__name__})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{upstream.api_key_file}: a key is not ASCII") from None
+        if len(keys) != 1:
+            raise UserError(f"--upstream-api-key-file: holds {len(keys)} keys, expected one")
+    if len(keys) > 1:
+        raise UserError(f"{UPSTREAM_KEY_VARIABLE}: holds {len(keys)} keys, expected one")
+    key = keys[0] if keys else None
+    return Target(upstream.url, upstream.backend, upstream.model, key, upstream.wire_dtype)
+
+
+def _serve(options: Options, keys: tuple[str, ...], listener: socket.socket) -> int:
     try:
         import uvicorn
 
         from sgt_titan.serving.app import create_app
+        from sgt_titan.serving.protocol import PatientProtocol
+        from sgt_titan.serving.telemetry import to_collector
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'sgt-titan[client]'") from None
-    from sgt_titan.client import StainedGlassTransform
-    from sgt_titan.client.inspect import best_attacker
-    from sgt_titan.client.quiet import quiet
-    from sgt_titan.private import Private
-    from sgt_titan.serving.settings import Settings
 
-    best_attacker(arguments.results)
-    upstream_keys = _read_keys(arguments.upstream_api_key_file, "SGT_TITAN_UPSTREAM_API_KEY")
-    if len(upstream_keys) > 1:
-        raise UserError(f"--upstream-api-key-file: holds {len(upstream_keys)} keys, expected one")
-    private = None
-    if arguments.private is not None or arguments.private_own:
-        private = Private.of(arguments.private or "", own=arguments.private_own, key_file=arguments.private_key_file)
-    elif arguments.private_key_file:
-        raise UserError("--private-key-file without --private: nothing would get a surrogate")
-    settings = Settings(
-        upstream=arguments.upstream,
-        backend=arguments.backend,
-        model=arguments.model,
-        served_name=arguments.served_name,
-        api_keys=keys,
-        upstream_key=upstream_keys[0] if upstream_keys else None,
-        wire_dtype=arguments.wire_dtype,
-        max_body=int(arguments.max_body_mib * (1 << 20)),
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        max_tokens=arguments.max_tokens,
-        active=arguments.active,
-        waiting=arguments.waiting,
-        encode_threads=arguments.encode_threads,
-        silence_timeout_s=arguments.silence_timeout,
-        total_timeout_s=arguments.total_timeout,
-        inspect=arguments.inspect,
-        results=arguments.results,
-        private=private,
+    telemetry = to_collector() if options.telemetry else None
+    app = create_app(
+        _settings(options, keys), [_served(model, options) for model in options.models], telemetry=telemetry
     )
-    with quiet(_say):
-        sgt = StainedGlassTransform.from_pretrained(
-            arguments.export,
-            trunk=arguments.trunk,
-            weights=arguments.weights,
-            hold_noise=not arguments.fresh_noise,
-            noise_key=arguments.noise_key,
-        )
-    if arguments.fresh_noise:
+    if options.fresh_noise:
         _say("warning: --fresh-noise: whatever is sent twice, a client's retry too, can be averaged by the upstream")
     _log_to_stderr()
     config = uvicorn.Config(
-        create_app(settings, sgt),
+        app,
+        http=PatientProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=arguments.shutdown_timeout,
-        ssl_certfile=arguments.tls_cert,
-        ssl_keyfile=arguments.tls_key,
+        timeout_graceful_shutdown=options.shutdown_timeout,
+        ssl_certfile=options.tls_cert,
+        ssl_keyfile=options.tls_key,
     )
     listener.listen()  # before the address is printed: who reads it may come at once, and waits until we are up
-    scheme, port = "https" if arguments.tls_cert else "http", listener.getsockname()[1]
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    _say(f"{scheme}://{host}:{port}/v1 -> {arguments.upstream} ({arguments.backend}); Ctrl-C stops")
+    scheme, port = "https" if options.tls_cert else "http", listener.getsockname()[1]
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    to = ", ".join(f"{u.url} ({u.backend})" for model in options.models for u in model.upstreams)
+    _say(f"{scheme}://{host}:{port}/v1 -> {to}; Ctrl-C stops")
     # uvicorn finishes what is under way and then raises the signal again; by then there is nothing left to end.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Labels are routes and statuses, never anything a client wrote."""
+"""Prometheus metrics. Labels are routes, statuses and positions in the configuration, never anything a client wrote."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class Metrics:
         self.sent = Counter("sgt_upstream_bytes_total", "Bytes of requests to the upstream", registry=registry)
         self.active = Gauge("sgt_active_requests", "Requests being answered", registry=registry)
         self.waiting = Gauge("sgt_waiting_requests", "Requests waiting for a slot", registry=registry)
+        self.upstream_up = Gauge(
+            "sgt_upstream_up", "1: asked; 0: it failed lately and rests", ("model", "upstream"), registry=registry
+        )
         self.upstream_errors = Counter(
             "sgt_upstream_errors_total", "Upstream failures by code", ("code",), registry=registry
         )

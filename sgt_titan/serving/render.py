@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgt_titan.client import Answer, Delta, TokenLogprob
+from sgt_titan.client import Answer, Choice, Delta, TokenLogprob, ToolCall
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Renderer:
         for answer in answers:
             for choice in answer.choices:
                 listed = self._logprobs(choice.logprobs, 0) if logprobs else None
-                text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+                text = {"message": _message(choice)}
                 choices.append(
                     {
                         "index": len(choices),
@@ -44,22 +44,27 @@ class Renderer:
                 )
         return {**self._head(False), "choices": choices, "usage": usage(answers)}
 
-    def opening(self, choices: int) -> list[dict[str, Any]]:
-        """The chunks that name the speaker, of a chat."""
+    def opening(self, choices: int) -> list[bytes]:
+        """The events that name the speaker, of a chat."""
         role = {"role": "assistant", "content": ""}
         heads = [{"index": i, "delta": role, "logprobs": None, "finish_reason": None} for i in range(choices)]
-        return [{**self._head(True), "choices": [head]} for head in heads] if self.chat else []
+        return [event({**self._head(True), "choices": [head]}) for head in heads] if self.chat else []
 
-    def chunk(self, delta: Delta, logprobs: bool, offset: int) -> dict[str, Any]:
-        """A piece of an answer; ``offset``: characters of this choice before it."""
+    def chunks(self, delta: Delta, logprobs: bool, offset: int) -> list[bytes]:
+        """The events of a piece of an answer; ``offset``: characters of this choice before it."""
         listed = self._logprobs(delta.logprobs, offset) if logprobs and delta.logprobs else None
-        text = {"delta": {"content": delta.text} if delta.text else {}} if self.chat else {"text": delta.text}
+        text = {"delta": _delta(delta)} if self.chat else {"text": delta.text}
         choice = {"index": delta.index, **text, "logprobs": listed, "finish_reason": delta.finish_reason}
-        return {**self._head(True), "choices": [choice]}
+        return [event({**self._head(True), "choices": [choice]})]
 
-    def closing(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The chunk of ``stream_options.include_usage``."""
-        return {**self._head(True), "choices": [], "usage": usage(answers)}
+    def closing(self, answers: Sequence[Answer], counts: bool) -> list[bytes]:
+        """The last events; ``counts``: with ``stream_options.include_usage``."""
+        used = [event({**self._head(True), "choices": [], "usage": usage(answers)})] if counts else []
+        return [*used, event("[DONE]")]
+
+    def failed(self, body: dict[str, Any]) -> bytes:
+        """The event of an error in the middle of an answer."""
+        return event(body)
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
         if self.chat:
@@ -74,6 +79,23 @@ class Renderer:
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [dict(token.top) for token in tokens],
         }
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    called = {"tool_calls": [_call(call) for call in choice.calls]} if choice.calls else {}
+    thought = {"reasoning_content": choice.reasoning} if choice.reasoning else {}
+    content = choice.text or (None if choice.calls else "")
+    return {"role": "assistant", "content": content, "refusal": None, **thought, **called}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    called = {"tool_calls": [{"index": i, **_call(call)} for i, call in delta.calls]} if delta.calls else {}
+    thought = {"reasoning_content": delta.reasoning} if delta.reasoning else {}
+    return {**({"content": delta.text} if delta.text else {}), **thought, **called}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _entry(token: str, logprob: float, top: Sequence[tuple[str, float]] | None) -> dict[str, Any]:

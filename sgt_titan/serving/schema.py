@@ -1,14 +1,15 @@
 """What clients may ask for. A field that would do nothing here, or leave the machine as text, is refused.
 
 An ignored field is worse than a refused one: a client that asked for JSON would get prose, and one that asked for a
-bias by token id would not know that his ids had been sent.
+bias by token id would not know that his ids had been sent. For clients that cannot be changed there is
+``--drop-params``, which says in a header of the answer what was left out.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from sgt_titan.client import Options
 from sgt_titan.errors import UserError
@@ -16,20 +17,55 @@ from sgt_titan.serving.errors import RequestError
 
 MAX_PROMPTS = 64
 
+_SCHEMA = "a schema would leave the machine in clear; ask for json_object and check the answer on your side"
 _REASONS = {
     "echo": "the upstream cannot repeat a prompt it never sees",
     "suffix": "the upstream would need it in clear",
     "logit_bias": "token ids would leave the machine in clear",
+    "allowed_token_ids": "token ids would leave the machine in clear",
+    "bad_words": "they would leave the machine in clear",
     "best_of": "use n",
     "functions": "use tools",
     "function_call": "use tools",
-    "response_format": "a schema would leave the machine in clear",
+    "response_format": _SCHEMA,
     "tool_choice": "only auto and none; forcing a call needs the upstream's own chat endpoint",
-    "guided_json": "a schema would leave the machine in clear",
-    "structured_outputs": "a schema would leave the machine in clear",
+    "guided_json": _SCHEMA,
+    "guided_regex": _SCHEMA,
+    "guided_choice": _SCHEMA,
+    "guided_grammar": _SCHEMA,
+    "structured_outputs": _SCHEMA,
+    "structural_tag": _SCHEMA,
     "prompt_logprobs": "the upstream cannot score a prompt it never sees",
     "modalities": "only text",
     "audio": "only text",
+    "stop_token_ids": "ids leave the machine in clear, so only those of special tokens",
+    "chat_template": "prompts are rendered as the transform was trained",
+    "documents": "put them into messages",
+    "web_search_options": "the upstream has no such tool",
+    "prediction": "the upstream would need it in clear",
+    "prompt_embeds": "embeddings are made here",
+    "add_generation_prompt": "false only together with continue_final_message: true",
+    "continue_final_message": "needs add_generation_prompt: false, or none",
+}
+# Names that an error may repeat, since they are no one's secret: OpenAI's and vLLM's fields that do nothing here.
+_KNOWN = {
+    *("verbosity", "thinking", "thinking_budget", "priority", "request_id", "cache_salt", "add_special_tokens"),
+    *("length_penalty", "use_beam_search", "truncate_prompt_tokens", "detokenize", "mm_processor_kwargs", "top_a"),
+    *("include_stop_str_in_output", "return_tokens_as_token_ids", "return_token_ids", "kv_transfer_params", "mirostat"),
+    *("prompt_cache_retention", "extra_body", "extra_headers", "extra_query", "timeout", "typical_p", "repeat_penalty"),
+    *("logits_processors", "include_reasoning", "guided_decoding_backend", "guided_whitespace_pattern", "num_ctx"),
+    *("max_output_tokens", "instructions", "input", "text", "reasoning", "previous_response_id", "conversation"),
+    *(
+        "background",
+        "include",
+        "truncation",
+        "max_tool_calls",
+        "prompt",
+        "prompts",
+        "moderation",
+        "options",
+        "keep_alive",
+    ),
 }
 # Fields that ask for nothing when they hold these values; clients like to send them.
 _HARMLESS = {
@@ -43,9 +79,21 @@ _HARMLESS = {
     "parallel_tool_calls": (True, False),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "include_stop_str_in_output": (False,),
+    "add_special_tokens": (False,),
+    "spaces_between_special_tokens": (True, False),
+    "include_reasoning": (True,),
+    "detokenize": (True,),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "include": ([],),
+    "functions": ([],),
+    "documents": ([],),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
 }
 # Meant for the provider's books: accepted, and sent nowhere.
-_DROPPED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+_BOOKS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
 class StreamOptions(BaseModel):
@@ -67,30 +115,53 @@ class _Request(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stop_token_ids: list[int] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
     private: bool | dict[str, Any] | None = None  # private.py; never leaves
+
+    _dropped: list[str] = PrivateAttr(default_factory=list)
 
     @property
     def usage_wanted(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def options(self, *, max_tokens: int, logprobs: int | None) -> Options:
-        """Raises RequestError naming the field."""
+    @property
+    def dropped(self) -> list[str]:
+        """Fields that ``--drop-params`` left out: names that are known, and a count of the others."""
+        return self._dropped
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def rendering(self) -> dict[str, Any]:
+        """Arguments of ``StainedGlassTransform.prompt``."""
+        return {}
+
+    def options(self, *, max_tokens: int, special: frozenset[int] = frozenset(), **more: Any) -> Options:
+        """Raises RequestError naming the field. ``special``: ids that may be sent."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > 16:
             raise RequestError("stop: at most 16 strings", param="stop")
+        if not set(self.stop_token_ids or ()) <= special:
+            raise RequestError(f"stop_token_ids: unsupported; {_REASONS['stop_token_ids']}", param="stop_token_ids")
         named = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+        named += ("repetition_penalty", "seed", "min_tokens", "ignore_eos", "skip_special_tokens")
+        fields = {name: getattr(self, name) for name in named} | more
         try:
             return Options(
                 max_tokens=max_tokens,
                 n=1 if self.n is None else self.n,
                 stop=tuple(stops),
-                seed=self.seed,
-                repetition_penalty=self.repetition_penalty,
-                logprobs=logprobs,
-                **{name: getattr(self, name) for name in named},
+                stop_token_ids=None if not self.stop_token_ids else tuple(self.stop_token_ids),
+                json_object=(self.response_format or {}).get("type") == "json_object",
+                **fields,
             )
         except UserError as error:
             raise RequestError(str(error), param=str(error).split(":")[0]) from None
@@ -102,18 +173,42 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @property
-    def alternatives(self) -> int | None:
-        """How many alternatives to report; None: no log probabilities at all."""
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def logprobs_wanted(self) -> bool:
+        return bool(self.logprobs)
+
+    def prompts(self) -> list[Any]:
+        return [self.messages]
+
+    def rendering(self) -> dict[str, Any]:
+        arguments = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            arguments["reasoning_effort"] = self.reasoning_effort
+        return {"tools": self.tools or (), "arguments": arguments, "continued": bool(self.continue_final_message)}
+
+    def options(self, **arguments: Any) -> Options:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs: needs logprobs: true", param="top_logprobs")
-        return (self.top_logprobs or 0) if self.logprobs else None
+        # How many alternatives to report; None: no log probabilities at all.
+        return super().options(logprobs=(self.top_logprobs or 0) if self.logprobs else None, **arguments)
 
 
 class CompletionRequest(_Request):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
+
+    @property
+    def logprobs_wanted(self) -> bool:
+        return self.logprobs is not None
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt. Raises RequestError for none or too many."""
@@ -125,23 +220,47 @@ class CompletionRequest(_Request):
             raise RequestError(f"prompt: {len(many)} prompts, at most {MAX_PROMPTS} in a request", param="prompt")
         return many
 
+    def options(self, **arguments: Any) -> Options:
+        return super().options(logprobs=self.logprobs, **arguments)
 
-def parse(kind: type[_Request], body: Any) -> Any:
-    """A checked request. Raises RequestError, which names the field and never its value."""
+
+def parse(kind: type[_Request], body: Any, *, drop: bool = False) -> Any:
+    """A checked request. ``drop``: leave out what is unsupported, and list it, instead of refusing it.
+
+    Raises RequestError, which names the field and never its value.
+    """
     if not isinstance(body, dict):
         raise RequestError("body: must be a JSON object")
-    body = {key: value for key, value in body.items() if value is not None and key not in _DROPPED}
-    for key in body.keys() - kind.model_fields.keys():
-        if not any(body[key] == value for value in _HARMLESS.get(key, ())):
-            known = key if key in _REASONS or key in _HARMLESS else "unknown field"
+    body = {key: value for key, value in body.items() if value is not None and key not in _BOOKS}
+    refused = [key for key in body if not _supported(kind, key, body)]
+    for key in refused:
+        known = key if key in _REASONS or key in _HARMLESS or key in _KNOWN else "unknown field"
+        if not drop:
             reason = _REASONS.get(key, "this proxy has no such option")
             raise RequestError(f"{known}: unsupported; {reason}", code="unsupported_parameter", param=known)
     try:
-        request = kind.model_validate({key: value for key, value in body.items() if key in kind.model_fields})
+        kept = {key: body[key] for key in body if key in kind.model_fields and key not in refused}
+        request = kind.model_validate(kept)
     except ValidationError as error:
         first = error.errors(include_input=False, include_context=False, include_url=False)[0]
         where = str(first["loc"][0]) if first["loc"] else "body"
         raise RequestError(f"{where}: {first['msg']}", param=where) from None
     if body.get("tool_choice") == "none":
         request = request.model_copy(update={"tools": None})
+    public = sorted(key for key in refused if key in _REASONS or key in _HARMLESS or key in _KNOWN)
+    unknown = len(refused) - len(public)
+    request._dropped = public + ([f"{unknown} unknown"] if unknown else [])
     return request
+
+
+def _supported(kind: type[_Request], key: str, body: dict[str, Any]) -> bool:
+    value = body[key]
+    if any(type(value) is type(harmless) and value == harmless for harmless in _HARMLESS.get(key, ())):
+        return True
+    if key == "response_format":
+        return value == {"type": "json_object"}
+    if key == "add_generation_prompt":
+        return value is not body.get("continue_final_message", False)
+    if key == "continue_final_message":
+        return value is False or body.get("add_generation_prompt", False) is False
+    return key in kind.model_fields

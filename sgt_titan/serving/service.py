@@ -5,105 +5,205 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-from sgt_titan.client import Delta, Options, Prompt, StainedGlassTransform, UpstreamError
+import httpx
+
+from sgt_titan.client import Delta, Options, Prompt, UpstreamError
+from sgt_titan.client.answer import brief
 from sgt_titan.client.private import ChoiceRestorer, hidden_options
+from sgt_titan.client.prompt import special_ids
+from sgt_titan.client.reading import ChoiceReader, reading_of
 from sgt_titan.serving.admission import Admission
 from sgt_titan.serving.errors import RequestError
+from sgt_titan.serving.guard import Caller
+from sgt_titan.serving.keys import Key, Spent
 from sgt_titan.serving.metrics import Metrics
+from sgt_titan.serving.pool import Pool
 from sgt_titan.serving.private import Asked, ask
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest
-from sgt_titan.serving.settings import Settings
+from sgt_titan.serving.settings import Served, Settings
+from sgt_titan.serving.telemetry import Telemetry
+from sgt_titan.serving.turns import Workers
 from sgt_titan.serving.upstream import Upstream
 
-T = TypeVar("T")
-
 COMPLETION_DEFAULT = 16  # OpenAI's own default of max_tokens at /v1/completions
+PROMPT_END = 16  # tokens in which a template may have opened a thought
+
+
+class Model:
+    """One served model: its transform, its servers, and one tokenizer that one thread at a time may use."""
+
+    def __init__(self, served: Served, settings: Settings, transport: httpx.AsyncBaseTransport | None):
+        self.served, self.sgt, self.name = served, served.sgt, served.name
+        template = served.sgt.tokenizer.chat_template if served.sgt.config.template == "chat" else None
+        self.reading = reading_of(template, served.tool_format, served.reasoning)
+        upstreams = [Upstream(target, settings, transport) for target in served.targets]
+        self.pool = Pool(upstreams, settings.retries, settings.retry_pause_s)
+        self.tokenizing = threading.Lock()  # fast tokenizers are not safe to call from two threads
+
+    async def called(self) -> str:
+        """Its name to clients. Raises UpstreamError where only the upstream knows and it cannot be asked."""
+        return self.name or (await self.pool.describe()).model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Of an answer: ``delta`` of prompt number ``index``, which has ``tokens``. delta None: it begins."""
+
+    index: int
+    tokens: int
+    delta: Delta | None
 
 
 class Service:
     """What the routes share."""
 
-    def __init__(self, settings: Settings, sgt: StainedGlassTransform, upstream: Upstream):
-        self.settings, self.sgt, self.upstream = settings, sgt, upstream
+    def __init__(
+        self,
+        settings: Settings,
+        served: Sequence[Served],
+        transport: httpx.AsyncBaseTransport | None = None,
+        telemetry: Telemetry | None = None,
+    ):
+        self.settings, self.telemetry = settings, telemetry or Telemetry()
         self.metrics = Metrics()
+        self.models = [Model(one, settings, transport) for one in served]
         self.admission = Admission(settings.active, settings.waiting, settings.wait_s)
+        self.spent = Spent()
         self.metrics.active.set_function(lambda: self.admission.active)
         self.metrics.waiting.set_function(lambda: self.admission.waiting)
-        self._pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
-        self._tokenizing = threading.Lock()  # fast tokenizers are not safe to call from two threads
+        for m, model in enumerate(self.models):
+            for u, member in enumerate(model.pool.members):
+                self.metrics.upstream_up.labels(str(m), str(u)).set_function(lambda member=member: float(member.up))
+        self.workers = Workers(settings.encode_threads)
 
     async def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        await self.upstream.close()
+        self.workers.close()
+        for model in self.models:
+            await model.pool.close()
 
-    async def name(self) -> str:
-        """What clients call the model. Raises UpstreamError where only the upstream knows and it cannot be asked."""
-        return self.settings.served_name or (await self.upstream.describe()).model
+    async def names(self, key: Key) -> list[str]:
+        """What clients call the models, as far as ``key`` may ask them."""
+        names = [await model.called() for model in self.models]
+        return [name for name in names if key.models is None or name in key.models]
 
-    async def check_model(self, model: str) -> None:
-        """Raise RequestError (404) for a model that is not served here."""
-        if model != await self.name():
-            raise RequestError(
-                "model: not served here; see /v1/models", status=404, code="model_not_found", param="model"
-            )
+    async def model(self, name: str, key: Key) -> Model:
+        """The model of that name. Raises RequestError (404) for one that is not served here, or not to this key."""
+        for model in self.models:
+            if await model.called() == name and (key.models is None or name in key.models):
+                return model
+        raise RequestError("model: not served here; see /v1/models", status=404, code="model_not_found", param="model")
 
     async def ready(self) -> None:
-        """Raise UpstreamError unless the upstream answers embeddings."""
-        bos = self.sgt.tokenizer.bos_token_id
-        probe_TD = self.sgt.embed_tokens.weight[[0 if bos is None else bos]].detach()
-        await self.upstream.prove(probe_TD)
+        """Raise UpstreamError unless for every model a server answers embeddings."""
+        for model in self.models:
+            bos = model.sgt.tokenizer.bos_token_id
+            await model.pool.prove(model.sgt.embed_tokens.weight[[0 if bos is None else bos]].detach())
 
-    async def deltas(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[tuple[int, int, Delta | None]]:
-        """(prompt, its tokens, delta) in order; first (prompt, tokens, None) for every prompt.
+    async def pieces(self, request: ChatRequest | CompletionRequest, caller: Caller) -> AsyncIterator[Piece]:
+        """The answer, in order; first a piece without delta for every prompt.
 
         The prompts of a request are answered one after the other. Raises RequestError and UpstreamError.
         """
         deadline = time.monotonic() + self.settings.total_timeout_s
-        await self.check_model(request.model)
-        async with self.admission.slot():
-            described = await self.upstream.describe()
-            asked = await self.run(self._ask, request)
-            checked = [await self.run(self._check, request, one, described.context) for one in asked]
-            for index, (prompt, _) in enumerate(checked):
-                self.metrics.prompt_tokens.inc(len(prompt))
-                yield index, len(prompt), None
-            for index, (prompt, options) in enumerate(checked):
-                # Only now: embeddings are thousands of times as large as the text, and prompts may be many.
-                body = await self.run(self._encode, prompt, options, described.model)
-                self.metrics.sent.inc(len(body))
-                back = self._restorers(asked[index], options.n)
-                async with aclosing(self.upstream.stream(body, options)) as stream:
-                    async for delta in _until(deadline, self._timed(stream)):
-                        yield index, len(prompt), back[delta.index].feed(delta) if back else delta
-                self.metrics.put_back(back)
-
-    async def prompt(self, what: Any, tools: Sequence[dict[str, Any]] = ()) -> Prompt:
-        """Tokenized in the pool. Raises RequestError for one that is too long here."""
-        return await self.run(self._prompt, what, tools)
-
-    async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """A computation in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
-
-    def _prompt(self, what: Any, tools: Sequence[dict[str, Any]]) -> Prompt:
-        with self._tokenizing:
-            prompt = self.sgt.prompt(what, tools=tools)
-        most = self.settings.max_prompt_tokens
-        if most is not None and len(prompt) > most:
+        model = await self.model(request.model, caller.key)
+        minute = self.spent.of(caller.key)
+        refusal = minute.begin(caller.key)
+        if refusal is not None:
             raise RequestError(
-                f"prompt: {len(prompt)} tokens, at most {most} are allowed here", code="context_length_exceeded"
+                f"{refusal[0]} of this key are used up", status=429, code="rate_limit_exceeded", again_s=refusal[1]
             )
-        return prompt
+        counts: dict[tuple[int, int], int] = {}
+        prompt_tokens = 0
+        try:
+            async with self.admission.slot(caller.turn):
+                asked = await self.workers.run(caller.turn, self._ask, model, request)
+                checked = [await self._checked(model, request, one, caller) for one in asked]
+                for index, (prompt, _) in enumerate(checked):
+                    self.metrics.prompt_tokens.inc(len(prompt))
+                    prompt_tokens += len(prompt)
+                    yield Piece(index, len(prompt), None)
+                for index, (prompt, options) in enumerate(checked):
+                    readers = self._readers(model, request, prompt, options.n)
+                    back = self._restorers(asked[index], options.n)
+                    async with aclosing(self._answer(model, prompt, options, caller)) as stream:
+                        async for delta in _until(deadline, stream):
+                            at = (index, delta.index)
+                            counts[at] = max(delta.tokens or 0, counts.get(at, 0))
+                            read = readers[delta.index].feed(delta) if readers else delta
+                            yield Piece(index, len(prompt), back[delta.index].feed(read) if back else read)
+                    self.metrics.put_back(back)
+        finally:
+            answered = sum(counts.values())
+            self.metrics.completion_tokens.inc(answered)
+            minute.end(caller.key, prompt_tokens + answered)
 
-    def _ask(self, request: ChatRequest | CompletionRequest) -> list[Asked]:
-        """The prompts with surrogates. ``logprobs`` 0 of a completion are log probabilities too."""
-        wanted = bool(request.logprobs) if isinstance(request, ChatRequest) else request.logprobs is not None
-        asked = ask(self.settings.private, request.private, _prompts(request), logprobs=wanted)
+    async def _answer(self, model: Model, prompt: Prompt, options: Options, caller: Caller) -> AsyncIterator[Delta]:
+        # Only now: embeddings are thousands of times as large as the text, and prompts may be many.
+        gone = threading.Event()
+        try:
+            with self.telemetry.span("encode") as span:
+                span.set("sgt.prompt_tokens", len(prompt))
+                embeds_TD = await self.workers.run(caller.turn, self._encode, model, prompt, gone)
+        finally:
+            gone.set()  # a thread cannot be stopped, but asks
+        bodies: dict[tuple[int, str], bytes] = {}
+
+        async def send(upstream: Upstream) -> AsyncIterator[Delta]:
+            described = await upstream.describe()
+            at = (id(upstream), described.model)
+            if at not in bodies:  # the same embeddings, however often they have to be sent
+                bodies.clear()
+                bodies[at] = await self.workers.run(caller.turn, upstream.body, embeds_TD, options, described.model)
+            self.metrics.sent.inc(len(bodies[at]))
+            return upstream.stream(bodies[at], options, caller.request_id)
+
+        started, begun = time.perf_counter(), False
+        try:
+            async with aclosing(model.pool.stream(send)) as stream:
+                async for delta in stream:
+                    if not begun:
+                        begun = True
+                        self.metrics.first.observe(time.perf_counter() - started)
+                    yield delta
+        except UpstreamError as error:
+            self.metrics.upstream_errors.labels(error.code).inc()
+            raise
+
+    def _encode(self, model: Model, prompt: Prompt, gone: threading.Event) -> Any:
+        with self.metrics.encode.time():
+            return model.sgt.encode(prompt, gone=gone.is_set)
+
+    def _readers(
+        self, model: Model, request: ChatRequest | CompletionRequest, prompt: Prompt, n: int
+    ) -> list[ChoiceReader]:
+        """Of a chat: one a choice."""
+        if isinstance(request, CompletionRequest):
+            return []
+        with model.tokenizing:
+            end = model.sgt.tokenizer.decode(prompt.ids[-PROMPT_END:])
+        return [ChoiceReader(model.reading, tools=bool(request.tools), prompt_end=end) for _ in range(n)]
+
+    async def prompt(self, model: Model, what: Any, caller: Caller, **rendering: Any) -> Prompt:
+        """Tokenized in a thread. Raises RequestError for one that is too long here."""
+        most = min(filter(None, (self.settings.max_prompt_tokens, model.sgt.limit)), default=None)
+
+        def tokenize() -> Prompt:
+            with model.tokenizing:
+                return model.sgt.prompt(what, most=most, **rendering)
+
+        return await self.workers.run(caller.turn, tokenize)
+
+    def _ask(self, model: Model, request: ChatRequest | CompletionRequest) -> list[Asked]:
+        """The prompts with surrogates, once it is clear that they may fit."""
+        whats = request.prompts()
+        for what in whats:
+            model.sgt.check_size(what, most=self.settings.max_prompt_tokens)
+        asked = ask(self.settings.private, request.private, whats, logprobs=request.logprobs_wanted)
         for one in asked:
             self.metrics.replaced(one.hidden)
         return asked
@@ -112,52 +212,43 @@ class Service:
     def _restorers(asked: Asked, n: int) -> list[ChoiceRestorer]:
         return [ChoiceRestorer(asked.conversation) for _ in range(n)] if asked.conversation is not None else []
 
-    def _check(
-        self, request: ChatRequest | CompletionRequest, asked: Asked, context: int | None
+    async def _checked(
+        self, model: Model, request: ChatRequest | CompletionRequest, asked: Asked, caller: Caller
     ) -> tuple[Prompt, Options]:
-        prompt = self._prompt(asked.what, asked.tools(getattr(request, "tools", None) or ()))
-        contexts = [c for c in (context, self.sgt.limit) if c]
-        options = self._options(request, len(prompt), min(contexts, default=None))
+        described = await model.pool.describe()
+        rendering = request.rendering()
+        if "tools" in rendering:
+            rendering["tools"] = asked.tools(rendering["tools"])
+        prompt = await self.prompt(model, asked.what, caller, **rendering)
+        try:
+            options = self._options(model, request, len(prompt), described.context)
+        except RequestError:
+            # Before a request is refused for what the upstream said some time ago, it is asked again.
+            described = await model.pool.describe(fresh=True)
+            options = self._options(model, request, len(prompt), described.context)
         return prompt, hidden_options(asked.conversation, options) if asked.conversation is not None else options
 
-    def _encode(self, prompt: Prompt, options: Options, model: str) -> bytes:
-        with self.metrics.encode.time():
-            return self.upstream.body(self.sgt.encode(prompt), options, model)
-
-    def _options(self, request: ChatRequest | CompletionRequest, tokens: int, context: int | None) -> Options:
-        chat = isinstance(request, ChatRequest)
-        wanted = request.max_tokens
-        if chat and request.max_completion_tokens is not None:
-            wanted = request.max_completion_tokens
-        room = self.settings.max_tokens if context is None else context - tokens
+    def _options(
+        self, model: Model, request: ChatRequest | CompletionRequest, tokens: int, context: int | None
+    ) -> Options:
+        contexts = [c for c in (context, model.sgt.limit) if c]
+        whole = min(contexts, default=None)
+        room = self.settings.max_tokens if whole is None else whole - tokens
+        wanted, most = request.wanted_tokens, min(room, self.settings.max_tokens)
+        if wanted is not None and wanted > most >= 1 and self.settings.clamp_max_tokens:
+            wanted = most
         if room < 1 or (wanted is not None and wanted > room):
             raise RequestError(
-                f"prompt: {tokens} tokens and an answer of {wanted or 1} do not fit into {context or room}",
+                f"prompt: {tokens} tokens and an answer of {brief(wanted or 1)} do not fit into {whole or room}",
                 code="context_length_exceeded",
             )
         if wanted is not None and wanted > self.settings.max_tokens:
             raise RequestError(f"max_tokens: at most {self.settings.max_tokens} are allowed here", param="max_tokens")
-        default = min(room, self.settings.max_tokens if chat else COMPLETION_DEFAULT)
-        alternatives = request.alternatives if chat else request.logprobs
-        return request.options(max_tokens=default if wanted is None else wanted, logprobs=alternatives)
-
-    async def _timed(self, stream: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
-        started, counted = time.perf_counter(), {}
-        try:
-            async for delta in stream:
-                if not counted:
-                    self.metrics.first.observe(time.perf_counter() - started)
-                counted[delta.index] = max(delta.tokens or 0, counted.get(delta.index, 0))
-                yield delta
-        except UpstreamError as error:
-            self.metrics.upstream_errors.labels(error.code).inc()
-            raise
-        finally:
-            self.metrics.completion_tokens.inc(sum(counted.values()))
-
-
-def _prompts(request: ChatRequest | CompletionRequest) -> list[Any]:
-    return [request.messages] if isinstance(request, ChatRequest) else request.prompts()
+        default = min(room, COMPLETION_DEFAULT if isinstance(request, CompletionRequest) else self.settings.max_tokens)
+        more = {"special": special_ids(model.sgt.tokenizer)}
+        if isinstance(request, ChatRequest) and request.tools and model.reading.special:
+            more["skip_special_tokens"] = False  # the marks of a call are such, and it has to be found
+        return request.options(max_tokens=default if wanted is None else wanted, **more)
 
 
 async def _until(deadline: float, stream: AsyncIterator[Delta]) -> AsyncIterator[Delta]:

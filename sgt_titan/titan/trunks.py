@@ -20,8 +20,16 @@ import torch
 from torch import nn
 from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
-from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+from torchtitan.models.common.config_utils import (
+    make_ffn_config,
+    make_gqa_config,
+    make_moe_config,
+    make_routed_experts_config,
+    make_router_config,
+)
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.common.moe import MoE
 from torchtitan.models.deepseek_v3 import build_mla_moe_layers
 from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
@@ -117,11 +125,17 @@ def gqa_decoder(
     qkv_bias: bool = False,
     qk_norm: bool = False,
 ) -> Decoder.Config:
-    """Llama, Qwen2 and Qwen3 (dense): grouped-query attention and a gated MLP."""
+    """Llama, Mistral, SmolLM3, Qwen2 and Qwen3: grouped-query attention and a gated MLP, or (Qwen3) experts."""
+    fields = hf.to_dict()
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     inv_freq, factor = rotary_frequencies(hf, head_dim)
 
-    def layer() -> TransformerBlock.Config:
+    with_rope = getattr(hf, "no_rope_layers", None) or [True] * hf.num_hidden_layers  # 1: it has
+
+    def layer(index: int) -> TransformerBlock.Config:
+        # A layer without RoPE is one whose angles are all 0.
+        turns = inv_freq if with_rope[index] else (0.0,) * len(inv_freq)
+        mixture = families.has_experts(fields, index)
         gqa = make_gqa_config(
             dim=hf.hidden_size,
             n_heads=hf.num_attention_heads,
@@ -131,7 +145,10 @@ def gqa_decoder(
             wo_param_init=LINEAR_INIT,
             inner_attention=_inner_attention(attention),
             rope=HalfRoPE.Config(
-                dim=head_dim, max_seq_len=hf.max_position_embeddings, inv_freq=inv_freq, factor=factor
+                dim=head_dim,
+                max_seq_len=hf.max_position_embeddings,
+                inv_freq=turns,
+                factor=factor if with_rope[index] else 1.0,
             ),
             qk_norm=_norm(hf, head_dim) if qk_norm else None,
         )
@@ -140,15 +157,44 @@ def gqa_decoder(
             attention=gqa,
             attention_norm=_norm(hf, hf.hidden_size),
             ffn_norm=_norm(hf, hf.hidden_size),
-            feed_forward=make_ffn_config(
-                dim=hf.hidden_size,
-                hidden_dim=hf.intermediate_size,
-                w1_param_init=LINEAR_INIT,
-                w2w3_param_init=LINEAR_INIT,
-            ),
+            feed_forward=None if mixture else _mlp(hf),
+            moe=_mixture(hf, families.expert_count(fields)) if mixture else None,
         )
 
-    return _decoder(hf, model, [layer() for _ in range(hf.num_hidden_layers)])
+    return _decoder(hf, model, [layer(index) for index in range(hf.num_hidden_layers)])
+
+
+def _mlp(hf: PretrainedConfig) -> FeedForward.Config:
+    return make_ffn_config(
+        dim=hf.hidden_size,
+        hidden_dim=hf.intermediate_size,
+        w1_param_init=LINEAR_INIT,
+        w2w3_param_init=LINEAR_INIT,
+    )
+
+
+def _mixture(hf: PretrainedConfig, count: int) -> MoE.Config:
+    """Qwen3's: a softmax over all experts chooses and weighs; no shared expert, no bias."""
+    return make_moe_config(
+        num_experts=count,
+        router=make_router_config(
+            dim=hf.hidden_size,
+            num_experts=count,
+            gate_param_init=LINEAR_INIT,
+            top_k=hf.num_experts_per_tok,
+            score_func="softmax",
+            route_norm=hf.norm_topk_prob,
+        ),
+        routed_experts=make_routed_experts_config(
+            dim=hf.hidden_size,
+            hidden_dim=hf.moe_intermediate_size,
+            num_experts=count,
+            top_k=hf.num_experts_per_tok,
+            param_init=EXPERTS_INIT,
+            comm_backend="standard",
+        ),
+        load_balance_coeff=None,
+    )
 
 
 def mla_moe_decoder(hf: PretrainedConfig, attention: Attention) -> Decoder.Config:
@@ -226,7 +272,14 @@ GQA = {
     "layers.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
     "layers.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
 }
+MIXTURE = {
+    "layers.{}.moe.router.gate.weight": "model.layers.{}.mlp.gate.weight",
+    "layers.{}.moe.routed_experts.inner_experts.w1_EFD": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers.{}.moe.routed_experts.inner_experts.w2_EDF": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+    "layers.{}.moe.routed_experts.inner_experts.w3_EFD": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+}
 MLA_MOE = {
+    **MIXTURE,
     "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
     "layers.{}.attention.wq_a.weight": "model.layers.{}.self_attn.q_a_proj.weight",
     "layers.{}.attention.wq_b.weight": "model.layers.{}.self_attn.q_b_proj.weight",
@@ -234,14 +287,10 @@ MLA_MOE = {
     "layers.{}.attention.wkv_a.weight": "model.layers.{}.self_attn.kv_a_proj_with_mqa.weight",
     "layers.{}.attention.wkv_b.weight": "model.layers.{}.self_attn.kv_b_proj.weight",
     "layers.{}.attention.kv_norm.weight": "model.layers.{}.self_attn.kv_a_layernorm.weight",
-    "layers.{}.moe.router.gate.weight": "model.layers.{}.mlp.gate.weight",
     "layers.{}.moe.expert_bias_E": "model.layers.{}.mlp.gate.e_score_correction_bias",
     "layers.{}.moe.shared_experts.w1.weight": "model.layers.{}.mlp.shared_experts.gate_proj.weight",
     "layers.{}.moe.shared_experts.w2.weight": "model.layers.{}.mlp.shared_experts.down_proj.weight",
     "layers.{}.moe.shared_experts.w3.weight": "model.layers.{}.mlp.shared_experts.up_proj.weight",
-    "layers.{}.moe.routed_experts.inner_experts.w1_EFD": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
-    "layers.{}.moe.routed_experts.inner_experts.w2_EDF": "model.layers.{}.mlp.experts.{}.down_proj.weight",
-    "layers.{}.moe.routed_experts.inner_experts.w3_EFD": "model.layers.{}.mlp.experts.{}.up_proj.weight",
 }
 
 
@@ -253,16 +302,17 @@ class Family:
     names: Mapping[str, str]
 
 
-def _gqa(**kwargs) -> Family:
-    return Family(partial(gqa_decoder, **kwargs), OUTER | GQA)
+def _gqa(row: families.Family) -> Family:
+    llama = not (row.qkv_bias or row.qk_norm or row.experts)
+    model, block = (Llama3Model, Llama3TransformerBlock) if llama else (Qwen3Model, Qwen3TransformerBlock)
+    build = partial(gqa_decoder, model=model, block=block, qkv_bias=row.qkv_bias, qk_norm=row.qk_norm)
+    return Family(build, OUTER | GQA | (MIXTURE if row.experts else {}))
 
 
-# Keyed by the `model_type` of config.json. DeepSeek-R1-Distill-Llama is a llama, -Distill-Qwen a qwen2.
+# Of the registry's rows: grouped queries by their flags, DeepSeek's latent attention by itself.
 FAMILIES: dict[str, Family] = {
-    "llama": _gqa(model=Llama3Model, block=Llama3TransformerBlock),
-    "qwen2": _gqa(model=Qwen3Model, block=Qwen3TransformerBlock, qkv_bias=True),
-    "qwen3": _gqa(model=Qwen3Model, block=Qwen3TransformerBlock, qk_norm=True),
-    "deepseek_v3": Family(mla_moe_decoder, OUTER | MLA_MOE),
+    name: Family(mla_moe_decoder, OUTER | MLA_MOE) if families.FAMILIES[name].latent else _gqa(families.FAMILIES[name])
+    for name in families.TRAINED
 }
 
 
@@ -306,9 +356,6 @@ def build(hf: PretrainedConfig, attention: Attention) -> Decoder.Config:
 def build_body(hf: PretrainedConfig, layers: int, attention: Attention) -> Decoder.Config:
     """torchtitan's config of an estimator's body: ``layers`` decoder layers of the family, without experts."""
     hf = copy.deepcopy(hf)
-    hf.num_hidden_layers = layers
-    if hasattr(hf, "layer_types") and hf.layer_types:
-        hf.layer_types = hf.layer_types[:1] * layers
-    if hasattr(hf, "first_k_dense_replace"):
-        hf.first_k_dense_replace = layers  # MLA with a dense MLP: a short estimator has no use for 256 experts
+    for key, value in families.body_fields(hf.to_dict(), layers).items():
+        setattr(hf, key, value)
     return build(hf, attention)

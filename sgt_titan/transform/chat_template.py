@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +29,7 @@ DATE = "2024-07-26"
 THINKING = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
 # Private-use characters: no template contains them, none strips them.
 _MARK, _REASONING = "\ue000{}\ue001", "\ue002"
+_MARKED = re.compile("\ue000([0-9]{1,9})\ue001")
 # Variables of `apply_chat_template` that a template's own cannot be.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "conversation")
 
@@ -106,7 +109,7 @@ def apply(
             **json.loads(how.variables),
         )
     except Exception as error:  # raise_exception() with the template's own words, jinja's errors, and any other
-        roles = ", ".join(m["role"] for m in messages)
+        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
         if private:
             raise UserError(f"chat template: refuses the content of a turn ({roles})") from None
         raise UserError(f"chat template: refuses turns ({roles}): {_one_line(error)}") from None
@@ -145,20 +148,26 @@ def skeleton(
 
 def split(text: str, marks: Sequence[str], roles: Sequence[str]) -> list[str]:
     """What stands between the marks; "" as a mark: a turn of which nothing is searched for."""
-    pieces, cursor = [], 0
-    for i, mark in enumerate(marks):
+    # One pass, whatever the number of turns.
+    wanted = [i for i, mark in enumerate(marks) if mark]
+    found = [(int(m[1]), *m.span()) for m in _MARKED.finditer(text)]
+    found = [at for at in found if at[0] < len(marks) and marks[at[0]]]
+    order, times = [i for i, _, _ in found], Counter(i for i, _, _ in found)
+    if order != wanted:
+        i = next(i for k, i in enumerate(wanted) if times[i] != 1 or order[k : k + 1] != [i])
+        what = "drops" if times[i] == 0 else "repeats" if times[i] > 1 else "moves"
+        raise UserError(
+            f"chat template: {what} the content of turn {i} ({roles[i]}); every turn must appear "
+            "once and in order, so use template plain or turns the template keeps"
+        )
+    spans, pieces, cursor = iter(found), [], 0
+    for mark in marks:
         if not mark:
             pieces.append("")
             continue
-        times, at = text.count(mark), text.find(mark, cursor)
-        if times != 1 or at < 0:
-            what = "drops" if times == 0 else "repeats" if times > 1 else "moves"
-            raise UserError(
-                f"chat template: {what} the content of turn {i} ({roles[i]}); every turn must appear "
-                "once and in order, so use template plain or turns the template keeps"
-            )
-        pieces.append(text[cursor:at])
-        cursor = at + len(mark)
+        _, start, end = next(spans)
+        pieces.append(text[cursor:start])
+        cursor = end
     return [*pieces, text[cursor:]]
 
 
@@ -265,7 +274,8 @@ def _emptied(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return {"name": "", "arguments": {}}
-    return {**call, "function": {**function, "name": "", "arguments": {}}}
+    nothing = "" if isinstance(function.get("arguments"), str) else {}  # some templates take a text, others an object
+    return {**call, "function": {**function, "name": "", "arguments": nothing}}
 
 
 def shared(a: Sequence[Any], b: Sequence[Any]) -> int:

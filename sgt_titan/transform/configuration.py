@@ -12,7 +12,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.objectives.rate import PRIORS
 from sgt_titan.transform.chat_template import DATE
 from sgt_titan.transform.gaussian import Bounds
-from sgt_titan.trunk.families import TRAINED
+from sgt_titan.trunk.families import TRAINED, body_fields
 
 # 2: a denoiser or a learned prior. An export without either says 1, so that nobody updates without need; a client that
 # does not know denoisers refuses 2, since without it the answers are ruined.
@@ -125,7 +125,7 @@ def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: in
     """The config of a ``layers``-layer decoder of the trunk's family, as a dict for ``SGTConfig.trunk_config``.
 
     ``trunk_config``: the trunk's Hugging Face config, or the content of its config.json. Rotary settings, norms and
-    attention geometry are the trunk's own; MoE families (deepseek_v3) get dense FFNs in every layer, because a short
+    attention geometry are the trunk's own; MoE families get dense FFNs in every layer, because a short
     body has no use for experts; prediction heads, quantisation and storage type are left out. Raises UserError for a
     family that is not supported or a number of layers that the trunk does not have.
     """
@@ -143,11 +143,9 @@ def estimator_config(trunk_config: PretrainedConfig | dict[str, Any], layers: in
     if not 1 <= layers <= raw.num_hidden_layers:
         raise UserError(f"estimator.layers: {layers}, must be between 1 and the trunk's {raw.num_hidden_layers} layers")
     config = {key: value for key, value in raw.to_diff_dict().items() if key not in _NOT_INHERITED}
-    config |= {"model_type": family, "num_hidden_layers": layers, "tie_word_embeddings": False}
-    if config.get("layer_types") is not None:
-        config["layer_types"] = config["layer_types"][:layers]
+    config |= {"model_type": family, "tie_word_embeddings": False}
+    config |= body_fields(config, layers)
     if family == "deepseek_v3":
-        config["first_k_dense_replace"] = layers
         config["num_nextn_predict_layers"] = 0
         config.pop("num_mtp_layers", None)
     return config
@@ -160,9 +158,5 @@ def decoder_config(trunk_config: dict[str, Any], layers: int | None = None) -> P
     """
     fields = copy.deepcopy(trunk_config)
     if layers is not None:
-        fields["num_hidden_layers"] = layers
-        if fields.get("layer_types") is not None:
-            fields["layer_types"] = fields["layer_types"][:1] * layers
-        if "first_k_dense_replace" in fields:
-            fields["first_k_dense_replace"] = layers
+        fields |= body_fields(fields, layers)
     return AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -108,7 +108,9 @@ def _turn(i: int, message: Message) -> dict[str, Any]:
     if not isinstance(message.get("role"), str) or not isinstance(content, str):
         raise UserError(f"turn {i}: must be {{'role': str, 'content': str}}; other content than text is unsupported")
     rest = {key: message[key] for key in ("tool_calls", "reasoning_content") if message.get(key)}
-    return {"role": message["role"], "content": content} | rest
+    # OpenAI's name for the system turn; templates print any name they are given.
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {"role": role, "content": content} | rest
 
 
 def obfuscation_mask(

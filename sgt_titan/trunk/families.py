@@ -19,13 +19,14 @@ NEEDED = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers",
 
 @dataclass(frozen=True)
 class Experts:
-    """Names in config.json of how many experts there are and how wide one is; what a mixture has beside them.
+    """Names in config.json of how many experts there are (the first that is there) and how wide one is; what a mixture
+    has beside them.
 
     shared: the count of shared experts, merged into one MLP. bias: of the router, chooses and does not weigh.
     first_dense, dense_layers, every: which layers are dense: the first so many, those listed, all but every n-th.
     """
 
-    count: str
+    count: tuple[str, ...]
     width: str
     shared: str = ""
     bias: bool = False
@@ -60,12 +61,24 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "qwen2": Family(qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "smollm3": Family(tied=True, defaults={"num_key_value_heads": 4}),
     "qwen3": Family(qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}),
+    "qwen3_moe": Family(
+        qk_norm=True,
+        defaults={"num_key_value_heads": 4},
+        experts=Experts(
+            ("num_experts", "num_local_experts"),
+            "moe_intermediate_size",
+            dense_layers="mlp_only_layers",
+            every="decoder_sparse_step",
+        ),
+    ),
     "deepseek_v3": Family(
         latent=True,
         refused={"attention_bias": True, "rope_interleave": False},
         experts=Experts(
-            "n_routed_experts",
+            ("n_routed_experts",),
             "moe_intermediate_size",
             shared="n_shared_experts",
             bias=True,
@@ -75,6 +88,21 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(tied=True, trained=False),
 }
 TRAINED = tuple(name for name, row in FAMILIES.items() if row.trained)
+
+# What people ask for and has no row, with what it would need.
+_GEMMA = "which has gains of 1 + w, a gelu MLP and scaled embeddings; torchtitan 0.3.0 has no such block"
+_TOWER = "a text model and a vision tower under one name, of which the text model would need what {} does"
+WITHOUT_ROW = {
+    "gemma": _GEMMA,
+    "gemma2": f"{_GEMMA}, nor four norms a layer, capped logits and windows",
+    "gemma3_text": f"{_GEMMA}, nor four norms a layer, two rotary bases and windows",
+    "gemma3": _TOWER.format("gemma3_text"),
+    "llama4_text": "whose attention is chunked and scaled by position; torchtitan 0.3.0 has no llama4 block",
+    "llama4": _TOWER.format("llama4_text"),
+    "gpt_oss": "which is shipped in mxfp4, stacked and with biases, which is not read here; torchtitan has its block",
+    "mixtral": "whose experts have names of their own (block_sparse_moe, w1 to w3): a table of names is missing",
+    "phi3": "which stores queries, keys and values in one tensor; loading would not be a rename",
+}
 
 # What a checkpoint may hold beside its model: buffers of old ones. Layers that predict further tokens: ``unexpected``.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -87,6 +115,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
         UserError: there is none, with what is supported.
     """
     kind = config.get("model_type")
+    if kind in WITHOUT_ROW:
+        raise UserError(f"trunk: config.json has model_type {kind!r}, {WITHOUT_ROW[kind]}")
     if kind not in TRAINED:
         raise UserError(f"trunk: config.json has model_type {kind!r}; supported are {', '.join(TRAINED)}")
     return FAMILIES[kind]
@@ -99,6 +129,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         if config.get(key) == value:
             kind = config["model_type"]
             raise UserError(f"trunk: config.json has {key} = {value!r}, which the {kind} row cannot express")
+    window = config.get("sliding_window", row.defaults.get("sliding_window"))
+    if window and config.get("use_sliding_window", True) and window < (config.get("max_position_embeddings") or 0):
+        raise UserError(
+            f"trunk: config.json has sliding_window {window}, less than its context, and no module here has one; "
+            "Mistral 7B from v0.2 on has none"
+        )
     if (found := config.get("hidden_act") or "silu") != "silu":
         raise UserError(f"trunk: config.json has hidden_act {found!r}; only 'silu' is supported")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -116,10 +152,41 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return FAMILIES[config["model_type"]].tied if found is None else bool(found)
 
 
+def expert_count(config: Mapping[str, Any]) -> int:
+    """Routed experts of a mixture; 0: there are none."""
+    experts = FAMILIES[config["model_type"]].experts
+    return next((config[key] for key in experts.count if config.get(key)), 0) if experts else 0
+
+
+def shared_width(config: Mapping[str, Any]) -> int:
+    """Hidden width of the MLP that every token of a mixture passes; 0: there is none."""
+    experts = FAMILIES[config["model_type"]].experts
+    return config[experts.width] * (config.get(experts.shared) or 0) if experts and experts.shared else 0
+
+
+def mixtures(config: Mapping[str, Any]) -> list[bool]:
+    """For each layer, whether it has experts."""
+    return [has_experts(config, layer) for layer in range(config["num_hidden_layers"])]
+
+
+def body_fields(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Changes that make a config.json that of its first ``layers`` layers, without experts: a short body has no use for
+    them. Which layers go without RoPE stays as it is, by index."""
+    changes: dict[str, Any] = {"num_hidden_layers": layers}
+    if kinds := config.get("layer_types"):
+        changes["layer_types"] = [kinds[index % len(kinds)] for index in range(layers)]
+    experts = FAMILIES[config["model_type"]].experts
+    if experts and experts.first_dense:
+        changes[experts.first_dense] = layers
+    if experts and experts.dense_layers:
+        changes[experts.dense_layers] = list(range(layers))
+    return changes
+
+
 def has_experts(config: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer has a mixture of experts instead of one MLP."""
     experts = FAMILIES[config["model_type"]].experts
-    if experts is None or not config.get(experts.count):
+    if experts is None or not expert_count(config):
         return False
     if layer < (config.get(experts.first_dense) or 0) or layer in (config.get(experts.dense_layers) or ()):
         return False
@@ -142,8 +209,11 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError: config.json lacks a number that shapes depend on.
     """
-    family_of(config)
-    if missing := [key for key in NEEDED if not isinstance(config.get(key), int)]:
+    experts = family_of(config).experts
+    missing = [key for key in NEEDED if not isinstance(config.get(key), int)]
+    if experts and not any(key in config for key in experts.count):
+        missing.append(experts.count[0])
+    if missing:
         raise UserError(f"trunk: config.json has no {', '.join(missing)}")
     try:
         return dict(_tensors(config))
@@ -209,12 +279,12 @@ def _mlp(where: str, hidden: int, width: int) -> Shapes:
 
 
 def _mixture(config: Mapping[str, Any], experts: Experts) -> Shapes:
-    width, count, hidden = config["hidden_size"], config[experts.count], config[experts.width]
+    width, count, hidden = config["hidden_size"], expert_count(config), config[experts.width]
     yield "mlp.gate.weight", (count, width)
     if experts.bias:
         yield "mlp.gate.e_score_correction_bias", (count,)
-    if experts.shared and config.get(experts.shared):
-        yield from _mlp("mlp.shared_experts", hidden * config[experts.shared], width)
+    if shared := shared_width(config):
+        yield from _mlp("mlp.shared_experts", shared, width)
     for expert in range(count):
         yield from _mlp(f"mlp.experts.{expert}", hidden, width)
 

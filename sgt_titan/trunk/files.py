@@ -68,7 +68,7 @@ def check_folder(path: str | Path, said: str = "trunk.path") -> Path:
         raise UserError(f"{said}: {text} is a URL; download the checkpoint (hf download OWNER/NAME --local-dir DIR) "
                         "and give its folder")  # fmt: skip
     if path.is_file():
-        tool = "; convert it first: sgt-titan convert-trunk" if path.suffix in (".gguf", ".bin") else ""
+        tool = {".gguf": f"; {_GGUF}", ".bin": "; convert its folder: sgt-titan convert-trunk"}.get(path.suffix)
         raise UserError(f"{said}: {path} is a file{tool or f'; give its folder, {path.parent}'}")
     if not path.is_dir():
         if any(letter in text for letter in "*?["):
@@ -81,6 +81,9 @@ def check_folder(path: str | Path, said: str = "trunk.path") -> Path:
     return path
 
 
+_GGUF = "dequantise one by loading it with transformers (gguf_file=) and saving it"
+
+
 def _what_it_is(folder: Path) -> str:
     """Of a folder that is no checkpoint: what it looks like, and what to give instead."""
     snapshots = sorted((folder / "snapshots").glob("*/config.json"))
@@ -91,9 +94,9 @@ def _what_it_is(folder: Path) -> str:
     if (folder / "blobs").is_dir():
         return "it is a folder of the hub's cache without a snapshot: download the model again"
     if (folder / "adapter_config.json").is_file():
-        return "it is a LoRA adapter alone: merge it into its base model first (sgt-titan convert-trunk)"
+        return "it is a LoRA adapter alone: merge it into its base first (sgt-titan convert-trunk --adapter)"
     if any(folder.glob("*.gguf")):
-        return "it holds GGUF files: convert one first (sgt-titan convert-trunk)"
+        return f"it holds GGUF files: {_GGUF}"
     if any(folder.glob("consolidated*")) and (folder / "params.json").is_file():
         return "it is a checkpoint in its maker's own format: give the Hugging Face version of it"
     return "it must be a Hugging Face checkpoint directory"
@@ -136,13 +139,12 @@ def _other_weights(folder: Path) -> str:
     if any(folder.glob("*.safetensors")):
         names = sorted(file.name for file in folder.glob("*.safetensors"))
         return f", though there is {names[0]}: download the index, or give the file its name"
-    convert = "and is not read here: sgt-titan convert-trunk"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        return f"; its weights are a pickle (.bin), which can run code {convert}"
+        return "; its weights are a pickle (.bin), which can run code and is not read: sgt-titan convert-trunk"
     if any(folder.glob("*.gguf")):
-        return f"; it holds GGUF {convert}"
+        return f"; it holds GGUF files: {_GGUF}"
     if (folder / "adapter_config.json").is_file():
-        return f"; it holds an adapter without its base model {convert}"
+        return "; it holds a LoRA adapter without its base: sgt-titan convert-trunk --adapter"
     return "; download the weights"
 
 

@@ -22,6 +22,8 @@ BODIES = [
     ("llama-llama3-rope", "separate"),
     ("qwen2", "shared"),
     ("qwen2", "separate"),
+    ("smollm3", "separate"),
+    ("qwen3-moe", "shared"),
     ("qwen3-tied", "shared"),
     ("qwen3", "separate"),
     ("deepseek", "shared"),

@@ -27,12 +27,14 @@ DENSE = (
     "llama-yarn",
     "llama-linear",
     "qwen2",
+    "mistral",
+    "smollm3",
     "qwen3",
     "qwen3-tied",
     "deepseek-dense",
     "deepseek-dense-yarn",
 )
-MOE = ("deepseek", "deepseek-groups", "deepseek-no-q-lora", "deepseek-yarn")
+MOE = ("qwen3-moe", "deepseek", "deepseek-groups", "deepseek-no-q-lora", "deepseek-yarn")
 
 
 def load_titan(path) -> nn.Module:
@@ -113,7 +115,6 @@ def experts_in_bfloat16(self, x_ND, chosen_NK, weights_NK):
 def test_moe_logits(name, trunk_dir, monkeypatch):
     """Everything but the experts' precision is equal in float32; that precision is then bounded by itself."""
     from torchtitan.models.common.moe import GroupedExperts
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
     path = trunk_dir(name)
     trunk, model, tokens_BT = load_titan(path), load_hf(path), tokens(300)
@@ -122,7 +123,7 @@ def test_moe_logits(name, trunk_dir, monkeypatch):
         patch.setattr(GroupedExperts, "forward", experts_in_float32)
         float32 = largest_difference(trunk, model, tokens_BT)
     with monkeypatch.context() as patch:
-        patch.setattr(DeepseekV3Experts, "forward", experts_in_bfloat16)
+        patch.setattr(type(model.model.layers[-1].mlp.experts), "forward", experts_in_bfloat16)
         both = (titan_logits(trunk, tokens_BT) - model(tokens_BT).logits).detach().abs().amax(-1).flatten()
     print(
         f"{name}: max |difference| of logits {float32:.2e} with experts in float32, {both.max():.2e} with both in "
@@ -165,7 +166,9 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "deepseek", "deepseek-no-q-lora"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", "qwen2", "qwen3", "qwen3-moe", "deepseek", "deepseek-no-q-lora"]
+)
 def test_loaded_tensors_are_the_files_bytes(name, trunk_dir):
     path = trunk_dir(name, "20KB")
     assert len(list(path.glob("*.safetensors"))) > 3 and (path / "model.safetensors.index.json").is_file()

@@ -20,19 +20,21 @@ MAY_IMPORT = {
     "config": {"errors", "trunk"},
     "checkpoint": set(),
     "cluster": {"errors", "folders", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "folders", "objectives", "trunk"},
+    "transform": {"errors", "folders", "arguments", "objectives", "trunk"},
     "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
     "demo": {"errors"},
     "data": {"errors", "config", "transform", "trunk", "demo", "private"},
     "export": {"errors", "config", "transform", "trunk", "checkpoint"},
-    "conjformer": {"errors", "folders", "arguments", "transform", "trunk"},
+    "outgoing": {"errors", "arguments"},
+    "conjformer": {"errors", "folders", "arguments", "outgoing", "transform", "trunk"},
     "plan": {"errors", "arguments", "config", "trunk"},
     "evaluation": {
         "errors",
         "folders",
         "arguments",
+        "outgoing",
         "config",
         "trunk",
         "transform",
@@ -42,8 +44,8 @@ MAY_IMPORT = {
         "conjformer",
         "private",
     },
-    "client": {"errors", "arguments", "transform", "metrics", "private"},
-    "serving": {"errors", "arguments", "client", "private"},
+    "client": {"errors", "arguments", "outgoing", "transform", "metrics", "private"},
+    "serving": {"errors", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
         "config",
@@ -73,7 +75,7 @@ MAY_IMPORT = {
         "client",
         "readings",
     }
-    | {"serving", "conjformer", "cluster"},
+    | {"serving", "conjformer", "cluster", "transform"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 

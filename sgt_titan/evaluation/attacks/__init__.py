@@ -121,13 +121,15 @@ ATTACKS: dict[str, Attack] = {
     "autoregressive": Attack(
         "sequence attacker, left to right", sequence.autoregressive, sequence.cost, SEQUENCE,
         {
-            "quick": {"first": 50, "most": 100, "layers": 2, "width": 128, "beams": 2},
             "standard": {"first": 200, "most": 1600, "layers": 4, "width": 192, "beams": 4},
             "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384, "beams": 8},
         },
         {"from_trunk": True, "lr": 5e-4},
     ),
-    "sequence_at_z": Attack("sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE, READER),
+    "sequence_at_z": Attack(
+        "sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE,
+        {suite: READER[suite] for suite in SUITES[1:]},
+    ),
     GUESSING: Attack("guessing: the same without what was sent", sequence.guess, sequence.cost, SEQUENCE, READER),
 }  # fmt: skip
 

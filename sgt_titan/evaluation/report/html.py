@@ -11,11 +11,16 @@ from typing import Any
 from sgt_titan.evaluation.report import plots
 from sgt_titan.evaluation.report.words import (
     ATTACK_COLUMNS,
+    BOUNDS,
     CAUTION,
+    CERTIFIED,
+    KEPT,
     PRIVACY_ROWS,
+    THREATS,
     UTILITY_ROWS,
     Results,
     best_attack,
+    bound_text,
     conclusions,
     number,
     percent,
@@ -23,6 +28,7 @@ from sgt_titan.evaluation.report.words import (
     sees,
     value,
 )
+from sgt_titan.transform import glow
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f3f1; --line: #d5d5d0; --warn: #b3380e; }
@@ -35,6 +41,11 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; } thead th { vertical-align: bottom; }
+.more { } summary { cursor: pointer; } details p { margin: .2rem 0 .4rem; max-width: 42rem; white-space: normal; }
+td.group, th.group { text-align: left; font-weight: 600; padding-top: .8rem; }
+.attacks th:first-child { min-width: 13rem; } .attacks details { font-weight: 400; }
+@media (max-width: 44rem) { .more { display: none; } body { margin: 1rem auto; } table { font-size: .8rem; }
+  th, td { padding: .25rem .35rem; } .attacks th:first-child { min-width: 8rem; } .head strong { font-size: 1.5rem; } }
 .sees { color: gray; font-size: .8rem; display: block; } figure { margin: 1rem 0; overflow-x: auto; }
 figure svg { max-width: 100%; height: auto; } figcaption { font-size: .85rem; color: gray; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem .8rem; font-size: .85rem; }
@@ -50,15 +61,18 @@ def page(results: Results) -> str:
         f"Evaluation of {about.get('export', 'an export')}",
         [
             _headline(results, sgt),
+            _section("Kept and read", _plane(results)),
             _section("What this means", _list(conclusions(results)) + f"<p class='small'>{esc(CAUTION)}</p>"),
+            _section("What is revealed of a prompt", _glow(sgt, about)),
             _section(
                 "Attacks", _attack_table(sgt) + figure(plots.bars(sgt), "bars", "Recovery by attack, 95% intervals.")
             ),
+            _section("What nobody can exceed", _certificate(sgt)),
             _section("Curves", _curves(sgt)),
             _section(
                 "Which tokens", figure(plots.by_class(sgt), "kinds", "Top-1 recovery in percent, by kind of token.")
             ),
-            _section("Utility against privacy", _utility(results) + _plane(results)),
+            _section("What the answer keeps", _utility(results)),
             _section("Against the baselines", _mechanism_table(mechanisms)),
             _section("Metrics without an attacker", _metrics(sgt, about) + _histogram(sgt)),
             _section("Before and after", _examples(sgt)),
@@ -71,7 +85,7 @@ def document(title: str, sections: Sequence[str]) -> str:
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{esc(title)}</title><style>{STYLE}</style></head><body>\n<h1>{esc(title)}</h1>\n"
+        f"<title>{esc(title)}</title><style>{STYLE}{glow.STYLE}</style></head><body>\n<h1>{esc(title)}</h1>\n"
         + "\n".join(filter(None, sections))
         + "\n</body></html>\n"
     )
@@ -111,38 +125,104 @@ def _headline(results: Results, sgt: Mapping[str, Any]) -> str:
     best, about = best_attack(sgt), results.get("about") or {}
     if best is None:
         return ""
-    attack = best[1]
+    attack, least = best[1], ""
+    if attack.get("difference"):
+        least = (
+            f" Without looking he guesses {percent((attack.get('guesses') or {}).get('top1'))}: seeing it added "
+            f"<b>{percent(attack['difference'].get('top1'), interval=True)}</b>."
+        )
+    bound = (sgt.get("certificate") or {}).get("smallest")
+    least += f" Nobody can read more than {percent(bound)} (below)." if bound is not None else ""
     tokens = f"{about.get('hidden_tokens', 0):,} tokens of {about.get('rows', '?')} prompts"
     kept = (sgt.get("utility") or {}).get("kept")
     return (
         f"<div class='head'><strong>{percent(attack.get('top1'))}</strong> of the hidden tokens are read by the best "
         f"attacker, {esc(attack.get('title'))} (95% interval {percent(attack.get('top1'), interval=True).partition(' ')[2]}, "
-        f"N = {esc(tokens)}). It sees {esc(sees(attack))}.<br>"
-        f"{percent(kept, interval=True)} of the prompt's benefit to the answer is kept.</div>"
+        f"N = {esc(tokens)}).{least}<br>"
+        f"{percent(kept, interval=True)} of what the prompt is worth to its answer is kept."
+        f"<details><summary>What he sees</summary><p>{esc(sees(attack))}.</p></details></div>"
     )
 
 
 def _attack_table(sgt: Mapping[str, Any]) -> str:
-    attacks = sorted((sgt.get("attacks") or {}).values(), key=lambda a: -value(a.get("top1")))
+    """One line an attack, by threat model; what it sees, costs and is worth opens under its name."""
+    attacks = sgt.get("attacks") or {}
     if not attacks:
         return ""
-    pii = {"exact_micro": "PII exact", "fuzzy_micro": "PII fuzzy", "fuzzy_macro": "PII fuzzy, by prompt"}
-    if any("judge_micro" in (a.get("pii") or {}) for a in attacks):
+    pii = {"exact_micro": "PII exact", "fuzzy_micro": "PII fuzzy"}
+    if any("judge_micro" in (a.get("pii") or {}) for a in attacks.values()):
         pii |= {"judge_micro": "PII judged"}
-    pii = pii if any(a.get("pii") for a in attacks) else {}
-    rows = []
-    for a in attacks:
-        notes = "; ".join(a.get("notes") or ())
-        flops = f"{a['flops']:.1e} FLOP" if a.get("flops") else ""
-        said = "; ".join(filter(None, (f"sees {sees(a)}", flops, notes)))
-        first = f"{esc(a.get('title'))}<span class='sees'>{esc(said)}</span>"
-        cells = [percent(a.get(key), interval=key == "top1") for key in ATTACK_COLUMNS]
-        rows.append([first, *cells, *(percent((a.get("pii") or {}).get(key)) for key in pii)])
+    pii = pii if any(a.get("pii") for a in attacks.values()) else {}
+    head = {
+        "top1": "read",
+        "beyond": "beyond guessing",
+        **{k: t for k, t in ATTACK_COLUMNS.items() if k != "top1"},
+        **pii,
+    }
+    shown = {"top1", "beyond", "content_top1", "marked_top1"}  # on a phone
+    mark = lambda key: "" if key in shown else " class='more'"  # noqa: E731
+    lines = [
+        "<th scope='col'>attack</th>" + "".join(f"<th scope='col'{mark(k)}>{esc(t)}</th>" for k, t in head.items())
+    ]
+    for kind, title in THREATS.items():
+        among = [a for a in attacks.values() if a.get("kind", "single") == kind]
+        if not among:
+            continue
+        lines.append(f"<th scope='rowgroup' class='group' colspan='{1 + len(head)}'>{esc(title)}</th>")
+        for a in sorted(among, key=lambda a: -value(a.get("top1"))):
+            cells = {key: percent(a.get(key), interval=key == "top1") for key in ATTACK_COLUMNS}
+            cells |= {key: percent((a.get("pii") or {}).get(key)) for key in pii}
+            cells["beyond"] = percent((a.get("difference") or {}).get("top1"), interval=True)
+            facts = [f"Sees {sees(a)}.", *(f"{note[:1].upper()}{note[1:]}." for note in a.get("notes") or ())]
+            facts += [f"{a['flops']:.1e} FLOP."] if a.get("flops") else []
+            facts += [f"Source: {a['source']}."] if a.get("source") else []
+            flag = " \u26a0" if any("not converged" in note for note in a.get("notes") or ()) else ""
+            first = f"<details><summary>{esc(a.get('title'))}{flag}</summary><p>{esc(' '.join(facts))}</p></details>"
+            lines.append(
+                f"<th scope='row'>{first}</th>" + "".join(f"<td{mark(key)}>{cells.get(key, '-')}</td>" for key in head)
+            )
+    body = "".join(f"<tr>{line}</tr>" for line in lines[1:])
     legend = (
-        "content: tokens with letters or digits that are not frequent. private: tokens of marked values. values: marked "
-        "values read whole. text: edit similarity. PII: share of the values in the prompt that still occur in what was read."
+        "Touch an attack's name for what it sees; \u26a0: more training would read more. beyond guessing: what the same "
+        "attacker does not get right without what was sent. content: tokens with letters or digits that are not frequent. "
+        "private: tokens of marked values. values: marked values read whole. text: edit similarity. PII: share of the "
+        "values in the prompt that still occur in what was read."
     )
-    return table(["attack", *ATTACK_COLUMNS.values(), *pii.values()], rows) + f"<p class='small'>{esc(legend)}</p>"
+    return (
+        f"<div class='wide attacks'><table><thead><tr>{lines[0]}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<p class='small'>{esc(legend)}</p>"
+    )
+
+
+def _certificate(sgt: Mapping[str, Any]) -> str:
+    """Bounds on any attacker, the smallest first; "no bound" where they say nothing."""
+    found = sgt.get("certificate") or {}
+    if not found:
+        return ""
+    bounds = sorted((found.get("bounds") or {}).items(), key=lambda item: 2.0 if item[1] is None else item[1])
+    rows = [
+        ["nats a hidden token that one observation can tell", number(found.get("nats_per_token"), interval=True)],
+        ["nats a prompt", number(found.get("nats_per_prompt"), interval=True)],
+    ]
+    if found.get("worth_per_prompt"):
+        rows.append(
+            [
+                "nats a prompt that the answer is worth: the least that keeps all of it",
+                number(found["worth_per_prompt"], interval=True),
+            ]
+        )
+    rows += [
+        [f"tokens that anybody can read: {esc(BOUNDS.get(name, name))}", bound_text(bound)] for name, bound in bounds
+    ]
+    return table(["", "95% interval"], rows) + f"<p class='small'>{esc(CERTIFIED)}</p>"
+
+
+def _glow(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """The example prompts, by nats that one observation can tell of each token."""
+    shown = [one for one in sgt.get("examples") or [] if one.get("nats")]
+    pages = [glow.page(one["pieces"], one["nats"], about.get("ln_vocab") or 0.0) for one in shown]
+    said = "Bright: can be told from one observation, up to naming the token; dark: nothing is told; underlined: sent in clear."
+    return "".join(pages) + f"<p class='small'>{esc(said)} A token's nats show when pointed at.</p>" if pages else ""
 
 
 def _curves(sgt: Mapping[str, Any]) -> str:
@@ -178,7 +258,9 @@ def _utility(results: Results) -> str:
     for way, found in ((results.get("no_prompt") or {}).get("ways") or {}).items():
         rows.append([esc(f"perplexity with the prompt's tokens {way}"), number(found)])
     benchmarks = {n: m.get("benchmarks") for n, m in mechanisms.items() if m.get("benchmarks")}
-    return table(["utility", "95% interval"], rows) + _benchmarks(benchmarks)
+    zero = ((results.get("no_prompt") or {}).get("zero") or {}).get("note")
+    said = f"<p class='small'>{esc(KEPT)} {esc(f'{zero[:1].upper()}{zero[1:]}.' if zero else '')}</p>"
+    return table(["utility", "95% interval"], rows) + said + _benchmarks(benchmarks)
 
 
 def _benchmarks(benchmarks: Mapping[str, Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from sgt_titan.evaluation.report.words import (
     UTILITY_ROWS,
     Results,
     best_attack,
+    bound_text,
     conclusions,
     number,
     percent,
@@ -39,11 +40,20 @@ def render(results: Results) -> str:
     ]
     if (best := best_attack(sgt)) is not None:
         attack = best[1]
-        lines += [
-            f"BEST ATTACKER: {attack.get('title')} reads {percent(attack.get('top1'), interval=True)} of the hidden tokens",
-            f"  sees {sees(attack)}",
-            "",
-        ]
+        lines.append(
+            f"BEST ATTACKER: {attack.get('title')} reads {percent(attack.get('top1'), interval=True)} of the hidden tokens"
+        )
+        if attack.get("difference"):
+            lines.append(
+                f"  guesses {percent((attack.get('guesses') or {}).get('top1'))} without looking; looking added "
+                f"{percent(attack['difference'].get('top1'), interval=True)}"
+            )
+        if certificate := sgt.get("certificate"):
+            lines.append(
+                f"  one observation tells {number(certificate.get('nats_per_token'), interval=True)} nats a token at most; "
+                f"of the tokens anybody can read: {bound_text(certificate.get('smallest'))}"
+            )
+        lines += [f"  sees {sees(attack)}", ""]
     for sentence in conclusions(results):
         lines += textwrap.wrap(plain(sentence), WIDTH, initial_indent="* ", subsequent_indent="  ")
     lines += ["", *_attacks(sgt), "", *_utility(results), "", *_metrics(sgt, about), "", *_mechanisms(mechanisms), ""]
@@ -56,12 +66,14 @@ def render(results: Results) -> str:
 def _attacks(sgt: Mapping[str, Any]) -> list[str]:
     attacks = sgt.get("attacks") or {}
     has_pii = any("pii" in attack for attack in attacks.values())
-    titles = [*ATTACK_COLUMNS.values(), *(["PII"] if has_pii else [])]
-    lines = [f"{'Attacks, share recovered':<40}" + "".join(f"{title:>10}" for title in titles)]
+    beyond = any(attack.get("difference") for attack in attacks.values())
+    titles = [*ATTACK_COLUMNS.values(), *(["beyond"] if beyond else []), *(["PII"] if has_pii else [])]
+    lines = [f"{'Attacks, share recovered':<40}" + "".join(f"{title:>9}" for title in titles)]
     for attack in sorted(attacks.values(), key=lambda a: value(a.get("top1"))):
         cells = [percent(attack.get(key)) for key in ATTACK_COLUMNS]
+        cells += [percent((attack.get("difference") or {}).get("top1"))] if beyond else []
         cells += [percent((attack.get("pii") or {}).get("fuzzy_micro"))] if has_pii else []
-        lines.append(f"  {attack.get('title', '?'):<38}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(f"  {attack.get('title', '?')[:38]:<38}" + "".join(f"{cell:>9}" for cell in cells))
     lines.append(
         "content: letters or digits and not frequent; private: tokens of marked values; values: read whole; text: edit "
     )
@@ -79,7 +91,8 @@ def _utility(results: Results) -> list[str]:
     clean = (((results.get("mechanisms") or {}).get("none") or {}).get("utility") or {}).get("perplexity")
     ways = (results.get("no_prompt") or {}).get("ways") or {}
     removed = ", ".join(f"{number(found)} {way}" for way, found in ways.items())
-    lines.append(f"  perplexity with the clean prompt {number(clean)}; without its tokens: {removed or '-'}")
+    said = f"perplexity with the clean prompt {number(clean)}; without its tokens: {removed or '-'}"
+    lines += textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 

@@ -40,6 +40,22 @@ CAUTION = (
     "Top-1 is the share of the hidden tokens that an attack reads right. The attacks are ours and finite: what they do not "
     "recover, a better one may. What they do recover is lost for certain."
 )
+# Kind of an attack (``threat.KINDS``), and its heading.
+THREATS = {
+    "single": "one observation of each prompt",
+    "repeats": "K fresh observations of each prompt (only where noise is not held)",
+    "noisy": "what is sent, before the denoiser",
+    "guess": "nothing: guessing from template and language",
+}
+BOUNDS = {
+    "prior": "from the best guess without looking",
+    "fano": "Fano's inequality",
+    "distortion": "rate and distortion",
+}
+CERTIFIED = (
+    "The nats bound every attacker and everything computed from what was sent, on average over prompts; the shares hold "
+    "as far as text is as the trunk says. K fresh observations: K times the nats."
+)
 KEPT = (
     "kept: share of what the prompt is worth to its answer that is left, in nats of the response; 0 is the best prompt that "
     "says nothing (docs/EVALUATION.md)."
@@ -69,6 +85,10 @@ def number(estimate: Mapping[str, Any] | float | None, *, interval: bool = False
         return "unbounded"
     text = f"{found:.4g}"
     return f"{text} [{_bounds(estimate, 1, '.3g')}]" if interval and _has_interval(estimate) else text
+
+
+def bound_text(bound: float | None) -> str:
+    return "no bound" if bound is None else f"at most {percent(bound)}"
 
 
 def _has_interval(estimate: Any) -> bool:
@@ -112,6 +132,11 @@ def conclusions(results: Results) -> list[str]:
         found.append(
             f"{attack.get('title')} reads {percent(attack.get('top1'))} of the hidden tokens. {say}{sees(attack)}."
         )
+        if attack.get("difference"):
+            found.append(
+                f"{percent((attack.get('guesses') or {}).get('top1'))} are guessed by the same attacker without what was "
+                f"sent; looking added {percent(attack['difference'].get('top1'), interval=True)}."
+            )
         nearest = value((sgt.get("attacks") or {}).get("nearest_l2", {}).get("top1"))
         if nearest < 0.2 < share:
             found.append(
@@ -123,7 +148,7 @@ def conclusions(results: Results) -> list[str]:
     without_secret = [
         (key, a)
         for key, a in (sgt.get("attacks") or {}).items()
-        if "the SGT and its weights" not in (a.get("sees") or ())
+        if "the SGT and its weights" not in (a.get("sees") or ()) and a.get("kind", "single") == "single"
     ]
     if without_secret and best is not None:
         key, attack = max(without_secret, key=lambda pair: value(pair[1].get("top1")))

@@ -12,7 +12,7 @@ import torch
 
 from sgt_titan.client import VLLM, Options, SGLang, StainedGlassTransform, Transformers, UpstreamError
 from sgt_titan.errors import UserError
-from sgt_titan.serving.settings import Settings
+from sgt_titan.serving.settings import Settings, Target
 from sgt_titan.serving.upstream import Upstream
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
@@ -195,7 +195,7 @@ def test_a_proxy_of_the_environment_sees_nothing(monkeypatch, trunk, embeds_TD):
     monkeypatch.delenv("NO_PROXY", raising=False)
     with running(vllm_app(trunk)) as url:
         assert VLLM(url).generate(embeds_TD, **GREEDY).text
-        upstream = Upstream(Settings(url))
+        upstream = Upstream(Target(url), Settings())
         assert asyncio.run(upstream.describe()).model == "trunk"
 
 

@@ -40,7 +40,6 @@ def plain(chat_trunk, tmp_path_factory):
         ([{"role": "user", "content": CANARY + "\udfff"}], r"messages\[0\].content: is not valid Unicode"),
         (CANARY * 100, "1201 tokens, at most 128"),
         ([USER | {"content": CANARY * 100}], "tokens, at most 128"),
-        ([{"role": "developer", "content": CANARY}], "refuses turns .developer.: no developers here"),
         ([0, 300], "token id outside 0..299"),
         ([0, -1], "token id outside"),
         ([0, True], "neither text, messages nor token ids"),
@@ -69,6 +68,11 @@ def test_a_template_that_refuses_a_content_does_not_repeat_it(chat_trunk, tmp_pa
     with pytest.raises(UserError, match="refuses the content of a turn") as refused:
         sgt.encode([USER])
     assert CANARY not in str(refused.value) and refused.value.__cause__ is None
+
+
+def test_a_developer_is_a_system_where_the_template_knows_none(sgt):
+    same = [[{"role": role, "content": "be kind"}, USER] for role in ("developer", "system")]
+    assert sgt.prompt(same[0]).ids == sgt.prompt(same[1]).ids
 
 
 def test_text_parts_are_joined(sgt):

@@ -90,6 +90,13 @@ def test_a_stopped_attempt_that_saved_nothing_counts(tmp_path):
         (Told(batch=False), "stopped", "stop", "stopped on SIGTERM; it runs inside an allocation (salloc)"),
         (Told(state="CANCELLED"), "stopped", "stop", "cancelled (scancel), after saving"),
         (Told(state="CANCELLED"), "", "stop", "cancelled (scancel)"),
+        (
+            Told(state="COMPLETING"),
+            "stopped",
+            "stop",
+            "cancelled (scancel), after saving, unless Slurm has lost a node",
+        ),
+        (Told(state="COMPLETING", restarts=1), "", "requeued", "Slurm has put the job back itself"),
         (Told(state="NODE_FAIL"), "", "requeued", "Slurm has put the job back itself"),
         (Told(state="RUNNING", restarts=1), "", "requeued", "Slurm has put the job back itself"),
         (Told(state="RUNNING"), "", "requeue", "died"),

@@ -102,6 +102,14 @@ def test_a_launcher_that_was_killed_is_known_from_srun(logs):
     assert told(logs)[0].startswith("What happened: the launcher on n2 was killed by SIGKILL")
 
 
+def test_what_the_run_said_and_why_it_is_not_started_again(tmp_path):
+    lines = told(
+        tmp_path, state="stopped", reason="SIGTERM", decision="stop", decided="cancelled (scancel), after saving"
+    )
+    assert lines[0] == "What happened: ended on notice: SIGTERM"
+    assert "not started again: cancelled (scancel), after saving. To go on from step 4 of 10: sbatch" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "decision", "first_line", "next_line"),
     [

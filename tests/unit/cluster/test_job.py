@@ -64,12 +64,12 @@ def test_degrees_that_the_allocation_does_not_hold(begin, tmp_path):
 
 def test_a_finished_run_is_refused_but_not_to_the_job_that_finished_it(begin, tmp_path):
     """Ranks that Slurm had lost sight of may finish a run while its next attempt is about to begin."""
-    commit(tmp_path / "out", 300)
-    status.write(tmp_path / "out", "finished", attempt="slurm-7.0", step=300)
+    commit(tmp_path / "out", 99000)
+    status.write(tmp_path / "out", "finished", attempt="slurm-7.0", step=99000)
     code, script, told = begin(1)
     assert (code, script) == (0, "FINISHED=1\n") and "finished by slurm-7.0" in told
-    status.write(tmp_path / "out", "finished", attempt="slurm-6.0", step=300)
-    with pytest.raises(UserError, match=r"holds a finished run \(step 300\)"):
+    status.write(tmp_path / "out", "finished", attempt="slurm-6.0", step=99000)
+    with pytest.raises(UserError, match=r"holds a finished run \(step 99000\)"):
         begin(1)
     shutil.rmtree(tmp_path / "out" / checkpoint.FOLDER)
     assert begin(1)[0] == 0  # its last checkpoint has been deleted: there is something left to do

@@ -291,7 +291,8 @@ P = "parallelism"
         (
             ['data.columns={"txt": "a"}'],
             1,
-            "data.columns.txt is no field; the fields are text, system, instruction, input, output, messages, private",
+            "data.columns.txt is no field; the fields are text, system, instruction, input, output, history, messages, "
+            "tools, private, role, content",
         ),
         (
             ["data.validation_samples=0"],
@@ -311,7 +312,7 @@ def test_packing_needs_a_gpu():
 
 
 def test_experts():
-    moe = {**TRUNK, "num_experts": 6}
+    moe = {**TRUNK, "model_type": "qwen3_moe", "num_experts": 6}
     assert message(f"{P}.expert_parallel_degree=4", world_size=4, trunk=moe) == (
         "parallelism.expert_parallel_degree 4 does not divide the trunk's 6 experts"
     )

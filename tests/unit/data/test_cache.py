@@ -373,3 +373,87 @@ def test_a_template_that_prints_the_date(chats, make_config, make_tokenizer):
     assert a.fingerprint == b.fingerprint != c.fingerprint
     assert np.array_equal(a.tokens, b.tokens) and not np.array_equal(a.tokens, c.tokens)
     assert a.validation.index.tolist() == b.validation.index.tolist() == c.validation.index.tolist()
+
+
+def bad_and_good(write, bad=3, good=97):
+    rows = [{"messages": [{"role": "user", "content": f"the cat {i}"}, {"role": "assistant", "content": "sat"}]}
+            for i in range(good)]  # fmt: skip
+    return write(
+        [*rows[:5], *[{"messages": []}] * (bad - 1), {"messages": [{"role": "x", "content": "Ann"}]}, *rows[5:]]
+    )
+
+
+def test_bad_rows_are_skipped_and_counted(write, make_config, tokenizer_dir, caplog):
+    path = bad_and_good(write)
+    dataset = prepare(make_config(path), tokenizer_dir, progress=True)
+    assert len(dataset) == 97 and dataset.meta["rows_read"] == 100
+    assert dataset.meta["bad_rows"] == {
+        "count": 3,
+        "reasons": {
+            "'messages' has no turns": 2,
+            "turn N of 'messages' has the role 'x'; map it with data.roles": 1,
+        },
+        "first": [
+            f"{path}: row 6: 'messages' has no turns",
+            f"{path}: row 7: 'messages' has no turns",
+            f"{path}: row 8: turn 0 of 'messages' has the role 'x'; map it with data.roles",
+        ],
+    }
+    assert "3 of 100 rows cannot be used and were skipped" in caplog.text and "Ann" not in caplog.text
+
+
+def test_too_many_bad_rows_are_the_end(write, make_config, tokenizer_dir, monkeypatch):
+    path = bad_and_good(write)
+    with pytest.raises(UserError) as error:
+        prepare(make_config(path, max_bad_share=0.02), tokenizer_dir, progress=False)
+    assert str(error.value) == (
+        f"{path}: row 6: 'messages' has no turns; 3 of 100 rows cannot be used, at most 2% may (data.max_bad_share)"
+    )
+    with pytest.raises(UserError) as error:
+        prepare(make_config(path, on_bad_row="stop"), tokenizer_dir, progress=False)
+    assert str(error.value) == f"{path}: row 6: 'messages' has no turns"
+    # Not only after hours.
+    monkeypatch.setattr("sgt_titan.data.tokenization.CHUNK_ROWS", 10)
+    monkeypatch.setattr(cache, "MANY_ROWS", 10)
+    with pytest.raises(UserError, match="3 of 10 rows cannot be used"):
+        prepare(make_config(path), tokenizer_dir, progress=False)
+
+
+def test_samples_without_their_response_are_dropped_where_nothing_else_is_learned(write, make_config, tokenizer_dir):
+    rows = [{"instruction": "the cat sat on the mat " * n, "output": "the dog"} for n in (1, 2, 3, 30)]
+    path = write([*rows, {"instruction": "the cat", "output": None}])
+    config = make_config(path, seq_len=60, validation_samples=0)
+    assert len(prepare(config, tokenizer_dir, progress=False)) == 5
+    config.objective.utility_positions = "response"
+    meta = prepare(config, tokenizer_dir, progress=False).meta
+    assert (meta["samples"], meta["with_response"]) == (3, 3)
+    assert meta["dropped"] == {"too_long": 0, "short_prompt": 0, "response_cut": 1, "no_response": 1}
+
+
+def test_a_sample_an_answer(write, make_config, tokenizer_dir):
+    said = [("user", "the cat"), ("assistant", "sat"), ("user", "on"), ("assistant", "the mat")]
+    rows = [{"messages": [{"role": r, "content": f"{c} {i}"} for r, c in said], "note": i} for i in range(30)]
+    config = make_config(write(rows), answers="all", validation_samples=3)
+    dataset = prepare(config, tokenizer_dir, progress=False)
+    assert len(dataset) == 60 and dataset.meta["not_used"] == {"columns": ["note"]}
+    assert dataset.sources.tolist() == [i // 2 for i in range(60)]
+    tokenizer = load_tokenizer(tokenizer_dir)
+    for i in (0, 1):
+        ids, roles = dataset.tokens[dataset.offsets[i] : dataset.offsets[i + 1]], dataset.roles[dataset.offsets[i] :]
+        said = tokenizer.decode([t for t, r in zip(ids, roles, strict=False) if r == 2])
+        assert said == ("sat 0<|im_end|>", "the mat 0<|im_end|>")[i]
+    # All answers of a row are on one side.
+    held, trained = ({dataset.sources[i] for i in view.index.tolist()} for view in (dataset.validation, dataset.train))
+    assert held and not held & trained
+
+
+def test_what_is_not_used_is_counted(write, make_config, tokenizer_dir):
+    turn = {"role": "user", "content": "the cat", "name": "Ann"}
+    row = {"messages": [turn, {"role": "assistant", "content": "sat", "thinking": "hm"}], "tools": [{"name": "f"}]}
+    meta = prepare(make_config(write([row] * 3), validation_samples=0), tokenizer_dir, progress=False).meta
+    assert meta["not_used"] == {
+        "columns": [],
+        "key name of turns": 3,
+        "tools, which the chat template does not print": 3,
+        "reasoning, for which the chat template has no place": 3,
+    }

@@ -8,7 +8,8 @@ import pytest
 
 from sgt_titan.config.schema import Data
 from sgt_titan.data.presets import PRESETS
-from sgt_titan.data.sources import JsonLines, load_rows, turns
+from sgt_titan.data.readers import JsonLines
+from sgt_titan.data.sources import load_rows
 from sgt_titan.errors import UserError
 
 
@@ -17,47 +18,11 @@ def line(error: pytest.ExceptionInfo) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("row", "fmt", "expected"),
-    [
-        ({"text": "a"}, "text", [("user", "a")]),
-        ({"instruction": "a", "output": "b"}, "instruction", [("user", "a"), ("assistant", "b")]),
-        ({"instruction": "a", "input": "c", "output": 3}, "instruction", [("user", "a\n\nc"), ("assistant", "3")]),
-        ({"system": "s", "instruction": "a", "input": " ", "output": "b"}, "instruction",
-         [("system", "s"), ("user", "a"), ("assistant", "b")]),
-        ({"system": None, "instruction": "a", "input": None, "output": "b"}, "instruction",
-         [("user", "a"), ("assistant", "b")]),
-        ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "chat", [("user", "a")]),
-        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "chat",
-         [("user", "a"), ("assistant", "b")]),
-    ],
-)  # fmt: skip
-def test_turns(row, fmt, expected):
-    columns = {k: k for k in ("text", "system", "instruction", "input", "output", "messages")}
-    assert [(m["role"], m["content"]) for m in turns(row, 0, fmt, columns)] == expected
-
-
-@pytest.mark.parametrize(
-    ("row", "fmt", "message"),
-    [
-        ({"q": None}, "text", "row 4: has no 'q' (field 'text')"),
-        ({"q": 1.5}, "text", "row 4: 'q' (field 'text') must be text, is float"),
-        ({"q": "hi"}, "chat", "row 4: 'q' must be a list of {role, content}, is str"),
-        ({"q": [{"role": "user"}]}, "chat", "row 4: turn 0 of 'q' has no 'content'"),
-        ({"q": [{"content": "user"}]}, "chat", "row 4: turn 0 of 'q' has no 'role'"),
-    ],
-)
-def test_row_without_its_field(row, fmt, message):
-    with pytest.raises(UserError) as error:
-        turns(row, 3, fmt, {"text": "q", "messages": "q"})
-    assert line(error) == message
-
-
 def test_missing_field_names_file_row_and_field(write):
-    path = write([{"instruction": "a", "output": "b"}, {"instruction": "a"}])
+    path = write([{"messages": [{"role": "user", "content": "a"}]}, {"messages": None}])
     with pytest.raises(UserError) as error:
         load_rows(Data(source=path)).messages(1)
-    assert line(error) == f"{path}: row 2: has no 'output' (field 'output')"
+    assert line(error) == f"{path}: row 2: has no 'messages' (field 'messages')"
 
 
 def test_field_missing_everywhere(write):
@@ -111,14 +76,14 @@ def test_local_kinds(tmp_path, kind):
 
 
 def test_folder_of_files_in_name_order(write, tmp_path):
-    write([{"text": "c"}, {"text": None}], "many/b.jsonl")
+    write([{"text": "c"}, {"text": []}], "many/b.jsonl")
     write([{"text": "a"}, {"text": "b"}, {"text": "b2"}], "many/a.jsonl")
     (tmp_path / "many" / "README.md").write_text("not data")
     rows = load_rows(Data(source=str(tmp_path / "many")))
     assert [rows.messages(i)[0]["content"] for i in range(4)] == ["a", "b", "b2", "c"]
     with pytest.raises(UserError) as error:
         rows.messages(4)
-    assert line(error) == f"{tmp_path}/many/b.jsonl: row 2: has no 'text' (field 'text')"
+    assert line(error) == f"{tmp_path}/many/b.jsonl: row 2: 'text' (field 'text') must be text, is list"
 
 
 def test_json_lines_are_read_by_offset(tmp_path):
@@ -154,7 +119,7 @@ def test_fingerprint_follows_content_not_place(write, tmp_path):
         (lambda d: f"{d}/nothing.jsonl", "nothing.jsonl does not exist"),
         (lambda d: "nothing.jsonl", "data.source: nothing.jsonl does not exist"),
         (lambda d: "${SGT_TEST_UNSET}/x.jsonl", "environment variable SGT_TEST_UNSET is not set (in '${SGT_TEST"),
-        (lambda d: touch(d, "x.txt", "hello"), "x.txt: unknown kind of file; known are .jsonl"),
+        (lambda d: touch(d, "x.md", "hello"), "x.md: unknown kind of file; known are .jsonl"),
         (lambda d: touch(d, "x.jsonl", ""), "x.jsonl: no usable rows: the source is empty"),
         (lambda d: touch(d, "x.jsonl", "{not json"), "x.jsonl: row 1: cannot be read as JSON (Expecting"),
         (lambda d: touch(d, "x.jsonl", "3\n"), "x.jsonl: row 1: must be a JSON object, is int"),

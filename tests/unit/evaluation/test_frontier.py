@@ -138,7 +138,7 @@ def test_again_it_runs_nothing_and_more_seeds_are_added(finished):
 
 def test_another_config_in_the_same_place_is_refused(finished):
     out, machine = finished
-    with pytest.raises(UserError, match=r"was trained with --training\.steps 300, not 301"):
+    with pytest.raises(UserError, match=r"was trained with --training\.steps \d+, not 301"):
         run(out, *GRID, "--training.steps", "301", machine=machine)
 
 
@@ -171,6 +171,25 @@ def test_runs_trained_before_are_only_attacked(tmp_path):
     ]  # fmt: skip
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["row"] for run in found["runs"]] == ["long", "mine"]
+
+
+def test_evaluations_made_before_are_drawn(tmp_path):
+    """Several of one name are its seeds; nothing is run."""
+    for i, name in enumerate(("ev-0", "ev-1")):
+        (tmp_path / name).mkdir()
+        results = evaluation(0.8 + 0.1 * i, 0.3) | {"format": frontier.EVALUATION_FORMAT}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    words = [word for i in range(2) for word in ("--measured", f"long={tmp_path / f'ev-{i}'}")]
+    machine = Machine()
+    assert run(tmp_path / "out", *words, machine=machine) == 0 and not machine.ran
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(run["row"], run["seed"]) for run in found["runs"]] == [("long", 0), ("long", 1)]
+    assert "85.0% [80.0, 90.0]" in (tmp_path / "out" / "frontier.md").read_text()
+    (tmp_path / "ev-1").rename(tmp_path / "rate=1")
+    assert frontier.measured_before([str(tmp_path / "rate=1")])[0][0] == "rate=1"
+    (tmp_path / "ev-0" / "results.json").write_text(json.dumps(evaluation(0.8, 0.3) | {"format": 1}))
+    with pytest.raises(UserError, match="of an earlier version, whose `kept` counts from another zero"):
+        frontier.measured_before([str(tmp_path / "ev-0")])
 
 
 def test_rows_and_grids():
@@ -206,6 +225,7 @@ def test_rows_and_grids():
         (["--zero-steps", "0"], "--zero-steps must be at least 1"),
         (["--attacks", "telepathy"], "'telepathy' is unknown"),
         (["--run", "/nowhere"], "--run /nowhere: neither a run"),
+        (["--measured", "/nowhere"], "--measured /nowhere: no results.json"),
         (["--run.seed", "3"], "--run.seed: every run has its own"),
         (["--weights", "", "--rows", ","], "--rows: names no row"),
     ],

@@ -85,4 +85,7 @@ SMALL = {
 def run(name: str, here: World, **more):
     """An attack of the table at a small effort."""
     attack = ATTACKS[name]
-    return attack.run(**here.granted(attack.run), **{**attack.arguments("quick"), **SMALL.get(name, {}), **more})
+    return attack.run(
+        **here.granted(attack.run),
+        **{**(attack.arguments("quick") or attack.arguments("standard")), **SMALL.get(name, {}), **more},
+    )

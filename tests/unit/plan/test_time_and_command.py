@@ -33,7 +33,8 @@ def test_traffic_of_70b_by_hand():
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     assert frozen.count == 2 * 80 + 2 and frozen.link == "network"
     assert frozen.bytes == pytest.approx(7 / 8 * 2 * (2 * 80 * layer + 2 * 128256 * 8192) / 8, rel=1e-3)
-    trained, heads = 2 * layer + 2 * 8192 * 8192, 2 * 8192 * 8192  # the heads are whole on every TP rank
+    # Two layers each and two heads and one, of estimator and denoiser; heads are whole on every TP rank.
+    trained, heads = 4 * layer + 3 * 8192 * 8192, 3 * 8192 * 8192
     own = by_name["estimator, gather and scatter"]
     assert own.bytes == pytest.approx(7 / 8 * (2 + 2 + 4) * ((trained - heads) / 8 + heads), rel=1e-3)
     copies = by_name["estimator, gradients of all copies"]

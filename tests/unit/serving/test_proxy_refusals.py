@@ -72,7 +72,6 @@ def shared(_loaded, sgt):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "  "}]}, "every content is empty"),
         ({"messages": [{"role": "wizard", "content": CANARY}]}, "role: must be one of"),
-        ({"messages": [{"role": "developer", "content": CANARY}]}, "no developers here"),
         ({"messages": CANARY}, "messages: Input should be a valid list"),
         ({"messages": [CANARY]}, "messages"),
         ({"messages": [{"role": "user", "content": CANARY * 9}]}, "at most"),
@@ -87,11 +86,11 @@ def shared(_loaded, sgt):
         ({"max_completion_tokens": 0, "max_tokens": 5}, "max_tokens"),
         ({"n": 1000}, "n: 1000"),
         ({"n": 0}, "n: 0"),
-        ({"seed": 10**400}, "seed"),  # more than a float holds
+        ({"seed": 10**400}, "seed: an integer of more than 18 digits"),
         ({"stop": [CANARY] * 17}, "at most 16"),
         ({"top_logprobs": 3}, "needs logprobs"),
         ({"logit_bias": {"17": 3}}, "logit_bias: unsupported; token ids would leave"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": CANARY}}}, "response_format: unsupported"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": CANARY}}}, "a schema would leave"),
         ({"echo": True}, "echo: unsupported"),
         ({CANARY: 1}, "unknown field"),
         ({"tools": [{"type": "function", "function": {"name": CANARY * 20}}]}, "tokens, at most"),
@@ -291,7 +290,7 @@ def test_a_client_that_reads_nothing_gives_its_slot_back(sgt):
     app = create_app(Settings("http://upstream", silence_timeout_s=0.5), sgt, httpx.MockTransport(respond))
     with running(app) as url, socket.create_connection(url.removeprefix("http://").split(":")) as client:
         body = json.dumps({**CHAT, "stream": True}).encode()
-        head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
         wait_for(lambda: app.state.service.admission.active == 1)
         wait_for(lambda: app.state.service.admission.active == 0, 20)
@@ -326,7 +325,7 @@ def test_the_embeddings_of_many_prompts_are_made_one_at_a_time(trunk, sgt, monke
     """They are thousands of times as large as the text; what is wrong with any prompt is found before the first."""
     events = []
     encode, load = type(sgt).encode, stub_servers.load_embeds
-    monkeypatch.setattr(type(sgt), "encode", lambda self, prompt: events.append("encode") or encode(self, prompt))
+    monkeypatch.setattr(type(sgt), "encode", lambda self, prompt, **_: events.append("encode") or encode(self, prompt))
     monkeypatch.setattr(stub_servers, "load_embeds", lambda *args: events.append("send") or load(*args))
     with proxy(trunk, sgt) as url:
         body = {"model": "trunk", "max_tokens": 1}
@@ -339,7 +338,7 @@ def test_the_embeddings_of_many_prompts_are_made_one_at_a_time(trunk, sgt, monke
 
 def test_a_defect_of_ours_says_nothing(trunk, sgt, monkeypatch, caplog):
     with proxy(trunk, sgt) as url:
-        monkeypatch.setattr(type(sgt), "encode", lambda self, prompt: (_ for _ in ()).throw(ValueError(CANARY)))
+        monkeypatch.setattr(type(sgt), "encode", lambda self, prompt, **_: (_ for _ in ()).throw(ValueError(CANARY)))
         caplog.set_level("DEBUG")
         found = error(post(url, CHAT), 500)
         assert found["message"] == "internal error of the proxy"

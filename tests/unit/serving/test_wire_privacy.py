@@ -176,9 +176,11 @@ def test_nothing_of_a_prompt_is_sent(trunk, sgt, backend, app, stream):
     for body in trunk.bodies:
         strings = {k: v for k, v in body.items() if isinstance(v, str) and k != "prompt_embeds"}
         assert strings == ({"model": "trunk"} if backend == "vllm" else {})
+    assert CANARY.encode() not in data.lower() and data.count(b"X-Request-Id: req_") == 3
     heads = [h.partition(b":")[0].lower() for part in data.split(b"POST ")[1:] for h in _head(part)]
     assert set(heads) <= {
-        *(b"host", b"accept", b"accept-encoding", b"connection", b"user-agent", b"content-length", b"content-type")
+        b"x-request-id",  # one of ours
+        *(b"host", b"accept", b"accept-encoding", b"connection", b"user-agent", b"content-length", b"content-type"),
     }
 
 

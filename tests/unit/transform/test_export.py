@@ -46,6 +46,7 @@ def make_config(family="llama", **fields):
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
+        "pad_token_id": 0,
     }
     if family == "deepseek_v3":
         trunk |= dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)

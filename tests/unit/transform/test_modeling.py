@@ -39,7 +39,16 @@ FAMILY_FIELDS = {
         }
     },
     "qwen2": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [0, 1],
+    },
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "q_lora_rank": 16,
@@ -337,6 +346,10 @@ def test_estimator_config(family, tmp_path):
         assert getattr(rebuilt, key, None) == getattr(trunk, key, None)
     if family == "deepseek_v3":
         assert rebuilt.first_k_dense_replace == 1 and rebuilt.num_mtp_layers == 0
+    if family == "qwen3_moe":
+        assert rebuilt.mlp_only_layers == [0]
+    if family == "smollm3":
+        assert rebuilt.no_rope_layers == trunk.no_rope_layers  # by index, also of a denoiser with more layers
     # The content of a config.json gives the same as the object, also with a quantised remote-code checkpoint's extras.
     trunk.save_pretrained(tmp_path)
     from_file = AutoConfig.from_pretrained(tmp_path).to_diff_dict()

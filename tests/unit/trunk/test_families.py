@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 from sgt_titan.errors import UserError
 from sgt_titan.trunk import families
 from sgt_titan.trunk.check import check_checkpoint
-from sgt_titan.trunk.families import FAMILIES, NEEDED, TRAINED, check_config, shapes
+from sgt_titan.trunk.families import FAMILIES, NEEDED, TRAINED, WITHOUT_ROW, check_config, shapes
 
 
 def test_shapes_are_those_of_transformers_checkpoints(trunk_dir, trunk_kinds):
@@ -26,7 +27,9 @@ def test_shapes_are_those_of_transformers_checkpoints(trunk_dir, trunk_kinds):
 @pytest.mark.parametrize("kind", [kind for kind in TRAINED if not FAMILIES[kind].latent])
 def test_what_a_config_leaves_out_has_transformers_defaults(kind):
     full = AutoConfig.for_model(kind).to_dict()
-    bare = {key: full[key] for key in (*NEEDED, "model_type")}
+    row = FAMILIES[kind].experts
+    needed = [*NEEDED, "model_type", *((*row.count, row.width) if row else ())]
+    bare = {key: full[key] for key in needed if key in full}
     assert shapes(bare) == shapes(full)
 
 
@@ -39,8 +42,27 @@ def test_the_other_tables_have_the_same_families():
 def test_config_that_lacks_numbers():
     with pytest.raises(UserError, match=r"config\.json has no hidden_size, intermediate_size"):
         shapes({"model_type": "llama"})
-    with pytest.raises(UserError, match="model_type 'gemma'; supported are llama, "):
-        check_config({"model_type": "gemma"})
+    with pytest.raises(UserError, match="model_type 'bloom'; supported are llama, "):
+        check_config({"model_type": "bloom"})
+
+
+def test_what_has_no_row_says_what_it_would_need():
+    assert not set(WITHOUT_ROW) & set(FAMILIES)
+    for kind, reason in WITHOUT_ROW.items():
+        AutoConfig.for_model(kind)  # transformers knows it by this name
+        with pytest.raises(UserError) as error:
+            check_config({"model_type": kind})
+        assert str(error.value) == f"trunk: config.json has model_type {kind!r}, {reason}"
+
+
+def test_a_window_shorter_than_the_context():
+    config = {"model_type": "mistral", "max_position_embeddings": 32768}
+    for window in ({"sliding_window": 4096}, {}):
+        with pytest.raises(UserError, match="sliding_window 4096, less than its context"):
+            check_config(config | window)
+    check_config(config | {"sliding_window": None})
+    check_config(config | {"sliding_window": 4096, "max_position_embeddings": 4096})
+    check_config(config | {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False})
 
 
 @pytest.mark.parametrize(
@@ -78,3 +100,13 @@ def test_layers_that_predict_further_tokens_are_left_out():
     config = json.loads(AutoConfig.for_model(**config).to_json_string(use_diff=False))
     names = dict.fromkeys(["model.layers.3.eh_proj.weight", "model.layers.4.eh_proj.weight"])
     assert families.unexpected(names, config | {"n_routed_experts": 2}) == ["model.layers.4.eh_proj.weight"]
+
+
+def test_the_table_in_the_docs_is_what_happens():
+    """docs/TRAINING.md: ``python -m tests.bare_trunks``."""
+    from tests.bare_trunks import table
+
+    text = (Path(__file__).parents[3] / "docs" / "TRAINING.md").read_text()
+    written = text.split("<!-- trunks -->\n")[1].split("\n<!-- /trunks -->")[0]
+    assert written == table()
+    assert all(f"| {kind} | read |" in written for kind in TRAINED)

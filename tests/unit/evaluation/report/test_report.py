@@ -101,6 +101,51 @@ def test_the_page_stands_alone_and_shows_nobody_s_script():
     assert {link[1:] for link in found.links if link.startswith("#")} <= set(found.ids)
 
 
+def test_the_table_of_attacks_is_a_line_an_attack_and_the_threat_model_on_demand():
+    """One row each, under its threat model; what it sees is folded away, and a phone gets fewer columns."""
+    found = results()
+    attacks = found["mechanisms"]["sgt"]["attacks"]
+    attacks["averaging"] = attack("averaging", 0.9, ["K obfuscations of each prompt"], kind="repeats")
+    attacks["inverter"] |= {"guesses": {"top1": e(0.16)}, "difference": {"top1": e(0.64, 0.6, 0.68)}}
+    text = page(found)
+    parsed(text)
+    body = text[text.index("<div class='wide attacks'>") :]
+    body = body[: body.index("</table>")]
+    assert body.count("<summary>") == len(attacks) and body.count("class='group'") == 2
+    assert (
+        body.index("one observation of each prompt")
+        < body.index("learned inverter")
+        < body.index("K fresh observations")
+    )
+    assert "64.0% [60.0, 68.0]" in body and "class='more'" in body and "has not converged" in body.lower()
+    head = text[text.index("<div class='head'>") :]
+    assert "guesses 16.0%" in head and head.index("class='head'") < head.index("Kept and read") < head.index("Attacks")
+    assert "looking added 64.0%" in " ".join(render(found).split())
+
+
+def test_certificates_say_no_bound_where_there_is_none():
+    found = results()
+    bounds = {"prior": None, "fano": 0.83, "distortion": 0.71}
+    certificate = {"nats_per_token": e(3.1), "nats_per_prompt": e(160), "bounds": bounds, "smallest": 0.71}
+    found["mechanisms"]["sgt"]["certificate"] = certificate
+    text = page(found)
+    parsed(text)
+    certified = text[text.index("What nobody can exceed") :]
+    assert certified.index("at most 71.0%") < certified.index("at most 83.0%") < certified.index("no bound")
+    assert "Nobody can read more than 71.0%" in text and "at most 71.0%" in render(found)
+    certificate |= {"bounds": dict.fromkeys(bounds), "smallest": None}
+    assert "Nobody can read more" not in page(found) and "no bound" in render(found)
+
+
+def test_an_example_glows_by_what_it_reveals():
+    found = results()
+    found["mechanisms"]["sgt"]["examples"][0] |= {"pieces": ["<s>", "dark", "<b>"], "nats": [None, 0.1, 9.0]}
+    text = page(found)
+    parsed(text)
+    assert "<div class='glow'><u title='sent in clear'>&lt;s&gt;</u>" in text and "title='9.0 nats'>&lt;b&gt;" in text
+    assert "class='glow'" not in page(results())
+
+
 def test_the_page_is_the_same_every_time():
     assert page(results()) == page(results())
 

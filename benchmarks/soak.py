@@ -1,0 +1,193 @@
+"""A proxy under clients that vanish, read slowly or send nonsense, before a server that dies and comes back.
+
+    python benchmarks/soak.py --minutes 60 --seed 1
+
+Seeded and bounded. The server is the tests' stub over a small random trunk; the proxy is a process of its own, all of
+whose output is kept. Ends with exit code 1 if a request got no answer and no error, if one was generated to its end
+twice, if the proxy's memory grew by more than a quarter after the first fifth of the time, or if a word of a prompt was
+printed. `python benchmarks/load.py` measures speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.conftest import write_trunk
+from tests.serving_kit import load_trunk, make_export, with_chat_template
+from tests.stub_servers import running, vllm_app
+
+CANARY = "Zorblax-7741"
+KEY = "soak-key-0123456789"
+PATH = "/v1/chat/completions"
+
+
+def start_proxy(export: Path, urls: list[str], log: Path) -> tuple[subprocess.Popen, str]:
+    command = [sys.executable, "-m", "sgt_titan.cli", "serve", str(export), "--port", "0", "--served-name", "m"]
+    for url in urls:
+        command += ["--upstream", url]
+    command += ["--active", "16", "--waiting", "64", "--wait-timeout", "20", "--silence-timeout", "10"]
+    environment = {**os.environ, "SGT_TITAN_API_KEY": KEY, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
+    while not (found := re.search(r"(http://127\S+)/v1 ->", log.read_text())):
+        if process.poll() is not None:
+            sys.exit(log.read_text())
+        time.sleep(0.2)
+    return process, found[1]
+
+
+class Upstream(threading.Thread):
+    """A stub that stops and comes back on its port, at moments of ``rng``, and sometimes breaks off."""
+
+    def __init__(self, trunk, rng: random.Random, steady: bool):
+        super().__init__(daemon=True)
+        self.trunk, self.rng, self.steady = trunk, rng, steady
+        self.url, self.over, self.up, self.deaths = "", threading.Event(), threading.Event(), 0
+
+    def run(self) -> None:
+        port = 0
+        while not self.over.is_set():
+            with running(vllm_app(self.trunk), port=port) as url:
+                self.url, port = url, int(url.rsplit(":", 1)[1])
+                self.up.set()
+                self.over.wait(1e9 if self.steady else self.rng.uniform(5, 20))
+            if not self.over.is_set():
+                self.deaths += 1
+                self.over.wait(self.rng.uniform(0.2, 2))
+                self.trunk.break_after = self.rng.choice([None, None, None, 0, 2])
+
+
+def hostile(rng: random.Random) -> bytes:
+    text = f'{{"model": "m", "messages": [{{"role": "user", "content": "{CANARY}"}}], '
+    return rng.choice(
+        [
+            os.urandom(200),
+            b"[" * 20_000,
+            (text + f'"max_tokens": {"9" * rng.randint(1, 4000)}}}').encode(),
+            (text + f'"{CANARY}": 1}}').encode(),
+            json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}] * 40_000}).encode(),
+            json.dumps({"model": "m", "messages": [{"role": "tool", "content": [CANARY] * 9}]}).encode(),
+            text.encode() + b'"temperature": 1e999}',
+        ]
+    )
+
+
+async def one(client: httpx.AsyncClient, rng: random.Random, seen: collections.Counter) -> None:
+    """One request of some kind; how it ended is counted. What ends in no known way is a request lost."""
+    kind = rng.choices(["whole", "stream", "vanish", "slow", "hostile"], [4, 3, 2, 1, 2])[0]
+    content = f"{CANARY} asks for {rng.random()}"
+    body = {"model": "m", "messages": [{"role": "user", "content": content[:60]}], "max_tokens": rng.randint(1, 20)}
+    try:
+        if kind == "hostile":
+            headers = {"content-type": "application/json"}
+            found = await client.post(PATH, content=hostile(rng), headers=headers)
+            ended = "refused" if 400 <= found.status_code < 500 else f"LOST {found.status_code}"
+            seen["canary"] += CANARY in found.text
+        elif kind == "whole":
+            found = await client.post(PATH, json=body)
+            whole = found.status_code == 200 and found.json()["choices"][0]["finish_reason"]
+            failed = found.status_code in (429, 502, 503, 504) and "error" in found.json()
+            ended = "answered" if whole else f"error {found.status_code}" if failed else f"LOST {found.status_code}"
+            seen["canary"] += CANARY in found.text
+        else:
+            async with client.stream("POST", PATH, json={**body, "stream": True}) as response:
+                text = ""
+                async for piece in response.aiter_text():
+                    text += piece
+                    if kind == "vanish":
+                        seen["vanish: gone"] += 1
+                        return
+                    if kind == "slow":
+                        await asyncio.sleep(0.2)
+                ok = "[DONE]" in text or '"error"' in text
+                ended = "answered" if "[DONE]" in text else "error" if ok else "LOST"
+    except httpx.HTTPError as error:
+        ended = f"LOST {type(error).__name__}"
+    seen[f"{kind}: {ended}"] += 1
+
+
+def memory(pid: int) -> float:
+    """Resident, MiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+async def soak(url: str, pid: int, seconds: float, clients: int, seed: int) -> tuple[collections.Counter, list[float]]:
+    seen: collections.Counter = collections.Counter()
+    sizes, until = [], time.monotonic() + seconds
+
+    async def keep(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")
+        async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=90) as client:
+            while time.monotonic() < until:
+                await one(client, rng, seen)
+
+    async def watch() -> None:
+        while time.monotonic() < until:
+            sizes.append(memory(pid))
+            await asyncio.sleep(min(5, seconds / 20))
+
+    await asyncio.gather(watch(), *(keep(number) for number in range(clients)))
+    return seen, sizes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--clients", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    trunk_dir = with_chat_template(write_trunk(folder / "trunk", "llama"))
+    export = make_export(trunk_dir, folder / "export")
+    rng = random.Random(arguments.seed)
+    trunk = load_trunk(trunk_dir, endless=True, delay_s=0.002)
+    upstream = Upstream(trunk, rng, steady=False)
+    upstream.start()
+    upstream.up.wait(60)
+    log = folder / "proxy.log"
+    process, url = start_proxy(export, [upstream.url], log)
+    try:
+        seen, sizes = asyncio.run(soak(url, process.pid, 60 * arguments.minutes, arguments.clients, arguments.seed))
+    finally:
+        process.terminate()
+        process.wait(60)
+        upstream.over.set()
+    for name, count in sorted(seen.items()):
+        print(f"{count:>8}  {name}")
+    settled = sizes[len(sizes) // 5 :]
+    early, late = statistics.median(settled[: len(settled) // 4 + 1]), statistics.median(settled[-len(settled) // 4 :])
+    ids = collections.Counter(head.get("x-request-id") for head in trunk.headers if head.get("x-request-id"))
+    finished = trunk.finished
+    lost = sum(count for name, count in seen.items() if "LOST" in name)
+    answered = sum(count for name, count in seen.items() if name.endswith("answered"))
+    printed = CANARY in log.read_text() or bool(seen["canary"])
+    print(f"memory: {early:.0f} MiB early, {late:.0f} MiB late; upstream died {upstream.deaths} times")
+    print(
+        f"upstream: {trunk.started} begun, {finished} generated to the end, {len(ids)} request ids; {answered} answered"
+    )
+    print(f"lost: {lost}; canary printed: {printed}; exit code of the proxy: {process.returncode}")
+    print("each line of its log that is no request:")
+    for line in sorted({re.sub(r"[0-9a-f]{24}|\d+", "N", line) for line in log.read_text().splitlines()} - {""}):
+        if not re.match(r".*(POST|GET) /", line):
+            print("   ", line[:160])
+    return int(bool(lost) or printed or late > 1.25 * early)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What the proxy takes, as an OpenAPI document: behind ``--openapi``, for clients that are made from one, and tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgt_titan.serving.schema import ChatRequest, CompletionRequest
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+_RESPONSES = {
+    "type": "object",
+    "required": ["model", "input"],
+    "properties": {
+        "model": {"type": "string"},
+        "input": _INPUT,
+        "instructions": {"type": "string"},
+        "max_output_tokens": {"type": "integer"},
+        "temperature": {"type": "number"},
+        "top_p": {"type": "number"},
+        "stream": {"type": "boolean"},
+        "tools": {"type": "array", "items": {"type": "object"}},
+    },
+}
+_INSPECT = {
+    "type": "object",
+    "properties": {"prompt": {"type": "string"}, "messages": {"type": "array", "items": {"type": "object"}}},
+}
+
+
+def document(inspect: bool) -> dict[str, Any]:
+    """The document. Every route answers an error in OpenAI's form."""
+    posts = {
+        "/v1/chat/completions": ("Chat", ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")),
+        "/v1/completions": (
+            "Completion",
+            CompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}"),
+        ),
+        "/v1/responses": ("Responses", _RESPONSES),
+        "/v1/embeddings": ("Embeddings", {"type": "object"}),
+        **({"/v1/inspect": ("Inspect", _INSPECT)} if inspect else {}),
+    }
+    schemas: dict[str, Any] = {"Error": _ERROR}
+    paths: dict[str, Any] = {}
+    for path, (name, schema) in posts.items():
+        schemas |= schema.pop("$defs", {})
+        schemas[name] = schema
+        body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        paths[path] = {"post": {"requestBody": {"required": True, "content": body}, "responses": _answers()}}
+    for path in ("/v1/models", "/healthz", "/readyz", "/metrics"):
+        paths[path] = {"get": {"responses": _answers()}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "sgt-titan", "version": "1", "description": "OpenAI's API; prompts leave as embeddings."},
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _answers() -> dict[str, Any]:
+    error = {
+        "description": "an error",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    return {"200": {"description": "the answer"}, "default": error}

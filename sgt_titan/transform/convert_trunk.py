@@ -1,0 +1,176 @@
+"""``sgt-titan convert-trunk``: a checkpoint in pickles, or a base with a LoRA adapter, as safetensors.
+
+A file at a time is in memory. Pickles are opened by torch's ``weights_only``, which builds tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sgt_titan.arguments import Parser
+from sgt_titan.errors import UserError
+from sgt_titan.folders import writable
+from sgt_titan.trunk.check import EMBEDDING, HEAD, check_checkpoint
+from sgt_titan.trunk.families import check_config, is_tied
+from sgt_titan.trunk.files import CONFIG, INDEX, SINGLE, check_folder, read_json, weight_files
+from sgt_titan.trunk.tokenizer_files import copy_accompanying
+
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+# Options of a LoRA adapter that change what is merged, with the values that mean nothing.
+_PLAIN = {
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None,),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert, and check that the result is what ``train`` reads.
+
+    Raises:
+        UserError: a folder of another kind, an adapter that is no plain LoRA, a pickle that holds more than tensors.
+    """
+    parser = Parser(
+        prog="sgt-titan convert-trunk",
+        description="Write a checkpoint as safetensors: from pickles (pytorch_model.bin), which are opened without "
+        "running their code, or with a LoRA adapter merged. GGUF is not read: load it with transformers (gguf_file=) "
+        "and save it.",
+    )
+    parser.add_argument("trunk", type=Path, help="directory with config.json, tokenizer and weights")
+    parser.add_argument("out", type=Path, help="the directory to write: missing or empty")
+    parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter to merge into it")
+    arguments = parser.parse_args(argv)
+    convert(arguments.trunk, arguments.out, arguments.adapter)
+    print(f"written to {arguments.out}")
+    return 0
+
+
+def convert(trunk: Path, out: Path, adapter: Path | None = None) -> None:
+    """Write ``out``; it appears whole or not at all. Raises UserError as ``main``."""
+    folder = check_folder(trunk, "TRUNK")
+    config = read_json(folder / CONFIG)
+    check_config(config)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"OUT: {out} exists and is not an empty directory; choose another")
+    writable(out, "OUT")
+    pickled = (folder / BIN).is_file() or (folder / BIN_INDEX).is_file()
+    if not pickled and adapter is None:
+        raise UserError(f"TRUNK: {folder} has no {BIN}, and no --adapter is given: there is nothing to convert")
+    files = bin_files(folder) if pickled else weight_files(folder)
+    lora = Lora(adapter) if adapter is not None else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        work.mkdir()
+        write(files, work, tied=is_tied(config), lora=lora)
+        if lora is not None and lora.left:
+            raise UserError(f"--adapter: {adapter}: {sorted(lora.left)[0]} is of no tensor in {folder}: another base?")
+        (work / CONFIG).write_text((folder / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
+        copy_accompanying(folder, work)
+        check_checkpoint(work)
+        if out.is_dir():
+            out.rmdir()
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def bin_files(folder: Path) -> list[Path]:
+    """The pickles that are the model: one, or those of the index. Raises UserError if one is missing."""
+    if (folder / BIN).is_file():
+        return [folder / BIN]
+    found = read_json(folder / BIN_INDEX).get("weight_map")
+    files = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise UserError(f"{folder / BIN_INDEX}: not an index of weights; download it again")
+    names = sorted(set(found.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"TRUNK: {folder} lacks {missing[0]} ({len(missing)} of {len(names)} files missing)")
+    return [folder / name for name in names]
+
+
+def read(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a file. Raises UserError for a pickle that is damaged or holds anything but tensors."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = type(error).__name__
+        raise UserError(f"{file}: cannot be read without running its code, or is damaged ({reason})") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise UserError(f"{file}: is not a dictionary of tensors")
+    return found
+
+
+def write(files: Sequence[Path], out: Path, *, tied: bool, lora: Lora | None) -> None:
+    """One safetensors file for each file, and the index of several."""
+    where: dict[str, str] = {}
+    for i, file in enumerate(files, start=1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
+        tensors = dict(_prepared(read(file), tied, lora))
+        if twice := where.keys() & tensors.keys():
+            raise UserError(f"{file}: {sorted(twice)[0]} stands in another file too")
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, name)
+    if len(files) > 1:
+        (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=1))
+
+
+def _prepared(found: dict[str, torch.Tensor], tied: bool, lora: Lora | None) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in found.items():
+        if tied and name == HEAD and EMBEDDING in found and torch.equal(tensor, found[EMBEDDING]):
+            continue  # torch saves a tied head beside the table
+        merged = tensor if lora is None else lora.merged(name, tensor)
+        yield name, merged.detach().clone().contiguous()  # two names may share their memory
+
+
+class Lora:
+    """A plain LoRA adapter (arXiv 2106.09685): W + alpha / r B A, or alpha / sqrt(r) with ``use_rslora``.
+
+    Raises:
+        UserError: another kind of adapter, or one that does more than that.
+    """
+
+    def __init__(self, folder: Path):
+        if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER).is_file():
+            raise UserError(f"--adapter: {folder} has no {ADAPTER_CONFIG} or no {ADAPTER}")
+        config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        if config.get("peft_type") != "LORA":
+            raise UserError(f"--adapter: {folder}: peft_type {config.get('peft_type')!r} is not LORA")
+        for key, plain in _PLAIN.items():
+            if config.get(key, plain[0]) not in plain:
+                raise UserError(f"--adapter: {folder}: {key} is {config[key]!r}, merge it with peft instead")
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise UserError(f"--adapter: {folder}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
+        self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self.tensors = {name.removeprefix("base_model.model."): t for name, t in load_file(folder / ADAPTER).items()}
+        self.left = set(self.tensors)
+
+    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with what the adapter adds to it, computed in float32."""
+        module = name.removesuffix(".weight")
+        pair = [f"{module}.lora_{letter}.weight" for letter in "AB"]
+        if not all(part in self.tensors for part in pair):
+            return weight
+        self.left -= set(pair)
+        a_RI, b_OR = (self.tensors[part].float() for part in pair)
+        if (b_OR.shape[0], a_RI.shape[1]) != tuple(weight.shape) or not weight.is_floating_point():
+            raise UserError(f"--adapter: {module}: does not fit the base's {name} {tuple(weight.shape)}; another base?")
+        return (weight.float() + self.scale * b_OR @ a_RI).to(weight.dtype)

@@ -1,0 +1,120 @@
+"""Rows as people have them, and what becomes of each."""
+
+from __future__ import annotations
+
+import datetime
+import json
+
+import pytest
+
+from sgt_titan.data.conversations import Written, conversation
+from sgt_titan.errors import UserError
+
+COLUMNS = {
+    k: k for k in ("text", "system", "instruction", "input", "output", "history", "messages", "tools", "private")
+}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def turns(row, fmt, **columns):
+    found = conversation(row, fmt, COLUMNS | columns)
+    return [(m["role"], m["content"]) for m in found.messages]
+
+
+@pytest.mark.parametrize(
+    ("row", "fmt", "expected"),
+    [
+        ({"text": "a"}, "text", [("user", "a")]),
+        ({"text": None}, "text", [("user", "")]),
+        ({"instruction": "a", "output": "b"}, "instruction", [("user", "a"), ("assistant", "b")]),
+        ({"instruction": "a", "output": Written("1.50")}, "instruction", [("user", "a"), ("assistant", "1.50")]),
+        ({"instruction": 7, "output": True}, "instruction", [("user", "7"), ("assistant", "true")]),
+        ({"instruction": "a", "output": datetime.date(2024, 1, 2)}, "instruction",
+         [("user", "a"), ("assistant", "2024-01-02")]),
+        ({"instruction": "a", "input": "c", "output": 3}, "instruction", [("user", "a\n\nc"), ("assistant", "3")]),
+        ({"system": "s", "instruction": "a", "input": " ", "output": "b"}, "instruction",
+         [("system", "s"), ("user", "a"), ("assistant", "b")]),
+        ({"system": None, "instruction": "a", "input": None, "output": "b"}, "instruction",
+         [("user", "a"), ("assistant", "b")]),
+        ({"instruction": "a", "output": " "}, "instruction", [("user", "a")]),
+        ({"instruction": "a"}, "instruction", [("user", "a")]),
+        ({"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"}, "instruction",
+         [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]),
+        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"}, "chat",
+         [("system", "s"), ("user", "a"), ("assistant", "b")]),
+        ({"messages": [{"role": "developer", "content": "s"}, {"role": "USER", "content": "a"}]}, "chat",
+         [("system", "s"), ("user", "a")]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}]}, "chat",
+         [("user", "ab")]),
+        ({"messages": json.dumps([{"role": "user", "content": "a"}])}, "chat", [("user", "a")]),
+        ({"messages": [{"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                       {"from": "observation", "value": "3"}]}, "chat", [("assistant", ""), ("tool", "3")]),
+    ],
+)  # fmt: skip
+def test_turns(row, fmt, expected):
+    assert turns(row, fmt) == expected
+
+
+def test_names_of_one_s_own():
+    row = {"talk": [{"who": "Kunde", "said": "a"}, {"who": "agent", "said": "b"}]}
+    columns = {"messages": "talk", "role": "who", "content": "said"}
+    found = conversation(row, "chat", columns, {"Kunde": "user", "agent": "assistant"})
+    assert [(m["role"], m["content"]) for m in found.messages] == [("user", "a"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1, "y": None}, '{"x": 1}'])
+def test_calls_tools_and_thoughts(arguments):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm", "weight": 0},
+            {"role": "tool", "content": "3", "tool_call_id": "c", "name": "f"},
+            {"role": "assistant", "content": "b", "refusal": None, "score": 3},
+        ],
+        "tools": json.dumps([{"name": "f"}]),
+    }
+    found = conversation(row, "chat", COLUMNS)
+    assert found.tools == [{"name": "f"}] and found.ignored == ("key name of turns", "key score of turns")
+    expected = {"role": "assistant", "content": "", "reasoning_content": "hm", "weight": 0}
+    assert found.messages[1] == {**expected, "tool_calls": [{**CALL, "id": "c"}]}
+    old = {"messages": [{"role": "assistant", "function_call": CALL["function"]}]}
+    assert conversation(old, "chat", COLUMNS).messages[0]["tool_calls"] == [CALL]
+
+
+def test_which_answers():
+    said = [("user", 1), ("assistant", 1), ("user", 1), ("assistant", 0), ("user", 1), ("assistant", 1), ("user", 1)]
+    row = {"messages": [{"role": role, "content": "x", "weight": weight} for role, weight in said]}
+    found = conversation(row, "chat", COLUMNS)
+    assert found.ends("last") == ([6], ("turns after the last answer",))
+    assert found.ends("all") == ([2, 6], ("turns after the last answer",))
+    assert conversation({"messages": row["messages"][:1]}, "chat", COLUMNS).ends("all") == ([1], ())
+    with pytest.raises(UserError, match="every answer has weight 0"):
+        conversation({"messages": row["messages"][2:4]}, "chat", COLUMNS).ends("last")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "hi"}, "'messages' must be a list of {role, content}, is str"),
+        ({"messages": "[hi"}, "'messages' is not valid JSON"),
+        ({"messages": []}, "'messages' has no turns"),
+        ({"messages": [{"role": "user"}]}, "turn 0 of 'messages' has no 'content'"),
+        ({"messages": [{"content": "a"}]}, "turn 0 of 'messages' has no 'role'"),
+        ({"messages": ["a"]}, "turn 0 of 'messages' has no 'role'"),
+        ({"messages": [{"role": "narrator", "content": "a"}]},
+         "turn 0 of 'messages' has the role 'narrator'; map it with data.roles"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+         "turn 0 of 'messages' has a part that is no text (image_url)"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+         "turn 0 of 'messages': weight must be 0 or 1, is 0.5"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+         "turn 0 of 'messages': a tool call must have a name"),
+        ({"messages": [{"from": "function_call", "value": "f()"}]}, "turn 0 of 'messages' is not valid JSON"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": "f"}, "'tools' (field 'tools') is not valid JSON"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_used(row, message):
+    with pytest.raises(UserError) as error:
+        conversation(row, "chat", COLUMNS)
+    assert str(error.value) == message

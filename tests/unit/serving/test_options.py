@@ -1,0 +1,121 @@
+"""Options of the proxy: flags over the file over the defaults, and files that are shipped."""
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+
+from sgt_titan.errors import UserError
+from sgt_titan.serving.options import DEFAULTS, parser, read_options
+
+ROOT = Path(__file__).resolve().parents[3]
+TWO = """
+port = 9000
+drop_params = true
+[[models]]
+name = "a"
+export = "x"
+  [[models.upstreams]]
+  url = "https://one"
+  [[models.upstreams]]
+  url = "https://two"
+  wire_dtype = "bfloat16"
+[[models]]
+name = "b"
+export = "y"
+tool_format = "hermes"
+  [[models.upstreams]]
+  url = "http://three"
+  backend = "sglang"
+"""
+
+
+def written(tmp_path, text):
+    file = tmp_path / "serve.toml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_flags_override_the_file(tmp_path):
+    options = read_options(["--config", written(tmp_path, TWO), "--port", "9001"])
+    assert options.port == 9001 and options.drop_params and options.host == "127.0.0.1"
+    assert [(m.name, m.export, m.tool_format) for m in options.models] == [("a", "x", None), ("b", "y", "hermes")]
+    assert [u.url for u in options.models[0].upstreams] == ["https://one", "https://two"]
+    assert (
+        options.models[0].upstreams[1].wire_dtype == "bfloat16" and options.models[1].upstreams[0].backend == "sglang"
+    )
+
+
+def test_one_model_by_flags(tmp_path):
+    options = read_options(["x", "--upstream", "http://a", "--upstream", "http://b", "--served-name", "n"])
+    (model,) = options.models
+    assert (model.export, model.name) == ("x", "n") and [u.url for u in model.upstreams] == ["http://a", "http://b"]
+    by_file = written(tmp_path, 'export = "x"\nupstream = ["http://a", "http://b"]\nserved_name = "n"\n')
+    assert read_options(["--config", by_file]).models == options.models
+
+
+def test_every_flag_has_a_default_and_the_reverse():
+    flags = {action.dest for action in parser()._actions} - {"help", "config"}
+    assert flags == set(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("prot = 3", "prot: no such option; known are"),
+        ('port = "3"', "port: must be a whole number"),
+        ("port = true", "port: must be a whole number"),
+        ("drop_params = 1", "drop_params: must be true or false"),
+        ('backend = "tgi"', "backend: must be one of"),
+        ('upstream = "http://a"', "upstream: must be a list of texts"),
+        ("models = 3", r"models: must be one or more tables"),
+        ("[[models]]\nexport = 'x'", r"models\[0\]: needs one or more tables"),
+        ("[[models]]\n[[models.upstreams]]\nurl = 'http://a'", r"models\[0\]: export is missing"),
+        ("[[models]]\nexport = 'x'\n[[models.upstreams]]\nurl = 3", r"upstreams\[0\].url: must be text"),
+        ("[[models]]\nexport = 'x'\n[[models.upstreams]]\nulr = 'a'", r"ulr: no such key"),
+        ("[[models]]\nexport = 'x'\n[[models.upstreams]]\nurl = 'ftp://a'", "is no URL"),
+        (TWO.replace('"b"', '"a"'), "need a name each"),
+        ("export = 'x'\n" + TWO, "leave out EXPORT"),
+        ("[", "is not valid TOML"),
+    ],
+)
+def test_files_that_are_none(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as refused:
+        read_options(["--config", written(tmp_path, text)])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "EXPORT is missing"),
+        (["x"], "--upstream is missing"),
+        (["x", "--upstream", "http://a", "--wait-timeout", "-1"], "--wait-timeout"),
+        (["x", "--upstream", "http://a", "--retries", "-1"], "--retries"),
+        (["x", "--upstream", "http://a", "--allowed-origin", "app"], "--allowed-origin"),
+        (["x", "--upstream", "http://a", "--fresh-noise", "--noise-key", "k"], "choose one"),
+        (["--config", "missing.toml"], "cannot be read"),
+    ],
+)
+def test_flags_that_are_none(words, message):
+    with pytest.raises(UserError, match=message):
+        read_options(words)
+
+
+def test_the_example_that_is_shipped(tmp_path):
+    options = read_options(["--config", str(ROOT / "examples/serve.toml")])
+    assert len(options.models) == 2 and options.noise_key and options.api_key_file
+
+
+def test_the_unit_and_the_container_start_what_there_is():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    unit.read(ROOT / "examples/sgt-titan.service")
+    words = unit["Service"]["ExecStart"].split()
+    assert words[0].endswith("/sgt-titan") and words[1:4] == ["serve", "--config", "/etc/sgt-titan/serve.toml"]
+    for name in ("NoNewPrivileges", "ProtectSystem", "PrivateTmp", "LimitCORE"):
+        assert name in unit["Service"], name
+    lines = (ROOT / "examples/Dockerfile").read_text().splitlines()
+    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
+    assert re.findall(r'"([^"]+)"', entry)[:2] == ["sgt-titan", "serve"] and any(x.startswith("USER ") for x in lines)
