@@ -17,7 +17,7 @@ from sgt_titan.conjformer.secret import load as load_secret
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated, Rotation
 from sgt_titan.evaluation.samples import Padded, load_trunk
-from sgt_titan.transform.trunk_files import TrunkFiles
+from sgt_titan.transform.trunk_files import EMBEDDING, TrunkFiles
 
 
 class Answering:
@@ -49,9 +49,10 @@ def load_rotation(
     if found.positions_TD is not None:
         raise UserError(f"{client}: positions are added to these embeddings, which the attacks here do not know of")
     files = TrunkFiles(server)
-    if files.embedding_table().shape[1] != found.U_DD.shape[0]:
+    width = files.entries[EMBEDDING].shape[1] if EMBEDDING in files else None
+    if width != found.U_DD.shape[0]:
         raise UserError(f"{server}: is not the server of {client} (their widths differ)")
-    answer = Answering(load_trunk(server, torch.device("cpu")), found)
+    answer = Answering(load_trunk(server, torch.device("cpu"), embeds=False), found)
     return rotate(before, answer, files, TrunkFiles(public), wire=wire, name=name, title=title)
 
 

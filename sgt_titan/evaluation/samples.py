@@ -21,7 +21,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.transform import StainedGlassTransform, fingerprint_tensor
 from sgt_titan.transform.modeling import read_config
 from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
-from sgt_titan.transform.trunk_files import TrunkFiles
+from sgt_titan.transform.trunk_files import EMBEDDING, TrunkFiles
 from sgt_titan.trunk.check import check_tie
 
 MAX_ROWS = 16  # in a batch
@@ -136,8 +136,10 @@ def check_fit(transform: StainedGlassTransform, trunk_path: str | Path, export: 
     return () if same_trunk else (f"{files.path} is not the trunk it was trained for, though the table is the same",)
 
 
-def load_trunk(path: str | Path, device: torch.device) -> PreTrainedModel:
+def load_trunk(path: str | Path, device: torch.device, *, embeds: bool = True) -> PreTrainedModel:
     """The frozen model, float32 on CPU and bfloat16 on GPU: the weights that training reads, and no others.
+
+    embeds: it embeds tokens; a server in a secret basis does not, and its table is zero.
 
     Safetensors only, no code from the checkpoint. Quantised weights are dequantised as training does it.
 
@@ -164,7 +166,8 @@ def load_trunk(path: str | Path, device: torch.device) -> PreTrainedModel:
         if info.get(problem):
             raise UserError(f"{path}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}")
     for name, tensor in model.named_parameters():
-        files.check_values(name, tensor.detach())
+        if embeds or name != EMBEDDING:
+            files.check_values(name, tensor.detach())
     return model.to(device).eval().requires_grad_(False)
 
 
