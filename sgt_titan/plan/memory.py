@@ -34,7 +34,7 @@ RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmen
 
 # Tensors of a step that grow with the batch, by number of copies; see the fields of Memory.
 LAYERS_IN_FLIGHT = 3  # FSDP2: the layer at work, its gather buffer, and the next one's
-DENOISER_COPIES = 6  # float32 (B, T, D): z beside what is sent, where it is noisy, g(z), and gradients
+DENOISER_COPIES = 8  # float32 (B, T, D): z beside what is sent, where it is noisy, g(z), what is added, and gradients
 TRANSFORM_COPIES = 18  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
 HIDDEN_COPIES = 5  # (B, T, D): both streams whole, their utility positions, and the student's gradient

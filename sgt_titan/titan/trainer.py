@@ -120,10 +120,11 @@ class SGTTrainer(Trainer):
         first = self.metrics_processor.first_step is None
         self.steps_here += 1
         if first:
+            self.skipped_before = self.optimizers.skipped  # in attempts before this one
             self.prepared.timeline.mark("checkpoint")
         self.metrics_processor.start_step(self.step)
         super().train_step(data_iterator)
-        if self.step >= self.config.training.steps and self.optimizers.skipped == self.steps_here:
+        if self.step >= self.config.training.steps and self.optimizers.skipped - self.skipped_before == self.steps_here:
             # Before it is saved: a checkpoint of the last step would be exported by the next start.
             raise NonFiniteError(
                 f"all {self.steps_here} steps of this run had a non-finite loss or gradient and were skipped: nothing "

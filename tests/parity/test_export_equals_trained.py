@@ -36,6 +36,8 @@ def randomise(estimator) -> None:
     """Weights as after a long training: heads and biases away from zero, norms from one, mean and std far apart."""
     generator = torch.Generator().manual_seed(5)
     for name, tensor in named_weights(estimator).items():
+        if name == "prior.log_frequency":
+            continue  # counted, not learned
         noise = torch.randn(tensor.shape, generator=generator)
         local = getattr(tensor, "_local_tensor", tensor)  # buffers are plain
         if name.endswith("norm.weight"):

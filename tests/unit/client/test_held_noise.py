@@ -124,7 +124,8 @@ def test_a_kept_key_outlives_the_process_and_forget_ends_it(sgt, chat_export, ke
         f"print(S.from_pretrained({str(chat_export)!r}, noise_key={str(key)!r}).encode('hello')[1:].sum().item())"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-    assert float(done.stdout) == sgt.encode("hello")[1:].sum().item(), done.stderr
+    # Another process may add in another order; other noise would differ in the first digit.
+    assert float(done.stdout) == pytest.approx(sgt.encode("hello")[1:].sum().item(), rel=1e-5), done.stderr
     forgotten = StainedGlassTransform.from_pretrained(chat_export, noise_key=key)
     content = key.read_text()
     forgotten.held_noise.forget()

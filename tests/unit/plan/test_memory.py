@@ -158,7 +158,7 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
             loss, _ = trainer.loss.build()(
                 streams,
                 None,
-                step=config.objective.mi.ramp_steps,  # every term at work
+                step=1 + max(config.objective.mi.ramp_steps, config.objective.rate.ramp_steps),  # every term at work
                 obfuscate_BT=mask_BT,
                 counts=Counts(rows * length, rows * length, rows, rows * length),
                 median_norm=1.0,

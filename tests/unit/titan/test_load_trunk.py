@@ -110,7 +110,7 @@ def test_export_names():
 
 
 def test_unknown_family():
-    with pytest.raises(UserError, match=r"model_type 'gpt2'; supported are llama, qwen2, qwen3, deepseek_v3$"):
+    with pytest.raises(UserError, match=rf"model_type 'gpt2'; supported are {', '.join(FAMILIES)}$"):
         family_of(AutoConfig.for_model("gpt2"))
 
 
@@ -201,7 +201,7 @@ def test_bodies_from_the_trunk(trunk_dir):
     path = trunk_dir("qwen2")
     estimator, files = estimator_of(path, bodies=2), TrunkFiles(path)
     initialize_estimator(estimator, seed=0)
-    initialize_from_trunk(estimator, FAMILIES["qwen2"], files)
+    initialize_from_trunk(estimator.bodies, "The estimator", FAMILIES["qwen2"], files)
     for body in estimator.bodies:
         for name, tensor in named_weights(body).items():
             assert torch.equal(tensor.detach(), files.read(hf_name(FAMILIES["qwen2"], name))), name
@@ -210,6 +210,6 @@ def test_bodies_from_the_trunk(trunk_dir):
 
 def test_bodies_from_a_moe_trunk_are_refused_past_its_dense_layers(trunk_dir):
     path = trunk_dir("deepseek")  # one dense layer, two of experts
-    initialize_from_trunk(estimator_of(path, layers=1), FAMILIES["deepseek_v3"], TrunkFiles(path))
+    initialize_from_trunk(estimator_of(path, layers=1).bodies, "", FAMILIES["deepseek_v3"], TrunkFiles(path))
     with pytest.raises(UserError, match=r"has no tensor model\.layers\.1\.mlp\.gate_proj\.weight"):
-        initialize_from_trunk(estimator_of(path, layers=2), FAMILIES["deepseek_v3"], TrunkFiles(path))
+        initialize_from_trunk(estimator_of(path, layers=2).bodies, "", FAMILIES["deepseek_v3"], TrunkFiles(path))

@@ -95,7 +95,7 @@ def test_output_dir_that_cannot_be_made(prepared, tmp_path, below):
 def test_changed_objective_is_named_with_the_flag_that_overrides(prepared):
     prepared.config.objective.mi.weight = 0.25
     assert refused(prepared) == (
-        f"run.output_dir: {prepared.config.run.output_dir} belongs to a run that differs: objective.mi.weight: 0.1 -> "
+        f"run.output_dir: {prepared.config.run.output_dir} belongs to a run that differs: objective.mi.weight: 0.0 -> "
         "0.25. Choose another directory, or continue it on purpose with --checkpoint.accept_changes true"
     )
     prepared.config.checkpoint.accept_changes = True
@@ -175,7 +175,7 @@ def test_an_objective_without_positions_is_refused(make_run, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"say {i}"}]} for i in range(12)]
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"objective\.utility_positions response: no sample of .*asked\.jsonl has"):
+    with pytest.raises(UserError, match=r"asked\.jsonl: no usable rows: 12 read, dropped 12 no_response"):
         prepare(make_run(f"--data.source={asked}", "--objective.utility_positions=response"))
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"instruction": "", "output": "yes, of course"}\n')
