@@ -45,7 +45,8 @@ def independent(a_TD, b_TD):
 
 
 def same(a_TD, b_TD):
-    torch.testing.assert_close(a_TD, b_TD, rtol=0, atol=2e-6)  # the rounding of a longer pass
+    # The rounding of a longer pass, which grows with the value; the key, and so the values, are new in every run.
+    torch.testing.assert_close(a_TD, b_TD, rtol=1e-5, atol=2e-6)
     return True
 
 
