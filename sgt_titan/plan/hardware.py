@@ -1,4 +1,6 @@
-"""GPUs in their usual machines, from their makers' data sheets, and what runs make of them."""
+"""GPUs in their usual machines, and what runs make of them. The sources name data sheets; B200, GB200, L40S, A10 and
+MI300X were written down without the sheet at hand: check them before you buy by them.
+"""
 
 from __future__ import annotations
 
