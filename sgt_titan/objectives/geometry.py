@@ -17,7 +17,7 @@ def cosine(x_BTD: torch.Tensor, x_tilde_BTD: torch.Tensor) -> torch.Tensor:
 
     0 with zero gradient where either vector is zero.
     """
-    x_BTD, x_tilde_BTD = _widen(x_BTD), _widen(x_tilde_BTD)
+    x_BTD, x_tilde_BTD = widen(x_BTD), widen(x_tilde_BTD)
     norms_BT = torch.linalg.vector_norm(x_BTD, dim=-1) * torch.linalg.vector_norm(x_tilde_BTD, dim=-1)
     # The division must not see the zero even where its result is discarded: 0 * inf in the backward pass is NaN.
     zero_BT = norms_BT < _TINY
@@ -35,7 +35,7 @@ def norm_deviation(x_BTD: torch.Tensor, mean_BTD: torch.Tensor, median_norm: flo
 
     ``mean_BTD`` is mu(x), the shift alone; ``median_norm`` the median of ||E_v|| over the embedding table's rows.
     """
-    norm_BT = torch.linalg.vector_norm(_widen(x_BTD) + _widen(mean_BTD), dim=-1)
+    norm_BT = torch.linalg.vector_norm(widen(x_BTD) + widen(mean_BTD), dim=-1)
     return (norm_BT - median_norm).abs()
 
 
@@ -45,9 +45,9 @@ def component_entropy(log_std_BTD: torch.Tensor) -> torch.Tensor:
     Eq. 12 is -1/2 log|S(x)| = -sum log sigma; divided by D here, like the MI term. It is minus the Gaussian's entropy
     per feature up to the constant (1 + log 2 pi) / 2.
     """
-    return -_widen(log_std_BTD).mean(-1)
+    return -widen(log_std_BTD).mean(-1)
 
 
-def _widen(x: torch.Tensor) -> torch.Tensor:
+def widen(x: torch.Tensor) -> torch.Tensor:
     """float32, or float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

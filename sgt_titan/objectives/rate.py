@@ -25,6 +25,8 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
+from sgt_titan.objectives.geometry import widen
+
 PRIORS = ("broad", "tokens", "context")
 
 
@@ -38,9 +40,9 @@ def gaussian_kl(
 
     ``prior_mean`` and ``prior_log_std`` may be anything that broadcasts to (B, T, D).
     """
-    log_ratio_BTD = _widen(log_std_BTD) - prior_log_std_D
+    log_ratio_BTD = widen(log_std_BTD) - prior_log_std_D
     scale = prior_log_std_D.exp() if isinstance(prior_log_std_D, torch.Tensor) else math.exp(prior_log_std_D)
-    shift_BTD = (_widen(center_BTD) - prior_mean_BTD) / scale
+    shift_BTD = (widen(center_BTD) - prior_mean_BTD) / scale
     # expm1: near a prior that is met exactly, 1 would swallow the digits of what is left.
     return (0.5 * (shift_BTD.square() + torch.expm1(2 * log_ratio_BTD)) - log_ratio_BTD).sum(-1)
 
@@ -106,8 +108,3 @@ def exchange(weight: float, utility_tokens: int, obfuscated_tokens: int) -> floa
     whole responses, where R has this factor. A nat of R is kept where it saves more utility than that.
     """
     return weight * utility_tokens / max(obfuscated_tokens, 1)
-
-
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 if it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -117,10 +117,24 @@ def prepare(config: Config) -> Prepared:
         train_source=train_source,
         probe_source=probe_source,
         fingerprints={"trunk": fingerprint, "data": data_fingerprint, "ids": fingerprint_ids(tokenizer)},
-        log_frequency_V=None
-        if config.objective.rate.prior == "broad"
-        else log_frequencies(train_source.token_counts(hf.vocab_size)),
+        log_frequency_V=token_frequencies(config, train_source, data_fingerprint, hf.vocab_size),
     )
+
+
+def token_frequencies(config: Config, source: BatchSource, fingerprint: str, vocab: int) -> torch.Tensor | None:
+    """ln p of the tokens at obfuscated positions, float32 (V,), counted once for the data and kept beside its cache.
+
+    None for a prior that has no tokens.
+    """
+    if config.objective.rate.prior == "broad":
+        return None
+    data = config.data
+    what = f"{len(source.view)}-{config.training.seq_len}-{data.obfuscate}-{int(data.obfuscate_template)}"
+    counted = once(
+        Path(data.cache_dir) / f"frequencies-{fingerprint[:16]}-{what}.json",
+        lambda: {"counts": source.token_counts(vocab).tolist()},
+    )
+    return log_frequencies(torch.tensor(counted["counts"]))
 
 
 def check_device(config: Config) -> None:

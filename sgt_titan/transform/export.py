@@ -23,7 +23,7 @@ import torch
 from sgt_titan import __version__
 from sgt_titan.errors import UserError
 from sgt_titan.folders import writable
-from sgt_titan.transform.configuration import SGTConfig, needed_version
+from sgt_titan.transform.configuration import SGTConfig
 from sgt_titan.transform.fingerprint import (
     fingerprint_config,
     fingerprint_tensor,
@@ -92,7 +92,6 @@ def write_export(
 
     config = copy.deepcopy(config)
     config.training = config.training or dict(summary)
-    config.format_version = needed_version(config)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
     digests = {name: fingerprint_tensor(tensor) for name, tensor in weights.items()}
     if config.embeddings:
