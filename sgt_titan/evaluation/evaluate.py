@@ -19,8 +19,8 @@ from sgt_titan.arguments import Parser, check_seed, http_url
 from sgt_titan.config.door import split_words
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.options import check_zero, zero_argument
 
-ZERO_STEPS = 600
 FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
 
 
@@ -160,23 +160,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(render(results))
     print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
     return 0
-
-
-def zero_argument(found: argparse.ArgumentParser) -> None:
-    """--zero-steps, of every command that says what is kept."""
-    found.add_argument(
-        "--zero-steps",
-        type=int,
-        metavar="N",
-        default=ZERO_STEPS,
-        help=f"fit the constant prompt that `kept` counts from for at most N steps (default {ZERO_STEPS}), once for a "
-        "trunk and its data; fewer make `kept` kinder",
-    )
-
-
-def check_zero(steps: int) -> None:
-    if steps < 1:
-        raise UserError(f"--zero-steps must be at least 1, got {steps}")
 
 
 def checked(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import check_zero, zero_argument
+from sgt_titan.evaluation.options import check_zero, zero_argument
 
 ATTACKS = ("nearest_l2", "known_plaintext", "sequence")
 GENERATED = 64  # tokens of an answer

@@ -17,9 +17,10 @@ from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
-from .config import to_trainer_config
+from . import run_directory
 from .optimizer import NonFiniteError
-from .startup import check_output_dir, finish, rank
+from .startup import rank
+from .tasks import to_trainer_config
 from .timeline import Timeline
 
 
@@ -66,14 +67,16 @@ def _run(config: Config) -> int:
     timeline.mark("files")
     trainer_config.prepared.timeline = timeline
     config = trainer_config.prepared.config
-    done = check_output_dir(trainer_config.prepared)
+    done = run_directory.check(trainer_config.prepared)
     Ownership(config.run.output_dir).check()  # before anything is written; `train` takes it
     if done >= config.training.steps:
         logger.info(
             f"{config.run.output_dir}: already trained to step {done} of {config.training.steps}; nothing to do"
         )
         if rank() == 0 and (status.read(config.run.output_dir) or {}).get("state") != "finished":
-            finish(config, attempt_name(), done)  # an attempt ended after its last save and before its last word
+            run_directory.finish(
+                config, attempt_name(), done
+            )  # an attempt ended after its last save and before its last word
         return 0
     trainer = trainer_config.build()
     try:

@@ -51,7 +51,7 @@ def test_data_parallel_ranks_train_what_one_trains(small, options, two_ranks):
 
 
 def test_torchtitans_own_launcher_gets_all_that_a_run_needs(small, options):
-    from sgt_titan.titan.config import to_trainer_config
+    from sgt_titan.titan.tasks import to_trainer_config
 
     name, *words = small.words(small.new_folder(), *options, "--checkpoint.asynchronous", "false")
     config = to_trainer_config(train.prepared(name, words, 1))

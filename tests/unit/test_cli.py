@@ -381,16 +381,16 @@ def test_config_registry(monkeypatch):
     assert getattr(config_registry, "no_such_config", None) is None
     function = config_registry.mine
     assert function.__name__ == "mine"
-    fake(monkeypatch, "sgt_titan.titan.config", to_trainer_config=lambda config: ("trainer", config))
+    fake(monkeypatch, "sgt_titan.titan.tasks", to_trainer_config=lambda config: ("trainer", config))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert function() == ("trainer", resolve(load("mine"), world_size=2))
-    monkeypatch.setitem(sys.modules, "sgt_titan.titan.config", None)
-    with pytest.raises(ImportError, match=r"sgt_titan\.titan\.config"):  # said by the call, not swallowed by the lookup
+    monkeypatch.setitem(sys.modules, "sgt_titan.titan.tasks", None)
+    with pytest.raises(ImportError, match=r"sgt_titan\.titan\.tasks"):  # said by the call, not swallowed by the lookup
         function()
 
 
 def test_config_registry_tells_a_mistake_as_the_command_does(monkeypatch, capsys):
-    fake(monkeypatch, "sgt_titan.titan.config", to_trainer_config=lambda config: pytest.fail("must not get here"))
+    fake(monkeypatch, "sgt_titan.titan.tasks", to_trainer_config=lambda config: pytest.fail("must not get here"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train, "prepared", lambda *words: (_ for _ in ()).throw(UserError("trunk.path: is wrong")))
     with pytest.raises(SystemExit) as stopped:
