@@ -35,7 +35,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sgt_titan.config import schema
+from sgt_titan.config import resolve, schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.marks import MarkError
 from sgt_titan.data.sources import Rows, load_rows
@@ -193,11 +193,8 @@ def split(hashes: np.ndarray, validation_samples: int) -> tuple[np.ndarray, np.n
 
 
 def cache_dir(config: schema.Config) -> Path:
-    """Where the caches of a configuration live."""
-    if config.data.cache_dir:
-        return Path(expand(config.data.cache_dir, "data.cache_dir"))
-    output = config.run.output_dir or os.path.join("outputs", config.run.name)
-    return Path(os.path.normpath(expand(output, "run.output_dir"))).parent / ".cache" / "data"
+    """Where the caches of a configuration live, resolved or not."""
+    return Path(resolve.cache_dir(config))
 
 
 def fingerprint(rows: Rows, options: Options, tokenizer_dir: str) -> str:

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--judge-model", metavar="NAME", help="model of the judge (key: OPENAI_API_KEY)")
     found.add_argument(
         "--rotated", metavar="SERVER,CLIENT,SECRET",
-        help="what `sgt-titan conjform TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
+        help="what `sgt-titan conjformer convert TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
     )  # fmt: skip
     zero_argument(found)
     found.add_argument("--minutes", type=float, help="refuse to start what would take longer than this")
@@ -180,7 +180,9 @@ def checked(arguments: argparse.Namespace) -> None:
         # Not repeated: what stands before an @ is a secret, and results.json holds the command.
         raise UserError("--judge: give http://HOST/v1 or https://HOST/v1; a key goes into OPENAI_API_KEY")
     if arguments.rotated and len(arguments.rotated.split(",")) != 3:
-        raise UserError("--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjform`")
+        raise UserError(
+            "--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjformer convert`"
+        )
     if arguments.benchmark_dir and not arguments.benchmarks:
         raise UserError("--benchmark-dir without --benchmarks: say which, or `paper` for the eight")
     if arguments.benchmark_dir and not Path(arguments.benchmark_dir).is_dir():

@@ -138,7 +138,8 @@ def prepare_finetune(config: Config) -> Prepared:
             gain = files.read(name)
             if gain.max() != gain.min() and not _per_head(name):
                 raise UserError(
-                    f"trunk.path: {files.path}: {name} has a gain per feature; run `sgt-titan conjform --plain` first"
+                    f"trunk.path: {files.path}: {name} has a gain per feature; "
+                    "run `sgt-titan conjformer convert --plain` first"
                 )
     tokenizer = load_tokenizer(config.trunk.path)
     check_vocabulary(tokenizer, hf.vocab_size)

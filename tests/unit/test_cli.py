@@ -113,6 +113,23 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, runs, her
     assert runs == []
 
 
+def test_the_three_commands_of_a_rotated_basis(capsys):
+    for name in ("convert", "serve", "generate"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["conjformer", name, "--help"])
+        assert stopped.value.code == 0 and f"usage: sgt-titan conjformer {name}" in capsys.readouterr().out
+    assert cli.main(["conjformer"]) == 2
+    assert "convert|serve|generate (see sgt-titan conjformer --help)" in capsys.readouterr().err
+    assert cli.main(["conjformer", "rotate"]) == 2
+    assert "invalid choice: 'rotate'" in capsys.readouterr().err
+
+
+def test_an_old_name_says_the_new_one(capsys):
+    for old, new in (("conjform", "convert"), ("conjserve", "serve"), ("conjgenerate", "generate")):
+        assert cli.main([old, "--help"]) == 2
+        assert capsys.readouterr().err == f"sgt-titan: error: sgt-titan {old} is now sgt-titan conjformer {new}\n"
+
+
 def test_a_reader_that_leaves(here):
     """``sgt-titan ... | head -1``"""
     words = [sys.executable, "-c", "import sys; from sgt_titan.cli import main; sys.exit(main())", "configs"]

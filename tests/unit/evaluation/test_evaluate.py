@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sgt_titan.config.load import dump
-from sgt_titan.conjformer.command import main as conjform
+from sgt_titan.conjformer.command import main as convert
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation import evaluate, runner
@@ -183,7 +183,7 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         for made in tmp_path.glob("server*"):
             shutil.rmtree(made)
         (tmp_path / "key").unlink(missing_ok=True)
-        assert conjform([str(TRUNK), str(server), "--secret", str(tmp_path / "key")]) == 0
+        assert convert([str(TRUNK), str(server), "--secret", str(tmp_path / "key")]) == 0
         if not out.exists():
             assert evaluate.main(call) == 0
     about = json.loads((out / "results.json").read_text())["about"]
