@@ -16,7 +16,7 @@ import httpx
 from sgt_titan.client import Delta, Options, Prompt, UpstreamError
 from sgt_titan.client.answer import brief
 from sgt_titan.client.private import ChoiceRestorer, hidden_options
-from sgt_titan.client.prompt import special_ids
+from sgt_titan.client.prompt import decode, special_ids
 from sgt_titan.client.reading import ChoiceReader, reading_of
 from sgt_titan.serving.admission import Admission
 from sgt_titan.serving.errors import RequestError
@@ -30,7 +30,6 @@ from sgt_titan.serving.settings import Served, Settings
 from sgt_titan.serving.telemetry import Telemetry
 from sgt_titan.serving.turns import Workers
 from sgt_titan.serving.upstream import Deltas, Upstream
-from sgt_titan.transform.tokenizer import decode
 
 COMPLETION_DEFAULT = 16  # OpenAI's own default of max_tokens at /v1/completions
 PROMPT_END = 16  # tokens in which a template may have opened a thought
