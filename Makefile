@@ -53,9 +53,11 @@ test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 bench: $(READY) ## a training step against the naive way, torchtitan and the bound, in minutes (GPU=1: Llama shapes)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py $(if $(GPU),--gpu)
 
-lint: $(READY) ## ruff: errors, imports, format
+lint: $(READY) ## ruff (errors, imports, format), spelling, types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m codespell_lib
+	$(PYTHON) -m mypy
 
 clean: ## delete .venv (outputs/ stays)
 	rm -rf $(VENV)

@@ -36,8 +36,9 @@ def texts_of(what: Any) -> list[str]:
 def _content(index: int, message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        found = [part.get("text") if isinstance(part, dict) else None for part in content]
+        parts = [part for part in found if isinstance(part, str)]
+        if len(parts) < len(found):
             raise UserError(f"messages[{index}].content: only text parts are supported")
         content = "".join(parts)
     if content is None and message.get("tool_calls"):
@@ -90,7 +91,12 @@ def mapped(item: Any, change: Any) -> Any:
 def _strings(item: Any) -> list[str]:
     """All strings of JSON."""
     found: list[str] = []
-    mapped(item, lambda text: found.append(text) or text)
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    mapped(item, keep)
     return found
 
 

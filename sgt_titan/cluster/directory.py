@@ -91,5 +91,5 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
             "continue it on purpose with --checkpoint.accept_changes true"
         )
     paths = (path for path in checkpoint.list_steps(folder) if checkpoint.is_committed(path))
-    whole = next((path for path in paths if not checkpoint.problems(path, checksums=False)), None)
-    return checkpoint.step_of(whole) if whole else 0
+    whole = (checkpoint.step_of(path) for path in paths if not checkpoint.problems(path, checksums=False))
+    return next(whole, None) or 0

@@ -49,7 +49,8 @@ def serve(argv: Sequence[str] | None = None) -> int:
     except (OSError, OverflowError) as error:
         where = f"--host {arguments.host} --port {arguments.port}"
         raise UserError(f"{where}: cannot listen there ({getattr(error, 'strerror', error)})") from None
-    print(f"http://{server.server_address[0]}:{server.server_address[1]}", flush=True)
+    host, port = server.socket.getsockname()[:2]
+    print(f"http://{host}:{port}", flush=True)
     with server:
         server.serve_forever()
     return 0
