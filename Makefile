@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed; make setup BASE_PYTHON=path/to/python"; exit 2; }
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --no-deps -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(PYTHON) -m pip install -c constraints.txt -e '.[train,client,private,eval,harness,dev]'
+	$(PYTHON) -m pip install -c constraints.txt -e '.[train,client,private,detectors,eval,harness,dev]'
 	touch $@
 
 demo: $(READY) ## train an SGT on the shipped trunk, export it, print before and after (FRESH=1: start over)
