@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-slurm test-vllm test-all bench lint clean
+.PHONY: help setup demo test test-slurm test-vllm test-all bench lint docs release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,13 @@ lint: $(READY) ## ruff (errors, imports, format), spelling, types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m codespell_lib
 	$(PYTHON) -m mypy
+
+docs: $(READY) ## build the documentation site into site/, with every link checked (needs the extra docs)
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
+	$(PYTHON) -m mkdocs build --strict --site-dir site
+
+release: $(READY) ## build wheel and sdist into dist/, and try the wheel in empty environments (minutes)
+	$(PYTHON) tests/release.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 clean: ## delete .venv (outputs/ stays)
 	rm -rf $(VENV)

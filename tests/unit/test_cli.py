@@ -373,12 +373,6 @@ def test_export_and_report(monkeypatch, here, capsys):
     assert capsys.readouterr().out == "exported to out\n"
 
 
-def test_a_package_without_a_checkout_has_no_configs(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "available", dict)
-    assert cli.main(["configs"]) == 2
-    assert "it comes with a checkout" in capsys.readouterr().err
-
-
 def test_configs_and_version(capsys):
     assert cli.main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
