@@ -218,7 +218,7 @@ def test_no_progress_is_not_repeated_for_ever(submit):
     run = submit(fault=fault | {"restart": "every"})
     run.ended("FAILED", 300)
     assert decisions(run) == ["requeue", "requeue", "stop"]
-    assert "3 attempts in a row died without a new checkpoint" in run.attempts[-1].reason
+    assert "3 attempts in a row ended without a new checkpoint" in run.attempts[-1].reason
 
 
 def test_a_finished_run_is_not_run_again(cluster, submit, whole):
