@@ -29,7 +29,8 @@ GPUS = 8  # files that Slurm counts: there is no device behind them
 # A deadline that is too long costs nothing where a test passes; one that is too short fails it on a machine under load.
 PATIENCE = 3.0
 
-# Timeouts are short, so that a lost node is noticed in seconds. cred_expire is also how long a requeued job waits; for
+# Timeouts are short, so that a lost node is noticed in seconds, and long enough for a machine under load: srun ends a
+# step whose node is slow to answer. cred_expire is also how long a requeued job waits; for
 # less than 5 Slurm takes its default of 120.
 CONFIG = """
 ClusterName=sgttest
@@ -62,9 +63,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=1
-SlurmdTimeout=5
-TCPTimeout=1
-MessageTimeout=5
+SlurmdTimeout=10
+TCPTimeout=3
+MessageTimeout=15
 KillWait=30
 MinJobAge=3600
 GresTypes=gpu

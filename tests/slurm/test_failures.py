@@ -161,7 +161,7 @@ def test_a_rank_dies_while_the_controller_is_away(cluster, submit, whole):
     cluster.stop_controller()
     try:
         run.until(lambda: run.attempts[0].decision, "the attempt has ended")
-        time.sleep(8)  # longer than a command waits for an answer
+        time.sleep(20)  # longer than a command waits for an answer
     finally:
         cluster.start_controller()
     run.finish()
