@@ -161,6 +161,7 @@ HOW_IT_RUNS = (
     "run.deterministic",
     "cluster.",
     "trunk.path",
+    "trunk.read",
     "data.cache_dir",
     "parallelism.",
     "activation_checkpoint.",
