@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-slurm test-vllm test-all bench lint clean
+.PHONY: help setup demo test test-slurm test-vllm test-all bench lint docs release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed; make setup BASE_PYTHON=path/to/python"; exit 2; }
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --no-deps -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(PYTHON) -m pip install -c constraints.txt -e '.[train,client,private,eval,harness,dev]'
+	$(PYTHON) -m pip install -c constraints.txt -e '.[train,client,private,detectors,eval,harness,dev]'
 	touch $@
 
 demo: $(READY) ## train an SGT on the shipped trunk, export it, print before and after (FRESH=1: start over)
@@ -53,9 +53,18 @@ test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 bench: $(READY) ## a training step against the naive way, torchtitan and the bound, in minutes (GPU=1: Llama shapes)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py $(if $(GPU),--gpu)
 
-lint: $(READY) ## ruff: errors, imports, format
+lint: $(READY) ## ruff (errors, imports, format), spelling, types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m codespell_lib
+	$(PYTHON) -m mypy
+
+docs: $(READY) ## build the documentation site into site/, with every link checked (needs the extra docs)
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+release: $(READY) ## build wheel and sdist into dist/, and try the wheel in empty environments (minutes)
+	$(PYTHON) tests/release.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 clean: ## delete .venv (outputs/ stays)
 	rm -rf $(VENV)

@@ -21,7 +21,7 @@ from sgt_titan.errors import UserError, guarded
 
 _CONFIG_COMMANDS = ("train", "prepare", "preview")
 
-# Commands with arguments of their own: module whose main(argv) (or the function named) runs it, and what it does.
+# Commands with arguments of their own: module whose main(argv) runs it, and what it does.
 _FORWARDED = {
     "report": (
         "sgt_titan.evaluation.before_after",
@@ -49,11 +49,20 @@ _FORWARDED = {
     ),
     "inspect": ("sgt_titan.client.inspect_main", "What a text of yours would reveal, token by token."),
     "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
-    "conjform": ("sgt_titan.conjformer.command", "Write a checkpoint in a secretly rotated basis (ConjFormer)."),
-    "conjserve": ("sgt_titan.conjformer.talk:serve", "Serve a rotated checkpoint, to try it out."),
-    "conjgenerate": ("sgt_titan.conjformer.talk:generate", "Answer a prompt with a served rotated checkpoint."),
+    "conjformer": (
+        "sgt_titan.conjformer.commands",
+        "A checkpoint in a secretly rotated basis: convert | serve | generate.",
+    ),
     "frontier": ("sgt_titan.evaluation.frontier", "Train and attack a grid: what is kept against what is read."),
     "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
+}
+
+
+# What a command was called before.
+_RENAMED = {
+    "conjform": "conjformer convert",
+    "conjserve": "conjformer serve",
+    "conjgenerate": "conjformer generate",
 }
 
 
@@ -65,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if argv and argv[0] in _FORWARDED:
-        module, _, function = _FORWARDED[argv[0]][0].partition(":")
-        return getattr(import_module(module), function or "main")(argv[1:]) or 0
+        return import_module(_FORWARDED[argv[0]][0]).main(argv[1:]) or 0
+    if argv and argv[0] in _RENAMED:
+        raise UserError(f"sgt-titan {argv[0]} is now sgt-titan {_RENAMED[argv[0]]}")
     parser, commands = _parser()
     if argv and argv[0] in _CONFIG_COMMANDS:
         arguments, overrides = split_words(commands[argv[0]], argv[1:])
@@ -230,8 +240,6 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _configs() -> int:
     shipped = available()
-    if not shipped:
-        raise UserError("no train_configs folder here; it comes with a checkout, not with the package")
     width = max(map(len, shipped)) + 2
     for name, path in shipped.items():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Callable[[], Any]:
         import os
 
         from sgt_titan.errors import UserError, tell
-        from sgt_titan.titan.config import to_trainer_config
+        from sgt_titan.titan.tasks import to_trainer_config
         from sgt_titan.train import prepared
 
         try:

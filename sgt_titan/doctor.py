@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not arguments.name:
         raise UserError(f"{overrides[0]}: overrides need the NAME of a config")
     config = read_config(arguments.name, overrides)[0] if arguments.name else None
-    faulthandler.dump_traceback_later(arguments.deadline, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(arguments.deadline, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         if arguments.reports:
             return in_a_job(config, arguments.reports, arguments.deadline)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 from sgt_titan.cluster import notice
 from sgt_titan.config.door import read_config
@@ -39,8 +40,8 @@ def prepared(name: str, overrides: list[str], world_size: int, *, weights: bool 
         UserError: anything wrong with the config, the overrides, the trunk's or the output directory.
     """
     device = "cpu" if weights and visible_gpus() == 0 else None
-    kind = "weights" if weights else "config"
-    config, _ = read_config(name, overrides, world_size=world_size, trunk=kind, device=device)
+    trunk: Literal["weights", "config"] = "weights" if weights else "config"
+    config, _ = read_config(name, overrides, world_size=world_size, trunk=trunk, device=device)
     if weights:
         writable(config.run.output_dir, "run.output_dir")
         require_tracking(config, os.environ)

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -44,11 +44,12 @@ class StainedGlassTransform(transform.StainedGlassTransform):
     """An exported transform with tokenizer and embedding table."""
 
     tokenizer: PreTrainedTokenizerBase
+    embed_tokens: nn.Embedding
     held_noise: HeldNoise | None
     piece: int
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # what else transformers takes goes through kwargs
         cls,
         path: str | os.PathLike,
         *args: Any,
@@ -58,7 +59,7 @@ class StainedGlassTransform(transform.StainedGlassTransform):
         noise_key: str | os.PathLike | None = None,
         piece: int = PIECE,
         **kwargs: Any,
-    ) -> StainedGlassTransform:
+    ) -> Self:
         """The transform in an export directory, ready to encode.
 
         Args:
@@ -88,10 +89,11 @@ class StainedGlassTransform(transform.StainedGlassTransform):
             raise UserError(f"{path}: no such directory; give the directory of an export")
         if weights in ("float32", "bfloat16"):
             kwargs["dtype"] = getattr(torch, weights)
-        model, info = super().from_pretrained(directory, *args, **kwargs | {"output_loading_info": True})
+        loaded: Any = super().from_pretrained(directory, *args, **kwargs | {"output_loading_info": True})
+        model: Self = loaded[0]
         model.tokenizer = _load_tokenizer(directory, model.config)
         model.piece = piece
-        if model.embed_tokens is None:
+        if not model.config.embeddings:
             model.embed_tokens = _table(model.config, trunk).to(model.device)
         if weights == "int8":
             quantize(model.bodies)
@@ -99,7 +101,7 @@ class StainedGlassTransform(transform.StainedGlassTransform):
                 quantize(model.denoiser.body)
         model.eval().requires_grad_(False)
         model.held_noise = _held_noise(model, weights, noise_key) if hold_noise else None
-        return (model, info) if kwargs.get("output_loading_info") else model
+        return loaded if kwargs.get("output_loading_info") else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: what is in memory (a table from the trunk, int8 weights, no tokenizer files) is no export.
@@ -263,7 +265,7 @@ def _table(config: transform.SGTConfig, trunk: str | os.PathLike | None) -> nn.E
     """The embedding table out of a trunk's checkpoint, and nothing else of it."""
     if trunk is None:
         raise UserError("this export ships no embedding table; give trunk=, the checkpoint directory of its trunk")
-    table_VD = TrunkFiles(trunk).embedding_table()
+    table_VD = TrunkFiles(Path(trunk)).embedding_table()
     wanted = (config.vocab_size, config.hidden_size)
     if tuple(table_VD.shape) != wanted:
         raise UserError(f"{trunk}: its embedding table is {tuple(table_VD.shape)}, the transform's trunk had {wanted}")
@@ -278,5 +280,5 @@ def _table(config: transform.SGTConfig, trunk: str | os.PathLike | None) -> nn.E
 def _check_trunk(config: transform.SGTConfig, trunk: str | os.PathLike) -> None:
     """For exports that name the trunk but not its table."""
     expected = config.fingerprints.get("trunk")
-    if expected is None or TrunkFiles(trunk).fingerprint() != expected:
+    if expected is None or TrunkFiles(Path(trunk)).fingerprint() != expected:
         raise UserError(f"{trunk}: cannot be told for the trunk this transform was trained with (fingerprints.trunk)")

@@ -19,6 +19,7 @@ from sgt_titan.client.prompt import Prompt
 from sgt_titan.errors import UserError
 from sgt_titan.metrics.ranks import token_ranks
 from sgt_titan.transform import glow
+from sgt_titan.transform.tokenizer import decode
 
 BRIGHTEST = 8  # tokens that are named where there are no colours
 WARNING = (
@@ -53,11 +54,11 @@ def read_nearest(sgt: StainedGlassTransform, prompt: Prompt, embeds_TD: torch.Te
     right = [rank == 1 for rank in ranks.rank_N.tolist()]
     hidden = [bool(m) for m in prompt.mask]
     return Reading(
-        text=sgt.tokenizer.decode(nearest),
+        text=decode(sgt.tokenizer, nearest),
         hidden=sum(hidden),
         right=sum(r for r, h in zip(right, hidden, strict=True) if h),
         tokens=len(nearest),
-        tokens_read=[sgt.tokenizer.decode([i]) for i in nearest],
+        tokens_read=[decode(sgt.tokenizer, [i]) for i in nearest],
         tokens_right=right,
     )
 

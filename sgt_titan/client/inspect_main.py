@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.client.inspect import WARNING, best_attacker, coloured, named, page, read_nearest, revealed
 
     best = best_attacker(arguments.results)
-    what = _read(arguments.file)
+    what: Any = _read(arguments.file)
     if arguments.messages:
         try:
             what = json.loads(what)
@@ -81,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.html:
         _write(arguments.html, page(shown))
     if arguments.json:
-        facts = {"tokens": reading.tokens, "obfuscated_tokens": reading.hidden, "read_right": reading.right}
+        facts: dict[str, Any] = {"tokens": reading.tokens, "obfuscated_tokens": reading.hidden}
+        facts |= {"read_right": reading.right}
         facts |= {"pieces": shown.pieces, "nats": shown.nats, "nats_in_all": shown.total}
         if arguments.private is not None or arguments.private_own:
             facts["private"] = [dict(zip(("kind", "value", "surrogate"), item, strict=True)) for item in replaced]

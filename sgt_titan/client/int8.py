@@ -14,6 +14,10 @@ from torch.nn import functional as F
 class Int8Linear(nn.Module):
     """``x W^T + b`` with W as int8 rows and a float scale each."""
 
+    rows: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()

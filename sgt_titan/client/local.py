@@ -12,6 +12,7 @@ import torch
 from sgt_titan.client.answer import Answer, Delta, Options, UpstreamError, check_embeddings, gather
 from sgt_titan.client.stops import StopScanner
 from sgt_titan.errors import UserError
+from sgt_titan.transform.tokenizer import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ class Transformers:
                 ended = token in ends
                 ids[row].append(token)
                 reason = "stop" if ended else "length" if len(ids[row]) == options.max_tokens else None
-                text = self._tokenizer.decode(ids[row][:-1] if ended else ids[row], skip_special_tokens=skip)
+                text = decode(self._tokenizer, ids[row][:-1] if ended else ids[row], skip_special_tokens=skip)
                 # Bytes of a character that is not complete yet decode to U+FFFD.
                 ready = len(text) if reason or not text.endswith("\ufffd") else shown[row]
                 new, shown[row] = text[shown[row] : ready], max(ready, shown[row])

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sgt_titan.errors import UserError
@@ -57,7 +58,7 @@ class HeldNoise:
         """From here on all noise of this object is new; a key that is kept in a file stays what it is."""
         self._use(secrets.token_bytes(KEY_BYTES))
 
-    def __call__(self, ids: Sequence[int], mask: Sequence[bool], width: int) -> torch.Tensor:
+    def __call__(self, ids: Sequence[int], mask: Sequence[bool] | np.ndarray, width: int) -> torch.Tensor:
         """float32 ``(T, D)``, standard normal."""
         chain, stream = self._secret, bytearray()
         size = 8 * ((width + 1) // 2)

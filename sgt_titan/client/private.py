@@ -9,14 +9,15 @@ Whatever is not text (token ids) cannot be looked through and is refused: nothin
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sgt_titan.client.answer import Answer, Delta, Options, gather
 from sgt_titan.errors import UserError
-from sgt_titan.private import Conversation, Hidden, Restorer, Span, restore, restore_json
+from sgt_titan.private import Conversation, Hidden, Span, in_json, restore
+from sgt_titan.private.spans import check_marks
 
 if TYPE_CHECKING:  # the encoder imports this file
     from sgt_titan.client.encoder import StainedGlassTransform
@@ -36,12 +37,13 @@ def texts_of(what: Any) -> list[str]:
 def _content(index: int, message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        found = [part.get("text") if isinstance(part, dict) else None for part in content]
+        parts = [part for part in found if isinstance(part, str)]
+        if len(parts) < len(found):
             raise UserError(f"messages[{index}].content: only text parts are supported")
         content = "".join(parts)
-    if content is None and message.get("tool_calls"):
-        return ""
+    if content is None and message.get("role") == "assistant" and len(message.keys() - {"role", "content"}):
+        return ""  # calls or thoughts alone; what is neither is refused where the prompt is written
     if not isinstance(content, str):
         raise UserError(f"messages[{index}].content: must be text")
     return content
@@ -50,38 +52,41 @@ def _content(index: int, message: Mapping[str, Any]) -> str:
 def hide(
     conversation: Conversation, what: Any, marks: Marks | None = None
 ) -> tuple[str | list[dict[str, Any]], list[Hidden]]:
-    """The prompt with surrogates, and what was replaced in each text. Tool calls in messages are gone through as well.
+    """The prompt with surrogates, and what was replaced in each text. Whatever else of a message a template may write
+    (thoughts, calls, names) is gone through as well, message by message: one that comes later changes none before it.
 
     Raises:
         UserError: token ids; marks outside their text, overlapping or of unknown kind; a finder that fails.
     """
-    texts = texts_of(what)
-    said = [] if isinstance(what, str) else [_strings(m["tool_calls"]) if m.get("tool_calls") else [] for m in what]
-    calls = [text for strings in said for text in strings]
-    hidden = conversation.hide([*texts, *calls], marks)
+    texts, marks = texts_of(what), marks or {}
+    for index, spans in marks.items():
+        if not 0 <= index < len(texts):
+            raise UserError(f"private marks: text {index} does not exist; there are {len(texts)}")
+        check_marks(spans, texts[index], f"text {index}")
     if isinstance(what, str):
+        hidden = conversation.hide(texts, marks)
         return hidden[0].text, hidden
+    others = [{key: value for key, value in message.items() if key not in ("role", "content")} for message in what]
+    flat: list[str] = []
+    at: list[int] = []
+    for text, other in zip(texts, others, strict=True):
+        at.append(len(flat))
+        flat += [text, *_strings(other)]
+    hidden = conversation.hide(flat, {at[i]: spans for i, spans in marks.items()})
     messages = []
-    for message, text in zip(what, hidden, strict=False):
-        new = dict(message)
+    said = {text: new.text for text, new in zip(flat, hidden, strict=True)}
+    for i, (message, other) in enumerate(zip(what, others, strict=True)):
+        new = {**message, **mapped(other, said.__getitem__)}
         if message.get("content") is not None:
-            new["content"] = text.text
-        if message.get("tool_calls"):
-            new["tool_calls"] = mapped(message["tool_calls"], conversation.apply)
+            new["content"] = hidden[at[i]].text
         messages.append(new)
-    return messages, hidden[: len(texts)]
+    return messages, [hidden[i] for i in at]
 
 
 def mapped(item: Any, change: Any) -> Any:
-    """JSON with every string changed, and the strings inside arguments that are JSON themselves."""
+    """JSON with every string changed, but no name of a field; inside a string that is JSON itself, everything."""
     if isinstance(item, str):
-        try:
-            inner = json.loads(item)
-        except (ValueError, RecursionError):
-            inner = None
-        if isinstance(inner, dict | list):
-            return json.dumps(mapped(inner, change), ensure_ascii=False)
-        return change(item)
+        return in_json(item, change)
     if isinstance(item, list):
         return [mapped(one, change) for one in item]
     return {key: mapped(value, change) for key, value in item.items()} if isinstance(item, dict) else item
@@ -90,16 +95,33 @@ def mapped(item: Any, change: Any) -> Any:
 def _strings(item: Any) -> list[str]:
     """All strings of JSON."""
     found: list[str] = []
-    mapped(item, lambda text: found.append(text) or text)
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    mapped(item, keep)
     return found
 
 
 class ChoiceRestorer:
-    """Deltas of one choice in, the same with the values back out: text, thoughts, and the arguments of calls."""
+    """Deltas of one choice in, the same with the values back out: text, thoughts, and the arguments of calls.
+
+    ``restored``, ``left``: counts by kind over all three, complete after the last delta.
+    """
 
     def __init__(self, conversation: Conversation):
-        self._literals = conversation.literals()
+        self._calls = conversation.literals(), conversation.traces()
         self.text, self.reasoning = conversation.restorer(), conversation.restorer()
+        self._counts = Counter[str](), Counter[str]()  # of calls: restored, left
+
+    @property
+    def restored(self) -> Counter[str]:
+        return self.text.restored + self.reasoning.restored + self._counts[0]
+
+    @property
+    def left(self) -> Counter[str]:
+        return self.text.left + self.reasoning.left + self._counts[1]
 
     def feed(self, delta: Delta) -> Delta:
         last = delta.finish_reason is not None
@@ -111,8 +133,13 @@ class ChoiceRestorer:
         return replace(delta, **new)
 
     def _call(self, call: Any) -> Any:
-        name = restore(call.name, self._literals)[0]
-        return replace(call, name=name, arguments=restore_json(call.arguments, self._literals))
+        def back(text: str) -> str:
+            new, restorer = restore(text, *self._calls)
+            for counts, one in zip(self._counts, (restorer.restored, restorer.left), strict=True):
+                counts.update(one)
+            return new
+
+        return replace(call, name=back(call.name), arguments=in_json(call.arguments, back))
 
 
 def check_options(options: Options) -> None:
@@ -137,12 +164,12 @@ def restored(deltas: Iterable[Delta], conversation: Conversation, n: int) -> Ite
 class PrivateChat:
     """A transform, a backend and a conversation: messages in, answers with the values back out.
 
-    ``last``: the restorers of the answers given last; ``restored`` and ``left`` of each count by kind.
+    ``last``: what put the values back into the answers given last; ``restored`` and ``left`` of each count by kind.
     """
 
     def __init__(self, sgt: StainedGlassTransform, backend: Any, conversation: Conversation):
         self._sgt, self._backend, self._conversation = sgt, backend, conversation
-        self.last: list[Restorer] = []
+        self.last: list[ChoiceRestorer] = []
 
     def generate(
         self, what: Any, options: Options | None = None, *, marks: Marks | None = None, **changes: Any
@@ -162,7 +189,6 @@ class PrivateChat:
         check_options(options)
         sent, _ = hide(self._conversation, what, marks)
         embeds_TD = self._sgt.encode(sent)
-        choices = [ChoiceRestorer(self._conversation) for _ in range(options.n)]
-        self.last = [choice.text for choice in choices]
+        self.last = choices = [ChoiceRestorer(self._conversation) for _ in range(options.n)]
         deltas = self._backend.stream(embeds_TD, hidden_options(self._conversation, options))
         return (choices[delta.index].feed(delta) for delta in deltas), embeds_TD.shape[0]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from sgt_titan.transform.prompts import (
     obfuscation_mask,
     special_ids,
 )
+from sgt_titan.transform.tokenizer import decode
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -89,9 +90,9 @@ def make_prompt(
     if isinstance(what, str):
         encoded = _text(tokenizer, what)
     elif isinstance(what, Sequence) and what and all(type(item) is int for item in what):
-        encoded = _ids(tokenizer, config, what)
+        encoded = _ids(tokenizer, config, cast(Sequence[int], what))
     elif isinstance(what, Sequence) and what and all(isinstance(item, dict) for item in what):
-        encoded = _messages(tokenizer, config, what, rendering)
+        encoded = _messages(tokenizer, config, cast(Sequence[Message], what), rendering)
     else:
         raise UserError("prompt: empty, or neither text, messages nor token ids")
     _check_count(len(encoded.ids), limit)
@@ -134,8 +135,8 @@ def _characters(content: Any) -> int:
 
 def _as_prompt(roles: Sequence[int]) -> np.ndarray:
     """The client sends it all: a last turn of the assistant that is to be continued is a prompt like any other."""
-    roles = np.asarray(roles)
-    return np.where(roles == RESPONSE, PROMPT, roles)
+    roles_T = np.asarray(roles)
+    return np.where(roles_T == RESPONSE, PROMPT, roles_T)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPrompt:
@@ -164,7 +165,7 @@ def _messages(
     if last["role"] != "assistant" or not last["content"] or not before:
         raise UserError("messages: only a last turn of the assistant that says something can be continued")
     asked = _turns(tokenizer, config, before, rendering)
-    if begins_inside(tokenizer.decode(asked.ids[-8:])):
+    if begins_inside(decode(tokenizer, asked.ids[-8:])):
         raise UserError("messages: the chat template opens a thought, so an answer cannot be begun for the model")
     more = tokenizer(last["content"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return EncodedPrompt([*asked.ids, *more], [*asked.roles, *([PROMPT] * len(more))])
@@ -183,8 +184,8 @@ def _turns(
         joined = [{"role": "user", "content": turn["content"]} for turn in turns]
         return encode_turns(tokenizer, joined, template="plain", add_generation_prompt=True)
     variables = {**config.template_kwargs, **_arguments(tokenizer, rendering.arguments)}
-    error = None
-    for variant in _variants(turns):
+    error = UserError("chat template: refuses the turns")
+    for first, variant in enumerate(_variants(turns)):
         try:
             encoded = encode_turns(
                 tokenizer,
@@ -196,7 +197,7 @@ def _turns(
                 tools=rendering.tools,
             )
         except UserError as failure:
-            error = error or failure
+            error = error if first else failure
             continue
         if TOOLS_NOT_PRINTED in encoded.notes:
             raise UserError("tools: the chat template of this model does not render them; leave them out")
@@ -298,7 +299,8 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Calls with their arguments as objects. Raises UserError for what are none, without a word of them."""
     found = []
     for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function") if isinstance(call, dict) else None
+        call = call if isinstance(call, dict) else {}
+        function = call.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{where}: must be a list of {{id, type: function, function: {{name, arguments}}}}")
         arguments = function.get("arguments")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sgt_titan.client.answer import Delta
+from sgt_titan.client.answer import Delta, ToolCall
 from sgt_titan.client.reasoning import ThoughtScanner, begins_inside, reasons
 from sgt_titan.client.tool_calls import FORMATS, CallScanner, format_of
 from sgt_titan.errors import UserError
@@ -46,7 +46,8 @@ class ChoiceReader:
 
     def feed(self, delta: Delta) -> Delta:
         last = delta.finish_reason is not None
-        thought, text, calls = "", delta.text, []
+        thought, text = "", delta.text
+        calls: list[ToolCall] = []
         if self._thoughts is not None:
             thought, text = self._thoughts.feed(text, last)
         if self._calls is not None:

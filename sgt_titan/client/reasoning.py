@@ -19,7 +19,8 @@ class ThoughtScanner:
     """Text of one choice in, thoughts and text out. Only a first thought is one; later tags are text."""
 
     def __init__(self, inside: bool):
-        self._tag, self._text = (END if inside else BEGIN), ""
+        self._tag: str | None = END if inside else BEGIN  # what is waited for
+        self._text = ""
         self._trim = inside
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:

@@ -78,8 +78,8 @@ class Remote:
         with connection_errors(), self._client.stream("POST", self._url, json=body, headers=self._headers) as response:
             del body
             if response.status_code != 200:
-                body = outgoing.whole(response, MAX_ERROR, self._total_timeout)
-                raise explain(self.wire, response.status_code, parsed(body))
+                said = outgoing.whole(response, MAX_ERROR, self._total_timeout)
+                raise explain(self.wire, response.status_code, parsed(said))
             decoder, bounds = EventDecoder(), outgoing.Bounds(response, most_bytes(options), self._total_timeout)
             for chunk in response.iter_bytes():
                 for data in decoder.feed(bounds.take(chunk)):

@@ -82,7 +82,7 @@ def _mistral(text: str) -> list[tuple[str, Any]] | None:
     for part in text.split("[TOOL_CALLS]"):
         match = _NAMED.fullmatch(part)
         arguments = _json(match[2]) if match else None
-        if not isinstance(arguments, dict):
+        if match is None or not isinstance(arguments, dict):
             return None
         found.append((match[1], arguments))
     return found

@@ -131,7 +131,7 @@ def _sglang_body(embeds_TD: torch.Tensor, options: Options, model: str | None) -
     logprobs = numbers.pop("logprobs", None)
     theirs = {"seed": "sampling_seed", "min_tokens": "min_new_tokens"}
     numbers = {theirs.get(name, name): value for name, value in numbers.items()}
-    sampling = {"max_new_tokens": options.max_tokens, "n": options.n, **numbers}
+    sampling: dict[str, Any] = {"max_new_tokens": options.max_tokens, "n": options.n, **numbers}
     if options.json_object:
         sampling["json_schema"] = '{"type": "object"}'
     body: Body = {"input_embeds": embeds_TD.float().tolist(), "sampling_params": sampling, "stream": True}
@@ -158,7 +158,7 @@ def _sglang_reader(options: Options) -> Reader:
             text=new,
             logprobs=tuple(
                 TokenLogprob(
-                    row[2] or "", _nats(row[0]), _best(((t[2] or "", t[0]) for t in top or ()), options.logprobs)
+                    row[2] or "", _nats(row[0]), _best(((t[2] or "", t[0]) for t in top or ()), options.logprobs or 0)
                 )
                 for row, top in zip(rows[first:], tops[first:], strict=False)
             ),

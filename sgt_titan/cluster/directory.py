@@ -35,6 +35,10 @@ MAY_DIFFER = (
     "training.max_nonfinite_steps",
 )
 
+# What a weight is of. Whoever changes how a term is counted changes this, and a run of before is not continued as
+# if the same number meant the same.
+UNITS = {"objective.rate.weight": "nats a hidden token"}
+
 # What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.
 _HARMLESS = {
     attempts.FILE,
@@ -84,6 +88,11 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
         for name, value in (fingerprints or {}).items()
         if recorded["fingerprints"].get(name, value) != value  # runs before there was one have none to compare
     ]
+    found += [
+        f"{key} was in {was}, is in {UNITS[key]} now"
+        for key, was in recorded.get("units", {}).items()
+        if was != UNITS.get(key, was)
+    ]
     old = load(str(folder / CONFIG_FILE), [])
     found += [line for line in difference(old, config) if not line.startswith((*MAY_DIFFER, *unknown))]
     if found and not config.checkpoint.accept_changes:
@@ -92,5 +101,5 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
             "continue it on purpose with --checkpoint.accept_changes true"
         )
     paths = (path for path in checkpoint.list_steps(folder) if checkpoint.is_committed(path))
-    whole = next((path for path in paths if not checkpoint.problems(path, checksums=False)), None)
-    return checkpoint.step_of(whole) if whole else 0
+    whole = (checkpoint.step_of(path) for path in paths if not checkpoint.problems(path, checksums=False))
+    return next(whole, None) or 0

@@ -55,8 +55,8 @@ def _values(action: argparse.Action) -> int:
 def read_config(
     name: str, overrides: Sequence[str] = (), *, world_size: int | None = None,
     trunk: Literal["", "config", "weights"] = "", device: str | None = None, shared: str = "",
-) -> tuple[Config, dict[str, Any] | None]:  # fmt: skip
-    """A config resolved and checked, cheap mistakes first, and its trunk's config.json.
+) -> tuple[Config, dict[str, Any]]:  # fmt: skip
+    """A config resolved and checked, cheap mistakes first, and its trunk's config.json, {} where that is not asked for.
 
     Args:
         world_size: number of processes; None skips what depends on it.
@@ -71,7 +71,7 @@ def read_config(
     config = resolve(load(name, overrides), world_size=world_size, home=shared or "outputs")
     validate(config, world_size, None)  # cheap mistakes first: they do not need the trunk's directory
     if not trunk:
-        return config, None
+        return config, {}
     found = read_trunk(config, weights=trunk == "weights")
     validate(config, world_size, found, device=device)
     return config, found

@@ -46,7 +46,8 @@ def markdown() -> str:
         own = _own(section)
         if not own:
             continue
-        lines += [f"## {section}", "", _cell(text), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        about = textwrap.fill(_cell(text), 120, break_on_hyphens=False)
+        lines += [f"## {section}", "", about, "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for key, leaf in own.items():
             cells = (f"`{key}`", _kind(leaf.hint), f"`{_value(leaf.default)}`", leaf.help)
             lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")

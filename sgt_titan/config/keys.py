@@ -78,7 +78,7 @@ def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Leaf | str]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key, hint, text = prefix + field.name, hints[field.name], field.metadata.get("help", "")
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield key, text
             yield from _walk(hint, key + ".")
         else:

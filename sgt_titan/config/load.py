@@ -60,13 +60,13 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def available() -> dict[str, Path]:
-    """Names of the configs in ``train_configs`` of the working directory and of the checkout.
+    """Names of the configs in ``train_configs`` of the working directory and of the package (a link in a checkout).
 
     A name in both means the one in the working directory.
     """
-    checkout = Path(__file__).resolve().parents[2] / "train_configs"
+    shipped = (Path(__file__).parents[1] / "train_configs").resolve()
     found: dict[str, Path] = {}
-    for folder in (checkout, Path("train_configs")):
+    for folder in (shipped, Path("train_configs")):
         found.update({path.stem: path for path in folder.glob("*.yaml")})
     return dict(sorted(found.items()))
 
@@ -88,8 +88,7 @@ def find(name_or_path: str) -> Path:
     if os.sep in name:
         raise UserError(f"no such file: {name_or_path}")
     hint = _nearest(name, configs)
-    listed = ", ".join(configs) if configs else "none: train_configs is in a checkout, and not here"
-    raise UserError(f"no config or file named {name_or_path}{hint}; available: {listed}")
+    raise UserError(f"no config or file named {name_or_path}{hint}; available: {', '.join(configs)}")
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:

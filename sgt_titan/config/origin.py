@@ -27,11 +27,14 @@ def settle(arguments: argparse.Namespace) -> None:
     arguments.export, run = export_of(arguments.export)
     for name, key in KEYS.items():
         given = getattr(arguments, name)
-        if given is None and run is None:
+        if given is not None:
+            setattr(arguments, name, meant(given, key))
+        elif run is not None:
+            setattr(arguments, name, get(run, key))
+        else:
             raise UserError(
                 f"--{name}: is needed, since {arguments.export} is neither a run's directory nor an export in one"
             )
-        setattr(arguments, name, meant(given, key) if given is not None else get(run, key))
 
 
 def export_of(path: str) -> tuple[str, Config | None]:

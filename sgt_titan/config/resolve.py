@@ -136,7 +136,7 @@ def resolve(config: Config, *, world_size: int | None, home: str = "outputs") ->
     if config.trunk.architecture:
         config.trunk.architecture = os.path.abspath(config.trunk.architecture)
     run.output_dir = run.output_dir or os.path.join(home, run.name)
-    data.cache_dir = data.cache_dir or os.path.normpath(os.path.join(run.output_dir, "..", ".cache", "data"))
+    data.cache_dir = cache_dir(config, home)
 
     preset = PRESETS.get(config.objective.preset, {})
     for name in TERMS:
@@ -153,6 +153,18 @@ def resolve(config: Config, *, world_size: int | None, home: str = "outputs") ->
         if training.global_batch_size == -1:
             training.global_batch_size = training.local_batch_size * degree
     return config
+
+
+def cache_dir(config: Config, home: str = "outputs") -> str:
+    """``data.cache_dir``, resolved or not: beside the run's directory unless it is set.
+
+    Raises:
+        UserError: a path names an environment variable that is not set.
+    """
+    if config.data.cache_dir:
+        return expand(config.data.cache_dir, "data.cache_dir")
+    output = config.run.output_dir or os.path.join(home, config.run.name)
+    return os.path.normpath(os.path.join(expand(output, "run.output_dir"), "..", ".cache", "data"))
 
 
 def validate(

@@ -33,9 +33,8 @@ class Basis:
     ):
         self.secret, self.family, self.sizes, self.free_planes = secret, family, sizes, free_planes
         self.dtype, self.device = dtype, device
-        self._query = lru_cache(maxsize=1)(self._query)  # one layer at a time is in memory
-        self._value = lru_cache(maxsize=1)(self._value)
-        self._unit = lru_cache(maxsize=1)(self._unit)
+        # One layer at a time is in memory.
+        self._query, self._value, self._unit = map(lru_cache(maxsize=1), (self.query, self.value, self.unit))
 
     @cached_property
     def residual_DD(self) -> torch.Tensor:
@@ -55,7 +54,8 @@ class Basis:
         heads = matrices_Khh.shape[0]
         return (matrices_Khh @ x.reshape(heads, self.sizes.head, -1)).reshape(x.shape)
 
-    def _query(self, layer: int) -> torch.Tensor:
+    def query(self, layer: int) -> torch.Tensor:
+        """O of a layer, a matrix per KV head."""
         K, h = self.sizes.kv_heads, self.sizes.head
         if not self.family.rope:
             return self.secret.orthogonal(f"{layer}.query", h, K).to(self.device, self.dtype)
@@ -66,11 +66,13 @@ class Basis:
         rows = torch.cat([cos_KPP, -sin_KPP], -1), torch.cat([sin_KPP, cos_KPP], -1)
         return torch.cat(rows, -2).to(self.device, self.dtype)
 
-    def _value(self, layer: int) -> torch.Tensor:
+    def value(self, layer: int) -> torch.Tensor:
+        """R of a layer, a matrix per KV head."""
         found = self.secret.orthogonal(f"{layer}.value", self.sizes.head, self.sizes.kv_heads)
         return found.to(self.device, self.dtype)
 
-    def _unit(self, layer: int) -> torch.Tensor:
+    def unit(self, layer: int) -> torch.Tensor:
+        """P of a layer."""
         return self.secret.permutation(f"{layer}.unit", self.sizes.units).to(self.device)
 
 

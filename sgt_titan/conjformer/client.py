@@ -55,7 +55,9 @@ class Client:
             found = {name: tensor.to(dtype) for name, tensor in tensors.items()}
             embed_VD, gain_D = found["embed"], found["gain"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            raise UserError(f"{path}: not a client's directory; give the one that `sgt-titan conjform` wrote") from None
+            raise UserError(
+                f"{path}: not a client's directory; give the one that `sgt-titan conjformer convert` wrote"
+            ) from None
         return cls(
             embed_VD=embed_VD,
             head_VD=found.get("head", embed_VD),

@@ -1,4 +1,4 @@
-"""``sgt-titan conjform``: a checkpoint into a secretly rotated basis, or into scalar norms for fine-tuning."""
+"""``sgt-titan conjformer convert``: a checkpoint into a secretly rotated basis, or scalar norms for fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def parser() -> argparse.ArgumentParser:
     """The options; imports nothing heavy."""
     found = Parser(
-        prog="sgt-titan conjform",
+        prog="sgt-titan conjformer convert",
         description="Write a checkpoint in a secretly rotated basis: OUT is for the server, --secret and --client for "
         "the client. The server answers inputs_embeds with a rotated output and never sees a token.",
         epilog="docs/CONJFORMER.md says what this protects against and what it does not: against a server that knows "

@@ -224,8 +224,8 @@ class Conversion:
         """Every tensor has a rule and every rule its tensor, before anything is written."""
         family, s = self.family, self.sizes
         expected = {self._embed: (s.vocab, s.width), f"{family.prefix}{family.final_norm}.weight": (s.width,)}
-        for layer in range(s.layers):
-            start = f"{family.prefix}{family.layer.format(layer)}"
+        for index in range(s.layers):
+            start = f"{family.prefix}{family.layer.format(index)}"
             for module, rule in family.linears.items():
                 width = {"residual": s.width, "heads": s.heads * s.head, "unit": s.units}[rule.reads]
                 shape = (sum(self._widths(rule)), width)

@@ -1,4 +1,4 @@
-"""``sgt-titan conjserve`` and ``sgt-titan conjgenerate``: a rotated trunk served, and its client."""
+"""``sgt-titan conjformer serve`` and ``sgt-titan conjformer generate``: a rotated trunk served, and its client."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def serve(argv: Sequence[str] | None = None) -> int:
         UserError: no such directory, not a rotated checkpoint, or the port is taken.
     """
     parser = Parser(
-        prog="sgt-titan conjserve",
+        prog="sgt-titan conjformer serve",
         description="Serve a rotated checkpoint over HTTP, in plain transformers: for trying out, not for load.",
         allow_abbrev=False,
     )
-    parser.add_argument("server", metavar="SERVER", type=Path, help="OUT of `sgt-titan conjform`")
+    parser.add_argument("server", metavar="SERVER", type=Path, help="OUT of `sgt-titan conjformer convert`")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine only; there is no authentication")
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--dtype", choices=_TYPES, default="float32", help="to compute in (default float32)")
     arguments = parser.parse_args(argv)
     if not (arguments.server / "config.json").is_file():
-        raise UserError(f"{arguments.server}: no config.json; give OUT of `sgt-titan conjform`")
+        raise UserError(f"{arguments.server}: no config.json; give OUT of `sgt-titan conjformer convert`")
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -43,13 +43,14 @@ def serve(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{arguments.server}: cannot be loaded ({type(error).__name__}); convert again") from None
     if model.config.vocab_size != model.config.hidden_size:
-        raise UserError(f"{arguments.server}: is not a rotated checkpoint; give OUT of `sgt-titan conjform`")
+        raise UserError(f"{arguments.server}: is not a rotated checkpoint; give OUT of `sgt-titan conjformer convert`")
     try:
         server = make_server(model, arguments.host, arguments.port)
     except (OSError, OverflowError) as error:
         where = f"--host {arguments.host} --port {arguments.port}"
         raise UserError(f"{where}: cannot listen there ({getattr(error, 'strerror', error)})") from None
-    print(f"http://{server.server_address[0]}:{server.server_address[1]}", flush=True)
+    host, port = server.socket.getsockname()[:2]
+    print(f"http://{host}:{port}", flush=True)
     with server:
         server.serve_forever()
     return 0
@@ -62,11 +63,11 @@ def generate(argv: Sequence[str] | None = None) -> int:
         UserError: files that are no client's, an unreadable secret, a server that does not answer.
     """
     parser = Parser(
-        prog="sgt-titan conjgenerate",
+        prog="sgt-titan conjformer generate",
         description="Read a prompt from standard input and write the answer of a served rotated trunk.",
         allow_abbrev=False,
     )
-    parser.add_argument("client", metavar="CLIENT", type=Path, help="the client's directory of `sgt-titan conjform`")
+    parser.add_argument("client", metavar="CLIENT", type=Path, help="what `conjformer convert` wrote for the client")
     parser.add_argument("--secret", metavar="FILE", type=Path, required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8100")
     parser.add_argument("--wire", choices=_TYPES, default="float32", help="type of the vectors sent (default float32)")

@@ -72,8 +72,7 @@ def write_server(
         if len(shards) > 1:
             _write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
         _write_json(work / "config.json", conversion.server_config())
-        if conversion.basis is None:
-            copy_accompanying(conversion.files.path, work)
+        copy_accompanying(conversion.files.path, work, tokenizer=conversion.basis is None)
 
 
 def plan_shards(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]:

@@ -36,7 +36,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sgt_titan.config import schema
+from sgt_titan.config import resolve, schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.marks import MarkError
 from sgt_titan.data.mixture import Part, parts
@@ -243,11 +243,8 @@ def split(hashes: np.ndarray, validation_samples: int, own: int = 0) -> tuple[np
 
 
 def cache_dir(config: schema.Config) -> Path:
-    """Where the caches of a configuration live."""
-    if config.data.cache_dir:
-        return Path(expand(config.data.cache_dir, "data.cache_dir"))
-    output = config.run.output_dir or os.path.join("outputs", config.run.name)
-    return Path(os.path.normpath(expand(output, "run.output_dir"))).parent / ".cache" / "data"
+    """Where the caches of a configuration live, resolved or not."""
+    return Path(resolve.cache_dir(config))
 
 
 def fingerprint(found: list[Part], tokenizer_dir: str) -> str:

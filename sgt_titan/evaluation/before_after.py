@@ -10,7 +10,7 @@ from sgt_titan.arguments import Parser
 from sgt_titan.config.door import split_words
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import zero_argument
+from sgt_titan.evaluation.options import zero_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:

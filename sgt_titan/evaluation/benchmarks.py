@@ -19,11 +19,10 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
@@ -265,8 +264,7 @@ def _run_ifeval(model: Any, docs: list[Doc]) -> tuple[list[float], float, str]:
     installed, and counted."""
     from types import SimpleNamespace
 
-    # Local copies need no network; the harness prints that it has downloaded what it has not.
-    with mock.patch("nltk.download", lambda *args, **kwargs: False), contextlib.redirect_stdout(io.StringIO()):
+    with _no_downloads(), contextlib.redirect_stdout(io.StringIO()):
         from lm_eval.tasks.ifeval import utils
 
         options = {"until": [], "max_gen_toks": IFEVAL_TOKENS}
@@ -280,6 +278,19 @@ def _run_ifeval(model: Any, docs: list[Doc]) -> tuple[list[float], float, str]:
                 left_out += 1
     note = f"{left_out} prompts left out: their check needs nltk's punkt_tab" if left_out else ""
     return scores, 0.0, note
+
+
+@contextlib.contextmanager
+def _no_downloads() -> Iterator[None]:
+    """The harness asks nltk for its data when imported, and prints that it has them; local copies need no network."""
+    import nltk
+
+    download = nltk.download
+    nltk.download = lambda *args, **kwargs: False
+    try:
+        yield
+    finally:
+        nltk.download = download
 
 
 def _shuffled(docs: list[Doc], seed: int) -> list[Doc]:

@@ -19,8 +19,8 @@ from sgt_titan.arguments import Parser, check_seed, http_url
 from sgt_titan.config.door import split_words
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.options import check_zero, zero_argument
 
-ZERO_STEPS = 600
 FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
 
 
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--judge-model", metavar="NAME", help="model of the judge (key: OPENAI_API_KEY)")
     found.add_argument(
         "--rotated", metavar="SERVER,CLIENT,SECRET",
-        help="what `sgt-titan conjform TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
+        help="what `sgt-titan conjformer convert TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
     )  # fmt: skip
     zero_argument(found)
     found.add_argument("--minutes", type=float, help="refuse to start what would take longer than this")
@@ -162,23 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def zero_argument(found: argparse.ArgumentParser) -> None:
-    """--zero-steps, of every command that says what is kept."""
-    found.add_argument(
-        "--zero-steps",
-        type=int,
-        metavar="N",
-        default=ZERO_STEPS,
-        help=f"fit the constant prompt that `kept` counts from for at most N steps (default {ZERO_STEPS}), once for a "
-        "trunk and its data; fewer make `kept` kinder",
-    )
-
-
-def check_zero(steps: int) -> None:
-    if steps < 1:
-        raise UserError(f"--zero-steps must be at least 1, got {steps}")
-
-
 def checked(arguments: argparse.Namespace) -> None:
     """What can be said before anything is imported."""
     if arguments.rows is not None and arguments.rows < 2:
@@ -197,7 +180,9 @@ def checked(arguments: argparse.Namespace) -> None:
         # Not repeated: what stands before an @ is a secret, and results.json holds the command.
         raise UserError("--judge: give http://HOST/v1 or https://HOST/v1; a key goes into OPENAI_API_KEY")
     if arguments.rotated and len(arguments.rotated.split(",")) != 3:
-        raise UserError("--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjform`")
+        raise UserError(
+            "--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjformer convert`"
+        )
     if arguments.benchmark_dir and not arguments.benchmarks:
         raise UserError("--benchmark-dir without --benchmarks: say which, or `paper` for the eight")
     if arguments.benchmark_dir and not Path(arguments.benchmark_dir).is_dir():

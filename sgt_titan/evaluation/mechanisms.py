@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sgt_titan.evaluation.samples import Padded, Sample
@@ -52,6 +53,24 @@ class Rotation:
     answer: Any
 
 
+class Written(NamedTuple):
+    """A row with other text in it, at its true length. first_N, last_N: per scored token of the original, the tokens
+    ``first..last-1`` of ``row`` that stand for it and, where it begins a value, for the rest of that value; first is -1
+    at the rest, which is put back together with the beginning."""
+
+    row: Sample
+    first_N: np.ndarray
+    last_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class Respelt:
+    """Of a mechanism whose rows change their length: how a row is written, and what is done to it then."""
+
+    written: Callable[[Sample], Written]
+    before: Mechanism
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """``obfuscate(batch, x_BTD, random)``: embeddings of a batch, obfuscated where ``batch.obfuscate_BT``.
@@ -59,7 +78,8 @@ class Mechanism:
     transform: the SGT, where it is one. rotation: where what is sent is in a secret basis (rotated.py). std: of a
     constant noise, embedding units; 0 where there is none. denoises: a denoiser stands between z and what is sent.
     rewrite: other tokens in place of a batch's own, before anything (surrogates.py); restore: the tokens of an answer
-    to a prompt that was rewritten, with the values put back. facts: what else a report states about it, by name.
+    to a prompt that was rewritten, with the values put back; respelt: where that changes a row's length, the utility is
+    of those rows. facts: what else a report states about it, by name.
     """
 
     name: str
@@ -71,6 +91,7 @@ class Mechanism:
     denoises: bool = False
     rewrite: Callable[[Padded], Padded] | None = field(default=None, repr=False)
     restore: Callable[[Sample, Sequence[int]], list[int]] | None = field(default=None, repr=False)
+    respelt: Respelt | None = field(default=None, repr=False)
     facts: dict[str, float] = field(default_factory=dict)
 
 

@@ -6,18 +6,25 @@ PII-Ratio beside p*, the same attacker's where the values were taken out: a gues
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import hashlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import check_zero, zero_argument
+from sgt_titan.evaluation.options import check_zero, zero_argument
+
+if TYPE_CHECKING:  # torch is only for --trunk
+    from sgt_titan.evaluation.mechanisms import Mechanism
+    from sgt_titan.evaluation.parts import Parts
+    from sgt_titan.evaluation.setting import Setting
 
 ATTACKS = ("nearest_l2", "known_plaintext", "sequence")
 GENERATED = 64  # tokens of an answer
@@ -129,15 +136,15 @@ def _mechanisms(
     nobody: Any,
     results: dict[str, Any],
 ) -> None:
-    """One after the other into ``results``, written as they come: a mechanism takes minutes."""
-    import torch
+    """One after the other into ``results``, written as they come: a mechanism takes minutes. Run again, it goes on."""
     from transformers.utils.logging import disable_progress_bar
 
-    from sgt_titan.evaluation import runner, utility
+    from sgt_titan.evaluation import runner
     from sgt_titan.evaluation.attacks import ATTACKS as KNOWN
     from sgt_titan.evaluation.mechanisms import constant_noise, learned, nothing, redaction
+    from sgt_titan.evaluation.parts import open_parts
     from sgt_titan.evaluation.samples import check_fit, data_config
-    from sgt_titan.evaluation.setting import load_setting
+    from sgt_titan.evaluation.setting import fingerprint_export, load_setting
     from sgt_titan.evaluation.surrogates import Substitution, surrogates
     from sgt_titan.transform import load_export
 
@@ -154,6 +161,18 @@ def _mechanisms(
     for name, directory in exports.items():
         transforms[name] = load_export(directory).to(setting.device).eval()
         check_fit(transforms[name], config.trunk.path, directory)
+    identity = {
+        "trunk": setting.trunk_fingerprint,
+        "data": setting.data_fingerprint,
+        "finders": arguments.finders,
+        "own": hashlib.sha256(Path(arguments.own).read_bytes()).hexdigest() if arguments.own else "",
+        "rows": len(setting.rows),
+        "corpus": len(setting.corpus),
+        "suite": arguments.suite,
+        "zero_steps": arguments.zero_steps,
+        "seed": arguments.seed,
+    }
+    parts = open_parts(arguments.out, identity)
     table_VD = setting.trunk.get_input_embeddings().weight.detach().float()
     mark = runner.placeholder(setting.tokenizer)
     scale = setting.transform.config.scale
@@ -161,41 +180,81 @@ def _mechanisms(
     def found(**kwargs: Any) -> Substitution:
         return Substitution(setting.tokenizer, private, **kwargs)
 
-    def known() -> Substitution:
-        return Substitution(setting.tokenizer, nobody, told=[*setting.rows, *setting.corpus])
+    def known(**kwargs: Any) -> Substitution:
+        return Substitution(setting.tokenizer, nobody, told=[*setting.rows, *setting.corpus], **kwargs)
 
-    before = {"surrogates": "surrogates for what is found", "marked": "surrogates for what is marked"}
+    def behind(sgt: Mechanism, name: str, title: str, substitution: Substitution) -> Mechanism:
+        return surrogates(substitution, table_VD, sgt, name, title)
+
+    clear = nothing()
     listed = [
-        nothing(),
+        clear,
         redaction(table_VD[mark]),
-        surrogates(found(placeholder=mark), table_VD, nothing(), "redaction_found", "redaction of what is found"),
+        behind(clear, "redaction_found", "redaction of what is found", found(placeholder=mark)),
+        behind(clear, "placeholders", "placeholders for what is found", found(labels=True)),
+        behind(clear, "placeholders_marked", "placeholders for what is marked", known(labels=True)),
         constant_noise(scale, "noise", "constant noise, 1 table std"),
-        surrogates(found(), table_VD, nothing(), "surrogates", before["surrogates"]),
-        surrogates(known(), table_VD, nothing(), "marked", before["marked"]),
+        behind(clear, "surrogates", "surrogates for what is found", found()),
+        behind(clear, "marked", "surrogates for what is marked", known()),
     ]
+    made_of = dict.fromkeys((mechanism.name for mechanism in listed), "")  # an export may be added, or be another one
     for name, transform in transforms.items():
-        sgt = learned(transform)
-        sgt = type(sgt)(**{**sgt.__dict__, "name": name, "title": name})
-        listed.append(sgt)
-        listed.append(surrogates(found(), table_VD, sgt, f"surrogates+{name}", f"surrogates (found), then {name}"))
-        listed.append(surrogates(known(), table_VD, sgt, f"marked+{name}", f"surrogates (marked), then {name}"))
-    reference = setting.reference
+        sgt = dataclasses.replace(learned(transform), name=name, title=name)
+        three = [
+            sgt,
+            behind(sgt, f"surrogates+{name}", f"surrogates (found), then {name}", found()),
+            behind(sgt, f"marked+{name}", f"surrogates (marked), then {name}", known()),
+        ]
+        listed += three
+        made_of |= dict.fromkeys((one.name for one in three), f"@{fingerprint_export(exports[name])[:12]}")
     for mechanism in listed:
-        started = time.monotonic()
-        random = torch.Generator(device=setting.device).manual_seed(arguments.seed)
-        entry: dict[str, Any] = {"title": mechanism.title}
-        entry["utility"] = utility.measure_utility(
-            setting.trunk, setting.full_batches, setting.rows, mechanism, random, reference=reference
-        )
-        entry["answers"] = _answers(setting, mechanism, random)
-        entry["attacks"] = {name: _attack(setting, mechanism, KNOWN[name], arguments) for name in chosen}
-        results["mechanisms"][mechanism.name] = entry
-        _say(f"{mechanism.title}: {time.monotonic() - started:.0f} s")
+        key = mechanism.name + made_of[mechanism.name]
+        results["mechanisms"][mechanism.name] = _measured(setting, mechanism, key, chosen, arguments, parts)
         if "redaction" in results["mechanisms"]:  # where p* comes from
             _write(arguments.out, results)
 
 
-def _attack(setting: Any, mechanism: Any, attack: Any, arguments: Any) -> dict[str, Any]:
+def _measured(
+    setting: Setting, mechanism: Mechanism, key: str, attacks: Sequence[str], arguments: Any, parts: Parts
+) -> dict[str, Any]:
+    """What a mechanism costs and what each attack reads: the parts that are there already, and the others now."""
+    import torch
+
+    from sgt_titan.evaluation import utility
+    from sgt_titan.evaluation.attacks import ATTACKS as KNOWN
+
+    random = torch.Generator(device=setting.device)
+
+    def spent() -> dict[str, Any]:
+        random.manual_seed(arguments.seed)
+        return utility.measure_utility(
+            setting.trunk, setting.full_batches, setting.rows, mechanism, random, reference=setting.reference
+        )
+
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        "utility": spent,
+        "answers": lambda: _answers(setting, mechanism, random.manual_seed(arguments.seed)),
+        **{
+            f"attacks/{name}": lambda name=name: _attack(setting, mechanism, KNOWN[name], arguments) for name in attacks
+        },
+    }
+    found = {}
+    for name, job in jobs.items():
+        started = time.monotonic()
+        if (part := parts.get(f"{key}/{name}")) is None:
+            part = job()
+            parts.put(f"{key}/{name}", part)
+            _say(f"{mechanism.title}: {name}, {time.monotonic() - started:.0f} s")
+        found[name] = part
+    return {
+        "title": mechanism.title,
+        "utility": found["utility"],
+        "answers": found["answers"],
+        "attacks": {name: found[f"attacks/{name}"] for name in attacks},
+    }
+
+
+def _attack(setting: Setting, mechanism: Mechanism, attack: Any, arguments: Any) -> dict[str, Any]:
     """What an attacker reads of the values: PII-Ratio of his text, and top-1 on their tokens."""
     from sgt_titan.evaluation import pii, recovery
     from sgt_titan.evaluation.world import World
@@ -220,7 +279,7 @@ def _attack(setting: Any, mechanism: Any, attack: Any, arguments: Any) -> dict[s
     }
 
 
-def _answers(setting: Any, mechanism: Any, random: Any) -> dict[str, Any]:
+def _answers(setting: Setting, mechanism: Mechanism, random: Any) -> dict[str, Any]:
     """Greedy answers, judged by the prompt's values that the true response repeats: how many stand in them."""
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""A mechanism in a secret basis: what a client of ``sgt-titan conjform`` sends, alone or around an SGT.
+"""A mechanism in a secret basis: what a client of ``sgt-titan conjformer convert`` sends, alone or around an SGT.
 
 Legend: B rows, T tokens, D width, V vocabulary.
 """

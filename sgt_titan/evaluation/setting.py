@@ -18,7 +18,7 @@ from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import ZERO_STEPS
+from sgt_titan.evaluation.options import ZERO_STEPS
 from sgt_titan.evaluation.samples import (
     Padded,
     Sample,

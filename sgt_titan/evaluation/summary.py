@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 from sgt_titan.arguments import check_seed
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import ZERO_STEPS, check_zero
 from sgt_titan.evaluation.mechanisms import constant_noise, learned, nothing
+from sgt_titan.evaluation.options import ZERO_STEPS, check_zero
 from sgt_titan.evaluation.privacy import Leakage, leakage, statistics
 from sgt_titan.evaluation.samples import Sample, generator, padded
 from sgt_titan.evaluation.setting import load_setting

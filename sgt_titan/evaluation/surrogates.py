@@ -7,6 +7,9 @@ chosen that has as many tokens as its value; where none is found it is cut or it
 The answer is measured after restoring: at a token of a value, the probabilities of that token and of the surrogate's
 are exchanged, which is what putting values back does to an answer.
 
+Placeholders such as ``[NAME_1]`` are what others put there. No trunk writes one in as many tokens as a value has: their
+utility and answers are of rows at their true length (``Respelt``), what attackers see is cut as above.
+
 Legend: B batch, T sequence, D width, V vocabulary, N scored tokens flat.
 """
 
@@ -20,10 +23,12 @@ import numpy as np
 import torch
 
 from sgt_titan.data.marks import offsets
-from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
+from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated, Respelt, Written
 from sgt_titan.evaluation.samples import Padded, Sample
 from sgt_titan.private import Conversation, Private, Replaced, Span
+from sgt_titan.private.restore import Literal, restore
 from sgt_titan.private.spans import settle
+from sgt_titan.private.surrogates import folded
 from sgt_titan.transform.prompts import special_ids
 
 # The demo corpus' kinds -> ours. PUPA names none.
@@ -37,16 +42,19 @@ class Substitution:
 
     private: what is looked for. told: rows whose marked values the application marks itself; nothing else is known of
     others. placeholder: a token for every token of a value, instead of surrogates (redaction of what was found).
+    labels: ``[NAME_1]`` and so on instead of surrogates, a number for every value.
     """
 
     tokenizer: Any = field(repr=False)
     private: Private = field(repr=False)
     told: Sequence[Sample] = field(default=(), repr=False)
     placeholder: int | None = None
+    labels: bool = False
     replaced: int = 0
     unfit: int = 0
     _known: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
     _talks: dict[bytes, Conversation] = field(default_factory=dict, repr=False)
+    _said: dict[bytes, dict[str, Literal]] = field(default_factory=dict, repr=False)  # labels, and their values
 
     def __post_init__(self) -> None:
         self._special = special_ids(self.tokenizer)
@@ -76,11 +84,39 @@ class Substitution:
         if self.placeholder is not None or not answer:
             return list(answer)
         self.row(prompt.ids, len(prompt.ids))
-        talk = self._talks[_key(prompt.ids)]
-        text = talk.restorer().feed(self.tokenizer.decode(answer), last=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        key, text = _key(prompt.ids), self.tokenizer.decode(answer)
+        back = restore(text, self._said[key])[0] if self.labels else self._talks[key].restorer().feed(text, last=True)
+        return self.tokenizer(back, add_special_tokens=False)["input_ids"]
+
+    def written(self, row: Sample) -> Written:
+        """The row at its true length: what replaces a value has as many tokens as it has."""
+        prompt, target = len(row.prompt().ids), np.flatnonzero(row.target)
+        ids, obfuscate, scored, first, done = [], [], [], np.arange(len(row.ids)), 0
+        last = first + 1
+        for start, stop, text in [*self._pieces(row.ids, prompt), (len(row.ids), len(row.ids), "")]:
+            first[done:start] += len(ids) - done
+            last[done:start] = first[done:start] + 1
+            for kept, old in ((ids, row.ids), (obfuscate, row.obfuscate), (scored, row.target)):
+                kept += old[done:start].tolist()
+            if start < stop:
+                new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                first[start], last[start] = len(ids), len(ids) + len(new)
+                first[start + 1 : stop] = -1
+                ids += new
+                obfuscate += [bool(row.obfuscate[start])] * len(new)
+                scored += [bool(row.target[start])] * len(new)
+            done = stop
+        new_row = Sample(np.array(ids, dtype=np.int64), np.array(obfuscate), np.array(scored))
+        return Written(new_row, first[target], last[target])
 
     def _substituted(self, ids: np.ndarray, prompt: int) -> np.ndarray:
+        out = ids.astype(np.int64).copy()
+        for start, stop, text in self._pieces(ids, prompt):
+            self._write(out[start:stop], text)
+        return out
+
+    def _pieces(self, ids: np.ndarray, prompt: int) -> list[tuple[int, int, str]]:
+        """Tokens ``start..stop-1`` that carry values, and the text that stands for all of them."""
         runs = list(self._runs(ids, prompt))
         parts = [offsets(self.tokenizer, ids[first:last].tolist()) for first, last in runs]
         texts = [text for text, _, _ in parts]
@@ -88,14 +124,30 @@ class Substitution:
         asked = [i for i, (first, _) in enumerate(runs) if first < prompt]
         name = self.private.name_of([texts[i] for i in asked], marks)
         talk = self.private.conversation(name)
-        talk.accept = self._fits
+        talk.accept = None if self.labels else self._fits
         hidden = talk.hide(texts, marks)
-        self._talks[_key(ids)] = talk
-        out = ids.astype(np.int64).copy()
+        key, found = _key(ids), []
+        self._talks[key], self._said[key] = talk, {}
+        numbers: dict[tuple[str, str], str] = {}
         for (first, _), (text, starts, ends), result in zip(runs, parts, hidden, strict=True):
             for start, stop, pieces in _by_token(result.replaced, starts, ends):
-                self._write(out[first + start : first + stop], text, starts[start], ends[stop - 1], pieces)
-        return out
+                out, done = [], int(starts[start])
+                for piece in pieces:
+                    new = self._label(piece, numbers, key) if self.labels else piece.surrogate
+                    out += [text[done : piece.span.start], new]
+                    done = piece.span.stop
+                found.append((first + start, first + stop, "".join([*out, text[done : int(ends[stop - 1])]])))
+        return found
+
+    def _label(self, piece: Replaced, numbers: dict[tuple[str, str], str], key: bytes) -> str:
+        """A part of a value that has a label (Ada of Ada Lovelace) has the same; it comes back as the whole."""
+        kind, value = piece.span.kind, folded(piece.value)
+        known = (label for (k, v), label in numbers.items() if k == kind and f" {value} " in f" {v} ")
+        if (label := next(known, None)) is None:
+            number = 1 + sum(k == kind for k, _ in numbers)
+            label = numbers[kind, value] = f"[{kind.upper()}_{number}]"
+            self._said[key][label] = Literal(piece.value, kind)
+        return label
 
     def _runs(self, ids: np.ndarray, prompt: int) -> Iterator[tuple[int, int]]:
         """Contents: no special token inside, the prompt apart from the response."""
@@ -128,17 +180,13 @@ class Substitution:
             self._lengths[text] = len(self.tokenizer(" " + text, add_special_tokens=False)["input_ids"])
         return self._lengths[text]
 
-    def _write(self, ids: np.ndarray, text: str, start: int, stop: int, pieces: Sequence[Replaced]) -> None:
-        """The tokens of characters ``start..stop-1`` with their values replaced, over ``ids`` (a view)."""
+    def _write(self, ids: np.ndarray, text: str) -> None:
+        """The tokens of ``text`` over ``ids`` (a view), cut or lengthened."""
         self.replaced += 1
         if self.placeholder is not None:
             ids[:] = self.placeholder
             return
-        out, done = [], start
-        for piece in pieces:
-            out += [text[done : piece.span.start], piece.surrogate]
-            done = piece.span.stop
-        new = self.tokenizer("".join([*out, text[done:stop]]), add_special_tokens=False)["input_ids"]
+        new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         self.unfit += len(new) != len(ids)
         new = [*new, *[new[-1]] * len(ids)][: len(ids)] if new else ids.tolist()
         ids[:] = new
@@ -162,6 +210,7 @@ def surrogates(
         denoises=before.denoises,
         rewrite=substitution,
         restore=substitution.restored if substitution.placeholder is None else None,
+        respelt=Respelt(substitution.written, before) if substitution.labels else None,
     )
 
 

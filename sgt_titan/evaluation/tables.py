@@ -18,8 +18,9 @@ from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.load import dump, load, parse_overrides
 from sgt_titan.config.schema import PRESETS
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import benchmark_names, check_zero, zero_argument
+from sgt_titan.evaluation.evaluate import benchmark_names
 from sgt_titan.evaluation.grid import Execute, Step, command, execute, objective, shared_cache, training
+from sgt_titan.evaluation.options import check_zero, zero_argument
 from sgt_titan.evaluation.parts import write
 from sgt_titan.folders import writable
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sgt_titan.evaluation.mechanisms import Mechanism, nothing
+from sgt_titan.evaluation.mechanisms import Mechanism, Respelt, nothing
 from sgt_titan.evaluation.samples import Padded, Sample, padded
 from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
 from sgt_titan.objectives.utility import soft_cross_entropy
@@ -38,6 +38,9 @@ def measured(
     """Utility of the rows as the mechanism sends them, to the rotated trunk where they are rotated."""
     server, parts = mechanism.rotation.answer if mechanism.rotation else trunk, []
     for batch in batches:
+        if mechanism.respelt is not None:
+            parts.append(compare(trunk, batch, respelt_logits(trunk, batch, mechanism.respelt, random)))
+            continue
         sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)
         logits_NV = response_logits(server, batch, sent.x_tilde_BTD)
         if mechanism.rewrite is not None and mechanism.restore is not None:  # values are put back
@@ -96,6 +99,41 @@ def exchanged(logits_NV: torch.Tensor, true_N: torch.Tensor, seen_N: torch.Tenso
     out_NV, at_N = logits_NV.clone(), torch.arange(len(logits_NV), device=logits_NV.device)
     out_NV[at_N, true_N], out_NV[at_N, seen_N] = logits_NV[at_N, seen_N], logits_NV[at_N, true_N]
     return out_NV
+
+
+def respelt_logits(trunk: PreTrainedModel, batch: Padded, respelt: Respelt, random: torch.Generator) -> torch.Tensor:
+    """Logits (N, V) of the batch's targets where its rows are sent with other text, at another length.
+
+    A value's first token gets the probability that the whole of what stands for it comes; its other tokens come with it
+    when it is put back, and are counted as those of the clean prompt.
+    """
+    embed, found = trunk.get_input_embeddings(), []
+    clean_NV = response_logits(trunk, batch, embed(batch.tokens_BT))
+    for b in range(len(batch.tokens_BT)):
+        length = int(batch.valid_BT[b].sum())
+        parts = (part[b, :length].cpu().numpy() for part in (batch.tokens_BT, batch.obfuscate_BT, batch.target_BT))
+        row = Sample(*parts)
+        written = respelt.written(row)
+        new = padded([written.row], 0, trunk.device)
+        sent = respelt.before.obfuscate(new, embed(new.tokens_BT), random)
+        logits_TV = trunk(inputs_embeds=sent.x_tilde_BTD.to(trunk.dtype), use_cache=False).logits[0].float()
+        logp_TV, ids_T, true = logits_TV.log_softmax(-1), new.tokens_BT[0], row.ids[row.target]
+        for first, last, token in zip(written.first_N, written.last_N, true, strict=True):
+            if first < 0:
+                found.append(clean_NV[len(found)])
+                continue
+            logp_1V = exchanged(logp_TV[first - 1][None], torch.tensor([token]), ids_T[first][None])
+            rest = sum(logp_TV[t - 1, ids_T[t]] for t in range(first + 1, last))
+            found.append(scaled(logp_1V[0], int(token), rest) if last > first + 1 else logp_1V[0])
+    return torch.stack(found) if found else clean_NV
+
+
+def scaled(logp_V: torch.Tensor, token: int, by: torch.Tensor) -> torch.Tensor:
+    """Log probabilities with that of one token times ``exp(by)``; the others share what it loses."""
+    before, after = (torch.clamp(logp, max=-1e-6) for logp in (logp_V[token], logp_V[token] + by))
+    out_V = logp_V + torch.log(-torch.expm1(after)) - torch.log(-torch.expm1(before))
+    out_V[token] = after
+    return out_V
 
 
 def compare(trunk: PreTrainedModel, batch: Padded, student_NV: torch.Tensor) -> Utility:
@@ -225,8 +263,9 @@ def greedy(
     trunk: PreTrainedModel, prompt: Sample, mechanism: Mechanism, random: torch.Generator, tokens: int = GREEDY_TOKENS
 ) -> list[int]:
     """The greedy answer to one prompt as the mechanism sends it, up to and without the end token."""
-    batch = padded([prompt], 0, trunk.device)
-    x_tilde_BTD = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random).x_tilde_BTD
+    sent, door = (prompt, mechanism) if (r := mechanism.respelt) is None else (r.written(prompt).row, r.before)
+    batch = padded([sent], 0, trunk.device)
+    x_tilde_BTD = door.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random).x_tilde_BTD
     ends = trunk.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     out = trunk.generate(

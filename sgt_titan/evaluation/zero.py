@@ -37,8 +37,8 @@ from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import cache_dir, prepare
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.evaluate import ZERO_STEPS, check_zero, zero_argument
 from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
+from sgt_titan.evaluation.options import ZERO_STEPS, check_zero, zero_argument
 from sgt_titan.evaluation.samples import (
     Padded,
     Sample,

@@ -102,7 +102,12 @@ def distil(
 
     Raises ValueError if shapes do not match or ``chunk`` is negative.
     """
-    teacher = tuple(teacher_ND.shape) if targets is None else (targets.tail_N.shape[0], student_ND.shape[-1])
+    if teacher_ND is not None:
+        teacher, streams_SND = tuple(teacher_ND.shape), [student_ND, teacher_ND]
+    elif targets is not None:
+        teacher, streams_SND = (targets.tail_N.shape[0], student_ND.shape[-1]), [student_ND]
+    else:
+        raise ValueError("neither the teacher's hidden states nor its stored distributions are given")
     if student_ND.ndim != 2 or student_ND.shape != teacher or student_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"student and teacher must both be (N, D) and the weight (V, D), got {tuple(student_ND.shape)}, "
@@ -115,26 +120,26 @@ def distil(
     dtype = torch.promote_types(student_ND.dtype, torch.float32)
     cross_entropy_N, entropy_N = (torch.empty(tokens, dtype=dtype, device=student_ND.device) for _ in range(2))
     agree_N = torch.empty(tokens, dtype=torch.bool, device=student_ND.device)
-    gradient_ND = torch.empty_like(student_ND) if want_gradient else None
     kept: list[Targets] = []
     # Both streams in one product, written where the chunk before was: fresh pages cost a CPU a fifth of the product.
-    streams_SND = [student_ND] if teacher_ND is None else [student_ND, teacher_ND]
     logits_XV = student_ND.new_empty(len(streams_SND) * chunk, vocabulary)
-    difference_CV = student_ND.new_empty(chunk, vocabulary) if want_gradient else None
+    gradient_ND, difference_CV = None, None
+    if want_gradient:
+        gradient_ND, difference_CV = torch.empty_like(student_ND), student_ND.new_empty(chunk, vocabulary)
     for start in range(0, tokens, chunk):
         size = min(chunk, tokens - start)
         part = slice(start, start + size)
         hidden_XD = torch.cat([stream_ND[part] for stream_ND in streams_SND])
         student_CV, *teacher_CV = torch.mm(hidden_XD, weight_VD.T, out=logits_XV[: len(hidden_XD)]).split(size)
-        into_CV = difference_CV[:size] if want_gradient else None
+        into_CV = None if difference_CV is None else difference_CV[:size]
         if targets is None:
             found = kernels.asked(student_CV, *teacher_CV, group, vocab_start, into_CV, finite=True)
             if keep:
-                kept.append(top_k(*teacher_CV, keep, group=group, vocab_start=vocab_start))
+                kept.append(top_k(teacher_CV[0], keep, group=group, vocab_start=vocab_start))
         else:
             found = kernels.stored(student_CV, targets.part(part), group, vocab_start, into_CV)
         cross_entropy_N[part], entropy_N[part], agree_N[part] = found
-        if gradient_ND is not None:
+        if gradient_ND is not None and into_CV is not None:
             torch.mm(into_CV, weight_VD, out=gradient_ND[part])
     stored = Targets(*map(torch.cat, zip(*kept, strict=True))) if kept else None
     return Distilled(cross_entropy_N, entropy_N, agree_N, gradient_ND, stored)

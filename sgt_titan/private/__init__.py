@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from sgt_titan.private.conversation import Conversation, Hidden, Replaced, Unit
 from sgt_titan.private.policy import Private, parse_marks
-from sgt_titan.private.restore import Literal, Restorer, restore, restore_json
+from sgt_titan.private.restore import Literal, Restorer, in_json, restore
 from sgt_titan.private.spans import Span
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Restorer",
     "Span",
     "Unit",
+    "in_json",
     "parse_marks",
     "restore",
-    "restore_json",
 ]

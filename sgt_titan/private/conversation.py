@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from sgt_titan.errors import UserError
-from sgt_titan.private import dates, surrogates, tables
+from sgt_titan.private import amounts, dates, surrogates, tables
 from sgt_titan.private.draws import Draw, key_check
 from sgt_titan.private.restore import Literal, Restorer
 from sgt_titan.private.spans import Finder, Span, alternation, bounded, check_marks, cover, find, plain, settle
@@ -76,6 +76,7 @@ class Conversation:
         self._seen = ""  # every text so far, folded
         self._digits = ""  # and its digits
         self._occurrences: dict[str, Literal] = {}
+        self._sums: list[tuple[str, tuple[str, ...]]] = []  # amounts that add up, as written: a total and its parts
         # A further wish of (value, surrogate), given up after half of the attempts. An answer that depends on more of
         # the value than is said in docs/PRIVATE_VALUES.md is the caller's to state.
         self.accept: Callable[[str, str], bool] | None = None
@@ -121,8 +122,36 @@ class Conversation:
 
     def _add(self, text: str, spans: Sequence[Span]) -> None:
         parts = [part for span in spans for part in _parts(text, span)]
-        for kind, piece, _ in sorted(parts, key=lambda part: (ORDER.get(part[0], 2), part[2])):
+        totals = self._find_sums([piece for kind, piece, _ in sorted(parts, key=lambda p: p[2]) if kind == "amount"])
+        for kind, piece, _ in sorted(
+            parts, key=lambda p: (ORDER.get(p[0], 2), p[0] == "amount" and p[1] in totals, p[2])
+        ):
             self._unit(kind, piece)
+
+    def _find_sums(self, new: Sequence[str]) -> set[str]:
+        """Note which amounts, of those known and the new ones, add up; returns the totals, which are drawn last."""
+        if not new:
+            return set()
+        known = [unit.value for (kind, _), unit in self._units.items() if kind == "amount"]
+        read = {text: amount for text in dict.fromkeys([*known, *new]) if (amount := amounts.read(text))}
+        texts = list(read)
+        self._sums = [
+            (texts[total], tuple(texts[part] for part in parts)) for total, parts in amounts.sums(list(read.values()))
+        ]
+        return {total for total, _ in self._sums}
+
+    def _summed(self, text: str, norm: str) -> str | None:
+        """The surrogate of an amount that makes a sum complete, if there is one that may be sent."""
+        known = {
+            unit.value: found.value
+            for (kind, _), unit in self._units.items()
+            if kind == "amount" and (found := amounts.read(unit.surrogate))
+        }
+        value = amounts.completed(text, self._sums, known)
+        if value is None:
+            return None
+        found = amounts.write(value, text)
+        return found if self._free("amount", folded(found), norm) and self._wanted(text, found, 0) else None
 
     def _unit(self, kind: str, text: str) -> Unit:
         norm = self._kinds[kind].norm(text)
@@ -137,6 +166,8 @@ class Conversation:
             surrogate = self._email(text)
         elif card is not None:
             surrogate = card.surrogate[-4:]
+        elif kind == "amount" and (summed := self._summed(text, norm)):
+            surrogate = summed
         else:
             surrogate = self._draw(kind, text, norm)
         unit = Unit(kind, norm, text, surrogate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sgt_titan.private.spans import alternation, bounded
@@ -108,29 +108,32 @@ def restore(
     return restorer.feed(text, last=True), restorer
 
 
-def restore_json(text: str, literals: Mapping[str, Literal]) -> str:
-    """A tool call's arguments. Values go into JSON strings as JSON writes them; text that is no JSON is text.
+def in_json(text: str, change: Callable[[str], str]) -> str:
+    """A text with ``change`` made in it; where it is a JSON object or list, as a tool call's arguments are, in each of
+    its strings and keys, so that what is put there is written as JSON writes it.
 
-    A number of the surrogates that the model writes as a JSON number becomes the value's number where it is one.
+    Numbers are changed as the text they are written as, and stay numbers where the result is one.
     """
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
-        return restore(text, literals)[0]
+        parsed = None
+    if not isinstance(parsed, dict | list):
+        return change(text)
 
     def walk(item: Any) -> Any:
         if isinstance(item, str):
-            return restore(item, literals)[0]
+            return in_json(item, change)
         if isinstance(item, list):
             return [walk(one) for one in item]
         if isinstance(item, dict):
-            return {walk(key): walk(value) for key, value in item.items()}
+            return {in_json(key, change): walk(value) for key, value in item.items()}
         if isinstance(item, int | float) and not isinstance(item, bool):
-            back = restore(repr(item), literals)[0]
+            said = change(repr(item))
             try:
-                return type(item)(back)
+                return type(item)(said)
             except ValueError:
-                return back
+                return said
         return item
 
     return json.dumps(walk(parsed), ensure_ascii=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -207,11 +207,11 @@ async def _answer(
 
 
 async def _events(
-    found: AsyncIterator[Piece],
+    found: AsyncGenerator[Piece, None],
     begun: list[Piece],
     renderer: Renderer | ResponsesRenderer,
     asked: ChatRequest | CompletionRequest,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     n = asked.n or 1
     answers: list[Answer] = []
     shown: dict[int, int] = {}

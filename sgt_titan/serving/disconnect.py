@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -52,7 +52,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, request: Request, events: AsyncIterator[bytes], patience_s: float, headers: dict[str, str]):
+    def __init__(
+        self, request: Request, events: AsyncGenerator[bytes, None], patience_s: float, headers: dict[str, str]
+    ):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._request, self._events, self._patience_s = request, events, patience_s

@@ -101,8 +101,8 @@ def _key(name: str, table: object, path: Path) -> Key:
         raise UserError(f"{where}: give either key or sha256, as text")
     if key is not None:
         identity = plain_keys([key], where)[0].digest
-    elif re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        identity = bytes.fromhex(sha256)
+    elif re.fullmatch("[0-9a-fA-F]{64}", str(sha256)):
+        identity = bytes.fromhex(str(sha256))
     else:
         raise UserError(f"{where}.sha256: must be 64 hexadecimal digits")
     limits = {}

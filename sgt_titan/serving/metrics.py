@@ -61,6 +61,6 @@ class Metrics:
     def put_back(self, choices: Iterable[ChoiceRestorer]) -> None:
         """Of answers that have ended."""
         for choice in choices:
-            for counter, counts in ((self.private_back, choice.text.restored), (self.private_left, choice.text.left)):
+            for counter, counts in ((self.private_back, choice.restored), (self.private_left, choice.left)):
                 for kind, count in counts.items():
                     counter.labels(kind).inc(count)

@@ -24,14 +24,15 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sgt_titan.arguments import Parser, http_url
 from sgt_titan.client.tool_calls import FORMATS
 from sgt_titan.errors import UserError
 
 BACKENDS = ("vllm", "sglang")
-WEIGHTS = ("stored", "float32", "bfloat16", "int8")
+Weights = Literal["stored", "float32", "bfloat16", "int8"]
+WEIGHTS = get_args(Weights)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -54,7 +55,7 @@ class ModelOptions:
     upstreams: tuple[UpstreamOptions, ...]
     name: str | None = None
     trunk: str | None = None
-    weights: str = "stored"
+    weights: Weights = "stored"
     tool_format: str | None = None
     reasoning: str | None = None
     results: str | None = None
@@ -200,7 +201,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
     tables = content.pop("models", None)
     values = {**DEFAULTS, **content, **given}
     if tables is None:
-        models = (_one(values),)
+        models: tuple[ModelOptions, ...] = (_one(values),)
     else:
         if given.keys() & {"export", "upstream"} or content.keys() & {"export", "upstream"}:
             raise UserError(f"{file}: has [[models]]; leave out EXPORT and --upstream")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
 import torch
 
-from sgt_titan.client.answer import Delta, UpstreamError
-from sgt_titan.serving.upstream import ASK_AGAIN_S, Described, Upstream
+from sgt_titan.client.answer import UpstreamError
+from sgt_titan.serving.upstream import ASK_AGAIN_S, Deltas, Described, Upstream
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Pool:
         rank = lambda m: (m is not_first, m.rests_until > now, max(m.rests_until - now, 0), m.busy)  # noqa: E731
         return sorted(self.members, key=rank)
 
-    async def stream(self, send: Callable[[Upstream], Awaitable[AsyncIterator[Delta]]]) -> AsyncIterator[Delta]:
+    async def stream(self, send: Callable[[Upstream], Awaitable[Deltas]]) -> Deltas:
         """The deltas of the first server whose answer begins. ``send``: asks one of them. Raises UpstreamError."""
         last: Member | None = None
         for attempt in range(self._retries + 1):

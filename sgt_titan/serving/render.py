@@ -29,7 +29,7 @@ class Renderer:
 
     def whole(self, answers: Sequence[Answer], logprobs: bool) -> dict[str, Any]:
         """The response of a request that does not stream."""
-        choices = []
+        choices: list[dict[str, Any]] = []
         for answer in answers:
             for choice in answer.choices:
                 listed = self._logprobs(choice.logprobs, 0) if logprobs else None

@@ -18,9 +18,11 @@ from sgt_titan.serving.errors import RequestError
 from sgt_titan.serving.render import usage
 
 # Of the request, under the same name in a chat.
-_SAME = ("model", "temperature", "top_p", "stream", "tool_choice", "parallel_tool_calls", "seed", "top_k", "min_p")
-_SAME += ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "truncation", "include")
-_SAME += ("background", "chat_template_kwargs", "stop", "private")
+_SAME = (
+    *("model", "temperature", "top_p", "stream", "tool_choice", "parallel_tool_calls", "seed", "top_k", "min_p"),
+    *("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "truncation", "include"),
+    *("background", "chat_template_kwargs", "stop", "private"),
+)
 _STATE = {
     "previous_response_id": "nothing is stored here; send the conversation in input",
     "conversation": "nothing is stored here; send the conversation in input",
@@ -162,15 +164,18 @@ class ResponsesRenderer:
         return f"event: {kind}\ndata: {text}\n\n".encode()
 
     def _text(self, kind: str, text: str) -> list[bytes]:
-        events = [] if self._open is not None and self._open["type"] == kind else [*self._close(), *self._begin(kind)]
-        item = self._open
+        events, item = [], self._open
+        if item is None or item["type"] != kind:
+            events += self._close()
+            item = _message("") if kind == "message" else _thought("")
+            events += self._begin(item)
         item["content"][0]["text"] += text
-        extra = {"logprobs": []} if kind == "message" else {}
+        extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         name = "output_text" if kind == "message" else "reasoning_text"
         return [*events, self._event(f"response.{name}.delta", **self._where(item), delta=text, **extra)]
 
-    def _begin(self, kind: str) -> list[bytes]:
-        item = self._open = _message("") if kind == "message" else _thought("")
+    def _begin(self, item: dict[str, Any]) -> list[bytes]:
+        self._open = item
         shown = {**item, "status": "in_progress", "content": []}
         at = len(self._items)
         return [
@@ -187,7 +192,7 @@ class ResponsesRenderer:
             return []
         part, where = item["content"][0], self._where(item)
         name = "output_text" if item["type"] == "message" else "reasoning_text"
-        extra = {"logprobs": []} if name == "output_text" else {}
+        extra: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
         events = [
             self._event(f"response.{name}.done", **where, text=part["text"], **extra),
             self._event("response.content_part.done", **where, part=part),

@@ -151,7 +151,7 @@ class _Request(BaseModel):
             raise RequestError("stop: at most 16 strings", param="stop")
         if not set(self.stop_token_ids or ()) <= special:
             raise RequestError(f"stop_token_ids: unsupported; {_REASONS['stop_token_ids']}", param="stop_token_ids")
-        named = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+        named: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
         named += ("repetition_penalty", "seed", "min_tokens", "ignore_eos", "skip_special_tokens")
         fields = {name: getattr(self, name) for name in named} | more
         try:
@@ -213,7 +213,7 @@ class CompletionRequest(_Request):
     def prompts(self) -> list[str | list[int]]:
         """Every prompt. Raises RequestError for none or too many."""
         given = self.prompt
-        many = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        many: list[Any] = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
         if not given or not all(many):
             raise RequestError("prompt: is empty", param="prompt")
         if len(many) > MAX_PROMPTS:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -15,20 +16,20 @@ import httpx
 from sgt_titan.client import Delta, Options, Prompt, UpstreamError
 from sgt_titan.client.answer import brief
 from sgt_titan.client.private import ChoiceRestorer, hidden_options
-from sgt_titan.client.prompt import special_ids
+from sgt_titan.client.prompt import decode, special_ids
 from sgt_titan.client.reading import ChoiceReader, reading_of
 from sgt_titan.serving.admission import Admission
 from sgt_titan.serving.errors import RequestError
 from sgt_titan.serving.guard import Caller
 from sgt_titan.serving.keys import Key, Spent
 from sgt_titan.serving.metrics import Metrics
-from sgt_titan.serving.pool import Pool
+from sgt_titan.serving.pool import Member, Pool
 from sgt_titan.serving.private import Asked, ask
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest
 from sgt_titan.serving.settings import Served, Settings
 from sgt_titan.serving.telemetry import Telemetry
 from sgt_titan.serving.turns import Workers
-from sgt_titan.serving.upstream import Upstream
+from sgt_titan.serving.upstream import Deltas, Upstream
 
 COMPLETION_DEFAULT = 16  # OpenAI's own default of max_tokens at /v1/completions
 PROMPT_END = 16  # tokens in which a template may have opened a thought
@@ -78,7 +79,7 @@ class Service:
         self.metrics.waiting.set_function(lambda: self.admission.waiting)
         for m, model in enumerate(self.models):
             for u, member in enumerate(model.pool.members):
-                self.metrics.upstream_up.labels(str(m), str(u)).set_function(lambda member=member: float(member.up))
+                self.metrics.upstream_up.labels(str(m), str(u)).set_function(partial(_as_number, member))
         self.workers = Workers(settings.encode_threads)
 
     async def close(self) -> None:
@@ -104,7 +105,7 @@ class Service:
             bos = model.sgt.tokenizer.bos_token_id
             await model.pool.prove(model.sgt.embed_tokens.weight[[0 if bos is None else bos]].detach())
 
-    async def pieces(self, request: ChatRequest | CompletionRequest, caller: Caller) -> AsyncIterator[Piece]:
+    async def pieces(self, request: ChatRequest | CompletionRequest, caller: Caller) -> AsyncGenerator[Piece, None]:
         """The answer, in order; first a piece without delta for every prompt.
 
         The prompts of a request are answered one after the other. Raises RequestError and UpstreamError.
@@ -142,7 +143,7 @@ class Service:
             self.metrics.completion_tokens.inc(answered)
             minute.end(caller.key, prompt_tokens + answered)
 
-    async def _answer(self, model: Model, prompt: Prompt, options: Options, caller: Caller) -> AsyncIterator[Delta]:
+    async def _answer(self, model: Model, prompt: Prompt, options: Options, caller: Caller) -> Deltas:
         # Only now: embeddings are thousands of times as large as the text, and prompts may be many.
         gone = threading.Event()
         try:
@@ -153,7 +154,7 @@ class Service:
             gone.set()  # a thread cannot be stopped, but asks
         bodies: dict[tuple[int, str], bytes] = {}
 
-        async def send(upstream: Upstream) -> AsyncIterator[Delta]:
+        async def send(upstream: Upstream) -> Deltas:
             described = await upstream.describe()
             at = (id(upstream), described.model)
             if at not in bodies:  # the same embeddings, however often they have to be sent
@@ -185,7 +186,7 @@ class Service:
         if isinstance(request, CompletionRequest):
             return []
         with model.tokenizing:
-            end = model.sgt.tokenizer.decode(prompt.ids[-PROMPT_END:])
+            end = decode(model.sgt.tokenizer, prompt.ids[-PROMPT_END:])
         return [ChoiceReader(model.reading, tools=bool(request.tools), prompt_end=end) for _ in range(n)]
 
     async def prompt(self, model: Model, what: Any, caller: Caller, **rendering: Any) -> Prompt:
@@ -245,13 +246,18 @@ class Service:
         if wanted is not None and wanted > self.settings.max_tokens:
             raise RequestError(f"max_tokens: at most {self.settings.max_tokens} are allowed here", param="max_tokens")
         default = min(room, COMPLETION_DEFAULT if isinstance(request, CompletionRequest) else self.settings.max_tokens)
-        more = {"special": special_ids(model.sgt.tokenizer)}
+        more: dict[str, Any] = {"special": special_ids(model.sgt.tokenizer)}
         if isinstance(request, ChatRequest) and request.tools and model.reading.special:
             more["skip_special_tokens"] = False  # the marks of a call are such, and it has to be found
         return request.options(max_tokens=default if wanted is None else wanted, **more)
 
 
-async def _until(deadline: float, stream: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+def _as_number(member: Member) -> float:
+    """For a gauge: whether a server answers."""
+    return float(member.up)
+
+
+async def _until(deadline: float, stream: Deltas) -> Deltas:
     """The stream, cut with a 504 at the deadline. The timeout lives within one step, since it belongs to a task."""
     async with aclosing(stream):
         while True:

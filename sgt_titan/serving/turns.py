@@ -105,8 +105,13 @@ class Workers:
         """``function(*args)``. Raises what it raises."""
         await self._turns.take(client)
         future = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
-        future.add_done_callback(lambda done: (self._turns.give_back(), done.cancelled() or done.exception()))
+        future.add_done_callback(self._ended)
         return await asyncio.shield(future)
+
+    def _ended(self, done: asyncio.Future[Any]) -> None:
+        self._turns.give_back()
+        if not done.cancelled():
+            done.exception()  # asked for, so that nobody is told that nobody has
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

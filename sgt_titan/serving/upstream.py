@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from sgt_titan.client.sse import DONE, EventDecoder
 from sgt_titan.client.stops import StopScanner
 from sgt_titan.client.wire import WIRES, explain, wire_dtype
 from sgt_titan.serving.settings import Settings, Target
+
+Deltas = AsyncGenerator[Delta, None]
 
 PROBE_EVERY_S = 15.0
 DESCRIBE_EVERY_S = 60.0  # what it says of itself is believed so long
@@ -61,7 +63,7 @@ class Upstream:
         body = self._wire.body(embeds_TD.to(self._dtype or embeds_TD.dtype), options, model)
         return httpx.Request("POST", self.base, json=body).content
 
-    async def stream(self, body: bytes, options: Options, request_id: str | None = None) -> AsyncIterator[Delta]:
+    async def stream(self, body: bytes, options: Options, request_id: str | None = None) -> Deltas:
         """The answer to ``body``; closing the iterator closes the connection, and the upstream stops.
 
         ``request_id``: one of ours, to find the request again in the upstream's log. Raises UpstreamError.

@@ -1,36 +1,33 @@
-"""From our config to torchtitan's, and back where torchtitan's own launcher was given flags of its own."""
+"""From our config of an SGT's run to torchtitan's."""
 
 from __future__ import annotations
-
-import copy
-import os
 
 from torchtitan.config import TORCH_DTYPE_MAP
 from transformers import PretrainedConfig
 
-from sgt_titan.config.load import dump, read_trunk, resolve, validate
+from sgt_titan.config.load import dump
 from sgt_titan.config.schema import Config
 from sgt_titan.transform.gaussian import Bounds
 
-from . import cpu_support, startup
+from . import startup
 from .checkpoint import SGTCheckpointManager
 from .dataloader import SGTDataLoader
 from .float8 import to_float8_layers
 from .metrics import SGTMetricsProcessor
 from .model import SGTModel
 from .optimizer import optimizer_config
-from .options import common, dtypes, read_back
+from .options import common, dtypes
 from .parallelize import parallelize_sgt
-from .startup import Prepared
+from .startup import PreparedSGT
 from .trainer import SGTTrainer
-from .trunks import build, build_body
+from .trunks import Attention, build, build_body
 
 
 def model_config(config: Config, hf: PretrainedConfig, scale: float) -> SGTModel.Config:
     """The composite model for a trunk; ``scale`` is the embedding table's per-feature std."""
     options, rate = config.estimator, config.objective.rate
     # Packed rows need a document mask, which SDPA cannot express and FlexAttention has no CPU backward for.
-    attention = "flex" if config.data.packing else "sdpa"
+    attention: Attention = "flex" if config.data.packing else "sdpa"
     trunk = build(hf, attention)
     if config.trunk.float8 != "none":
         trunk = to_float8_layers(trunk, config.trunk.float8)
@@ -47,7 +44,7 @@ def model_config(config: Config, hf: PretrainedConfig, scale: float) -> SGTModel
     )
 
 
-def trainer_config(config: Config, model: SGTModel.Config, prepared: Prepared | None) -> SGTTrainer.Config:
+def trainer_config(config: Config, model: SGTModel.Config, prepared: PreparedSGT | None) -> SGTTrainer.Config:
     """torchtitan's config of a run. Without ``prepared`` the model can be built, and nothing be trained."""
     return common(
         SGTTrainer.Config,
@@ -72,33 +69,12 @@ def trainer_config(config: Config, model: SGTModel.Config, prepared: Prepared | 
     )
 
 
-def to_trainer_config(config: Config) -> SGTTrainer.Config:
-    """A resolved config, with its trunk and data at hand, as torchtitan's.
+def sgt_config(config: Config) -> SGTTrainer.Config:
+    """A resolved config of an SGT's run, with its trunk and data at hand, as torchtitan's.
 
     Raises:
-        UserError: see ``startup.prepare``.
+        UserError: see ``startup.prepare_sgt``.
     """
-    cpu_support.install()
-    if config.run.task == "finetune":
-        from . import finetune
-
-        return finetune.to_trainer_config(config)
-    prepared = startup.prepare(config)
+    prepared = startup.prepare_sgt(config)
     model = model_config(prepared.config, prepared.hf, prepared.statistics.scale)
     return trainer_config(prepared.config, model, prepared)
-
-
-def follow_flags(config: SGTTrainer.Config) -> SGTTrainer.Config:
-    """``config`` itself, or one made anew if torchtitan's flags changed what ours decided.
-
-    Raises:
-        UserError: the flags do not fit the trunk, the number of ranks or each other; see ``startup.prepare``.
-    """
-    ours = copy.deepcopy(config.prepared.config)
-    read_back(ours, config)
-    if dump(ours) == dump(config.prepared.config):
-        return config
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    ours = resolve(ours, world_size=ranks)
-    validate(ours, ranks, read_trunk(ours), device=startup.device_type())
-    return to_trainer_config(ours)

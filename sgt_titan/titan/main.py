@@ -17,9 +17,10 @@ from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
-from .config import to_trainer_config
+from . import run_directory
 from .optimizer import NonFiniteError
-from .startup import check_output_dir, finish, rank
+from .startup import rank
+from .tasks import to_trainer_config
 from .timeline import Timeline
 
 
@@ -49,7 +50,7 @@ def _record(config: Config, state: Literal["refused", "failed"], reason: str) ->
     """
     found, attempt = status.read(config.run.output_dir) or {}, attempt_name()
     if os.environ.get("RANK", "0") == "0" and found.get("state") == "running" and found.get("attempt") == attempt:
-        step = step_of(latest) if (latest := latest_committed(config.run.output_dir)) else 0
+        step = step_of(latest) or 0 if (latest := latest_committed(config.run.output_dir)) else 0
         status.write(config.run.output_dir, state, attempt=attempt, step=step, reason=reason)
 
 
@@ -64,16 +65,18 @@ def _run(config: Config) -> int:
     timeline.mark("import")
     trainer_config = to_trainer_config(config)
     timeline.mark("files")
-    trainer_config.prepared.timeline = timeline
-    config = trainer_config.prepared.config
-    done = check_output_dir(trainer_config.prepared)
+    prepared = trainer_config.ready()
+    prepared.timeline, config = timeline, prepared.config
+    done = run_directory.check(prepared)
     Ownership(config.run.output_dir).check()  # before anything is written; `train` takes it
     if done >= config.training.steps:
         logger.info(
             f"{config.run.output_dir}: already trained to step {done} of {config.training.steps}; nothing to do"
         )
         if rank() == 0 and (status.read(config.run.output_dir) or {}).get("state") != "finished":
-            finish(config, attempt_name(), done)  # an attempt ended after its last save and before its last word
+            run_directory.finish(
+                config, attempt_name(), done
+            )  # an attempt ended after its last save and before its last word
         return 0
     trainer = trainer_config.build()
     try:

@@ -27,6 +27,7 @@ from sgt_titan.transform.gaussian import Bounds, bounded_log_std, bounded_mean, 
 
 from .body import Body
 from .estimator import Denoiser, Estimator
+from .flops import model_flops_per_token
 from .head import DistillationHead
 from .layout import like, local, whole
 from .pairs import Exchange, PairGroups
@@ -134,8 +135,6 @@ class SGTModel(BaseModel):
             )
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            from .flops import model_flops_per_token
-
             return sum(p.numel() for p in model.parameters()), model_flops_per_token(model)
 
     def __init__(self, config: Config):

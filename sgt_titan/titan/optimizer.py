@@ -70,25 +70,28 @@ class GuardedOptimizers(OptimizersContainer):
             )
 
 
+def adamw(pattern: str, options: schema.Optimizer, weight_decay: float) -> ParamGroupConfig:
+    """AdamW for the parameters whose names match."""
+    kwargs = {
+        "lr": options.lr,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.eps,
+        "weight_decay": weight_decay,
+    }
+    return ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=kwargs)
+
+
+def guarded_adamw(groups: list[ParamGroupConfig], max_skipped: int, *, fused: bool) -> GuardedOptimizers.Config:
+    implementation = "fused" if fused else "foreach"
+    return GuardedOptimizers.Config(param_groups=groups, implementation=implementation, max_skipped=max_skipped)
+
+
 def optimizer_config(options: schema.Optimizer, max_skipped: int, *, fused: bool) -> GuardedOptimizers.Config:
     """AdamW with weight decay on the bodies' matrices only: decayed heads would drift to zero, which means no noise
     beyond ``std_init`` and no mean; a prior is fitted, not regularised.
     """
-
-    def group(pattern: str, weight_decay: float) -> ParamGroupConfig:
-        kwargs = {
-            "lr": options.lr,
-            "betas": (options.beta1, options.beta2),
-            "eps": options.eps,
-            "weight_decay": weight_decay,
-        }
-        return ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=kwargs)
-
-    return GuardedOptimizers.Config(
-        param_groups=[
-            group(r"head\.(weight|bias)$|norm\.weight$|\.bias$|mark\.weight$|prior\.[a-z_]+$", 0.0),
-            group(r"estimator\.", options.weight_decay),
-        ],
-        implementation="fused" if fused else "foreach",
-        max_skipped=max_skipped,
-    )
+    groups = [
+        adamw(r"head\.(weight|bias)$|norm\.weight$|\.bias$|mark\.weight$|prior\.[a-z_]+$", options, 0.0),
+        adamw(r"estimator\.", options, options.weight_decay),
+    ]
+    return guarded_adamw(groups, max_skipped, fused=fused)

@@ -1,4 +1,4 @@
-"""What a run needs to know before any process group exists: trunk, tokenizer, data, steps; and whose directory it is.
+"""What a run needs to know before any process group exists: trunk, tokenizer, data, steps.
 
 Everything here is a function of files, so every rank does it alone and finds the same. What is expensive is done by
 rank 0 and read by the others.
@@ -24,15 +24,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
 from sgt_titan import checkpoint
-from sgt_titan.cluster import directory, status
-from sgt_titan.config.load import dump
+from sgt_titan.cluster.directory import UNITS
 from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.data.cache import wait_or_prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
-from sgt_titan.export import export_checkpoint
 from sgt_titan.objectives.rate import log_frequencies
 from sgt_titan.transform.gaussian import TableStatistics, table_statistics
 from sgt_titan.transform.tokenizer import fingerprint_ids
@@ -44,33 +42,38 @@ from .timeline import Timeline
 from .trunks import Family, build, build_body, family_of
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Prepared:
-    """Everything known before the first collective."""
+    """Everything known before the first collective, whatever is trained."""
 
     config: Config
     hf: PretrainedConfig
-    family: Family
     files: TrunkFiles
-    statistics: TableStatistics
     train_source: BatchSource
     probe_source: BatchSource
     fingerprints: dict[str, str]
-    log_frequency_V: torch.Tensor | None = None  # of the tokens that are obfuscated, for a prior that has them
     timeline: Timeline = field(default_factory=Timeline)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of the run beside its config."""
+        versions = {module.__name__: module.__version__ for module in (sgt_titan, torch, torchtitan, transformers)}
+        found = {"fingerprints": self.fingerprints, "units": UNITS, "versions": versions}
+        return {**found, "hf_config": self.hf.to_dict()}
+
+
+@dataclass(kw_only=True)
+class PreparedSGT(Prepared):
+    """log_frequency_V: of the tokens that are obfuscated, for a prior that has them."""
+
+    family: Family
+    statistics: TableStatistics
+    log_frequency_V: torch.Tensor | None = None
 
     def hardware_flops(self, model) -> int:
         return hardware_flops_per_token(model, full_recompute=self.config.activation_checkpoint.mode == "full")
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint records of the run beside its config."""
-        versions = {module.__name__: module.__version__ for module in (sgt_titan, torch, torchtitan, transformers)}
-        return {
-            "fingerprints": self.fingerprints,
-            "statistics": asdict(self.statistics),
-            "hf_config": self.hf.to_dict(),
-            "versions": versions,
-        }
+        return {**super().identity(), "statistics": asdict(self.statistics)}
 
 
 def device_type() -> str:
@@ -81,8 +84,8 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def prepare(config: Config) -> Prepared:
-    """Read, check and tokenize whatever the run needs.
+def prepare_sgt(config: Config) -> PreparedSGT:
+    """Read, check and tokenize whatever an SGT's run needs.
 
     Args:
         config: resolved and validated.
@@ -108,7 +111,7 @@ def prepare(config: Config) -> Prepared:
             lambda: asdict(table_statistics(files.embedding_table())),
         )
     )
-    return Prepared(
+    return PreparedSGT(
         config=config,
         hf=hf,
         family=family,
@@ -233,28 +236,3 @@ def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.
         else:
             time.sleep(0.2)
     return json.loads(file.read_text())
-
-
-# -- the output directory ---------------------------------------------------------------------------------------------
-
-
-def check_output_dir(prepared: Prepared) -> int:
-    """See ``cluster.directory.check``, with the fingerprints of trunk and data."""
-    return directory.check(prepared.config, prepared.fingerprints)
-
-
-def claim_output_dir(prepared: Prepared) -> None:
-    """Record whose directory this is, and with which config (rank 0)."""
-    folder = Path(prepared.config.run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_durably(folder / directory.CONFIG_FILE, dump(prepared.config))
-    checkpoint.write_durably(folder / directory.RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))
-
-
-def finish(config: Config, attempt: str, step: int) -> None:
-    """After the last step: export, and say that nothing is left to do (rank 0)."""
-    folder = Path(config.run.output_dir)
-    if config.export.at_end:
-        export_checkpoint(checkpoint.step_dir(folder, step), folder / "export", overwrite=True)
-        logger.info(f"Exported to {folder / 'export'}")
-    status.write(folder, "finished", attempt=attempt, step=step)

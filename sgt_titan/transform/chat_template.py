@@ -100,7 +100,7 @@ def apply(
     """
     template = _pinned(source(tokenizer, tools=bool(tools)), how.date)
     try:
-        text = tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             [dict(m) for m in messages],
             tokenize=False,
             add_generation_prompt=generation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -67,7 +67,7 @@ class SGTConfig(PretrainedConfig):
     hidden_size: int = 0
     vocab_size: int = 0
     embeddings: bool = True
-    obfuscate: str = "prompt"
+    obfuscate: Literal["prompt", "all"] = "prompt"
     obfuscate_template: bool = False
     template: str = "chat"
     template_kwargs: dict[str, Any] = field(default_factory=dict)

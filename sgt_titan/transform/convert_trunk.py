@@ -27,7 +27,7 @@ from sgt_titan.trunk.tokenizer_files import copy_accompanying
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 # Options of a LoRA adapter that change what is merged, with the values that mean nothing.
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
@@ -95,8 +95,7 @@ def bin_files(folder: Path) -> list[Path]:
     if (folder / BIN).is_file():
         return [folder / BIN]
     found = read_json(folder / BIN_INDEX).get("weight_map")
-    files = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(name, str) and Path(name).name == name for name in files):
+    if not isinstance(found, dict) or not all(isinstance(f, str) and Path(f).name == f for f in found.values()):
         raise UserError(f"{folder / BIN_INDEX}: not an index of weights; download it again")
     names = sorted(set(found.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:

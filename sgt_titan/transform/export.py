@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sgt_titan import __version__
 from sgt_titan.errors import UserError
@@ -109,7 +110,8 @@ def write_export(
     try:
         work_dir.mkdir()
         with torch.device("meta"):
-            skeleton = StainedGlassTransform(config).to(dtype)
+            skeleton = StainedGlassTransform(config)
+            nn.Module.to(skeleton, dtype)
         # save_original_format would rename tensors to an older layout; our names are the contract.
         skeleton.save_pretrained(work_dir, state_dict=weights, max_shard_size=SHARD_SIZE, save_original_format=False)
         copy_accompanying(tokenizer_dir, work_dir)
@@ -156,11 +158,11 @@ def _is_export_file(name: str) -> bool:
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if dtype in DTYPES.values():
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
         raise UserError(f"export.dtype: {dtype!r}, must be one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return DTYPES[str(dtype)]
 
 
 def _files_to_copy(tokenizer_dir: Path) -> list[Path]:

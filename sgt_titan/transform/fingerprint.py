@@ -51,7 +51,7 @@ def fingerprint_tensor(tensor: torch.Tensor) -> str:
         array = array.reshape(-1, tensor.element_size())[:, ::-1].copy()
     name = str(tensor.dtype).removeprefix("torch.")
     digest = hashlib.sha256(f"{name} {list(tensor.shape)}\n".encode())
-    digest.update(memoryview(array).cast("B") if array.size else b"")
+    digest.update(array.reshape(-1).data if array.size else b"")
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,7 +78,7 @@ class StainedGlassTransform(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' declaration)
 
     def __init__(self, config: SGTConfig):
         super().__init__(config)
@@ -135,7 +135,7 @@ class StainedGlassTransform(PreTrainedModel):
             if attention_mask.shape != expected:
                 raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {expected}")
         hidden = [
-            run_body(body, x_BTD, attention_mask, position_ids, past_key_values and past_key_values[index])
+            run_body(body, x_BTD, attention_mask, position_ids, past_key_values[index] if past_key_values else None)
             for index, body in enumerate(self.bodies)
         ]
         bounds = self.config.bounds
@@ -263,9 +263,9 @@ class StainedGlassTransform(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # transformers' has forty options; those that matter go through
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> StainedGlassTransform:
+    ) -> Self:
         """As ``PreTrainedModel.from_pretrained``, but a file that is not exactly the module is refused.
 
         Where transformers warns and carries on with random numbers, this raises UserError: missing, unexpected or
@@ -282,12 +282,13 @@ class StainedGlassTransform(PreTrainedModel):
         check_checkpoint(directory, config)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
-        model, info = super().from_pretrained(str(directory), *args, config=config, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(str(directory), *args, config=config, output_loading_info=True, **kwargs)
+        model, info = loaded
         # check_checkpoint has seen all of this; what transformers itself did has the last word.
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             if info.get(problem):
                 raise UserError(f"{directory}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}")
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
 
 class Denoiser(nn.Module):
@@ -311,15 +312,14 @@ class Denoiser(nn.Module):
         """(B, T, D) in the dtype of z, z itself outside the mask. ``past_key_values``: its own cache is the last."""
         dtype = self.mark.weight.dtype
         marked_BTD = z_BTD.to(dtype) + self.scale * self.mark(mask_BT[..., None].to(dtype))
-        hidden_BTD = run_body(
-            self.body, marked_BTD, attention_mask, position_ids, past_key_values and past_key_values[-1]
-        )
+        cache = past_key_values[-1] if past_key_values else None
+        hidden_BTD = run_body(self.body, marked_BTD, attention_mask, position_ids, cache)
         cleaned_BTD = z_BTD.float() + self.scale * self.head(hidden_BTD).float()
         return torch.where(mask_BT[..., None], cleaned_BTD.to(z_BTD.dtype), z_BTD)
 
 
 def run_body(
-    body: PreTrainedModel,
+    body: nn.Module,
     x_BTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -353,8 +353,6 @@ def decoder(config: SGTConfig, layers: int | None = None) -> PreTrainedModel:
 def _noise(like: torch.Tensor, generator: torch.Generator | None, seed: int | None) -> torch.Tensor:
     if generator is not None and seed is not None:
         raise ValueError("give a generator or a seed, not both")
-    if generator is None and seed is None:
-        return secure_noise(like.shape, device=like.device)
     if seed is not None:
         warnings.warn(
             "an explicit seed repeats the noise: whoever learns or guesses it can subtract the noise, and reusing it "
@@ -362,6 +360,8 @@ def _noise(like: torch.Tensor, generator: torch.Generator | None, seed: int | No
             stacklevel=5,  # whoever called `transform`
         )
         generator = torch.Generator(device=like.device).manual_seed(seed)
+    if generator is None:
+        return secure_noise(like.shape, device=like.device)
     return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 

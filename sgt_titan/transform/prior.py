@@ -36,6 +36,9 @@ class Prior(nn.Module):
             self.down = nn.Parameter(torch.empty(config.context_rank, config.hidden_size))
             self.up = nn.Parameter(torch.empty(config.vocab_size, config.context_rank))
 
+    log_frequency: torch.Tensor
+    body: Any  # a transformers decoder, or None
+
     def reset(self, init: Any) -> None:
         """Half broad, half tokens at their own embeddings, all tokens alike; for a module without a checkpoint."""
         init.ones_(self.gain)

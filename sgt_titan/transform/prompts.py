@@ -202,7 +202,9 @@ def _encode_chat(
     asked = messages[:-1] if has_response else messages
     if not asked:
         raise UserError("the first turn is an answer (assistant), to nothing")
-    generation, notes, brought = has_response or add_generation_prompt, [], []
+    generation = has_response or add_generation_prompt
+    notes: list[str] = []
+    brought: list[tuple[int, int]] = []
     calls = [call for m in asked for call in m.get("tool_calls", ())]
     if calls or tools:
         text, spans, brought = chat_template.render_with_tools(
@@ -231,7 +233,7 @@ def _encode_chat(
         written = json.dumps([list(tools), calls], ensure_ascii=False)
         for t, owner in enumerate(owners):
             if owner >= 0 and not ordered[owner][1] and ids[t] in special:
-                roles[t] = PROMPT if tokenizer.convert_ids_to_tokens(ids[t]) in written else TEMPLATE
+                roles[t] = PROMPT if str(tokenizer.convert_ids_to_tokens(ids[t])) in written else TEMPLATE
     if has_response:
         # The model also generates what ends its turn: all that follows the content, up to and with the first
         # special token (Llama 2 puts a space before it). Without one, nothing is known to end the turn.

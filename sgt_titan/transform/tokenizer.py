@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,11 @@ def fingerprint_ids(tokenizer: PreTrainedTokenizerBase) -> str:
         "size": len(tokenizer),
     }
     return hashlib.sha256(json.dumps(does, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **options: Any) -> str:
+    """The text of one sequence of ids; transformers' own ``decode`` may also mean several."""
+    return str(tokenizer.decode(list(ids), **options))
 
 
 def check_ids_fingerprint(tokenizer: PreTrainedTokenizerBase, config: SGTConfig, directory: str | Path) -> None:

@@ -207,7 +207,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
                 raise UserError(f"trunk.path: {folder}: {name} is in {both}; one of the two is stale")
             entries[name] = entry
     index = folder / INDEX
-    for name, file in weight_map(index).items() if index.is_file() else ():
-        if name not in entries or entries[name].file.name != file:
-            raise UserError(f"{index}: says {name} is in {file}, which it is not: stale; download it again")
+    for name, said in weight_map(index).items() if index.is_file() else ():
+        if name not in entries or entries[name].file.name != said:
+            raise UserError(f"{index}: says {name} is in {said}, which it is not: stale; download it again")
     return entries

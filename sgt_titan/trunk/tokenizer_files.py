@@ -50,10 +50,14 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
     return found
 
 
+def licence_files(folder: str | Path) -> list[Path]:
+    """Those that are in ``folder``, sorted by name."""
+    return sorted(path for path in Path(folder).iterdir() if path.is_file() and LICENCES.fullmatch(path.name))
+
+
 def accompanying_files(folder: str | Path) -> list[Path]:
     """The tokenizer's files and the licences: what travels with any part of a trunk."""
-    licences = (path for path in Path(folder).iterdir() if path.is_file() and LICENCES.fullmatch(path.name))
-    return [*tokenizer_files(folder), *sorted(licences)]
+    return [*tokenizer_files(folder), *licence_files(folder)]
 
 
 def is_accompanying(name: str) -> bool:
@@ -61,9 +65,9 @@ def is_accompanying(name: str) -> bool:
     return name in TOKENIZER_FILES or LICENCES.fullmatch(name) is not None
 
 
-def copy_accompanying(source: str | Path, out: Path) -> None:
-    """Copy them into the folder ``out``."""
-    for file in accompanying_files(source):
+def copy_accompanying(source: str | Path, out: Path, *, tokenizer: bool = True) -> None:
+    """Copy them into the folder ``out``; without the tokenizer's, for whom is not to read tokens."""
+    for file in accompanying_files(source) if tokenizer else licence_files(source):
         target = out / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import launch
 from sgt_titan import checkpoint, train
-from sgt_titan.conjformer.command import main as conjform
+from sgt_titan.conjformer.command import main as convert
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +23,7 @@ def options(demo_trunk, tmp_path_factory):
     plain = tmp_path_factory.mktemp("plain") / "mean"
     for file in demo_trunk.glob("tokenizer*"):
         assert file.is_file()
-    assert conjform([str(demo_trunk), str(plain), "--plain", "--norms", "mean"]) == 0
+    assert convert([str(demo_trunk), str(plain), "--plain", "--norms", "mean"]) == 0
     return (
         *("--run.task", "finetune", "--trunk.path", str(plain), "--export.at_end", "true"),
         *("--training.steps", "6", "--checkpoint.interval", "3", "--metrics.probe_every", "6"),
@@ -51,7 +51,7 @@ def test_data_parallel_ranks_train_what_one_trains(small, options, two_ranks):
 
 
 def test_torchtitans_own_launcher_gets_all_that_a_run_needs(small, options):
-    from sgt_titan.titan.config import to_trainer_config
+    from sgt_titan.titan.tasks import to_trainer_config
 
     name, *words = small.words(small.new_folder(), *options, "--checkpoint.asynchronous", "false")
     config = to_trainer_config(train.prepared(name, words, 1))
@@ -81,7 +81,7 @@ def test_norms_stay_scalar_and_the_result_is_rotated(small, options, two_ranks, 
     from sgt_titan.conjformer.secret import load
 
     plain = two_ranks.output_dir / "export"
-    assert conjform([str(plain), str(tmp_path / "s"), "--secret", str(tmp_path / "k")]) == 0
+    assert convert([str(plain), str(tmp_path / "s"), "--secret", str(tmp_path / "k")]) == 0
     client = Client.load(tmp_path / "s-client", load(tmp_path / "k"))
     tokens_BT = torch.arange(3, 40)[None]
     model, server = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (plain, tmp_path / "s"))
@@ -92,5 +92,5 @@ def test_norms_stay_scalar_and_the_result_is_rotated(small, options, two_ranks, 
 
 def test_gains_per_feature_are_refused(small, demo_trunk, options):
     folder, outcome = small.run(1, *options, "--trunk.path", str(demo_trunk))
-    assert outcome.codes == [2] and "conjform --plain" in outcome.errors[0]
+    assert outcome.codes == [2] and "conjformer convert --plain" in outcome.errors[0]
     assert not (folder / "out" / "checkpoints").exists()

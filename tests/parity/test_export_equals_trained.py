@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sgt_titan.export import export_checkpoint
-from sgt_titan.titan.config import to_trainer_config
+from sgt_titan.titan import run_directory
 from sgt_titan.titan.dataloader import microbatch_inputs
 from sgt_titan.titan.load_trunk import named_weights
-from sgt_titan.titan.startup import claim_output_dir
+from sgt_titan.titan.tasks import to_trainer_config
 from sgt_titan.transform import load_export
 
 TOLERANCE = 1e-5
@@ -64,7 +64,7 @@ def test_export(trunk, body, make_run, one_process, tmp_path):
     trainer = to_trainer_config(config).build()
     randomise(trainer.model_parts[0].estimator)
     trained, batch = streams(trainer)
-    claim_output_dir(trainer.prepared)
+    run_directory.claim(trainer.prepared)
     assert trainer.checkpointer.save(3, last_step=True)
     trainer.close()
 
@@ -95,7 +95,7 @@ def test_denoiser_and_rate(trunk, prior, make_run, one_process, tmp_path):
     trained, batch = streams(trainer)
     part, counts = slice(0, batch["input"].shape[1]), batch["counts"]
     per_token = trainer.evaluate_streams(batch["input"], batch)[2]["rate"].item()
-    claim_output_dir(trainer.prepared)
+    run_directory.claim(trainer.prepared)
     assert trainer.checkpointer.save(3, last_step=True)
     trainer.close()
 

@@ -113,6 +113,23 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, runs, her
     assert runs == []
 
 
+def test_the_three_commands_of_a_rotated_basis(capsys):
+    for name in ("convert", "serve", "generate"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["conjformer", name, "--help"])
+        assert stopped.value.code == 0 and f"usage: sgt-titan conjformer {name}" in capsys.readouterr().out
+    assert cli.main(["conjformer"]) == 2
+    assert "convert|serve|generate (see sgt-titan conjformer --help)" in capsys.readouterr().err
+    assert cli.main(["conjformer", "rotate"]) == 2
+    assert "invalid choice: 'rotate'" in capsys.readouterr().err
+
+
+def test_an_old_name_says_the_new_one(capsys):
+    for old, new in (("conjform", "convert"), ("conjserve", "serve"), ("conjgenerate", "generate")):
+        assert cli.main([old, "--help"]) == 2
+        assert capsys.readouterr().err == f"sgt-titan: error: sgt-titan {old} is now sgt-titan conjformer {new}\n"
+
+
 def test_a_reader_that_leaves(here):
     """``sgt-titan ... | head -1``"""
     words = [sys.executable, "-c", "import sys; from sgt_titan.cli import main; sys.exit(main())", "configs"]
@@ -356,12 +373,6 @@ def test_export_and_report(monkeypatch, here, capsys):
     assert capsys.readouterr().out == "exported to out\n"
 
 
-def test_a_package_without_a_checkout_has_no_configs(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "available", dict)
-    assert cli.main(["configs"]) == 2
-    assert "it comes with a checkout" in capsys.readouterr().err
-
-
 def test_configs_and_version(capsys):
     assert cli.main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -381,16 +392,16 @@ def test_config_registry(monkeypatch):
     assert getattr(config_registry, "no_such_config", None) is None
     function = config_registry.mine
     assert function.__name__ == "mine"
-    fake(monkeypatch, "sgt_titan.titan.config", to_trainer_config=lambda config: ("trainer", config))
+    fake(monkeypatch, "sgt_titan.titan.tasks", to_trainer_config=lambda config: ("trainer", config))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert function() == ("trainer", resolve(load("mine"), world_size=2))
-    monkeypatch.setitem(sys.modules, "sgt_titan.titan.config", None)
-    with pytest.raises(ImportError, match=r"sgt_titan\.titan\.config"):  # said by the call, not swallowed by the lookup
+    monkeypatch.setitem(sys.modules, "sgt_titan.titan.tasks", None)
+    with pytest.raises(ImportError, match=r"sgt_titan\.titan\.tasks"):  # said by the call, not swallowed by the lookup
         function()
 
 
 def test_config_registry_tells_a_mistake_as_the_command_does(monkeypatch, capsys):
-    fake(monkeypatch, "sgt_titan.titan.config", to_trainer_config=lambda config: pytest.fail("must not get here"))
+    fake(monkeypatch, "sgt_titan.titan.tasks", to_trainer_config=lambda config: pytest.fail("must not get here"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train, "prepared", lambda *words: (_ for _ in ()).throw(UserError("trunk.path: is wrong")))
     with pytest.raises(SystemExit) as stopped:

@@ -8,9 +8,9 @@ import torch
 
 from sgt_titan import cli
 from sgt_titan.client import Delta, PrivateChat, StainedGlassTransform
-from sgt_titan.client.private import ChoiceRestorer, hide
+from sgt_titan.client.private import ChoiceRestorer, hide, mapped
 from sgt_titan.errors import UserError
-from sgt_titan.private import Private, Span
+from sgt_titan.private import Private, Span, restore
 
 PRIVATE = Private.of("patterns", key=b"k" * 32)
 
@@ -109,6 +109,36 @@ def test_tool_calls_in_messages_and_in_answers():
     assert "ada@post.org" not in json.dumps(hide(PRIVATE.conversation("d"), alone)[0])
 
 
+def test_all_that_a_template_writes_of_a_message_is_gone_through():
+    """Thoughts, names, keys and numbers of arguments: an agent sends back what it was shown, with the values in it."""
+    arguments = json.dumps({"ada@post.org": {"card": 4111111111111111}, "raw": json.dumps(["+44 20 7946 0958"])})
+    turns = [
+        {"role": "user", "content": "mail ada@post.org"},
+        {"role": "assistant", "content": None, "reasoning_content": "ada@post.org? From +44 20 7946 0958."},
+        {"role": "assistant", "content": "", "reasoning": "ada@post.org", "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "mail", "arguments": arguments}}]},
+        {"role": "tool", "name": "bob@x.net", "tool_call_id": "c1", "content": "ok"},
+    ]  # fmt: skip
+    talk = PRIVATE.conversation("c")
+    sent, hidden = hide(talk, turns)
+    said = json.dumps(sent)
+    assert not any(value in said for value in ("ada", "post.org", "4111111111111111", "7946", "bob"))
+    assert len(hidden) == len(turns) and sent[2]["tool_calls"][0]["id"] == "c1"
+    back = json.loads(sent[2]["tool_calls"][0]["function"]["arguments"])
+    assert isinstance(next(iter(back.values()))["card"], int), "a number stays one"
+    literals = talk.literals()
+    shown = mapped(sent, lambda text: restore(text, literals)[0])
+    assert shown == turns
+
+
+def test_a_longer_conversation_with_calls_keeps_its_surrogates():
+    call = {"function": {"name": "mail", "arguments": json.dumps({"to": "ada@post.org"})}}
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    later = [*turns, {"role": "user", "content": "and bob@x.net"}]
+    first, second = (hide(PRIVATE.conversation("c"), what)[0] for what in (turns, later))
+    assert second[:2] == first
+
+
 def test_arguments_of_an_answers_calls_come_back():
     from dataclasses import dataclass, field, replace
 
@@ -125,7 +155,9 @@ def test_arguments_of_an_answers_calls_come_back():
     talk = PRIVATE.conversation("c")
     surrogate = talk.hide(["mail ada@post.org"])[0].replaced[0].surrogate
     delta = Rich(0, "", reasoning=f"to {surrogate}", calls=((0, Call("mail", json.dumps({"to": surrogate}))),))
-    found = ChoiceRestorer(talk).feed(replace(delta, finish_reason="tool_calls"))
+    choice = ChoiceRestorer(talk)
+    found = choice.feed(replace(delta, finish_reason="tool_calls"))
+    assert choice.restored == {"email": 2} and not choice.left, "counted in thoughts and calls as well"
     assert found.reasoning == "to ada@post.org" and json.loads(found.calls[0][1].arguments) == {"to": "ada@post.org"}
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import tomllib
 import typing
 from pathlib import Path
 
@@ -231,6 +232,16 @@ def test_the_working_directory_wins_over_the_checkout():
     assert set(shipped) <= set(available())
     write("training: {steps: 77}", shipped[0])
     assert load(shipped[0]).training.steps == 77
+
+
+def test_the_package_ships_the_checkout_s_configs():
+    """`pip install` alone has them: pyproject.toml's package data go through the link."""
+    ours = Path(__file__).resolve().parents[3]
+    link = ours / "sgt_titan" / "train_configs"
+    assert link.is_symlink() and link.resolve() == ours / "train_configs"
+    data = tomllib.loads((ours / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["sgt_titan"]
+    files = {path for path in (ours / "train_configs").rglob("*") if path.is_file()}
+    assert {path.resolve() for pattern in data for path in (ours / "sgt_titan").glob(pattern)} >= files
 
 
 def test_difference_names_keys_and_values():

@@ -7,8 +7,9 @@ import pytest
 
 import sgt_titan
 from sgt_titan.config.load import load
-from sgt_titan.config.resolve import dp_degree, read_trunk, resolve, validate
+from sgt_titan.config.resolve import cache_dir, dp_degree, read_trunk, resolve, validate
 from sgt_titan.config.schema import PRESETS, TERMS, Config
+from sgt_titan.data import cache as data
 from sgt_titan.errors import UserError
 
 TRUNK = {
@@ -71,6 +72,17 @@ def test_resolve_fills_what_depends_on_other_options():
     )
     assert (kept.run.output_dir, kept.data.cache_dir, kept.objective.mi_group) == ("/o/a", "c", 8)
     assert (kept.training.global_batch_size, kept.parallelism.data_parallel_shard_degree) == (64, -1)
+
+
+@pytest.mark.parametrize(
+    "words", ([], ["run.output_dir=$RUNS/a"], ["run.output_dir=x/../y"], ["data.cache_dir=$RUNS/c"])
+)
+def test_one_answer_to_where_the_cache_is(words, monkeypatch):
+    """A config that no run has resolved (`prepare`, an evaluation) finds the cache that a run of it made."""
+    monkeypatch.setenv("RUNS", "/runs")
+    config = config_of("run.name=a", *words)
+    assert cache_dir(config) == resolve(config, world_size=1).data.cache_dir
+    assert str(data.cache_dir(config)) == cache_dir(config)
 
 
 def test_resolve_leaves_degrees_that_do_not_fit():

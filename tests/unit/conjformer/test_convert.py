@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -36,6 +37,19 @@ def answers(found, dtype=torch.float32, client_dtype=torch.float32):
 def test_folded_equals_the_plain_model(rotated, name):
     found = rotated(name)
     torch.testing.assert_close(answers(found), logits(found.trunk), atol=1e-4, rtol=0)
+
+
+def test_licences_travel_with_every_part(trunk_of, tmp_path):
+    """To the server as well, which gets no tokenizer."""
+    trunk = shutil.copytree(trunk_of("llama"), tmp_path / "trunk")
+    (trunk / "LICENSE").write_text("mine")
+    (trunk / "USE_POLICY.md").write_text("be good")
+    assert main([str(trunk), str(tmp_path / "s"), "--secret", str(tmp_path / "key")]) == 0
+    assert main([str(trunk), str(tmp_path / "plain"), "--plain"]) == 0
+    for part in ("s", "s-client", "plain"):
+        assert (tmp_path / part / "LICENSE").read_text() == "mine", part
+        assert (tmp_path / part / "USE_POLICY.md").is_file(), part
+        assert bool(list((tmp_path / part).glob("tokenizer*"))) == (part != "s"), part
 
 
 @pytest.mark.parametrize("name", ("llama-tied", "qwen3", "gpt2"))

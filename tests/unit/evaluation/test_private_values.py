@@ -67,6 +67,16 @@ def test_mechanisms(tmp_path, make_export, monkeypatch):
     assert leak["marked+x"] <= leak["surrogates+x"] <= leak["x"]
     assert found["none"]["answers"]["value"] >= found["marked"]["answers"]["value"]
     assert found["marked"]["utility"]["kl"]["value"] < found["redaction"]["utility"]["kl"]["value"]
+    assert leak["placeholders_marked"] <= leak["placeholders"] < 1.0
+    assert found["placeholders"]["utility"]["kl"]["value"] > found["surrogates"]["utility"]["kl"]["value"]
+    # Again it goes on: what is there is not measured again; and another measurement is refused.
+    monkeypatch.setattr(private_values, "_attack", None)
+    (tmp_path / "out" / "private.json").unlink()
+    again = [*words, "--data.cache_dir", str(tmp_path / "cache"), "--data.template", "chat"]
+    assert main(again) == 0
+    assert json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"] == found
+    with pytest.raises(UserError, match="of another configuration"):
+        main([*again, "--seed", "1"])
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,36 @@ def test_utility_is_measured_after_restoring(setting):
     assert back.agree_N.mean() > 0.9
 
 
+def test_placeholders_have_their_own_length_and_come_back(setting):
+    tokenizer, rows, trunk, table_VD = setting
+    labelled = substitution(setting, labels=True)
+    row = rows[0]
+    written = labelled.written(row)
+    sent = tokenizer.decode(written.row.ids)
+    assert "[NAME_1]" in sent and len(written.row.ids) > len(row.ids)
+    assert len(written.first_N) == row.target.sum() and written.row.target.sum() > row.target.sum()
+    plain = [(first, token) for first, token in zip(written.first_N, row.ids[row.target], strict=True) if first >= 0]
+    same = [written.row.ids[first] == token for first, token in plain]
+    assert sum(same) > 0.5 * len(same) and not all(same), "the first token of a value is a placeholder's"
+    answer = written.row.ids[written.row.target].tolist()
+    back = tokenizer.decode(labelled.restored(row.prompt(), answer), skip_special_tokens=True)
+    assert "[" not in back and any(span.text in back for span in row.spans)
+    # Of rows where nothing is found, the utility is that of the clean ones; of others it is not.
+    nobody = Substitution(tokenizer, Private.of("", key=b"k" * 32), labels=True)
+    batches = [padded(rows, 0, CPU)]
+    clean = utility.measured(trunk, batches, nothing(), torch.Generator())
+    for found, equal in ((nobody, True), (labelled, False)):
+        mechanism = surrogates(found, table_VD, nothing(), "p", "p")
+        values = utility.measured(trunk, batches, mechanism, torch.Generator())
+        assert torch.allclose(values.nll_N, clean.nll_N, atol=1e-3) == equal and values.nll_N.isfinite().all()
+
+
+def test_scaling_one_probability_leaves_a_distribution():
+    logp = torch.tensor([0.7, 0.2, 0.1]).log()
+    out = utility.scaled(logp, 0, torch.tensor(0.5).log()).exp()
+    assert torch.allclose(out, torch.tensor([0.35, 0.2 * 0.65 / 0.3, 0.1 * 0.65 / 0.3]), atol=1e-5)
+
+
 def test_exchanging_is_its_own_inverse_and_keeps_the_rest():
     logits = torch.randn(3, 7)
     true, seen = torch.tensor([1, 2, 3]), torch.tensor([4, 2, 0])

@@ -1,13 +1,16 @@
 """Surrogates: same value same surrogate, no value in what is sent, nothing of it in the choice, all of it back."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgt_titan.errors import UserError
-from sgt_titan.private import Conversation, Private, Span, checksums, dates, tables
+from sgt_titan.private import Conversation, Private, Span, amounts, checksums, dates, tables
 from sgt_titan.private.own import make_own
 from sgt_titan.private.patterns import find_patterns
 
@@ -79,6 +82,30 @@ def test_a_conversation_has_its_own_surrogates_and_so_has_a_key():
         assert len(first & {unit.surrogate for unit in other.units}) <= 1  # a first name of sixty may be the same
 
 
+def test_a_kept_key_gives_the_same_surrogates_in_another_process(tmp_path):
+    """Whatever a process orders its sets by; and another conversation's are others there too."""
+    (tmp_path / "key").write_text("ab" * 32)
+    (tmp_path / "key").chmod(0o600)
+    program = (
+        "import sys; from sgt_titan.private import Private, Span\n"
+        "private = Private.of('patterns', key_file=sys.argv[1])\n"
+        "for name in ('c', 'c', 'd'):\n"
+        "    hidden = private.conversation(name).hide([sys.argv[2], sys.argv[3]], {0: [Span(5, 19, 'name')]})\n"
+        "    print(' | '.join(one.text for one in hidden))\n"
+    )
+    texts = [text.format(**ONE) for text in TEXTS]
+    out = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "key"), *texts],
+            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert out[0] == out[1] and out[0][0] == out[0][1] != out[0][2]
+    own = Private.of("patterns", key=bytes.fromhex("ab" * 32)).conversation("c")
+    assert " | ".join(one.text for one in own.hide(texts, {0: [Span(5, 19, "name")]})) == out[0][0]
+
+
 def test_a_longer_conversation_keeps_its_surrogates():
     texts, marks = filled(ONE)
     one = conversation().hide(texts[:1], {0: marks[0]})
@@ -125,6 +152,39 @@ def test_many_dates_keep_their_order():
     talk.hide([f"on {day}" for day in days])
     units = sorted((unit.norm, unit.surrogate) for unit in talk.units)
     assert [s for _, s in units] == sorted(s for _, s in units) and len({s for _, s in units}) == len(days)
+
+
+def _amounts(text):
+    return [amounts.read(m[0]).value for m in re.finditer(r"\$[\d.,]*\d", text)]
+
+
+BILLS = ["Fee $1,240.50 and tax $235.70, in all $1,476.20.", "Fee $3,100.25 and tax $620.05, in all $3,720.30."]
+
+
+def test_amounts_that_add_up_still_do():
+    out = [conversation().hide([bill])[0].text for bill in BILLS]
+    assert out[0] == out[1], "what is sent depends on that they add up, not on them"
+    fee, tax, total = _amounts(out[0])
+    assert fee + tax == total and not set(_amounts(BILLS[0])) & {fee, tax, total}
+    assert out[0] != conversation().hide([BILLS[0].replace("476.20", "476.21")])[0].text
+    # The total first; and a list with its total; and what comes back.
+    for text in ("$300 in all: $100, $80 and $120.", "$100, $80, $120 make $300.", "$300 is $250.50 and $49.50"):
+        talk = conversation()
+        hidden = talk.hide([text])[0].text
+        found = _amounts(hidden)
+        assert 2 * max(found) == sum(found), hidden
+        assert talk.restorer().feed(hidden, last=True) == text
+
+
+def test_amounts_that_add_up_over_turns():
+    turns = ["I paid $900.", "Of it $150 was for the room", "and $750 for the flight."]
+    kept = 0
+    for number in range(20):
+        hidden = conversation(name=f"c{number}").hide(turns)
+        total, room, flight = (_amounts(one.text)[0] for one in hidden)
+        kept += total == room + flight
+        assert conversation(name=f"c{number}").hide(turns[:2])[1].text == hidden[1].text
+    assert kept >= 5, "a total that was sent before its parts leaves room for them about half the time"
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,6 +1,7 @@
 """Names by lists, a user's own patterns, detectors, keys: what is found and what is refused."""
 
 import os
+import re
 import sys
 import types
 
@@ -103,28 +104,73 @@ def test_bad_finders(finders, message):
         Private.of(finders)
 
 
-def test_a_detector_is_a_finder(monkeypatch):
-    entity = types.SimpleNamespace(start_char=0, end_char=3, label_="PERSON")
-    date = types.SimpleNamespace(start_char=4, end_char=6, label_="CARDINAL")
-    stub = types.SimpleNamespace(load=lambda name: lambda text: types.SimpleNamespace(ents=[entity, date]))
-    monkeypatch.setitem(sys.modules, "spacy", stub)
-    assert find("Ada 42", Private.of("spacy:model").finders) == [Span(0, 3, "name")]
-    engine = types.SimpleNamespace(
-        AnalyzerEngine=lambda: types.SimpleNamespace(
-            analyze=lambda text, language: [types.SimpleNamespace(start=0, end=3, entity_type="LOCATION")]
-        )
-    )
-    monkeypatch.setitem(sys.modules, "presidio_analyzer", engine)
-    assert find("Rio 42", Private.of("presidio").finders) == [Span(0, 3, "place")]
+@pytest.fixture(scope="module")
+def ruled(tmp_path_factory):
+    """A spaCy model of rules alone: the real library, and no weights."""
+    spacy = pytest.importorskip("spacy", reason="pip install 'sgt-titan[detectors]'")
+    nlp = spacy.blank("en")
+    rules = [("PERSON", "Ada Lovelace"), ("GPE", "Rio"), ("DATE", "today"), ("CARDINAL", "42")]
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": text} for label, text in rules])
+    path = tmp_path_factory.mktemp("spacy") / "ruled"
+    nlp.to_disk(path)
+    return path
 
 
-def test_a_detector_without_its_model(monkeypatch):
-    def load(name):
-        raise OSError("[E050] Can't find model 'en_core_web_sm'.")
+def test_spacy_is_a_finder(ruled):
+    text = "Ada Lovelace saw 42 in Rio today."
+    assert find(text, Private.of(f"spacy:{ruled}").finders) == [Span(0, 12, "name"), Span(23, 26, "place")]
 
-    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
-    with pytest.raises(UserError, match="cannot load its model"):
-        Private.of("spacy")
+
+def test_a_text_that_is_too_long_for_a_detector(ruled, monkeypatch):
+    finder = Private.of(f"spacy:{ruled}").finders[0]
+    with pytest.raises(
+        UserError, match=r"spacy failed on a text of 1000010 characters \(ValueError\), and nothing"
+    ) as e:
+        find("Ada secret" + " " * 1_000_000, [finder])
+    assert "secret" not in str(e.value)
+
+
+def test_presidio_is_a_finder_and_stays_at_home(ruled, monkeypatch):
+    pytest.importorskip("presidio_analyzer", reason="pip install 'sgt-titan[detectors]'")
+    import socket
+
+    def refused(*args, **kwargs):
+        raise AssertionError("presidio went out")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    found = find("Ada Lovelace in Rio: ada@acme.org, 4111 1111 1111 1111.", Private.of(f"presidio:{ruled}").finders)
+    assert [span.kind for span in found] == ["name", "place", "email", "card"]
+    with pytest.raises(UserError, match="presidio cannot load its model"):
+        Private.of("presidio:no_such_model")
+
+
+def test_gliner_reads_all_of_a_long_text(monkeypatch):
+    """A stand-in with the interface of gliner 0.2, whose weights no package registry has. Like the real one,
+    it leaves out what is beyond 384 words."""
+
+    class GLiNER:
+        @classmethod
+        def from_pretrained(cls, path, local_files_only=False):
+            assert path == "/models/gliner" and local_files_only
+            return cls()
+
+        def predict_entities(self, text, labels, flat_ner=True, threshold=0.5):
+            seen = " ".join(text.split(" ")[:384])
+            for match in re.finditer("Ada Lovelace", seen):
+                yield {"start": match.start(), "end": match.end(), "label": "person", "text": match[0], "score": 0.9}
+
+    monkeypatch.setitem(sys.modules, "gliner", types.SimpleNamespace(GLiNER=GLiNER))
+    text = " ".join(["word"] * 299 + ["Ada Lovelace"] + ["word"] * 700 + ["Ada Lovelace"])
+    finders = Private.of("gliner:/models/gliner").finders
+    assert [text[s.start : s.stop] for s in find(text, finders)] == ["Ada Lovelace"] * 2
+    assert find("", finders) == []
+    with pytest.raises(UserError, match="needs the directory"):
+        Private.of("gliner")
+
+
+def test_a_detector_without_its_model(ruled):
+    with pytest.raises(UserError, match="spacy cannot load its model"):
+        Private.of("spacy:no_such_model")
 
 
 def test_keys(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgt_titan.private import Conversation, Span, restore, restore_json
+from sgt_titan.private import Conversation, Span, in_json, restore
 from sgt_titan.private.patterns import find_patterns
 
 TEXT = (
@@ -107,9 +107,13 @@ def test_tool_call_arguments():
     arguments = json.dumps(
         {"who": units['"Bo\\b"'], "id": units["73921"], "n": int(units["73921"]), "deep": [{"x": 1}]}
     )
-    got = json.loads(restore_json(arguments, conversation.literals()))
+
+    def back(text):
+        return restore(text, conversation.literals())[0]
+
+    got = json.loads(in_json(arguments, back))
     assert got == {"who": '"Bo\\b"', "id": "73921", "n": 73921, "deep": [{"x": 1}]}
-    assert restore_json("not json " + units["73921"], conversation.literals()) == "not json 73921"
+    assert in_json("not json " + units["73921"], back) == "not json 73921"
 
 
 def test_two_values_of_one_form_are_neither():

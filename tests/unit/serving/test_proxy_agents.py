@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from sgt_titan.client import StainedGlassTransform
+from sgt_titan.private import Private
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
 from tests.serving_kit import make_export, with_chat_template
@@ -106,6 +107,35 @@ def test_a_streamed_call(shared, shared_model):
     (call,) = [c for d in deltas for c in d.tool_calls or ()]
     assert call.index == 0 and call.function.name == "weather" and call.id.startswith("call_")
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_values_in_thoughts_and_calls_of_an_agent(sgt, model):
+    """Surrogates cut over the events come back in thoughts and in the arguments of calls, and go out again hidden."""
+    private = Private.of("patterns", key=b"k" * 32)
+    first = {"role": "user", "content": "weather for ada@post.org"}
+    talk = private.conversation(private.name_of([first["content"]]))
+    surrogate = talk.hide([first["content"]])[0].replaced[0].surrogate
+    with client(sgt, model, private=private) as found:
+        model.says = f"<think>{surrogate}</think>" + CALL.replace("Rome", surrogate)
+        for stream in (False, True):
+            got = found.chat.completions.create(model="m", messages=[first], tools=[TOOL], stream=stream)
+            choices = [chunk.choices[0] for chunk in got if chunk.choices] if stream else got.choices
+            said = [choice.delta if stream else choice.message for choice in choices]
+            (call,) = [call for message in said for call in message.tool_calls or ()]
+            assert json.loads(call.function.arguments) == {"city": "ada@post.org"}
+            assert not any(surrogate in message.model_dump_json() for message in said)
+        model.says, sent = "ok", []
+        for mail in ("ada@post.org", "bob@mail.net"):
+            arguments = call.function.arguments.replace("ada@post.org", mail)
+            called = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+            turns = [
+                {"role": "user", "content": f"weather for {mail}"},
+                {"role": "assistant", "content": None, "reasoning_content": f"{mail}!", "tool_calls": [called]},
+                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+            ]
+            found.chat.completions.create(model="m", messages=turns, tools=[TOOL])
+            sent.append(model.asked[-1])
+    assert sent[0] == sent[1], "the same bytes whatever the value is"
 
 
 def test_without_tools_and_with_a_format_said_otherwise_calls_are_text(sgt, model, shared, shared_model):

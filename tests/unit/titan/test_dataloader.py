@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sgt_titan.data.batch import BatchSource, local_positions
-from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.dataloader import SGTDataLoader, microbatch_inputs
+from sgt_titan.titan.tasks import to_trainer_config
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_model_reports_it_to_torchtitan(make_run):
 
 
 def test_recomputation_wrappers_change_nothing(make_run, one_process):
-    from sgt_titan.titan.config import to_trainer_config
+    from sgt_titan.titan.tasks import to_trainer_config
 
     def count(*overrides):
         trainer = to_trainer_config(make_run(*overrides, trunk="deepseek")).build()

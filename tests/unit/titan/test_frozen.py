@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from sgt_titan import checkpoint
-from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.load_trunk import named_weights
+from sgt_titan.titan.tasks import to_trainer_config
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 

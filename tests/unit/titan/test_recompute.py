@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.dataloader import microbatch_inputs
+from sgt_titan.titan.tasks import to_trainer_config
 
 
 def loss_and_gradients(make_run, *options):

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ from sgt_titan.cluster.directory import CONFIG_FILE, MAY_DIFFER, RUN_FILE
 from sgt_titan.config.keys import keys
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.titan import startup
-from sgt_titan.titan.startup import check_device, check_output_dir, claim_output_dir, once, prepare
+from sgt_titan.titan import run_directory, startup
+from sgt_titan.titan.startup import check_device, once, prepare_sgt
 
 
 @pytest.fixture(scope="module")
 def shared(make_run):
-    return prepare(make_run())
+    return prepare_sgt(make_run())
 
 
 @pytest.fixture
@@ -32,13 +33,13 @@ def prepared(shared, tmp_path):
     mine.config = copy.deepcopy(shared.config)
     mine.fingerprints = dict(shared.fingerprints)
     mine.config.run.output_dir = str(tmp_path / "out")
-    claim_output_dir(mine)
+    run_directory.claim(mine)
     return mine
 
 
 def refused(prepared) -> str:
     with pytest.raises(UserError) as error:
-        check_output_dir(prepared)
+        run_directory.check(prepared)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -51,26 +52,26 @@ def commit(prepared, step):
 
 
 def test_new_empty_and_own_directories(prepared, tmp_path):
-    assert check_output_dir(prepared) == 0
+    assert run_directory.check(prepared) == 0
     for name in ("new", "empty"):
         prepared.config.run.output_dir = str(tmp_path / name)
         if name == "empty":
             (tmp_path / name).mkdir()
-        assert check_output_dir(prepared) == 0
+        assert run_directory.check(prepared) == 0
 
 
 def test_step_of_the_newest_committed_checkpoint(prepared):
     commit(prepared, 7)
     commit(prepared, 20)
     checkpoint.step_dir(prepared.config.run.output_dir, 30).mkdir()
-    assert check_output_dir(prepared) == 20
+    assert run_directory.check(prepared) == 20
 
 
 def test_foreign_directory(prepared, tmp_path):
     folder = tmp_path / "thesis"
     (folder / "logs").mkdir(parents=True)
     prepared.config.run.output_dir = str(folder)
-    assert check_output_dir(prepared) == 0  # a scheduler's logs are no one's run
+    assert run_directory.check(prepared) == 0  # a scheduler's logs are no one's run
     (folder / "chapter1.tex").write_text("")
     assert refused(prepared) == (
         f"run.output_dir: {folder} holds 'chapter1.tex' and is not a run of ours; choose another directory"
@@ -99,7 +100,7 @@ def test_changed_objective_is_named_with_the_flag_that_overrides(prepared):
         "0.25. Choose another directory, or continue it on purpose with --checkpoint.accept_changes true"
     )
     prepared.config.checkpoint.accept_changes = True
-    assert check_output_dir(prepared) == 0
+    assert run_directory.check(prepared) == 0
 
 
 @pytest.mark.parametrize("name", ["trunk", "data"])
@@ -108,6 +109,14 @@ def test_changed_trunk_or_data(prepared, name):
     prepared.fingerprints[name] = "0123456789abcdef" * 4
     message = refused(prepared)
     assert f"belongs to a run that differs: {name} fingerprint {old[:12]} -> 0123456789ab. Choose" in message
+
+
+def test_a_weight_whose_unit_changed(prepared):
+    file = Path(prepared.config.run.output_dir) / "run.json"
+    recorded = json.loads(file.read_text())
+    assert recorded["units"]["objective.rate.weight"] == "nats a hidden token"
+    file.write_text(json.dumps(recorded | {"units": {"objective.rate.weight": "nats a prompt"}}))
+    assert "objective.rate.weight was in nats a prompt, is in nats a hidden token now. Choose" in refused(prepared)
 
 
 def test_all_differences_are_named(prepared):
@@ -127,7 +136,7 @@ def test_what_may_differ(prepared):
     config.checkpoint.interval, config.metrics.log_every = 1, 7
     config.compile.enable, config.activation_checkpoint.mode = True, "full"
     config.trunk.path, config.data.source = "/elsewhere", "/elsewhere/rows.jsonl"
-    assert check_output_dir(prepared) == 0
+    assert run_directory.check(prepared) == 0
 
 
 def test_what_must_not_differ():
@@ -163,11 +172,11 @@ def test_claim_records_config_and_identity(prepared):
 
 
 def test_steps_from_epochs(make_run):
-    source = prepare(make_run()).train_source
+    source = prepare_sgt(make_run()).train_source
     for epochs in (1.0, 2.5, 0.01):
-        prepared = prepare(make_run("--training.steps=0", f"--training.epochs={epochs}"))
+        prepared = prepare_sgt(make_run("--training.steps=0", f"--training.epochs={epochs}"))
         assert prepared.config.training.steps == max(1, math.ceil(epochs * source.rows / 4))
-    assert prepare(make_run("--training.steps=17")).config.training.steps == 17
+    assert prepare_sgt(make_run("--training.steps=17")).config.training.steps == 17
 
 
 def test_an_objective_without_positions_is_refused(make_run, tmp_path):
@@ -176,11 +185,11 @@ def test_an_objective_without_positions_is_refused(make_run, tmp_path):
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"asked\.jsonl: no usable rows: 12 read, dropped 12 no_response"):
-        prepare(make_run(f"--data.source={asked}", "--objective.utility_positions=response"))
+        prepare_sgt(make_run(f"--data.source={asked}", "--objective.utility_positions=response"))
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"instruction": "", "output": "yes, of course"}\n')
     with pytest.raises(UserError, match=r"no sample of .*answers\.jsonl has a token to obfuscate; prompts are empty"):
-        prepare(make_run(f"--data.source={answers}", "--data.min_prompt_tokens=0"))
+        prepare_sgt(make_run(f"--data.source={answers}", "--data.min_prompt_tokens=0"))
 
 
 def test_training_rows_are_not_called_held_out(make_run, rows_file, tmp_path, monkeypatch):
@@ -188,16 +197,16 @@ def test_training_rows_are_not_called_held_out(make_run, rows_file, tmp_path, mo
     monkeypatch.setattr(startup.logger, "warning", said.append)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:6]))
-    prepare(make_run(f"--data.source={few}"))
-    prepare(make_run("--metrics.probe_every=1"))
+    prepare_sgt(make_run(f"--data.source={few}"))
+    prepare_sgt(make_run("--metrics.probe_every=1"))
     assert said == []
-    prepare(make_run(f"--data.source={few}", "--metrics.probe_every=1"))
+    prepare_sgt(make_run(f"--data.source={few}", "--metrics.probe_every=1"))
     assert said == ["6 samples are too few to hold any out: what the probe calls held-out is not"]
 
 
 def test_a_probe_holds_whole_pair_groups(make_run):
     for samples, rows in ((4, 4), (5, 6), (1, 2)):
-        source = prepare(make_run(f"--metrics.probe_samples={samples}", "--objective.mi_group=2")).probe_source
+        source = prepare_sgt(make_run(f"--metrics.probe_samples={samples}", "--objective.mi_group=2")).probe_source
         assert source.global_batch_size == rows
 
 
@@ -205,7 +214,7 @@ def test_a_fine_tuned_trunk_is_another_trunk(make_run, trunk_dir, tmp_path, shar
     path = shutil.copytree(trunk_dir("llama"), tmp_path / "tuned")
     tensors = load_file(path / "model.safetensors")
     save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, path / "model.safetensors")
-    tuned = prepare(make_run(f"--trunk.path={path}"))
+    tuned = prepare_sgt(make_run(f"--trunk.path={path}"))
     assert tuned.fingerprints["trunk"] != shared.fingerprints["trunk"]
     assert tuned.fingerprints["data"] == shared.fingerprints["data"]
     assert tuned.statistics.scale == pytest.approx(1.001 * shared.statistics.scale, rel=1e-6)
@@ -214,7 +223,7 @@ def test_a_fine_tuned_trunk_is_another_trunk(make_run, trunk_dir, tmp_path, shar
 def test_changed_rows_are_other_data(make_run, rows_file, tmp_path, shared):
     other = tmp_path / "rows.jsonl"
     other.write_text(rows_file.read_text().replace("it is 49", "it is 50"))
-    changed = prepare(make_run(f"--data.source={other}"))
+    changed = prepare_sgt(make_run(f"--data.source={other}"))
     assert changed.fingerprints["data"] != shared.fingerprints["data"]
     assert changed.fingerprints["trunk"] == shared.fingerprints["trunk"]
 
@@ -232,7 +241,7 @@ def test_bad_trunk_directories(make_run, trunk_dir, tmp_path, edit, message):
     path = shutil.copytree(trunk_dir("llama"), tmp_path / "trunk")
     edit(path)
     with pytest.raises(UserError, match=message) as error:
-        prepare(make_run(f"--trunk.path={path}"))
+        prepare_sgt(make_run(f"--trunk.path={path}"))
     assert "\n" not in str(error.value)
 
 

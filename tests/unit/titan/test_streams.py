@@ -9,9 +9,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.dataloader import microbatch_inputs
 from sgt_titan.titan.model import DualStream
+from sgt_titan.titan.tasks import to_trainer_config
 
 
 @pytest.fixture(scope="module", params=["none", "full"])

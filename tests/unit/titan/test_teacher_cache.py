@@ -12,8 +12,8 @@ from sgt_titan.data.batch import Document
 from sgt_titan.errors import UserError
 from sgt_titan.objectives.top_k import Targets
 from sgt_titan.titan import teacher_cache
-from sgt_titan.titan.config import to_trainer_config
 from sgt_titan.titan.dataloader import microbatch_inputs
+from sgt_titan.titan.tasks import to_trainer_config
 from sgt_titan.titan.teacher_cache import TeacherCache, bytes_per_token
 
 IDENTITY = {"fingerprints": {"trunk": "aa", "data": "bb"}, "utility_positions": "all", "trunk_dtype": "torch.float32"}

@@ -1,0 +1,27 @@
+"""Options that several commands of the evaluation share; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+
+from sgt_titan.errors import UserError
+
+ZERO_STEPS = 600
+
+
+def zero_argument(found: argparse.ArgumentParser) -> None:
+    """--zero-steps, of every command that says what is kept."""
+    found.add_argument(
+        "--zero-steps",
+        type=int,
+        metavar="N",
+        default=ZERO_STEPS,
+        help=f"fit the constant prompt that `kept` counts from for at most N steps (default {ZERO_STEPS}), once for a "
+        "trunk and its data; fewer make `kept` kinder",
+    )
+
+
+def check_zero(steps: int) -> None:
+    """Raises UserError for a number of steps that fits nothing."""
+    if steps < 1:
+        raise UserError(f"--zero-steps must be at least 1, got {steps}")
