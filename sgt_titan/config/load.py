@@ -106,9 +106,10 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
             text = "true"
         where = f"--{word}"
         if Source in (leaf.hint, *get_args(leaf.hint)):
-            for name in reversed([key, *filter(None, item.split("."))]):
-                text = {name: text}
-            values[key] = _join(values.get(key, {}), _source_words(text[key], leaf.hint, f"--{key}"))
+            table: Any = text
+            for name in reversed(item.split(".") if item else []):
+                table = {name: table}
+            values[key] = _join(values.get(key, {}), _source_words(table, leaf.hint, f"--{key}"))
         elif item:
             free = get_args(leaf.hint)[1] is Any
             values[key] = {**values.get(key, {}), item: _scalar(text, where) if free else text}

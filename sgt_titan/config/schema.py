@@ -169,7 +169,7 @@ class Data:
                 "format, columns, roles, answers, prompt_tokens, max_samples of this section and `weight`, its share of the "
                 "rows of an epoch relative to the others'. Without weights every row comes once an epoch. An epoch has as "
                 "many rows as all sources together (docs/TRAINING.md)."})  # fmt: skip
-    validation_source: Source = field(default_factory=dict, metadata={
+    validation_source: Source = field(default_factory=lambda: Source({}), metadata={
         "help": "A table of the same keys (without weight), or its source alone: held-out rows come from it, and copies of "
                 "its rows are not trained on. Empty: validation_samples rows of the training data."})  # fmt: skip
     subset: str = opt("", "Hub configuration name, when the dataset has several; of a folder: the folder in it.")

@@ -32,7 +32,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -197,7 +197,7 @@ class TokenizedDataset:
         return hashlib.sha256(f"{self.meta['fingerprint']}:{self.validation_samples}{weights}".encode()).hexdigest()
 
     @property
-    def template(self) -> str:
+    def template(self) -> Literal["chat", "plain"]:
         """How prompts of these data look: ``chat`` if any source's do."""
         found = [about["options"]["template"] for about in self.meta.get("sources", {"": self.meta}).values()]
         return "chat" if "chat" in found else "plain"
