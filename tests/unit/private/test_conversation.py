@@ -223,6 +223,24 @@ def test_an_ordinary_word_in_lower_case_is_not_the_name():
     assert hidden.text.count("rose") == 2 and "ROSE" not in hidden.text and "Rose" not in hidden.text
 
 
+def test_a_whole_name_in_lower_case_is_found_where_it_was_known():
+    turns = ["ask emily watson, not emily", "I am Emily Watson."]
+    talk = conversation(finders=())
+    hidden = talk.hide(turns, {1: [Span(5, 17, "name")]})
+    assert "emily watson" not in hidden[0].text and hidden[0].text.endswith("not emily"), "one word may be ordinary"
+    assert hidden[0].text.split(",")[0][4:] == hidden[1].text[5:-1].lower()
+    later = conversation(finders=()).load(talk.as_dict())
+    assert "emily watson" not in later.hide(["emily watson?"])[0].text
+    assert later.restorer().feed(hidden[0].text, last=True) == turns[0]
+
+
+def test_values_split_over_turns_are_found_by_their_pieces():
+    """As far as each piece is a value by itself: eight digits are, four are not."""
+    hidden = conversation().hide(["my card is 4111 1111", "1111 1112, thanks", "or 212-940", "-8830"])
+    said = " ".join(one.text for one in hidden)
+    assert not any(piece in said for piece in ("4111", "1112", "940")) and "-8830" in said
+
+
 def test_marks_go_before_what_is_found():
     text = "code AB-123456 and more"
     hidden = conversation().hide([text], {0: [Span(5, 8, "text")]})[0]
