@@ -61,7 +61,7 @@ lint: $(READY) ## ruff (errors, imports, format), spelling, types
 
 docs: $(READY) ## build the documentation site into site/, with every link checked (needs the extra docs)
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
-	$(PYTHON) -m mkdocs build --strict --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 release: $(READY) ## build wheel and sdist into dist/, and try the wheel in empty environments (minutes)
 	$(PYTHON) tests/release.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))

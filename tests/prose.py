@@ -15,7 +15,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 WIDTH = 120
 GLUE = "\x00"  # stands for a space at which no line may end
-_ITEM = re.compile(r"(\s*(?:> ?)*\s*)((?:[-*+]|\d+[.)])\s+)?")
+_ITEM = re.compile(r"(\s*(?:> ?)*\s*)((?:[-*+]|\d{1,2}[.)])\s+)?")  # "674. And" ends a sentence
 _FENCE = re.compile(r"\s*(```|~~~)")
 _CODE_SPAN = re.compile(r"`[^`]+`")
 # At the start of a line these words would mean something.

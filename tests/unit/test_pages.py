@@ -53,3 +53,20 @@ def test_links_lead_somewhere(page):
             titles = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert heading in slugs, f"{page.name}: {target}"
+
+
+def test_files_that_contributing_names_exist():
+    """In prose and in the newcomer's questions: relative to the checkout or to the package."""
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = {name.split(":")[0] for name in re.findall(r"`([\w./]+\.(?:py|md|txt|yaml|toml|sh)(?:: \w+)?)`", text)}
+    assert len(named) > 40
+    missing = [name for name in sorted(named) if not any((root / name).exists() for root in (REPO, REPO / "sgt_titan"))]
+    assert not missing
+
+
+def test_the_version_is_one():
+    import sgt_titan
+
+    cited = re.search(r"^version: (.+)$", (REPO / "CITATION.cff").read_text(), re.MULTILINE)
+    noted = re.search(r"^## (\d\S*)", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert cited and noted and cited[1] == noted[1] == sgt_titan.__version__
