@@ -67,7 +67,8 @@ def hide(
         hidden = conversation.hide(texts, marks)
         return hidden[0].text, hidden
     others = [{key: value for key, value in message.items() if key not in ("role", "content")} for message in what]
-    flat, at = [], []
+    flat: list[str] = []
+    at: list[int] = []
     for text, other in zip(texts, others, strict=True):
         at.append(len(flat))
         flat += [text, *_strings(other)]

@@ -146,6 +146,19 @@ def test_relations_stay():
     assert hidden[1].text[-5:-1] == hidden[0].text[-4:] and checksums.luhn(re.sub(r"\D", "", hidden[1].text))
 
 
+def test_mail_addresses_made_of_a_name():
+    text = "I am Ada Lovelace, A. Lovelace: alovelace@acme.com, adal@acme.com, lovelace.ada1815@post.org."
+    talk = conversation()
+    hidden = talk.hide([text], {0: [Span(5, 17, "name"), Span(19, 30, "name")]})[0].text
+    found = {unit.norm: unit.surrogate.lower() for unit in talk.units}
+    first, last = found["ada"], found["lovelace"]
+    one, two, three = re.findall(r"[\w.]+@[\w.-]+\.example", hidden)
+    assert one.startswith(first[0] + last + "@") and two.startswith(first + last[0] + "@")
+    assert re.match(rf"{last}\.{first}\d{{4}}@", three) and "1815" not in three
+    assert one.partition("@")[2] == two.partition("@")[2] != three.partition("@")[2]
+    assert talk.restorer().feed(hidden, last=True) == text
+
+
 def test_many_dates_keep_their_order():
     days = ["1999-01-05", "1950-01-01", "2019-12-31", "1975-06-30", "1999-01-06", "1960-02-29"]
     talk = conversation()
