@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-STEPS = ["--training.steps", "2", "--metrics.probe_every", "0", "--training.seq_len", "64"]
+STEPS = ["--training.steps", "2", "--metrics.probe_every", "0"]
 USES = """
 import sgt_titan.client, sys
 assert not {name for name in sys.modules if name.startswith(("torchtitan", "datasets"))}

@@ -34,6 +34,10 @@ MAY_DIFFER = (
     "training.max_nonfinite_steps",
 )
 
+# What a weight is of. Whoever changes how a term is counted changes this, and a run of before is not continued as
+# if the same number meant the same.
+UNITS = {"objective.rate.weight": "nats a hidden token"}
+
 # What may lie in an output directory before a run begins: a scheduler's logs, our own caches, an interrupted start.
 _HARMLESS = {
     attempts.FILE,
@@ -82,6 +86,11 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
         f"{name} fingerprint {recorded['fingerprints'].get(name, '?')[:12]} -> {value[:12]}"
         for name, value in (fingerprints or {}).items()
         if recorded["fingerprints"].get(name, value) != value  # runs before there was one have none to compare
+    ]
+    found += [
+        f"{key} was in {was}, is in {UNITS[key]} now"
+        for key, was in recorded.get("units", {}).items()
+        if was != UNITS.get(key, was)
     ]
     old = load(str(folder / CONFIG_FILE), [])
     found += [line for line in difference(old, config) if not line.startswith((*MAY_DIFFER, *unknown))]

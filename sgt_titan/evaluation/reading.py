@@ -46,11 +46,15 @@ def difference(read: list[list[int]], guessed: list[list[int]], *, seed: int = 0
 
 
 def best(attacks: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """``best``, ``best_repeats``, ``best_noisy``: the attack that reads most under each threat model there is."""
+    """``best``, ``best_repeats``, ``best_noisy``: the attack that reads most under each threat model there is.
+
+    Whoever has repeats, or z, has one observation as well: the attacks on that count for him too.
+    """
+    kinds = {name: part.get("kind", "single") for name, part in attacks.items()}
     found = {}
     for kind in KINDS:
-        among = [name for name, part in attacks.items() if part.get("kind", "single") == kind]
-        if kind in BEST and among:
+        among = [name for name in attacks if kinds[name] in (kind, "single")]
+        if kind in BEST and kind in kinds.values():
             found[BEST[kind]] = max(among, key=lambda name: attacks[name]["top1"]["value"] or 0.0)
     if found:  # a run of few attacks may have none of a single observation
         found.setdefault("best", next(iter(found.values())))

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +54,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
 
     def __init__(self, config, *, dataloader, model_parts, optimizers, lr_schedulers, states, base_folder, **kwargs):
         self.enable = config.enable
-        self.save_future = None
+        self.save_future: Future[None] | None = None
         self.config = config
         self.dataloader = dataloader
         self.model = model_parts[0]
@@ -112,7 +112,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
         if self.group is None:
             # Its own: ranks come to the thread's collectives at other moments than to the step's.
             self.group = dist.new_group(backend="gloo")
-        staged, state = self.stager.stage(self.tensors()), json.dumps(self.state(curr_step), indent=1, default=str)
+        staged: Any = self.stager.stage(self.tensors())
+        state = json.dumps(self.state(curr_step), indent=1, default=str)
         self.stall = time.perf_counter() - began
         self.save_future = self.writer.submit(self._write, path, curr_step, staged, state)
         if last_step or not self.config.asynchronous:
@@ -173,7 +174,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
 
     def _wait_for_saving(self) -> None:
         future, self.save_future = self.save_future, None
-        future.result()
+        if future is not None:
+            future.result()
 
     def _maybe_wait_for_staging(self) -> None: ...  # staging is done when ``save`` returns
 
@@ -191,7 +193,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         path = disk.latest_committed(self.output_dir)
         if path is None or disk.problems(path):
             return  # nothing to go on from, or ``load`` will say so
-        entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()
+        entries: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()
         stored = {name: tuple(e.size) for name, e in entries if not name.startswith(OPTIMIZER) and name != RNG}
         mine = {name: tuple(tensor.shape) for name, tensor in self.weights().items()}
         if differing := sorted(name for name in stored | mine if stored.get(name) != mine.get(name)):
@@ -266,9 +268,9 @@ def on_every_rank(action: Callable[[], Any], group: dist.ProcessGroup | None = N
         mine = None, error
     everyone: list[tuple[Any, BaseException | None]] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
-    for _, error in everyone:
-        if error is not None:
-            raise error
+    for _, problem in everyone:
+        if problem is not None:
+            raise problem
     return [value for value, _ in everyone]
 
 

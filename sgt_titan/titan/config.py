@@ -20,14 +20,14 @@ from .options import common, dtypes
 from .parallelize import parallelize_sgt
 from .startup import PreparedSGT
 from .trainer import SGTTrainer
-from .trunks import build, build_body
+from .trunks import Attention, build, build_body
 
 
 def model_config(config: Config, hf: PretrainedConfig, scale: float) -> SGTModel.Config:
     """The composite model for a trunk; ``scale`` is the embedding table's per-feature std."""
     options, rate = config.estimator, config.objective.rate
     # Packed rows need a document mask, which SDPA cannot express and FlexAttention has no CPU backward for.
-    attention = "flex" if config.data.packing else "sdpa"
+    attention: Attention = "flex" if config.data.packing else "sdpa"
     trunk = build(hf, attention)
     if config.trunk.float8 != "none":
         trunk = to_float8_layers(trunk, config.trunk.float8)

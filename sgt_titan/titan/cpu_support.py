@@ -75,9 +75,9 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan"):
             if vars(module).get("device_module") is found:
-                module.device_module = device_module
+                vars(module)["device_module"] = device_module
             if vars(module).get("device_type") == "cuda":
-                module.device_type = "cpu"
+                vars(module)["device_type"] = "cpu"
     # "Peak flops undefined for: CPU, fallback to A100" would turn MFU on a CPU into fiction; metrics.py omits it.
     tools.get_peak_flops = lambda device_name: float("inf")
     dist_utils.set_pg_timeouts = set_pg_timeouts

@@ -25,16 +25,17 @@ class Curve(BaseLogger):
         self.folder = Path(folder)
         self.writer: SummaryWriter | None = None
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> SummaryWriter:
         """What earlier attempts wrote of ``step`` and later is no longer shown: it comes again."""
         if self.writer is None:
             self.writer = SummaryWriter(str(self.folder), max_queue=1000, purge_step=step)
+        return self.writer
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        self.begin(step)
+        writer = self.begin(step)
         for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, step)
-        self.writer.flush()  # a run that is killed has shown what it had saved
+            writer.add_scalar(tag, value, step)
+        writer.flush()  # a run that is killed has shown what it had saved
 
     def close(self) -> None:
         if self.writer is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from sgt_titan.config.load import dump
 from sgt_titan.config.resolve import read_trunk
@@ -163,9 +164,10 @@ def _per_head(name: str) -> bool:
     return name.endswith(("q_norm.weight", "k_norm.weight"))
 
 
-def weights_once(lm: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights_once(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters by their Hugging Face name, a tied one under its first."""
-    found, seen = {}, set()
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
     tied = lm.config.tie_word_embeddings
     for name, tensor in named_weights(lm).items():
         if id(tensor) in seen or (tied and name == "lm_head.weight"):
@@ -176,7 +178,7 @@ def weights_once(lm: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_weights(lm: torch.nn.Module, files: TrunkFiles) -> None:
+def load_weights(lm: PreTrainedModel, files: TrunkFiles) -> None:
     """Each rank reads its shards."""
     for name, tensor in weights_once(lm).items():
         local, region = local_region(tensor)

@@ -21,7 +21,7 @@ Legend: N tokens flat, O outputs, I inputs (or this tensor-parallel rank's part 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import spmd_types as spmd
 import torch
@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.models.common.linear import Linear
+
+from .layout import local
 
 Mode = Literal["weights", "products"]
 E4M3 = torch.float8_e4m3fn
@@ -98,6 +100,9 @@ def frozen_linear(
 class Float8Linear(Linear):
     """A frozen linear layer: ``weight`` (O, I) in e4m3, ``weight_scale`` (O, 1) in float32, a bias as it was."""
 
+    weight: nn.Parameter
+    _sharding_config: Any  # torchtitan's, set by its build
+
     @dataclass(kw_only=True, slots=True)
     class Config(Linear.Config):
         mode: Mode = "weights"
@@ -119,15 +124,16 @@ class Float8Linear(Linear):
         super().parallelize(parallel_dims)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        tensors = self.weight, self.weight_scale, self.bias
         if not isinstance(self.weight, DTensor):
-            return frozen_linear(input, *tensors, self.mode)
+            return frozen_linear(input, self.weight, self.weight_scale, self.bias, self.mode)
         # Tensor parallelism: outputs are split and every rank has a part of the input's gradient, or inputs are split
         # and every rank has a part of the output.
+        assert isinstance(input, DTensor)
         part, features = [Partial()], [Shard(input.ndim - 1)]
         by_rows = self.weight.placements[0] == Shard(0)
         own = input.to_local(grad_placements=part if by_rows else features)
-        output = frozen_linear(own, *(None if t is None else t.to_local() for t in tensors), self.mode)
+        bias_O = None if self.bias is None else local(self.bias)
+        output = frozen_linear(own, local(self.weight), local(self.weight_scale), bias_O, self.mode)
         return DTensor.from_local(output, self.weight.device_mesh, features if by_rows else part, run_check=False)
 
 

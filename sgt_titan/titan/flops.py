@@ -8,6 +8,8 @@ forward of the student's and the estimator's layers: 2 more of these. Attention'
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .float8 import SCALE
@@ -21,7 +23,7 @@ def matmul_parameters(module: nn.Module) -> int:
         if isinstance(child, nn.Embedding):
             continue
         if type(child).__name__ == "GroupedExperts":
-            moe = module.get_submodule(name.rsplit(".routed_experts", 1)[0])
+            moe: Any = module.get_submodule(name.rsplit(".routed_experts", 1)[0])
             own = own * moe.router.top_k // child.num_experts
         total += own
     return total

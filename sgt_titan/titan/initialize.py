@@ -46,6 +46,8 @@ def prior_values(name: str, like: torch.Tensor, seed: int, log_frequency_V: torc
     logits are the frequencies.
     """
     if name == "log_frequency":
+        if log_frequency_V is None:
+            raise ValueError("a prior that has token frequencies needs the data's")
         return log_frequency_V
     if name == "down":
         return _normal(name, like.shape, seed)

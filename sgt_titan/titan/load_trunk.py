@@ -33,7 +33,7 @@ def named_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def hf_shapes(trunk: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
     """Every tensor that the checkpoint must hold, with its shape."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in named_weights(trunk).items():
         if name.endswith(SCALE):
             continue

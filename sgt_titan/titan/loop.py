@@ -49,14 +49,25 @@ class Loop(Trainer, ABC):
         """Makes a config like this one from another of ours: ``tasks.to_trainer_config``."""
 
         def to_dict(self) -> dict[str, Any]:
-            return asdict(self.prepared.config)
+            return asdict(self.ready().config)
+
+        def ready(self) -> Prepared:
+            """What a run needs beside options. Raises ValueError for a config that can only build a model."""
+            if self.prepared is None:
+                raise ValueError("made without trunk and data: there is nothing to train on")
+            return self.prepared
+
+    prepared: Prepared
+    dp_rank: int
+    dp_size: int
 
     def __init__(self, config: Config):
         chatter.install()
         config = follow_flags(config)
-        run_directory.check(config.prepared)
+        run_directory.check(config.ready())
         super().__init__(config)
-        self.prepared, self.run = config.prepared, config.prepared.config
+        self.prepared = config.ready()
+        self.run = self.prepared.config
         self.prepared.timeline.mark("build")
         same_on_all_ranks(self.prepared.fingerprints)
         batch_mesh = self.parallel_dims.get_optional_mesh("batch")
@@ -79,9 +90,10 @@ class Loop(Trainer, ABC):
     # -- torchtitan's hooks ------------------------------------------------------------------------------------------
 
     def init_distributed(self) -> ParallelDims:
-        self.config.prepared.timeline.mark("build")
+        timeline = self.config.ready().timeline
+        timeline.mark("build")
         dims = super().init_distributed()
-        self.config.prepared.timeline.mark("rendezvous")
+        timeline.mark("rendezvous")
         return dims
 
     def train(self) -> None:
@@ -198,10 +210,13 @@ def follow_flags(config: Loop.Config) -> Loop.Config:
     Raises:
         UserError: the flags do not fit the trunk, the number of ranks or each other; what ``anew`` refuses.
     """
-    ours = copy.deepcopy(config.prepared.config)
+    before = config.ready().config
+    ours = copy.deepcopy(before)
     read_back(ours, config)
-    if dump(ours) == dump(config.prepared.config):
+    if dump(ours) == dump(before):
         return config
+    if config.anew is None:
+        raise ValueError("flags changed a config that does not know its task: make it with tasks.to_trainer_config")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     ours = resolve(ours, world_size=ranks)
     validate(ours, ranks, read_trunk(ours), device=device_type())

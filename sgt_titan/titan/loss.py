@@ -115,7 +115,7 @@ class SGTLoss(BaseLoss):
             if rate_BT is None:
                 center_BTD = pred.x_BTD + pred.mean_BTD
                 rate_BT = broad_rate(center_BTD, pred.log_std_BTD, objective.rate.tau * bounds.scale)
-        price_BT = 1.0
+        price_BT: torch.Tensor | float = 1.0
         if private_BT is not None and objective.rate.private != 1:
             price_BT = 1 + (objective.rate.private - 1) * private_BT[:, part]
         computed = {

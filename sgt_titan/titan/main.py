@@ -50,7 +50,7 @@ def _record(config: Config, state: Literal["refused", "failed"], reason: str) ->
     """
     found, attempt = status.read(config.run.output_dir) or {}, attempt_name()
     if os.environ.get("RANK", "0") == "0" and found.get("state") == "running" and found.get("attempt") == attempt:
-        step = step_of(latest) if (latest := latest_committed(config.run.output_dir)) else 0
+        step = step_of(latest) or 0 if (latest := latest_committed(config.run.output_dir)) else 0
         status.write(config.run.output_dir, state, attempt=attempt, step=step, reason=reason)
 
 
@@ -65,9 +65,9 @@ def _run(config: Config) -> int:
     timeline.mark("import")
     trainer_config = to_trainer_config(config)
     timeline.mark("files")
-    trainer_config.prepared.timeline = timeline
-    config = trainer_config.prepared.config
-    done = run_directory.check(trainer_config.prepared)
+    prepared = trainer_config.ready()
+    prepared.timeline, config = timeline, prepared.config
+    done = run_directory.check(prepared)
     Ownership(config.run.output_dir).check()  # before anything is written; `train` takes it
     if done >= config.training.steps:
         logger.info(

@@ -57,6 +57,7 @@ class SGTMetricsProcessor(MetricsProcessor):
         super().__init__(config, **kwargs)
         self.num_hardware_flops_per_token = self.teacher_flops_per_token = -1
         self.teacher_tokens_read = 0  # since the last log: the teacher's forward was not run for them
+        self.ntokens_since_last_log: int
         self.sums: torch.Tensor | None = None
         self.started = time.perf_counter()
         self.first_step: int | None = None
@@ -109,6 +110,8 @@ class SGTMetricsProcessor(MetricsProcessor):
     ) -> None:
         now = time.perf_counter()
         elapsed = now - self.time_last_log
+        if self.sums is None:
+            raise RuntimeError(f"step {step} is logged and had no microbatch")
         terms = self.reduced(self.sums)
         if math.isfinite(terms["loss"]) and math.isfinite(grad_norm):
             self.latest = _finite({"step": step, **terms, "grad_norm": grad_norm})

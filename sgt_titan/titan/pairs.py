@@ -42,9 +42,9 @@ def make_pair_groups(size: int, local_batch_size: int, batch_mesh) -> PairGroups
     ranks = batch_mesh.mesh.flatten().tolist()
     mine = dist.get_rank()
     # Every rank of the world must take part in the creation of every group, those of other tensor-parallel slices too.
-    everyone: list[list[int]] = [None] * dist.get_world_size()
+    everyone: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyone, ranks)
-    result = None
+    result = PairGroups(size)  # replaced: every rank is in one of the chunks
     for members in dict.fromkeys(map(tuple, everyone)):
         for start in range(0, len(members), span):
             chunk = list(members[start : start + span])

@@ -6,6 +6,8 @@ gathers together. Frozen parameters get no gradient, hence no reduce-scatter and
 
 from __future__ import annotations
 
+from typing import Any
+
 import spmd_types as spmd
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -146,6 +148,8 @@ def expert_placement(dual, parallel_dims: ParallelDims, mesh) -> dict:
         names = ["dp_replicate", "efsdp"] if parallel_dims.dp_replicate_enabled else ["efsdp"]
         expert_mesh = parallel_dims.get_mesh(names)
         dim = 1 if expert_mesh["efsdp"].size() * parallel_dims.ep > experts.num_experts else 0
+        expert_info: Any
+        dense_info: Any
         expert_info, dense_info = _get_mesh_info(expert_mesh, None), _get_mesh_info(mesh, None)
 
         def placement(param):

@@ -6,6 +6,7 @@ Legend: B rows, T this rank's tokens, D width, V vocabulary, R rank of the conte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,9 @@ class Prior(Module):
         rank: int = 0
         body: Body.Config | None = None
         enable_sp: bool = True
+
+    body: Any  # a Body, or None
+    log_frequency: torch.Tensor
 
     def __init__(self, config: Config):
         super().__init__()

@@ -24,6 +24,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
 from sgt_titan import checkpoint
+from sgt_titan.cluster.directory import UNITS
 from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
 from sgt_titan.data.batch import BatchSource
@@ -56,7 +57,8 @@ class Prepared:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint records of the run beside its config."""
         versions = {module.__name__: module.__version__ for module in (sgt_titan, torch, torchtitan, transformers)}
-        return {"fingerprints": self.fingerprints, "hf_config": self.hf.to_dict(), "versions": versions}
+        found = {"fingerprints": self.fingerprints, "units": UNITS, "versions": versions}
+        return {**found, "hf_config": self.hf.to_dict()}
 
 
 @dataclass(kw_only=True)

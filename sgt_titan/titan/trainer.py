@@ -79,7 +79,7 @@ class SGTTrainer(Loop):
             targets=targets,
             keep=cache.k if cache is not None and targets is None else 0,
         )
-        if streams.targets is not None:
+        if cache is not None and streams.targets is not None:
             cache.store(batch["documents"], batch["utility_BT"], streams.targets)
         if targets is not None:
             self.metrics_processor.teacher_tokens_read += tokens_BT.numel()

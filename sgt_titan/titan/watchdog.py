@@ -15,7 +15,7 @@ class Watchdog:
     """``beat(seconds)`` at each boundary: the next one must come within that time. ``close`` ends the watch."""
 
     def beat(self, seconds: float) -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()

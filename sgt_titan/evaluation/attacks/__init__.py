@@ -60,6 +60,13 @@ def _by_suite(key: str, *values: Any) -> dict[str, dict[str, Any]]:
 
 SEQUENCE = "arXiv 2004.00053, with a posterior over the vocabulary"
 
+# z is the Gaussian that MAP takes what it sees for; what a denoiser made of z is not.
+MAP: Mapping[str, Mapping[str, Any]] = {
+    "quick": {"beams": 2, "candidates": 64},
+    "standard": {"beams": 4, "candidates": 256},
+    "full": {"beams": 8, "candidates": 1024},
+}
+
 # Of the sequence attacker and of the one who sees nothing: equal, so that their difference is what was sent.
 READER: Mapping[str, Mapping[str, Any]] = {
     "quick": {"first": 100, "most": 400, "layers": 4, "width": 128, "lr": 2e-3},
@@ -102,12 +109,7 @@ ATTACKS: dict[str, Attack] = {
         _by_suite("most", 16, 64, 256), {"known": 65_536},
     ),
     "map_search": Attack(
-        "MAP beam search, SGT known", map_search.map_search, map_search.cost, FOLKLORE,
-        {
-            "quick": {"beams": 2, "candidates": 64},
-            "standard": {"beams": 4, "candidates": 256},
-            "full": {"beams": 8, "candidates": 1024},
-        },
+        "MAP beam search, SGT known", map_search.map_search, map_search.cost, FOLKLORE, MAP
     ),
     "inverter": Attack(
         "learned inverter", inverter.inverter, inverter.cost, "arXiv 2004.00053",
@@ -125,6 +127,14 @@ ATTACKS: dict[str, Attack] = {
             "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384, "beams": 8},
         },
         {"from_trunk": True, "lr": 5e-4},
+    ),
+    "sequence_repeats": Attack(
+        "sequence attacker, mean of K repeats", sequence.sequence_repeats, sequence.cost, SEQUENCE,
+        {suite: READER[suite] for suite in SUITES[1:]}, {"times": 8},
+    ),
+    "map_search_at_z": Attack(
+        "MAP beam search at z", map_search.map_search_at_z, map_search.cost, FOLKLORE,
+        {suite: MAP[suite] for suite in SUITES[1:]},
     ),
     "sequence_at_z": Attack(
         "sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE,

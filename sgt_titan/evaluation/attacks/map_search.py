@@ -25,6 +25,7 @@ from sgt_titan.evaluation.threat import (
     Corpus,
     Cost,
     Guess,
+    Noisy,
     Observation,
     Prior,
     Seed,
@@ -58,9 +59,41 @@ def map_search(
         candidates: tokens scored per beam and position; 0: all.
         rows: public rows that the shortlist is fitted on.
     """
+    return _search(observation, transform, table, prior, corpus, seed, beams, candidates, prior_weight, rows)
+
+
+def map_search_at_z(
+    observation: Noisy,
+    transform: Transform,
+    table: Table,
+    prior: Prior,
+    corpus: Corpus,
+    seed: Seed,
+    *,
+    beams: int = 4,
+    candidates: int = 64,
+    prior_weight: float = 1.0,
+    rows: int = 64,
+) -> Guess:
+    """The same at z, which is exactly the Gaussian that the search takes it for."""
+    return _search(observation, transform, table, prior, corpus, seed, beams, candidates, prior_weight, rows)
+
+
+def _search(
+    observation: Observation,
+    transform: Transform,
+    table: Table,
+    prior: Prior,
+    corpus: Corpus,
+    seed: Seed,
+    beams: int,
+    candidates: int,
+    prior_weight: float,
+    rows: int,
+) -> Guess:
     device = table.rows_VD.device
     whole = not candidates or candidates >= len(table.rows_VD)
-    nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows)
+    nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows, type(observation))
     guesses, spent = [], 0
     for x_TD, hidden_T, tokens_T in zip(observation.x_tilde, observation.hidden, observation.tokens, strict=True):
         shortlist = (lambda t: None) if nearness is None else _cached(nearness(x_TD))
@@ -77,10 +110,18 @@ def map_search(
 
 
 def fitted(
-    mechanism: Mechanism, table: Table, prior: Prior, corpus: Corpus, seed: Seed, rows: int
+    mechanism: Mechanism,
+    table: Table,
+    prior: Prior,
+    corpus: Corpus,
+    seed: Seed,
+    rows: int,
+    kind: type[Observation] = Observation,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """(T, D) obfuscations -> (T, V) log likelihood under the linear map back to the table and its residual."""
-    own = observe(corpus.rows[:rows], mechanism, prior.model, generator(seed.value + 2, table.rows_VD.device))
+    own = observe(
+        corpus.rows[:rows], mechanism, prior.model, generator(seed.value + 2, table.rows_VD.device), kind=kind
+    )
     tokens_M = torch.cat([torch.from_numpy(row.ids[row.obfuscate]) for row in corpus.rows[:rows]])
     clean_MD = table.rows_VD[tokens_M.to(table.rows_VD.device)]
     inverse = fit(own.x_tilde_ND, clean_MD)

@@ -26,13 +26,14 @@ class Pairs(NamedTuple):
 @dataclass(frozen=True)
 class OwnText:
     """rows: none of those under attack. mechanism None: for an attacker who sees nothing of what is sent. noisy: z is
-    taken rather than what is sent. seed: of all the noise."""
+    taken rather than what is sent. times: observations of each row, whose mean is taken. seed: of all the noise."""
 
     rows: Sequence[Sample]
     mechanism: Mechanism | None
     table_VD: torch.Tensor
     seed: int
     noisy: bool = False
+    times: int = 1
 
     def batch(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor | None]:
         """As ``obfuscated``; None for one who sees nothing."""
@@ -43,8 +44,11 @@ class OwnText:
         """Rows as a batch and what an observer gets of them, (B, T, D) float32. The same ``noise``, the same noise."""
         batch = padded(rows, 0, self.table_VD.device)
         random = generator(noise, self.table_VD.device)
-        sent = self.mechanism.obfuscate(batch, self.table_VD[batch.tokens_BT], random)
-        return batch, (sent.noisy_BTD if self.noisy else sent.x_tilde_BTD).float()
+        x_BTD, total_BTD = self.table_VD[batch.tokens_BT], torch.zeros(())
+        for _ in range(self.times):
+            sent = self.mechanism.obfuscate(batch, x_BTD, random)
+            total_BTD = total_BTD + (sent.noisy_BTD if self.noisy else sent.x_tilde_BTD).float()
+        return batch, total_BTD / self.times
 
     def noise(self, step: int) -> int:
         """A generator's seed for a step of this attack; another step or another attack's seed gives another."""

@@ -38,6 +38,7 @@ from sgt_titan.evaluation.threat import (
     Guess,
     Noisy,
     Observation,
+    Repeats,
     Seed,
     Size,
     Table,
@@ -113,6 +114,34 @@ def sequence_at_z(
     return _read(observation, transform, corpus, table, None, seed, effort)
 
 
+def sequence_repeats(
+    observation: Observation,
+    repeats: Repeats,
+    transform: Transform,
+    corpus: Corpus,
+    table: Table,
+    seed: Seed,
+    *,
+    times: int = 8,
+    first: int = 150,
+    most: int = 600,
+    layers: int = 4,
+    width: int = 256,
+    batch_rows: int = 24,
+    lr: float = 1e-3,
+) -> Guess:
+    """The same on the mean of ``times`` obfuscations of each prompt."""
+    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
+    mean = mean_of([observation, *(repeats.draw(k) for k in range(min(times - 1, repeats.limit)))])
+    return _read(mean, transform, corpus, table, None, seed, effort, times=1 + min(times - 1, repeats.limit))
+
+
+def mean_of(observations: Sequence[Observation]) -> Observation:
+    """The mean of several observations of the same prompts."""
+    x_tilde = tuple(torch.stack(x_TD).mean(0) for x_TD in zip(*(o.x_tilde for o in observations), strict=True))
+    return Observation(x_tilde, observations[0].hidden, observations[0].tokens)
+
+
 def autoregressive(
     observation: Observation,
     transform: Transform,
@@ -164,10 +193,11 @@ def _read(
     trunk: Trunk | None,
     seed: Seed,
     effort: Effort,
+    times: int = 1,
 ) -> Guess:
     """Train a reader and read; a curve over the steps at the end of each cycle."""
-    mechanism = None if transform is None else transform.mechanism
-    own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=isinstance(observation, Noisy))
+    mechanism, noisy = None if transform is None else transform.mechanism, isinstance(observation, Noisy)
+    own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=noisy, times=times)
     held = min(HELD_ROWS, max(1, len(corpus.rows) // 10))
     train_rows, held_rows = corpus.rows[:-held], corpus.rows[-held:]
     longest = max(max(len(row.ids) for row in corpus.rows), max(map(len, observation.hidden)))
@@ -422,13 +452,16 @@ def cost(
     lr: float = 1e-3,
     from_trunk: bool = False,
     beams: int = 0,
+    times: int = 1,
 ) -> Cost:
     """Of the whole budget; a training that settles earlier costs less."""
     body = 12.0 * layers * width**2
     decoder = (size.trunk + size.vocab * size.width if from_trunk else body) if beams else 0.0
     table = size.vocab * size.width
     tokens = batch_rows * size.longest
-    step = tokens * (6.0 * (body + decoder) + 8.0 * table * (2 if beams else 1) + 4.0 * (size.transform + size.width))
+    step = tokens * (
+        6.0 * (body + decoder) + 8.0 * table * (2 if beams else 1) + 4.0 * times * (size.transform + size.width)
+    )
     read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
     part = min(tokens, 16 * size.longest, max(2 * size.longest, (1 << 27) // size.vocab))
     memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table

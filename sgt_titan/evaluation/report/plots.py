@@ -93,8 +93,13 @@ def plane(results: Results) -> str | None:
             points[name] = mechanism.get("title", name), kept, value(best[1].get("top1")), nearest
     if not points:
         return None
+    attacks = ((results.get("mechanisms") or {}).get("sgt") or {}).get("attacks") or {}
+    blind = value((attacks.get("guess") or {}).get("top1"))
 
     def draw(axes: Any) -> None:
+        if blind == blind:
+            axes.axhline(blind, color=GREY, linestyle="--", linewidth=1)
+            axes.text(-0.55, blind, " guessed without looking", fontsize=7, va="bottom", color=GREY)
         noise = sorted(p[1:] for name, p in points.items() if name.startswith("noise"))
         axes.plot([max(p[0], -0.5) for p in noise], [p[1] for p in noise], color=GREY, linewidth=1, zorder=1)
         for i, (title, kept, read, nearest) in enumerate(points.values()):

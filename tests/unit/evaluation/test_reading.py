@@ -46,5 +46,7 @@ def test_the_best_is_of_one_observation_and_the_others_stand_beside_it():
         "at_z": part("noisy", [3], [4]),
     }
     assert best(attacks) == {"best": "sequence", "best_repeats": "averaging", "best_noisy": "at_z"}
+    weak = attacks | {"averaging": part("repeats", [1], [4]), "at_z": part("noisy", [1], [4])}
+    assert set(best(weak).values()) == {"sequence"}  # whoever has repeats, or z, has one observation as well
     assert best({"averaging": attacks["averaging"]})["best"] == "averaging"
     assert best({"guess": attacks["guess"]}) == {}

@@ -71,13 +71,14 @@ def top1(guess, world: World) -> float:
 SEQUENCE = {"first": 5, "most": 10, "layers": 1, "width": 32, "batch_rows": 16}
 SMALL = {
     "inverter": {"steps": 40, "layers": 1, "width": 64, "batch_rows": 32},
-    "map_search": {"beams": 2, "candidates": 32, "rows": 32},
+    **{key: {"beams": 2, "candidates": 32, "rows": 32} for key in ("map_search", "map_search_at_z")},
     "averaging": {"most": 4},
     "averaging_regression": {"most": 4},
     "beamclean_gaussian": {"affine": False, "rounds": 1, "prior_weight": 0.0},
     "beamclean_affine": {"affine": True, "rounds": 1, "prior_weight": 0.0},
     "logit_reading": {"rows": 32},
     **dict.fromkeys(("sequence", "sequence_at_z", "guess"), SEQUENCE),
+    "sequence_repeats": SEQUENCE | {"times": 2},
     "autoregressive": SEQUENCE | {"beams": 2},
 }
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_changed_trunk_or_data(prepared, name):
     prepared.fingerprints[name] = "0123456789abcdef" * 4
     message = refused(prepared)
     assert f"belongs to a run that differs: {name} fingerprint {old[:12]} -> 0123456789ab. Choose" in message
+
+
+def test_a_weight_whose_unit_changed(prepared):
+    file = Path(prepared.config.run.output_dir) / "run.json"
+    recorded = json.loads(file.read_text())
+    assert recorded["units"]["objective.rate.weight"] == "nats a hidden token"
+    file.write_text(json.dumps(recorded | {"units": {"objective.rate.weight": "nats a prompt"}}))
+    assert "objective.rate.weight was in nats a prompt, is in nats a hidden token now. Choose" in refused(prepared)
 
 
 def test_all_differences_are_named(prepared):

@@ -13,9 +13,9 @@ from sgt_titan.evaluation.attacks import beamclean, map_search
 from sgt_titan.evaluation.attacks.beam import search
 from sgt_titan.evaluation.attacks.map_search import Causal, ContextFree, log_normal
 from sgt_titan.evaluation.attacks.nearest import l2
-from sgt_titan.evaluation.mechanisms import constant_noise, learned
+from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated, constant_noise, learned
 from sgt_titan.evaluation.samples import Sample
-from sgt_titan.evaluation.threat import Table
+from sgt_titan.evaluation.threat import Table, kind_of
 from sgt_titan.evaluation.world import World
 from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config
 
@@ -70,6 +70,23 @@ def test_an_sgt_that_hides_from_neighbours_is_read_whole(trunk, moving):
     assert top1(guess, here) == 1.0
     short = map_search.map_search(**here.granted(map_search.map_search), beams=2, candidates=64, prior_weight=0.0)
     assert top1(short, here) >= 0.9 and "scored 64 of 300" in short.notes[0]
+
+
+def test_at_z_a_denoiser_hides_nothing_from_it(trunk):
+    """What a denoiser makes of z is no Gaussian around the embeddings; z is."""
+    before = constant_noise(0.02)
+
+    def obfuscate(batch, x_BTD, random):
+        z = before.obfuscate(batch, x_BTD, random)
+        sent_BTD = torch.where(batch.obfuscate_BT[..., None], -5 * z.x_tilde_BTD.flip(-1), z.x_tilde_BTD)
+        return Obfuscated(sent_BTD, z.center_BTD, z.log_std_BTD, z.x_tilde_BTD)
+
+    here = world(Mechanism("flip", "flipped", obfuscate, std=0.02), trunk, rows=4)
+    effort = {"beams": 2, "candidates": 0, "prior_weight": 0.0}
+    sent = map_search.map_search(**here.granted(map_search.map_search), **effort)
+    z = map_search.map_search_at_z(**here.granted(map_search.map_search_at_z), **effort)
+    assert top1(sent, here) < 0.3 and top1(z, here) == 1.0
+    assert kind_of(map_search.map_search_at_z) == "noisy"
 
 
 def test_the_search_is_exhaustive_when_the_beam_is(tmp_path):

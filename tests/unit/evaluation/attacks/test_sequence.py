@@ -187,6 +187,18 @@ def test_at_z_it_reads_what_the_denoiser_threw_away(trunk):
     assert top1(sent, here) < 0.05 and top1(z, here) > 0.9
 
 
+def test_repeats_are_read_as_one_observation_of_less_noise(trunk):
+    noise = 3 * float(trunk.get_input_embeddings().weight.std())
+    here = worlds(trunk, lambda random: random.integers(0, 300, LENGTH), constant_noise(noise), corpus=200)
+    tiny = SMALL | {"layers": 1}
+    once = sequence.sequence(**here.granted(sequence.sequence), first=4, most=8, **tiny)
+    often = sequence.sequence_repeats(**here.granted(sequence.sequence_repeats), times=16, first=4, most=8, **tiny)
+    quiet = worlds(trunk, lambda random: random.integers(0, 300, LENGTH), constant_noise(noise / 4), corpus=200)
+    less = sequence.sequence(**quiet.granted(sequence.sequence), first=4, most=8, **tiny)
+    assert top1(often, here) > top1(once, here) + 0.2
+    assert top1(often, here) == pytest.approx(top1(less, quiet), abs=0.15)
+
+
 # -- how it works ------------------------------------------------------------------------------------------------------
 
 
