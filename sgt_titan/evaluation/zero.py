@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     holes = {name: found for name, found in removed.items() if name != CONSTANT}
     before = reference_utility(trunk, batches, holes)
     tokens = now.tokens_B.sum()
-    print(f"{config.trunk.path}, {config.data.source}: {len(rows)} held-out rows, {tokens:,.0f} response tokens")
+    print(f"{config.trunk.path}, {config.data.called}: {len(rows)} held-out rows, {tokens:,.0f} response tokens")
     print(f"nats a response token: {now.clean_B.sum() / tokens:.4f} with the clean prompt")
     for name, found in removed.items():
         print(f"{found.nll_N.mean().item():>29.4f} {name}")
