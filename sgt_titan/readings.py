@@ -81,7 +81,7 @@ def _readings(arguments: Any, overrides: Sequence[str], talk: Any, text: str) ->
     answer = backend.generate(embeds_TD, **options).text.strip()
     restorer = talk.restorer()
     shown = restorer.feed(answer, last=True)
-    count = len(hidden[0].replaced)
+    count, left = len(hidden[0].replaced), sum(restorer.left.values())
     return [
         ("The user writes:", text),
         (
@@ -91,7 +91,7 @@ def _readings(arguments: Any, overrides: Sequence[str], talk: Any, text: str) ->
         (f"The server sees (nearest row; {100 * reading.share:.0f}% of the hidden tokens right):", reading.text),
         (f"The best cheap attacker reads ({attacker}; {100 * share:.0f}% right):", read),
         ("The answer comes back:", answer),
-        (f"The user sees ({sum(restorer.restored.values())} values put back):", shown),
+        (f"The user sees ({sum(restorer.restored.values())} values put back, {left} left as surrogates):", shown),
     ]
 
 

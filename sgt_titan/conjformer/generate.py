@@ -1,8 +1,8 @@
 """The end-to-end loop: the client embeds, rotates and sends; the server answers with one rotated vector; the client
 unrotates it, applies its head, samples, and sends the next token's rotated embedding.
 
-A server is a function of (embeddings, session): ``Local`` runs the checkpoint in this process, ``Remote`` over HTTP
-(``serve.py``). Legend: T tokens, D width, V vocabulary.
+A server is a function of (embeddings, session): ``Local`` runs the checkpoint in this process, ``RotatedRemote`` over
+HTTP (``serve.py``). Legend: T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Local:
         self.cache = DynamicCache(config=self.model.config)
 
 
-class Remote:
+class RotatedRemote:
     """A served rotated trunk. wire: type in which vectors are sent; half the bytes in bfloat16."""
 
     def __init__(self, url: str, *, wire: str = "float32", timeout: float = 60.0):

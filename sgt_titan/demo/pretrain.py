@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sgt_titan.demo.corpus import conversations
 from sgt_titan.errors import UserError
@@ -153,7 +153,9 @@ def token_losses(model: LlamaForCausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
     Padding is on the right, so causal attention alone keeps it from the real tokens.
     """
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
-    targets_BT = ids_BT[:, 1:].masked_fill(ids_BT[:, 1:] == model.config.pad_token_id, IGNORED)
+    later_BT = ids_BT[:, 1:]
+    pad: Any = model.config.pad_token_id
+    targets_BT = later_BT.masked_fill(torch.eq(later_BT, pad), IGNORED)
     return F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED, reduction="none")
 
 
@@ -179,7 +181,8 @@ def start_with_copying(model: LlamaForCausalLM) -> None:
     * in the next three layers the first query head of each KV head compares that sketch with the current token's, on
       the slow RoPE planes only, and its value and output put the found token's embedding back.
     """
-    config, head = model.config, model.config.head_dim
+    config: Any = model.config  # Llama's, complete: what transformers calls optional is there
+    head: int = config.head_dim
     width, half, group = config.hidden_size, head // 2, config.num_attention_heads // config.num_key_value_heads
     scale = 0.05
     theta = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
@@ -335,13 +338,14 @@ def copy_rates(
     """
     chats = list(conversations(rows, seed))
     counts: dict[str, list[int]] = {}
+    generates: Any = model  # transformers' mixin asks for a protocol that its own models do not declare
     for i in range(0, rows, 32):
         chunk = chats[i : i + 32]
         prompts = [
             tokenizer.apply_chat_template(c["messages"][:-1], tokenize=False, add_generation_prompt=True) for c in chunk
         ]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        out = model.generate(
+        out = generates.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=80,
@@ -369,8 +373,9 @@ def load(directory: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: no config.json; give a directory written by python -m sgt_titan.demo.pretrain")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(directory)
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    return model.eval(), tokenizer
 
 
 def evaluate(directory: Path, rows: int) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a transform, or a run's, to compare and combine; repeat",
     )
     parser.add_argument("--attacks", metavar="A,B", default=",".join(ATTACKS), help=f"default {','.join(ATTACKS)}")
+    parser.add_argument(
+        "--mechanisms", metavar="A,B", default="", help="only these of private.json, and redaction for p*"
+    )
     parser.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="effort of the attacks")
     parser.add_argument("--rows", type=int, help="prompts to measure on (finding: all; mechanisms: 32)")
     parser.add_argument("--corpus", type=int, default=2000, help="public rows that attackers train on (default 2000)")
@@ -226,7 +229,12 @@ def _mechanisms(
         ]
         listed += three
         made_of |= dict.fromkeys((one.name for one in three), f"@{fingerprint_export(exports[name])[:12]}")
+    wanted = {name for name in arguments.mechanisms.split(",") if name}
+    if unknown := wanted - {mechanism.name for mechanism in listed}:
+        raise UserError(f"--mechanisms: {min(unknown)!r} is none; known: {', '.join(one.name for one in listed)}")
     for mechanism in listed:
+        if wanted and mechanism.name not in wanted | {"redaction"}:
+            continue
         key = mechanism.name + made_of[mechanism.name]
         results["mechanisms"][mechanism.name] = _measured(setting, mechanism, key, chosen, arguments, parts)
         if "redaction" in results["mechanisms"]:  # where p* comes from
@@ -236,13 +244,16 @@ def _mechanisms(
 def _measured(
     setting: Setting, mechanism: Mechanism, key: str, attacks: Sequence[str], arguments: Any, parts: Parts
 ) -> dict[str, Any]:
-    """What a mechanism costs and what each attack reads: the parts that are there already, and the others now."""
+    """What a mechanism costs and what each attack reads: the parts that are there already, and the others now. One that
+    was asked for at another time counts as well."""
     import torch
 
     from sgt_titan.evaluation import utility
     from sgt_titan.evaluation.attacks import ATTACKS as KNOWN
 
     random = torch.Generator(device=setting.device)
+    before = (name for name in KNOWN if name not in attacks and parts.get(f"{key}/attacks/{name}") is not None)
+    attacks = [*attacks, *before]
 
     def spent() -> dict[str, Any]:
         random.manual_seed(arguments.seed)

@@ -76,6 +76,7 @@ class Conversation:
         self._seen = ""  # every text so far, folded
         self._digits = ""  # and its digits
         self._occurrences: dict[str, Literal] = {}
+        self._names: set[str] = set()  # of several words, as written: together they are one in lower case too
         self._sums: list[tuple[str, tuple[str, ...]]] = []  # amounts that add up, as written: a total and its parts
         # A further wish of (value, surrogate), given up after half of the attempts. An answer that depends on more of
         # the value than is said in docs/PRIVATE_VALUES.md is the caller's to state.
@@ -121,6 +122,10 @@ class Conversation:
         return self._replaced(text, settle(self._known_in(text, ()))).text
 
     def _add(self, text: str, spans: Sequence[Span]) -> None:
+        for span in spans:
+            value = plain(text[span.start : span.stop])[0]
+            if span.kind == "name" and " " in value:
+                self._names |= {value.lower(), value.title()}
         parts = [part for span in spans for part in _parts(text, span)]
         totals = self._find_sums([piece for kind, piece, _ in sorted(parts, key=lambda p: p[2]) if kind == "amount"])
         for kind, piece, _ in sorted(
@@ -298,13 +303,14 @@ class Conversation:
 
     def _known(self) -> tuple[dict[str, str], re.Pattern[str] | None]:
         """Forms of the known values with their kinds, and an expression for them; made anew when there are more."""
-        if self._forms is None or self._forms[0] != len(self._units):
-            forms: dict[str, str] = {}
+        size = len(self._units) + len(self._names)
+        if self._forms is None or self._forms[0] != size:
+            forms: dict[str, str] = dict.fromkeys(self._names, "name")
             for unit in self._units.values():
                 if unit.kind in self._kinds and unit.kind != "initial":
                     for form in self._value_forms(unit):
                         forms.setdefault(form, _outer(unit.kind))
-            self._forms = len(self._units), forms, alternation(forms) if forms else None
+            self._forms = size, forms, alternation(forms) if forms else None
         return self._forms[1:]
 
     def _value_forms(self, unit: Unit) -> Iterable[str]:
@@ -384,6 +390,12 @@ class Conversation:
         if not isinstance(name, str) or check != key_check(self._key, name):
             raise UserError("private conversation: made with another key; use that key, or start a new conversation")
         self.name, self._counts, self._occurrences = name, counts, said
+        self._names = {
+            form
+            for literal in said.values()
+            if literal.kind == "name" and " " in literal.value
+            for form in (plain(literal.value)[0].lower(), plain(literal.value)[0].title())
+        }
         self._units = {(unit.kind, unit.norm): unit for unit in units}
         self._taken = {folded(unit.surrogate) for unit in units}
         return self

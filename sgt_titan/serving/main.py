@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sgt_titan.arguments import http_url
 from sgt_titan.errors import UserError
 from sgt_titan.serving.keys import plain_keys, read_keys
-from sgt_titan.serving.options import ModelOptions, Options, UpstreamOptions, read_options
+from sgt_titan.serving.options import ModelOptions, ProxyOptions, UpstreamOptions, read_options
 
 if TYPE_CHECKING:
     from sgt_titan.serving.settings import Served, Settings, Target
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listener.close()
 
 
-def _keys(options: Options) -> tuple[str, ...]:
+def _keys(options: ProxyOptions) -> tuple[str, ...]:
     """Keys of the environment; those of a file are read, and read again, by the proxy."""
     file = options.api_key_file
     keys = () if file is not None else _lines(os.environ.get(KEY_VARIABLE, ""))
@@ -90,7 +90,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _settings(options: Options, keys: tuple[str, ...]) -> Settings:
+def _settings(options: ProxyOptions, keys: tuple[str, ...]) -> Settings:
     from sgt_titan.private import Private
     from sgt_titan.serving.settings import Settings
 
@@ -124,7 +124,7 @@ def _settings(options: Options, keys: tuple[str, ...]) -> Settings:
     )
 
 
-def _served(model: ModelOptions, options: Options) -> Served:
+def _served(model: ModelOptions, options: ProxyOptions) -> Served:
     """The model, loaded."""
     from sgt_titan.client import StainedGlassTransform
     from sgt_titan.client.inspect import best_attacker
@@ -164,7 +164,7 @@ def _target(upstream: UpstreamOptions) -> Target:
     return Target(upstream.url, upstream.backend, upstream.model, key, upstream.wire_dtype)
 
 
-def _serve(options: Options, keys: tuple[str, ...], listener: socket.socket) -> int:
+def _serve(options: ProxyOptions, keys: tuple[str, ...], listener: socket.socket) -> int:
     try:
         import uvicorn
 

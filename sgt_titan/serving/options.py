@@ -180,7 +180,7 @@ def parser() -> Parser:
 
 
 @dataclass(frozen=True)
-class Options:
+class ProxyOptions:
     """Everything, checked. ``values``: by the names of ``DEFAULTS``."""
 
     values: dict[str, Any] = field(repr=False)
@@ -193,7 +193,7 @@ class Options:
             raise AttributeError(name) from None
 
 
-def read_options(argv: Sequence[str] | None) -> Options:
+def read_options(argv: Sequence[str] | None) -> ProxyOptions:
     """Flags over the file over the defaults. Raises UserError naming the flag or the key."""
     given = vars(parser().parse_args(argv))
     file = given.pop("config", None)
@@ -207,7 +207,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
             raise UserError(f"{file}: has [[models]]; leave out EXPORT and --upstream")
         models = _models(tables, file)
     _check(values, models)
-    return Options(values, models)
+    return ProxyOptions(values, models)
 
 
 def _file(path: Path) -> dict[str, Any]:

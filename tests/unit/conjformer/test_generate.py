@@ -12,7 +12,7 @@ import torch
 from rotated_trunks import WIDTH, model_of
 from safetensors.torch import save
 
-from sgt_titan.conjformer.generate import Local, Remote, generate, sample
+from sgt_titan.conjformer.generate import Local, RotatedRemote, generate, sample
 from sgt_titan.conjformer.serve import make_server
 from sgt_titan.conjformer.talk import generate as generate_command
 from sgt_titan.conjformer.talk import serve as serve_command
@@ -50,14 +50,14 @@ def test_greedy_answers_are_the_plain_model_s(rotated, name):
 
 def test_over_http_with_its_traffic(served):
     found, url = served
-    server = Remote(url)
+    server = RotatedRemote(url)
     answer = list(generate(found.load_client(), server, PROMPT, max_tokens=12))
     assert answer == plain_answer(found.trunk, 12)
     traffic = server.traffic
     assert (traffic.tokens, traffic.requests) == (len(PROMPT) + 11, 12)
     assert 4 * WIDTH * traffic.tokens < traffic.up < 4 * WIDTH * traffic.tokens + 100 * traffic.requests
     assert 4 * WIDTH * 12 < traffic.down < (4 * WIDTH + 100) * 12
-    half = Remote(url, wire="bfloat16")
+    half = RotatedRemote(url, wire="bfloat16")
     list(generate(found.load_client(), half, PROMPT, max_tokens=12))
     assert half.traffic.up < 0.7 * traffic.up
     server.close()
@@ -65,7 +65,7 @@ def test_over_http_with_its_traffic(served):
 
 def test_sessions_do_not_mix(served):
     found, url = served
-    one, other = Remote(url), Remote(url)
+    one, other = RotatedRemote(url), RotatedRemote(url)
     first, second = (generate(found.load_client(), s, PROMPT, max_tokens=6) for s in (one, other))
     pairs = list(zip(first, second, strict=True))
     assert [a for a, _ in pairs] == [b for _, b in pairs] == plain_answer(found.trunk, 6)
@@ -88,7 +88,7 @@ def test_a_session_that_was_forgotten_is_not_begun_anew(served, monkeypatch):
     """Its answers would go on, behind nothing."""
     found, url = served
     monkeypatch.setattr("sgt_titan.conjformer.serve.MAX_SESSIONS", 1)
-    client, one, other = found.load_client(), Remote(url), Remote(url)
+    client, one, other = found.load_client(), RotatedRemote(url), RotatedRemote(url)
     x_TD = client.encode(torch.tensor([PROMPT]))[0]
     one.step(x_TD)
     with pytest.raises(UserError, match="longer than 128 positions"):

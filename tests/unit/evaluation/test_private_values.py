@@ -75,6 +75,10 @@ def test_mechanisms(tmp_path, make_export, monkeypatch):
     again = [*words, "--data.cache_dir", str(tmp_path / "cache"), "--data.template", "chat"]
     assert main(again) == 0
     assert json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"] == found
+    assert main([*again, "--mechanisms", "x"]) == 0
+    assert json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"].keys() == {"redaction", "x"}
+    with pytest.raises(UserError, match="--mechanisms: 'y' is none; known: none, redaction"):
+        main([*again, "--mechanisms", "y"])
     with pytest.raises(UserError, match="of another configuration"):
         main([*again, "--seed", "1"])
 

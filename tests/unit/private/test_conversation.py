@@ -146,6 +146,19 @@ def test_relations_stay():
     assert hidden[1].text[-5:-1] == hidden[0].text[-4:] and checksums.luhn(re.sub(r"\D", "", hidden[1].text))
 
 
+def test_mail_addresses_made_of_a_name():
+    text = "I am Ada Lovelace, A. Lovelace: alovelace@acme.com, adal@acme.com, lovelace.ada1815@post.org."
+    talk = conversation()
+    hidden = talk.hide([text], {0: [Span(5, 17, "name"), Span(19, 30, "name")]})[0].text
+    found = {unit.norm: unit.surrogate.lower() for unit in talk.units}
+    first, last = found["ada"], found["lovelace"]
+    one, two, three = re.findall(r"[\w.]+@[\w.-]+\.example", hidden)
+    assert one.startswith(first[0] + last + "@") and two.startswith(first + last[0] + "@")
+    assert re.match(rf"{last}\.{first}\d{{4}}@", three) and "1815" not in three
+    assert one.partition("@")[2] == two.partition("@")[2] != three.partition("@")[2]
+    assert talk.restorer().feed(hidden, last=True) == text
+
+
 def test_many_dates_keep_their_order():
     days = ["1999-01-05", "1950-01-01", "2019-12-31", "1975-06-30", "1999-01-06", "1960-02-29"]
     talk = conversation()
@@ -221,6 +234,24 @@ def test_an_ordinary_word_in_lower_case_is_not_the_name():
     talk = conversation(finders=())
     hidden = talk.hide(["Rose, a rose is a rose. ROSE!"], {0: [Span(0, 4, "name")]})[0]
     assert hidden.text.count("rose") == 2 and "ROSE" not in hidden.text and "Rose" not in hidden.text
+
+
+def test_a_whole_name_in_lower_case_is_found_where_it_was_known():
+    turns = ["ask emily watson, not emily", "I am Emily Watson."]
+    talk = conversation(finders=())
+    hidden = talk.hide(turns, {1: [Span(5, 17, "name")]})
+    assert "emily watson" not in hidden[0].text and hidden[0].text.endswith("not emily"), "one word may be ordinary"
+    assert hidden[0].text.split(",")[0][4:] == hidden[1].text[5:-1].lower()
+    later = conversation(finders=()).load(talk.as_dict())
+    assert "emily watson" not in later.hide(["emily watson?"])[0].text
+    assert later.restorer().feed(hidden[0].text, last=True) == turns[0]
+
+
+def test_values_split_over_turns_are_found_by_their_pieces():
+    """As far as each piece is a value by itself: eight digits are, four are not."""
+    hidden = conversation().hide(["my card is 4111 1111", "1111 1112, thanks", "or 212-940", "-8830"])
+    said = " ".join(one.text for one in hidden)
+    assert not any(piece in said for piece in ("4111", "1112", "940")) and "-8830" in said
 
 
 def test_marks_go_before_what_is_found():
