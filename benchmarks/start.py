@@ -64,8 +64,9 @@ def start(rank: int, world: int, port: int, options: argparse.Namespace, folder:
     from sgt_titan.transform.trunk_files import TrunkFiles
 
     hf = AutoConfig.from_pretrained(folder)
+    decoder = build(hf, "sdpa")
     with torch.device("meta"):
-        trunk = build(hf, "sdpa").build().to(torch.bfloat16)
+        trunk = decoder.build().to(torch.bfloat16)
     mesh = init_device_mesh("cpu", (options.replicas, world // options.replicas), mesh_dim_names=("replicate", "shard"))
     for layer in trunk.layers.values():
         fully_shard(layer, mesh=mesh)
