@@ -1,6 +1,7 @@
 """What the client adds to a prompt, in one run: ``python benchmarks/serving.py [--export DIR --trunk DIR]``.
 
     encode      tokenize, obfuscate, serialise, against sending the text: time, bytes, tokens a second, by T and batch
+    denoiser    2 layers of it against none: time and bytes
     held        noise that is held against fresh noise
     weights     bfloat16 and int8 weights: time, memory, and what they do to mean and std
     proxy       the same requests to a stub vLLM directly and through the proxy: time to first token and to the end
@@ -33,11 +34,12 @@ DEMO = Path(__file__).resolve().parents[1] / "sgt_titan" / "demo" / "trunk"
 WORDS = "the quick brown fox reads a long letter from the bank about account 4411 and asks who sent it "
 
 
-def untrained(width: int, layers: int, heads: int) -> Path:
+def untrained(width: int, layers: int, heads: int, denoiser: int = 0) -> Path:
     """An export of a Llama-shaped transform with the demo trunk's tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config, write_export
+    from sgt_titan.transform.configuration import needed_version
 
     vocab = len(AutoTokenizer.from_pretrained(DEMO))
     trunk = AutoConfig.for_model(
@@ -45,8 +47,10 @@ def untrained(width: int, layers: int, heads: int) -> Path:
         num_attention_heads=heads, num_key_value_heads=max(heads // 4, 1), max_position_embeddings=8192,
     )  # fmt: skip
     config = SGTConfig(
-        trunk_config=estimator_config(trunk, layers), hidden_size=width, vocab_size=vocab, scale=0.02, std_init=1.0
-    )
+        trunk_config=estimator_config(trunk, layers), hidden_size=width, vocab_size=vocab, scale=0.02, std_init=1.0,
+        denoiser_layers=denoiser,
+    )  # fmt: skip
+    config.format_version = needed_version(config)
     torch.manual_seed(0)
     state = StainedGlassTransform(config).state_dict()
     out = Path(tempfile.mkdtemp()) / "export"
@@ -93,6 +97,19 @@ def encode(sgt: StainedGlassTransform) -> None:
         prompts = [sgt.prompt(prompt_of(sgt, 128)) for _ in range(B)]
         seconds = compare({"b": lambda p=prompts: sgt.encode_batch(p)}, 3)["b"].median
         print(f"{B:>6}{seconds:>10.3f}{sum(map(len, prompts)) / seconds:>10.0f}")
+
+
+def denoiser(plain: Path, cleaned: Path) -> None:
+    """What the client pays for cleaning up: both obfuscate the same prompts, in one run."""
+    sgt = {name: StainedGlassTransform.from_pretrained(path) for name, path in (("none", plain), ("2", cleaned))}
+    print(f"\ndenoiser\n{'T':>6}{'none ms':>10}{'2 layers ms':>13}{'ratio':>8}{'bytes none':>12}{'2 layers':>10}")
+    for T in (64, 256, 1024):
+        prompt = {name: one.prompt(prompt_of(one, T)) for name, one in sgt.items()}
+        times = compare({name: lambda one=sgt[name], p=prompt[name]: one.encode(p) for name in sgt}, 7)
+        size = {name: len(json.dumps(WIRES["vllm"].body(one.encode(prompt[name]), Options(), "m")))
+                for name, one in sgt.items()}  # fmt: skip
+        none, two = times["none"].median, times["2"].median
+        print(f"{T:>6}{1e3 * none:>10.1f}{1e3 * two:>13.1f}{two / none:>8.2f}{size['none']:>12}{size['2']:>10}")
 
 
 def held(path: Path) -> None:
@@ -179,6 +196,7 @@ def main() -> None:
     print(machine())
     path = untrained(arguments.width, arguments.layers, arguments.width // 64)
     encode(StainedGlassTransform.from_pretrained(path))
+    denoiser(path, untrained(arguments.width, arguments.layers, arguments.width // 64, denoiser=2))
     held(path)
     if arguments.export:
         start = "One day a little girl named Lily found a box in the garden. She wanted to open it but it was too"

@@ -131,6 +131,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     preview = command("preview", "Show a row of a run's data as it will be trained on.", help_text())
     preview.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
     preview.add_argument("--row", type=int, default=1, metavar="N", help="number of the row in the source (default: 1)")
+    preview.add_argument("--source", default="", metavar="NAME", help="of several, by name (default: the first)")
 
     for name, (_, text) in _FORWARDED.items():
         command(name, text)
@@ -223,7 +224,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError("trunk.path is not set: the tokenizer is read from there")
     from sgt_titan.data.preview import preview
 
-    print(preview(config, arguments.row, color=sys.stdout.isatty()))
+    print(preview(config, arguments.row, color=sys.stdout.isatty(), source=arguments.source))
     return 0
 
 

@@ -25,7 +25,8 @@ CONFIG_FILE = "config.yaml"
 MAY_DIFFER = (
     *HOW_IT_RUNS,
     "trunk.architecture",
-    "data.source",  # its fingerprint is compared instead, as the trunk's
+    "data.source",  # and data.sources: their fingerprint is compared instead, weights in it, as the trunk's
+    "data.validation_source",
     "teacher_cache.dir",
     "training.steps",
     "training.epochs",

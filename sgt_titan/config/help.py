@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import textwrap
-import typing
 from typing import Any
 
 import yaml
 
-from sgt_titan.config.keys import Leaf, choices, inner, is_optional, keys, sections
+from sgt_titan.config.keys import Leaf, choices, inner, is_optional, keys, sections, takes_items
 
 _HEADER = """\
 # Configuration
@@ -66,7 +65,7 @@ def _kind(hint: Any) -> str:
         return "|".join(choices(hint))
     if is_optional(hint):
         return f"{_kind(inner(hint))}|none"
-    return "mapping" if typing.get_origin(hint) is dict else hint.__name__
+    return "mapping" if takes_items(hint) else hint.__name__
 
 
 def _value(value: Any) -> str:

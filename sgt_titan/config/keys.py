@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from sgt_titan.config.schema import Config
+from sgt_titan.config.schema import Config, Source
 
 
 class Leaf(NamedTuple):
@@ -43,7 +43,15 @@ def describe(hint: Any) -> str:
         return f"one of {', '.join(choices(hint))}"
     if is_optional(hint):
         return f"{describe(inner(hint))} or none"
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    names = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        Source: "a source or its table",
+    }
+    if takes_items(hint) and Source in typing.get_args(hint):
+        return "a mapping from name to source"
     if typing.get_origin(hint) is dict and typing.get_args(hint)[1] is Any:
         return "a mapping"
     return names.get(hint, "a mapping from field to column")
@@ -59,6 +67,11 @@ def inner(hint: Any) -> Any:
 
 def choices(hint: Any) -> tuple[str, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def takes_items(hint: Any) -> bool:
+    """Whether an option is a mapping, whose items are options as well: ``--data.columns.text story``."""
+    return typing.get_origin(hint) is dict or hint is Source
 
 
 def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Leaf | str]]:

@@ -20,9 +20,9 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from sgt_titan.config.keys import Leaf, choices, describe, get, inner, is_optional, keys, sections
+from sgt_titan.config.keys import Leaf, choices, describe, get, inner, is_optional, keys, sections, takes_items
 from sgt_titan.config.resolve import dp_degree, read_trunk, resolve, validate
-from sgt_titan.config.schema import Config
+from sgt_titan.config.schema import SOURCE_KEYS, Config, Source
 from sgt_titan.errors import UserError
 
 __all__ = [
@@ -105,7 +105,12 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
                 raise UserError(f"--{word} needs a value: {describe(leaf.hint)}")
             text = "true"
         where = f"--{word}"
-        if item:
+        if Source in (leaf.hint, *get_args(leaf.hint)):
+            table: Any = text
+            for name in reversed(item.split(".") if item else []):
+                table = {name: table}
+            values[key] = _join(values.get(key, {}), _source_words(table, leaf.hint, f"--{key}"))
+        elif item:
             free = get_args(leaf.hint)[1] is Any
             values[key] = {**values.get(key, {}), item: _scalar(text, where) if free else text}
         else:
@@ -273,8 +278,14 @@ def _flatten(node: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, An
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    joined = {key: {**base.get(key, {}), **value} for key, value in top.items() if isinstance(value, dict)}
+    joined = {key: _join(base.get(key, {}), value) for key, value in top.items() if isinstance(value, dict)}
     return {**base, **top, **joined}
+
+
+def _join(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Mappings and the tables in them, item by item."""
+    deep = {k: _join(base[k], v) for k, v in top.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **top, **deep}
 
 
 def _build(values: dict[str, Any]) -> Config:
@@ -291,15 +302,32 @@ def _override_key(word: str) -> tuple[str, Leaf, str]:
         raise UserError(f"--{word} is a section; give one of its keys, such as --{_first_key(word)}")
     if word in keys() and get_origin(keys()[word].hint) is not dict:
         return word, keys()[word], ""
-    key, _, item = word.rpartition(".")
     if word in keys():
         raise UserError(f"--{word} needs a field: --{word}.{_item_hint(word)}")
-    if key in keys() and get_origin(keys()[key].hint) is dict:
+    key = next((key for key in keys() if word.startswith(key + ".") and takes_items(keys()[key].hint)), "")
+    item = word.removeprefix(key + ".")
+    if key and ("." not in item or Source in get_args(keys()[key].hint) or item.startswith("columns.")):
         return key, keys()[key], item
     raise UserError(f"unknown option --{word}{_nearest_key(word, dashes='--')}")
 
 
+def _source_words(value: Any, hint: Any, where: str) -> Any:
+    """A table of sources from words: the values of one are those that its keys take."""
+    if hint is not Source:  # by name
+        return {name: _source_words(table, Source, f"{where}.{name}") for name, table in value.items()}
+    if isinstance(value, dict):
+        hints = _source_hints()
+        value = {k: _from_text(v, hints[k]) if k in hints and isinstance(v, str) else v for k, v in value.items()}
+    return _convert(value, hint, where)
+
+
+def _source_hints() -> dict[str, Any]:
+    return {name: keys()[f"data.{name}"].hint for name in SOURCE_KEYS} | {"weight": float}
+
+
 def _item_hint(key: str) -> str:
+    if Source in get_args(keys()[key].hint):
+        return "NAME.source FILE"
     return "NAME VALUE" if get_args(keys()[key].hint)[1] is Any else "text COLUMN"
 
 
@@ -340,9 +368,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value not in offered:
             raise UserError(f"{wrong}{_nearest(value, offered)}" if isinstance(value, str) else str(wrong))
         return value
+    if hint is Source:
+        return _source(value, where, wrong)
     if get_origin(hint) is dict:
         if not isinstance(value, dict):
             raise wrong
+        if Source in get_args(hint):
+            return {str(name): _convert(table, Source, f"{where}.{name}") for name, table in value.items()}
         if get_args(hint)[1] is Any:
             _refuse_odd(value, where)
             return copy.deepcopy(value)
@@ -350,7 +382,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             if not (isinstance(name, str) and isinstance(item, str)):
                 raise UserError(f"{where}.{name} must be a string, got {_repr.repr(item)}")
         return dict(value)
-    if where.endswith("data.source") and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+    if where.endswith(".source") and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return "\n".join(value)
     if hint is float:
         # YAML 1.1 reads 1e-3 (no dot) as a string.
@@ -367,6 +399,21 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise wrong
     return value
+
+
+def _source(value: Any, where: str, wrong: UserError) -> dict[str, Any]:
+    """A table of `data.sources`; a text or a list of texts is its source."""
+    if isinstance(value, str | list):
+        value = {"source": value} if value else {}
+    if not isinstance(value, dict):
+        raise wrong
+    hints, found = _source_hints(), {}
+    for name, item in value.items():
+        if name not in hints:
+            raise UserError(f"{where}: unknown key {_repr.repr(name)}{_nearest(str(name), hints)}")
+        if item is not None:
+            found[name] = _convert(item, hints[name], f"{where}.{name}")
+    return found
 
 
 def _scalar(text: str, where: str) -> Any:

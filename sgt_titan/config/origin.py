@@ -60,7 +60,10 @@ def meant(given: str, key: str) -> str:
     """
     if given == "demo" or Path(given).exists() or given not in available():
         return given
-    value = get(load(given), key)
+    config = load(given)
+    value = get(config, key)
+    if key == "data.source" and config.data.sources:
+        raise UserError(f"{given}: this config mixes {config.data.called}; name one source, or give a run's directory")
     if not value:
         raise UserError(f"{given}: this config has no {key}")
     return expand(value, f"{given}: {key}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sgt_titan.config.keys import get
 from sgt_titan.config.paths import expand, unset
-from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
+from sgt_titan.config.schema import PRESETS, SOURCE_KEYS, TERMS, Config, Data, Term
 from sgt_titan.errors import UserError
 from sgt_titan.trunk.check import check_checkpoint
 from sgt_titan.trunk.families import FAMILIES, check_config, expert_count
@@ -127,6 +128,9 @@ def resolve(config: Config, *, world_size: int | None, home: str = "outputs") ->
             continue  # dry runs and arithmetic do without the trunk; `read_trunk` says it to the others
         section, name = key.split(".")
         setattr(getattr(config, section), name, expand(get(config, key), key))
+    for key, table in _source_tables(data):
+        if "source" in table:
+            table["source"] = expand(table["source"], f"{key}.source")
     if config.trunk.path == "demo":
         config.trunk.path = str(Path(__file__).resolve().parents[1] / "demo" / "trunk")
     if config.trunk.architecture:
@@ -283,13 +287,15 @@ def _task_problems(config: Config) -> Iterator[str]:
 
 def _data_problems(config: Config, device: str | None) -> Iterator[str]:
     data, seq_len = config.data, config.training.seq_len
-    if not data.source:
+    yield from _mixture_problems(data)
+    if not data.source and not data.sources:
         yield "data.source is not set: a preset (such as demo), a hub dataset name or a local file"
-    for name in data.columns:
-        if name not in _DATA_FIELDS:
-            yield f"data.columns.{name} is no field; the fields are {', '.join(_DATA_FIELDS)}"
-    if data.prompt_tokens >= seq_len:
-        yield f"data.prompt_tokens {data.prompt_tokens} must be below training.seq_len {seq_len}"
+    for key, table in [("data", vars(data)), *_source_tables(data)]:
+        for name in table.get("columns", {}):
+            if name not in _DATA_FIELDS:
+                yield f"{key}.columns.{name} is no field; the fields are {', '.join(_DATA_FIELDS)}"
+        if (prompt := table.get("prompt_tokens", 0)) >= seq_len:
+            yield f"{key}.prompt_tokens {prompt} must be below training.seq_len {seq_len}"
     if data.min_prompt_tokens > seq_len:
         yield f"data.min_prompt_tokens {data.min_prompt_tokens} exceeds training.seq_len {seq_len}: no sample is left"
     if config.objective.utility_positions == "response" and data.format == "text" and data.prompt_tokens == 0:
@@ -299,8 +305,40 @@ def _data_problems(config: Config, device: str | None) -> Iterator[str]:
         )
     if data.packing and device == "cpu":
         yield "data.packing needs a GPU (document masks have no CPU backward); set data.packing false"
+    if data.validation_source and not data.validation_samples:
+        yield "data.validation_source: data.validation_samples is 0; say how many of its rows are held out"
     if config.metrics.probe_every and not data.validation_samples:
         yield "metrics.probe_every needs held-out samples; set data.validation_samples or metrics.probe_every 0"
+
+
+def _source_tables(data: Data) -> list[tuple[str, dict[str, Any]]]:
+    """Key and table of every source that has one."""
+    own = [("data.validation_source", data.validation_source)] if data.validation_source else []
+    return [*((f"data.sources.{name}", table) for name, table in data.sources.items()), *own]
+
+
+def _mixture_problems(data: Data) -> Iterator[str]:
+    if data.source and data.sources:
+        yield f"data.source: {data.source!r}, and data.sources names {', '.join(data.sources)}; give one or the other"
+    for key in SOURCE_KEYS[1:]:
+        if data.sources and getattr(data, key) != getattr(Data(), key):
+            yield f"data.{key}: belongs to one source; set it in data.sources.NAME"
+    for key, table in _source_tables(data):
+        if not table.get("source"):
+            yield f"{key}.source is not set: a preset, a hub dataset name or a local file"
+        for name in ("prompt_tokens", "max_samples"):
+            if table.get(name, 0) < 0:
+                yield f"{key}.{name} must be 0 or more, got {table[name]}"
+        if table.get("weight", 1) <= 0:
+            yield f"{key}.weight must be above 0, got {table['weight']}; leave a source out that is not wanted"
+    for name in data.sources:
+        if not re.fullmatch(r"[\w-]+", name) or name == "validation":
+            yield f"data.sources.{name}: a source's name is letters, digits, _ and -, and not validation"
+    if "weight" in data.validation_source:
+        yield "data.validation_source.weight: held-out rows have no weight; leave it out"
+    without = [name for name, table in data.sources.items() if "weight" not in table]
+    if without and len(without) < len(data.sources):
+        yield f"data.sources.{without[0]}.weight is not set, and others are; give all of them a weight, or none"
 
 
 def _degree_problems(config: Config, world_size: int) -> Iterator[str]:

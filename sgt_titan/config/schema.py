@@ -11,7 +11,7 @@ these fields and nothing else. ``load.py`` reads them, ``sgt-titan train --help`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 TERMS = ("mi", "abs_cos", "norm", "comp_entr", "cos_sim", "rate")
 
@@ -29,6 +29,12 @@ PRESETS: dict[str, dict[str, float]] = {
     "rate_abs_cos": {"rate": 0.05, "abs_cos": 1.0},
     "rate_abs_cos_norm": {"rate": 0.05, "abs_cos": 1.0, "norm": 1.0},
 }
+
+
+# Keys of `data` that describe one source, and so may stand in a table of `data.sources`, where `weight` may stand too.
+SOURCE_KEYS = ("source", "subset", "split", "format", "columns", "roles", "answers", "prompt_tokens", "max_samples")
+Source = NewType("Source", dict)
+"""A table of such keys; ``load.py`` checks them as it checks those of `data`."""
 
 
 def opt(default: Any, help: str) -> Any:
@@ -158,6 +164,14 @@ class Data:
                           "or local files: one, a folder, a glob, a list of them, or an address (s3://, hf://, https://). JSONL, "
                           "JSON, CSV, TSV, text (a row a line; all also .gz, .bz2, .zst), Parquet, Arrow. Environment "
                           "variables are expanded.")  # fmt: skip
+    sources: dict[str, Source] = field(default_factory=dict, metadata={
+        "help": "A mixture instead of one source: a table a source, by a name of yours, with the keys source, subset, split, "
+                "format, columns, roles, answers, prompt_tokens, max_samples of this section and `weight`, its share of the "
+                "rows of an epoch relative to the others'. Without weights every row comes once an epoch. An epoch has as "
+                "many rows as all sources together (docs/TRAINING.md)."})  # fmt: skip
+    validation_source: Source = field(default_factory=lambda: Source({}), metadata={
+        "help": "A table of the same keys (without weight), or its source alone: held-out rows come from it, and copies of "
+                "its rows are not trained on. Empty: validation_samples rows of the training data."})  # fmt: skip
     subset: str = opt("", "Hub configuration name, when the dataset has several; of a folder: the folder in it.")
     split: str = opt(
         "train", "Split of a hub dataset, of a saved DatasetDict, or of a folder whose files are named after splits."
@@ -206,6 +220,11 @@ class Data:
     validation_samples: int = opt(256, "Samples held out from training (chosen by hash of the row), for the probe "
                                        "and for the before/after table.")  # fmt: skip
     cache_dir: str = opt("", "Tokenized cache, shared by runs. Empty: <output_dir>/../.cache/data.")
+
+    @property
+    def called(self) -> str:
+        """What is trained on, in a word or a few, for messages."""
+        return self.source or ", ".join(self.sources)
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,8 @@ import torch
 
 from sgt_titan.data import packing as packing_
 from sgt_titan.data.cache import View
-from sgt_titan.data.order import samples_at
+from sgt_titan.data.order import mixed_at, quotas, samples_at
+from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
 
 
@@ -73,6 +74,7 @@ class BatchSource:
 
     Raises:
         ValueError: no samples, a sample longer than ``seq_len``, or a batch size below 1.
+        UserError: a weight so small that nothing of its source is drawn.
     """
 
     def __init__(
@@ -100,11 +102,22 @@ class BatchSource:
         self.obfuscate_template = obfuscate_template
         self.utility_positions = utility_positions
         self.pad_id = pad_id
-        if packing:
-            self.row_offsets, self.sample_ids = packing_.pack(view.lengths, seq_len)
-        else:
-            self.row_offsets = np.arange(len(view) + 1, dtype=np.int64)
-            self.sample_ids = np.arange(len(view), dtype=np.int64)
+        self.row_offsets, self.sample_ids = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        sizes, first = [], 0
+        for samples, _ in view.blocks.values():  # a row's samples are of one block, which can then be weighed
+            if packing:
+                offsets, ids = packing_.pack(view.lengths[first : first + samples], seq_len)
+            else:
+                offsets, ids = np.arange(samples + 1, dtype=np.int64), np.arange(samples, dtype=np.int64)
+            self.row_offsets = np.concatenate([self.row_offsets, self.row_offsets[-1] + offsets[1:]])
+            self.sample_ids = np.concatenate([self.sample_ids, first + ids])
+            sizes.append(len(offsets) - 1)
+            first += samples
+        self.sizes = np.array(sizes, dtype=np.int64)  # rows of each block, and how many of an epoch's rows are its
+        self.shares = quotas(self.rows, [weight for _, weight in view.blocks.values()])
+        for name, share in zip(view.blocks, self.shares.tolist(), strict=True):
+            if not share:
+                raise UserError(f"data.sources.{name}.weight: gives it none of the {self.rows} rows of an epoch")
         # Each microbatch of a step asks for the step's rows twice; at a batch of 1024 finding them takes milliseconds.
         self._global_rows = lru_cache(maxsize=2)(self._find_global_rows)
         # Known from the first batch on, so not lazily: a step's time must not depend on being the first.
@@ -126,19 +139,26 @@ class BatchSource:
 
     @property
     def epoch_counts(self) -> Counts:
-        """Counts of all rows."""
-        utility, obfuscated, tokens = self._table.sum(axis=1).tolist()
+        """Counts of an epoch; of a weighted mixture to expect, since its epochs differ."""
+        utility, obfuscated, tokens = np.rint((self._table * self._times).sum(axis=1)).astype(np.int64).tolist()
         return Counts(utility, obfuscated, self.rows, tokens)
+
+    @cached_property
+    def _times(self) -> np.ndarray:
+        """How often each row comes in an epoch: (R,), 1 where nothing is weighted."""
+        return np.repeat(self.shares / self.sizes, self.sizes)
 
     def token_counts(self, vocab: int) -> torch.Tensor:
         """How often each token stands at an obfuscated position of an epoch, int64 (V,)."""
-        counts_V = np.zeros(vocab, dtype=np.int64)
+        counts_V = np.zeros(vocab, dtype=np.float64)
+        times = np.empty(len(self.view))
+        times[self.sample_ids] = np.repeat(self._times, np.diff(self.row_offsets))
         for i in range(len(self.view)):
             hidden_T = obfuscation_mask(
                 self.view.roles(i), obfuscate=self.obfuscate, obfuscate_template=self.obfuscate_template
             )
-            np.add.at(counts_V, np.asarray(self.view.tokens(i))[hidden_T], 1)
-        return torch.from_numpy(counts_V)
+            np.add.at(counts_V, np.asarray(self.view.tokens(i))[hidden_T], times[i])
+        return torch.from_numpy(np.rint(counts_V).astype(np.int64))
 
     def row_ids(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row) of each row of the step's global batch, in order."""
@@ -163,7 +183,10 @@ class BatchSource:
 
     def _find_global_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         first = step * self.global_batch_size
-        return samples_at(np.arange(first, first + self.global_batch_size), self.rows, self.seed)
+        k = np.arange(first, first + self.global_batch_size)
+        if len(self.sizes) == 1:
+            return samples_at(k, self.rows, self.seed)
+        return mixed_at(k, self.sizes, self.shares, self.seed)
 
     def _count_rows(self) -> np.ndarray:
         """Utility, obfuscated and all tokens of each row: int64 (3, R)."""

@@ -10,7 +10,8 @@ A directory ``<cache_dir>/<fingerprint>`` holds
     sources.npy   (samples,)     int64              number of the row in the source
     marks.npy     (marks, 5)     int32              private values: start, stop, lead, characters, kind (marks.Mark)
     mark_offsets.npy (samples + 1,) int64           sample i has marks[mark_offsets[i]:mark_offsets[i + 1]]
-    meta.json                                       counts, options, sizes and sha256 of the arrays
+    meta.json                                       counts, options, sizes and sha256 of the arrays; of a mixture, its
+                                                    sources, whose samples follow one another
 
 It is built under another name and renamed when complete, so a directory that exists is whole unless someone
 damaged it, and two builders cannot disturb each other: the first to rename wins.
@@ -26,28 +27,27 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from sgt_titan.config import resolve, schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.marks import MarkError
-from sgt_titan.data.sources import Rows, load_rows
+from sgt_titan.data.mixture import Part, parts
+from sgt_titan.data.order import quotas
 from sgt_titan.data.tokenization import (
     COUNTS,
     DROPS,
     FIRST_BAD,
     MARK_FIELDS,
     Chunk,
-    Options,
     load_tokenizer,
-    make_options,
     private_tokens,
     tokenize_rows,
 )
@@ -77,6 +77,7 @@ class View:
 
     dataset: TokenizedDataset = field(repr=False)
     index: np.ndarray
+    weighted: bool = False  # the sources by their weights, not by their sizes
 
     def __len__(self) -> int:
         return len(self.index)
@@ -121,6 +122,36 @@ class View:
     def fingerprint(self) -> str:
         return self.dataset.fingerprint
 
+    @cached_property
+    def blocks(self) -> dict[str, tuple[int, float]]:
+        """Samples and weight of each source, in the order in which they lie here; one block where nothing is weighted.
+
+        Raises:
+            UserError: a source that has a weight and no samples.
+        """
+        if not self.weighted or not self.dataset.weights:
+            return {"": (len(self), 1.0)}
+        weights = self.dataset.weights
+        found = {name: (samples, weights[name]) for name, samples in zip(weights, self._sizes, strict=False)}
+        for name, (samples, _) in found.items():
+            if not samples:
+                raise UserError(f"data.sources.{name}: every sample is a copy of a held-out one; leave it out")
+        return found
+
+    def spread(self, count: int) -> list[int]:
+        """The first ``count`` samples; of several sources, as many of each as its size is of all."""
+        if count >= len(self) or len(self._sizes) == 1:
+            return list(range(min(count, len(self))))
+        starts, shares = np.cumsum([0, *self._sizes]), quotas(count, self._sizes)
+        return [i for start, share in zip(starts, shares, strict=False) for i in range(int(start), int(start + share))]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Samples of each source, in order."""
+        ends = [about["samples"] for about in self.dataset.meta.get("sources", {}).values()] or [len(self.dataset)]
+        found = np.searchsorted(self.index, np.cumsum(ends))
+        return np.diff(found, prepend=0).tolist()
+
     def _slice(self, i: int) -> slice:
         at = self.index[i]
         return slice(int(self.dataset.offsets[at]), int(self.dataset.offsets[at + 1]))
@@ -142,6 +173,7 @@ class TokenizedDataset:
     marks: np.ndarray = field(repr=False)
     mark_offsets: np.ndarray = field(repr=False)
     validation_samples: int
+    weights: dict[str, float] = field(default_factory=dict)  # of a mixture that has any, in the order of its sources
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -153,7 +185,7 @@ class TokenizedDataset:
 
     @cached_property
     def train(self) -> View:
-        return View(self, self._split[0])
+        return View(self, self._split[0], weighted=True)
 
     @cached_property
     def validation(self) -> View:
@@ -161,23 +193,41 @@ class TokenizedDataset:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.meta['fingerprint']}:{self.validation_samples}".encode()).hexdigest()
+        weights = f":{json.dumps(self.weights)}" if self.weights else ""
+        return hashlib.sha256(f"{self.meta['fingerprint']}:{self.validation_samples}{weights}".encode()).hexdigest()
+
+    @property
+    def template(self) -> Literal["chat", "plain"]:
+        """How prompts of these data look: ``chat`` if any source's do."""
+        found = [about["options"]["template"] for about in self.meta.get("sources", {"": self.meta}).values()]
+        return "chat" if "chat" in found else "plain"
 
     @cached_property
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        return split(self.hashes, self.validation_samples)
+        own = [about["samples"] for about in self.meta.get("sources", {}).values() if about["held_out"]]
+        return split(self.hashes, self.validation_samples, sum(own))
 
 
-def split(hashes: np.ndarray, validation_samples: int) -> tuple[np.ndarray, np.ndarray]:
+def split(hashes: np.ndarray, validation_samples: int, own: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Indices (int64, ascending) of the training and of the held-out samples.
 
     Held out are the ``validation_samples`` smallest hashes, at most a tenth of all. Copies of a held-out sample
     are in neither part, or training would see it.
 
+    Args:
+        own: how many of the last samples are a validation source's: then the held-out ones are of these, and no copy of
+            any of these is trained on.
+
     Raises:
         UserError: nothing is left to train on.
     """
     n = len(hashes)
+    if own:
+        first = n - own
+        train = np.flatnonzero(~np.isin(hashes[:first], hashes[first:]))
+        if not len(train):
+            raise UserError("data.validation_source: every training sample is a copy of one of its rows")
+        return train, np.sort(first + np.argsort(hashes[first:], kind="stable")[:validation_samples])
     count = max(0, min(validation_samples, int(n * MAX_VALIDATION_SHARE)))
     order = np.lexsort((np.arange(n), hashes))
     validation = np.sort(order[:count])
@@ -197,11 +247,16 @@ def cache_dir(config: schema.Config) -> Path:
     return Path(resolve.cache_dir(config))
 
 
-def fingerprint(rows: Rows, options: Options, tokenizer_dir: str) -> str:
-    """sha256 over the source's content, the tokenizer's files, every option that changes tokens, and the format."""
+def fingerprint(found: list[Part], tokenizer_dir: str) -> str:
+    """sha256 over the sources' content, the tokenizer's files, every option that changes tokens, and the format."""
     total = hashlib.sha256()
-    parts = {"version": TOKENS_VERSION, "source": rows.fingerprint, "options": options.as_dict()}
-    total.update(json.dumps(parts, sort_keys=True).encode())
+    about = [{"source": part.rows.fingerprint, "options": part.options.as_dict()} for part in found]
+    if len(found) > 1:
+        names = [{"name": part.name, "held_out": part.held_out} for part in found]
+        said: dict[str, Any] = {"parts": [a | b for a, b in zip(names, about, strict=True)]}
+    else:
+        said = about[0]
+    total.update(json.dumps({"version": TOKENS_VERSION, **said}, sort_keys=True).encode())
     for file in tokenizer_files(expand(tokenizer_dir, "trunk.path")):
         total.update(f"\0{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return total.hexdigest()
@@ -218,24 +273,28 @@ def prepare(
         UserError: anything wrong with the source, the tokenizer or single rows; no usable rows.
     """
     tokenizer = load_tokenizer(tokenizer_dir)  # first: the rows may have to be fetched
-    rows = load_rows(config.data)
-    options = make_options(config, rows, tokenizer)
-    name = fingerprint(rows, options, tokenizer_dir)
+    found = parts(config, tokenizer)
+    name = fingerprint(found, tokenizer_dir)
     root = cache_dir(config)
     final = root / name
     if final.exists():
         try:
-            return _open(final, config.data.validation_samples, verify=False)
+            return _weighted(_open(final, config.data.validation_samples, verify=False), config.data)
         except DamagedCache as error:
             logger.warning("%s is damaged (%s); building it again", final, error)
             _discard(final)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
-        _build(rows, tokenizer, tokenizer_dir, options, name, final, config.data, progress=progress, workers=workers)
+        _build(found, tokenizer, tokenizer_dir, name, final, config.data, progress=progress, workers=workers)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror or error}") from error
-    return _open_or_fail(final, config.data.validation_samples)
+    return _weighted(_open_or_fail(final, config.data.validation_samples), config.data)
+
+
+def _weighted(dataset: TokenizedDataset, data: schema.Data) -> TokenizedDataset:
+    """With the weights of a configuration, which decide the order of samples and no token."""
+    return replace(dataset, weights={name: t["weight"] for name, t in data.sources.items() if "weight" in t})
 
 
 def open_cache(directory: str | Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
@@ -285,7 +344,8 @@ def wait_or_prepare(
         try:
             said = json.loads(answer.read_text())
             if "directory" in said:
-                return _open(cache_dir(config) / said["directory"], config.data.validation_samples, verify=False)
+                dataset = _open(cache_dir(config) / said["directory"], config.data.validation_samples, verify=False)
+                return _weighted(dataset, config.data)
             # An error that was there long before this rank was is an earlier start's, on the same port.
             if answer.stat().st_mtime > arrived - ERROR_SECONDS:
                 raise UserError(said["error"])
@@ -357,10 +417,9 @@ def _open(directory: Path, validation_samples: int, *, verify: bool) -> Tokenize
 
 
 def _build(
-    rows: Rows,
+    found: list[Part],
     tokenizer: Any,
     tokenizer_dir: str,
-    options: Options,
     name: str,
     final: Path,
     data: schema.Data,
@@ -372,12 +431,14 @@ def _build(
     temporary.mkdir()
     try:
         largest = max(tokenizer.get_vocab().values(), default=0)
-        chunks = tokenize_rows(rows, tokenizer, tokenizer_dir, options, workers=workers)
         kind = np.uint16 if largest < 2**16 else np.uint32
-        meta = _write(temporary, chunks, rows, options, name, kind, progress, data.on_bad_row, data.max_bad_share)
+        chunks = (
+            (part, tokenize_rows(part.rows, tokenizer, tokenizer_dir, part.options, workers=workers)) for part in found
+        )
+        meta = _write(temporary, chunks, name, kind, progress, 0.0 if data.on_bad_row == "stop" else data.max_bad_share)
         if progress:
             for line in remarks(meta):
-                logger.warning("%s: %s", os.path.basename(rows.name), line)
+                logger.warning("%s: %s", meta["source"], line)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             os.rename(temporary, final)
@@ -389,74 +450,108 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+class Arrays:
+    """The arrays in the making: chunks are appended, one source after the other."""
+
+    def __init__(self, directory: Path, token_type: type, files: ExitStack) -> None:
+        widths = {"counts": len(COUNTS), "marks": MARK_FIELDS}
+        types = {"tokens": token_type, "roles": np.uint8, "counts": np.int32, "hashes": np.uint64, "marks": np.int32}
+        self.append = {
+            name: files.enter_context(
+                _appender(directory / f"{name}.npy", types.get(name, np.int64), widths.get(name, 0))
+            )
+            for name in ARRAYS
+        }
+        self.tokens = self.marks = 0
+        self.kinds: dict[str, int] = {}
+        for name in ("offsets", "mark_offsets"):
+            self.append[name](np.zeros(1, dtype=np.int64))
+
+    def add(self, chunk: Chunk, take: int) -> None:
+        """The first ``take`` samples of a chunk."""
+        stop = int(chunk.lengths[:take].sum())
+        marks_M5 = chunk.marks[: int(chunk.mark_counts[:take].sum())]
+        names = np.array([self.kinds.setdefault(kind, len(self.kinds)) for kind in chunk.kinds], dtype=np.int32)
+        if len(marks_M5):
+            marks_M5[:, -1] = names[marks_M5[:, -1]]
+        arrays = {
+            "tokens": chunk.tokens[:stop],
+            "roles": chunk.roles[:stop],
+            "offsets": self.tokens + np.cumsum(chunk.lengths[:take]),
+            "counts": chunk.counts[:take],
+            "hashes": chunk.hashes[:take],
+            "sources": chunk.sources[:take],
+            "marks": marks_M5,
+            "mark_offsets": self.marks + np.cumsum(chunk.mark_counts[:take]),
+        }
+        for name, array in arrays.items():
+            self.append[name](array)
+        self.tokens, self.marks = self.tokens + stop, self.marks + len(marks_M5)
+
+
 def _write(
     directory: Path,
-    chunks: Iterator[Chunk],
-    rows: Rows,
-    options: Options,
+    chunks: Iterable[tuple[Part, Iterator[Chunk]]],
     name: str,
     token_type: type,
     progress: bool,
-    on_bad_row: str,
     max_bad_share: float,
 ) -> dict[str, Any]:
-    """Append chunks to the arrays; returns the content of meta.json.
+    """Append the chunks of every source to the arrays; returns the content of meta.json.
 
     Raises:
         UserError: too many rows that cannot be used; none that can.
     """
+    about = {}
+    with ExitStack() as files:
+        arrays = Arrays(directory, token_type, files)
+        for part, of_part in chunks:
+            about[part.name] = _write_part(arrays, part, of_part, progress, max_bad_share)
+    meta = {
+        "version": FORMAT_VERSION,
+        "fingerprint": name,
+        **(next(iter(about.values())) if len(about) == 1 else _together(about)),
+        "arrays": {a: _describe(directory / f"{a}.npy") for a in ARRAYS},
+    }
+    meta["marks"]["kinds"] = list(arrays.kinds)
+    return meta
+
+
+def _write_part(
+    arrays: Arrays, part: Part, chunks: Iterator[Chunk], progress: bool, max_bad_share: float
+) -> dict[str, Any]:
+    """Append a source; what is to be known of it.
+
+    Raises:
+        UserError: as ``_write``.
+    """
     from tqdm import tqdm
 
-    read, used, total, truncated, marked = 0, 0, 0, 0, 0
+    rows, options = part.rows, part.options
+    read, used, truncated, marks_before, tokens_before = 0, 0, 0, arrays.marks, arrays.tokens
     bad, notes, first_bad = Counter(), Counter(), []
     values, with_response = {"values": 0, "not_found": 0}, 0
-    kinds: dict[str, int] = {}
     dropped = dict.fromkeys(DROPS, 0)
     sums = np.zeros(len(COUNTS), dtype=np.int64)
-    bar = tqdm(total=len(rows), unit=" rows", desc="tokenizing", disable=not progress, mininterval=1.0)
-    with (
-        bar,
-        _appender(directory / "tokens.npy", token_type) as tokens,
-        _appender(directory / "roles.npy", np.uint8) as roles,
-        _appender(directory / "offsets.npy", np.int64) as offsets,
-        _appender(directory / "counts.npy", np.int32, len(COUNTS)) as counts,
-        _appender(directory / "hashes.npy", np.uint64) as hashes,
-        _appender(directory / "sources.npy", np.int64) as sources,
-        _appender(directory / "marks.npy", np.int32, MARK_FIELDS) as marks,
-        _appender(directory / "mark_offsets.npy", np.int64) as mark_offsets,
-    ):
-        mark_offsets(np.zeros(1, dtype=np.int64))
-        offsets(np.zeros(1, dtype=np.int64))
+    title = f"tokenizing {part.name}".strip()
+    with tqdm(total=len(rows), unit=" rows", desc=title, disable=not progress, mininterval=1.0) as bar:
         for chunk in chunks:
             take = len(chunk.lengths)
             if options.max_samples:
                 take = min(take, options.max_samples - used)
-            stop = int(chunk.lengths[:take].sum())
-            tokens(chunk.tokens[:stop])
-            roles(chunk.roles[:stop])
-            offsets(total + np.cumsum(chunk.lengths[:take]))
-            counts(chunk.counts[:take])
-            hashes(chunk.hashes[:take])
-            sources(chunk.sources[:take])
-            marks_M5 = chunk.marks[: int(chunk.mark_counts[:take].sum())]
-            names = np.array([kinds.setdefault(kind, len(kinds)) for kind in chunk.kinds], dtype=np.int32)
-            if len(marks_M5):
-                marks_M5[:, -1] = names[marks_M5[:, -1]]
-            marks(marks_M5)
-            mark_offsets(marked + np.cumsum(chunk.mark_counts[:take]))
-            marked += len(marks_M5)
+            arrays.add(chunk, take)
             values["values"] += chunk.marked_values
             values["not_found"] += chunk.values_not_found
             sums += chunk.counts[:take].sum(0, dtype=np.int64)
             with_response += int((chunk.counts[:take, COUNTS.index("response_targets")] > 0).sum())
-            read, used, total, truncated = read + chunk.read, used + take, total + stop, truncated + chunk.truncated
+            read, used, truncated = read + chunk.read, used + take, truncated + chunk.truncated
             for reason, count in chunk.dropped.items():
                 dropped[reason] += count
             bad += chunk.bad
             notes += chunk.notes
             first_bad = [*first_bad, *chunk.first_bad][:FIRST_BAD]
-            if bad and (on_bad_row == "stop" or read >= MANY_ROWS):
-                _check_bad(bad, first_bad, read, 0.0 if on_bad_row == "stop" else max_bad_share)
+            if bad and (not max_bad_share or read >= MANY_ROWS):
+                _check_bad(bad, first_bad, read, max_bad_share)
             bar.update(chunk.read)
             if options.max_samples and used >= options.max_samples:
                 break
@@ -470,14 +565,12 @@ def _write(
             f"{options.min_prompt_tokens}; response_cut: training.seq_len leaves nothing of it; no_response: and "
             "objective.utility_positions is response)"
         )
-    if values["values"] and not marked:
+    if values["values"] and arrays.marks == marks_before:
         raise MarkError(
             f"{rows.name}: none of its {values['values']} marked private values ({rows.columns['private']!r}) is in "
             "its prompts; is the column of another text? (data.columns.private; empty: no marks)"
         )
     return {
-        "version": FORMAT_VERSION,
-        "fingerprint": name,
         "source": os.path.basename(rows.name),
         "options": options.as_dict(),
         "rows_read": read,
@@ -487,11 +580,19 @@ def _write(
         "not_used": {"columns": list(rows.unused), **dict(notes.most_common())},
         "with_response": with_response,
         "truncated": truncated,
-        "tokens": total,
-        "marks": {"kinds": list(kinds), **values},
+        "tokens": arrays.tokens - tokens_before,
+        "marks": values,
         **{f"{kind}_tokens": int(n) for kind, n in zip(COUNTS, sums, strict=True)},
-        "arrays": {a: _describe(directory / f"{a}.npy") for a in ARRAYS},
+        "held_out": part.held_out,
     }
+
+
+def _together(about: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is known of a mixture: sums, and of each source all."""
+    first = next(iter(about.values()))
+    sums = {k: sum(a[k] for a in about.values()) for k, v in first.items() if type(v) is int}
+    values = {k: sum(a["marks"][k] for a in about.values()) for k in ("values", "not_found")}
+    return {"source": ", ".join(about), **sums, "marks": values, "sources": about}
 
 
 def _check_bad(bad: Counter[str], first: list[str], read: int, most: float) -> None:
@@ -503,6 +604,9 @@ def _check_bad(bad: Counter[str], first: list[str], read: int, most: float) -> N
 
 def remarks(meta: dict[str, Any]) -> list[str]:
     """What a user should know of how his rows were used, a line each; no text of theirs."""
+    if "sources" in meta:
+        said = {name: ["held out", *remarks(a)] if a["held_out"] else remarks(a) for name, a in meta["sources"].items()}
+        return [f"{name}: {line}" for name, lines in said.items() for line in lines]
     read, bad = meta["rows_read"], meta["bad_rows"]
     lines = []
     if bad["count"]:

@@ -11,8 +11,11 @@ Legend: T tokens of a row, M marks.
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from json.encoder import ESCAPE
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,25 +99,47 @@ def _of_span(span: Any, where: str, messages: Sequence[Mapping[str, str]]) -> tu
     return content[start:end], kind
 
 
-def mark(tokenizer: Any, ids_T: np.ndarray, roles_T: np.ndarray, units: Units) -> Iterator[Mark]:
+def forms(unit: str) -> tuple[str, ...]:
+    """A value as texts may hold it, folded: as it is, and as JSON writes it, which is how templates print calls."""
+    if unit.isascii() and not ESCAPE.search(unit):
+        return (unit.lower(),) if unit else ()
+    written = (unit, *(json.dumps(unit, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
+    return tuple(dict.fromkeys(filter(None, (fold(text)[0] for text in written))))
+
+
+def mark(
+    tokenizer: Any,
+    ids_T: np.ndarray,
+    roles_T: np.ndarray,
+    units: Units,
+    *,
+    text: str = "",
+    spans_T2: np.ndarray | None = None,
+) -> Iterator[Mark]:
     """Every occurrence of a unit in the prompt.
 
     A token that carries any character of a value belongs to it. What truncation cut off is not found.
+
+    Args:
+        text, spans_T2: what the tokens were made of, and where in it each starts and ends, int64 (T, 2): saves to
+            tokenize it once more. The same marks are found without them.
     """
-    needles = [(needle, kind) for unit, kind in units if (needle := fold(unit)[0])]
+    needles = [(needle, kind) for unit, kind in units for needle in forms(unit)]
     for first, last in _prompts(roles_T):
         if not needles:
             return
-        text, starts, ends = offsets(tokenizer, ids_T[first:last].tolist())
-        folded, origin = fold(text)
+        ids = ids_T[first:last].tolist()
+        known = None if spans_T2 is None else _known(tokenizer, ids, text, spans_T2[first:last])
+        said, *edges = known or offsets(tokenizer, ids)
+        starts, ends = (edge.tolist() for edge in edges)
+        folded, origin = fold(said)
         for needle, kind in needles:
             at = folded.find(needle)
             while at >= 0:
                 begin, end = origin[at], origin[at + len(needle) - 1]
                 # From the first token that ends after the first character to the last that starts by the last one.
-                start = int(np.searchsorted(ends, begin, side="right"))
-                stop = int(np.searchsorted(starts, end, side="right"))
-                yield Mark(first + start, first + stop, int(begin - starts[start]), text[begin : end + 1], kind)
+                start, stop = bisect_right(ends, begin), bisect_right(starts, end)
+                yield Mark(first + start, first + stop, begin - starts[start], said[begin : end + 1], kind)
                 at = folded.find(needle, at + 1)
 
 
@@ -161,7 +186,27 @@ def offsets(tokenizer: Any, ids: Sequence[int]) -> tuple[str, np.ndarray, np.nda
         ends[-1] = len(text)
         starts = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
         ends = np.maximum(ends, starts + 1)
-    return text, np.maximum.accumulate(starts), np.maximum.accumulate(ends)
+    return text, *_gapless(starts, ends)
+
+
+def _known(
+    tokenizer: Any, ids: Sequence[int], text: str, spans_T2: np.ndarray
+) -> tuple[str, np.ndarray, np.ndarray] | None:
+    """As ``offsets``, from where the tokens are in the text they were made of; None if they decode to another one."""
+    said = tokenizer.decode(ids)
+    last = int(spans_T2[-1, 1])
+    first = last - len(said)  # a space that the first token brought may be no part of what it decodes to
+    if first < 0 or abs(first - int(spans_T2[0, 0])) > 1 or text[first:last] != said:
+        return None
+    starts, ends = np.maximum(spans_T2 - first, 0).T
+    return said, *_gapless(starts, ends)
+
+
+def _gapless(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending, and what lies between two tokens is the second's: some tokenizers trim the space off a word."""
+    ends = np.maximum.accumulate(ends)
+    before = np.concatenate([[0], ends[:-1]])
+    return np.minimum(np.maximum.accumulate(starts), before), ends
 
 
 def _common(text: str, prefix: str) -> int:

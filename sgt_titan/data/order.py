@@ -10,6 +10,7 @@ Legend: N positions asked for at once.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -87,6 +88,38 @@ def samples_at(k: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray
         here = epochs == epoch
         indices[here] = permute(k[here] - epoch * n, n, epoch_key(seed, int(epoch)))
     return epochs, indices
+
+
+def quotas(n: int, weights: Sequence[float]) -> np.ndarray:
+    """``n`` shared out in proportion to weights: int64 (sources,), by largest remainders, the first of equal ones."""
+    exact = n * np.asarray(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64)
+    found = np.floor(exact).astype(np.int64)
+    found[np.argsort(found - exact, kind="stable")[: n - int(found.sum())]] += 1
+    return found
+
+
+def mixed_at(k: np.ndarray, sizes: np.ndarray, shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Epoch and index of global samples k (N,) of a mixture: int64 arrays (N,).
+
+    Source j has ``sizes[j]`` samples, numbered behind those of the sources before it, and ``shares[j]`` places of an
+    epoch; as many places as there are samples make an epoch. A source's samples come in an order of its own, through
+    all of them before any comes again, whatever the others do: the epoch that is returned is the sample's, the number
+    of times that it has been seen. Still a function of k alone, so that nothing is to be counted on resuming.
+    """
+    epochs, places = samples_at(k, int(np.sum(shares)), seed)
+    ends = np.cumsum(shares)
+    source = np.searchsorted(ends, places, side="right")
+    own_epochs, indices = np.empty_like(places), np.empty_like(places)
+    for j in np.unique(source):
+        here = source == j
+        size, share = int(sizes[j]), int(shares[j])
+        drawn = epochs[here] * share + places[here] - (ends[j] - share)  # from this source, before this sample
+        rounds, at = drawn // size, drawn % size
+        for r in np.unique(rounds):
+            this = rounds == r
+            at[this] = permute(at[this], size, hash64("source", seed, int(j), int(r)))
+        own_epochs[here], indices[here] = rounds, int(np.sum(sizes[:j])) + at
+    return own_epochs, indices
 
 
 def sample_at(k: int, n: int, seed: int) -> tuple[int, int]:

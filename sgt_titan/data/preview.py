@@ -14,8 +14,9 @@ import numpy as np
 
 from sgt_titan.config import schema
 from sgt_titan.data.marks import offsets
-from sgt_titan.data.sources import Rows, load_rows
-from sgt_titan.data.tokenization import Options, Parts, encode_row, kept, load_tokenizer, make_options, private_tokens
+from sgt_titan.data.mixture import Part, parts
+from sgt_titan.data.sources import Rows
+from sgt_titan.data.tokenization import Options, Parts, encode_row, kept, load_tokenizer, private_tokens
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import RESPONSE, EncodedPrompt, obfuscation_mask
 
@@ -30,21 +31,31 @@ KINDS = {
 _RESET = "\x1b[0m"
 
 
-def preview(config: schema.Config, row: int, *, color: bool) -> str:
+def preview(config: schema.Config, row: int, *, color: bool, source: str = "") -> str:
     """Row number ``row`` (from 1) of the data of a resolved config, with what is said of it.
+
+    Args:
+        source: of several, by name; "": the first.
 
     Raises:
         UserError: no such source, tokenizer or row. A row that cannot be used is shown as what it is.
     """
     tokenizer = load_tokenizer(config.trunk.path)
-    rows = load_rows(config.data)
-    if not 1 <= row <= len(rows):
-        raise UserError(f"--row: {row}, but {rows.name} has rows 1 to {len(rows)}")
-    options = make_options(config, rows, tokenizer)
-    return "\n".join([*_about(rows, options), "", *_row(rows, row - 1, tokenizer, options, config.data, color)])
+    found = {part.name: part for part in parts(config, tokenizer)}
+    if source and source not in found:
+        raise UserError(f"--source: there is no {source!r}; {', '.join(filter(None, found)) or 'there is one source'}")
+    shown = found[source] if source else next(iter(found.values()))
+    if not 1 <= row <= len(shown.rows):
+        raise UserError(f"--row: {row}, but {shown.rows.name} has rows 1 to {len(shown.rows)}")
+    about = [line for part in found.values() for line in _about(part, config.data)]
+    return "\n".join([*about, "", *_row(shown.rows, row - 1, tokenizer, shown.options, config.data, color)])
 
 
-def _about(rows: Rows, options: Options) -> Iterator[str]:
+def _about(part: Part, data: schema.Data) -> Iterator[str]:
+    rows, options = part.rows, part.options
+    if part.name:
+        weight = data.sources.get(part.name, {}).get("weight")
+        yield part.name + (", held out" if part.held_out else f", weight {weight:g}" if weight else "") + ":"
     columns = ", ".join(f"{name}: {column}" for name, column in rows.columns.items())
     yield f"{rows.name}: {len(rows):,} rows, format {rows.format} ({columns}), template {options.template}"
     if rows.unused:

@@ -18,7 +18,7 @@ import numpy as np
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Conversation
-from sgt_titan.data.marks import MarkError, Units, fold, mark
+from sgt_titan.data.marks import MarkError, Units, fold, forms, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.data.surrogates import finders, with_surrogates
 from sgt_titan.errors import UserError
@@ -256,34 +256,36 @@ class Parts:
     def add(self, encoded: EncodedPrompt, hashed: int, source: int, units: Units, tokenizer: Any, options: Options):
         """A sample, or a reason why it is none."""
         ids, roles = np.array(encoded.ids, dtype=np.uint32), np.array(encoded.roles, dtype=np.uint8)
-        cut = truncate(ids, roles, options.seq_len, options.truncation)
-        if cut is None:
+        keep = kept(roles, options.seq_len, options.truncation)
+        if keep is None:
             self.dropped["too_long"] += 1
             return
-        kept = label_text(cut[1], options.prompt_tokens)
-        count = role_counts(kept)
+        ids, whole = ids[keep], roles
+        roles = label_text(roles[keep], options.prompt_tokens)
+        count = role_counts(roles)
         # A sample needs two tokens, one to predict from and one to predict.
-        if count[COUNTS.index("prompt")] < options.min_prompt_tokens or len(kept) < 2:
+        if count[COUNTS.index("prompt")] < options.min_prompt_tokens or len(roles) < 2:
             self.dropped["short_prompt"] += 1
             return
         if options.need_response and not count[COUNTS.index("response_targets")]:
-            had = role_counts(label_text(roles, options.prompt_tokens))[COUNTS.index("response_targets")]
+            had = role_counts(label_text(whole, options.prompt_tokens))[COUNTS.index("response_targets")]
             self.dropped["response_cut" if had else "no_response"] += 1
             return
-        self.truncated += len(kept) < len(ids)
-        here = list(mark(tokenizer, cut[0], kept, units)) if units else []
+        self.truncated += len(roles) < len(whole)
+        spans_T2 = np.array(encoded.spans, dtype=np.int64)[keep] if units and encoded.spans else None
+        here = list(mark(tokenizer, ids, roles, units, text=encoded.text, spans_T2=spans_T2)) if units else []
         if here:
             rows_M5 = [
                 (m.start, m.stop, m.lead, len(m.text), self.kinds.setdefault(m.kind, len(self.kinds))) for m in here
             ]
             self.marks.append(np.array(rows_M5, dtype=np.int32))
-            count = (*count[:-1], int(private_tokens(self.marks[-1], len(kept)).sum()))
+            count = (*count[:-1], int(private_tokens(self.marks[-1], len(ids)).sum()))
         if units:
             said = {fold(m.text)[0] for m in here}
             self.values += len(units)
-            self.values_not_found += sum(fold(text)[0] not in said for text, _ in units)
-        self.ids.append(cut[0])
-        self.roles.append(kept)
+            self.values_not_found += sum(said.isdisjoint(forms(text)) for text, _ in units)
+        self.ids.append(ids)
+        self.roles.append(roles)
         self.counts.append(count)
         self.hashes.append(hashed)
         self.sources.append(source)
@@ -348,6 +350,7 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
                 variables=variables,
                 date=options.date,
                 tools=conversation.tools,
+                spans=bool(conversation.private),
             )
             samples.append(replace(encoded, notes=(*notes, *encoded.notes)) if notes else encoded)
     except UserError as error:

@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from sgt_titan.errors import UserError
 
@@ -63,6 +69,25 @@ def write(path: Path, text: str) -> None:
         os.replace(work, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """The same for a safetensors file. Raises OSError."""
+    work = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        save_file(dict(tensors), work, metadata=dict(metadata))
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time; where the file system knows no locks, two do the same and the last one's stays."""
+    with open(path, "w", encoding="ascii") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Parts:

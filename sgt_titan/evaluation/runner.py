@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from sgt_titan.data.cache import cache_dir
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation import certificates, dropping, pii, privacy, reading, recovery, utility
+from sgt_titan.evaluation import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
 from sgt_titan.evaluation.attacks import GUESSING, Attack
 from sgt_titan.evaluation.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.parts import Parts
@@ -26,7 +27,7 @@ from sgt_titan.evaluation.rotated import load_rotation
 from sgt_titan.evaluation.samples import MAX_ROWS, Padded, Sample, generator
 from sgt_titan.evaluation.setting import Setting
 from sgt_titan.evaluation.suite import SUITES, battery
-from sgt_titan.evaluation.threat import Cost, grants, kind_of
+from sgt_titan.evaluation.threat import Cost, Guess, Seed, grants, kind_of
 from sgt_titan.evaluation.world import World
 from sgt_titan.metrics.interval import Estimate
 from sgt_titan.transform import glow
@@ -215,7 +216,11 @@ class Evaluation:
     def _attack(self, mechanism: Mechanism, name: str, attack: Attack) -> dict[str, Any]:
         world, tokenizer = self.world(mechanism), self.setting.tokenizer
         started = time.monotonic()
-        guess = attack.run(**world.granted(attack.run), **(attack.arguments(self.suite) or {}))
+        effort = attack.arguments(self.suite) or {}
+        if name == GUESSING:
+            guess = self._guessed(world, attack, effort)
+        else:
+            guess = attack.run(**world.granted(attack.run), **effort)
         part: dict[str, Any] = {
             "title": attack.title,
             "source": attack.source,
@@ -245,6 +250,13 @@ class Evaluation:
             }
         part["reads"] = reads[: self.examples]
         return part
+
+    def _guessed(self, world: World, attack: Attack, effort: Mapping[str, Any]) -> Guess:
+        """The same for every mechanism and every export, so found once and kept beside the data."""
+        setting = self.setting
+        file = guessing.location(cache_dir(setting.config), world.rows, world.corpus, world.table_VD, effort)
+        granted = world.granted(attack.run) | {"seed": Seed(guessing.SEED)}
+        return guessing.once(file, lambda: attack.run(**granted, **effort))
 
     def _answers(self) -> dict[str, Any]:
         """Prompts and greedy answers of the rows that a report shows."""

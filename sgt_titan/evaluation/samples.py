@@ -172,7 +172,7 @@ def load_trunk(path: str | Path, device: torch.device, *, embeds: bool = True) -
 
 
 def read_samples(view: View, config: Config, count: int, *, tokenizer: Any = None) -> list[Sample]:
-    """The first ``count`` samples of a view.
+    """The first ``count`` samples of a view, of every source its share.
 
     Args:
         tokenizer: the one they were made with, to read the private values that the data mark; None: no spans.
@@ -181,9 +181,9 @@ def read_samples(view: View, config: Config, count: int, *, tokenizer: Any = Non
         UserError: fewer than two samples, nothing obfuscated, or no response.
     """
     if len(view) < 2:
-        raise UserError(f"{config.data.source}: {len(view)} held-out rows; use more data or --data.validation_samples")
+        raise UserError(f"{config.data.called}: {len(view)} held-out rows; use more data or --data.validation_samples")
     rows = []
-    for i in range(min(count, len(view))):
+    for i in view.spread(count):
         ids, roles = view.tokens(i).astype(np.int64), view.roles(i)
         obfuscate = obfuscation_mask(
             roles, obfuscate=config.data.obfuscate, obfuscate_template=config.data.obfuscate_template
@@ -201,10 +201,10 @@ def read_samples(view: View, config: Config, count: int, *, tokenizer: Any = Non
         rows.append(Sample(ids, obfuscate, response & (before > 0), spans))
     if not any(row.target.any() for row in rows):
         raise UserError(
-            f"{config.data.source}: no row has a response to measure; for plain text set --data.prompt_tokens"
+            f"{config.data.called}: no row has a response to measure; for plain text set --data.prompt_tokens"
         )
     if not any(row.obfuscate.any() for row in rows):
-        raise UserError(f"{config.data.source}: no token of these rows is obfuscated")
+        raise UserError(f"{config.data.called}: no token of these rows is obfuscated")
     return rows
 
 

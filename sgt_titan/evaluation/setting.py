@@ -141,7 +141,7 @@ def load_setting(export: str, config: Config, *, rows: int, corpus: int, zero_st
         notes = (*notes, "these rows are not the ones its training held out; it may have been trained on some of them")
     chosen = read_samples(dataset.validation, config, rows, tokenizer=tokenizer)
     if not any(row.prompt().obfuscate.any() for row in chosen):
-        raise UserError(f"{config.data.source}: no prompt of these rows has a token to hide")
+        raise UserError(f"{config.data.called}: no prompt of these rows has a token to hide")
     training = read_samples(dataset.train, config, max(corpus, ROWS), tokenizer=tokenizer)
     return Setting(
         export=export,

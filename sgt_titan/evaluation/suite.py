@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgt_titan.evaluation.attacks import ATTACKS, ROTATION, Attack
+from sgt_titan.evaluation.attacks import ATTACKS, GUESSING, ROTATION, Attack
 from sgt_titan.evaluation.threat import kind_of
 
 # On baselines whose noise is known and constant these are as strong as any: maximum likelihood, alone and with a prior.
@@ -62,11 +62,13 @@ def battery(
             if attack.arguments(suite) is not None and (not only or name in only)
         }
     whole = mechanism == "sgt" or mechanism in SUITES[suite].whole
+    own = mechanism == "sgt"  # what is guessed without looking is the same for all, and found with the SGT
     return {
         name: attack
         for name, attack in ATTACKS.items()
         if attack.arguments(suite) is not None
         and (whole or name in EXACT)
+        and (own or name != GUESSING)
         and (denoises or kind_of(attack.run) != "noisy")
         and (not only or name in only)
     }

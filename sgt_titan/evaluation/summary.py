@@ -155,7 +155,7 @@ def summarise(
     return Summary(
         export=str(export_dir),
         trunk=config.trunk.path,
-        data=config.data.source,
+        data=config.data.called,
         held_out=setting.held_out,
         samples=len(rows),
         response_tokens=utility["no_prompt"].nll_N.numel(),

@@ -13,23 +13,18 @@ Legend: B batch, T sequence, D width, P positions (the longest row), N response 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
-import os
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sgt_titan.arguments import Parser
@@ -39,6 +34,7 @@ from sgt_titan.data.cache import cache_dir, prepare
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
 from sgt_titan.evaluation.options import ZERO_STEPS, check_zero, zero_argument
+from sgt_titan.evaluation.parts import alone, write_tensors
 from sgt_titan.evaluation.samples import (
     Padded,
     Sample,
@@ -222,7 +218,7 @@ def fitted(
     path = location(config, trunk_fingerprint, data_fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.with_suffix(".lock")):  # several evaluations side by side fit it once
+        with alone(path.with_suffix(".lock")):  # several evaluations side by side fit it once
             found = read(path)
             if found is not None and found.done(steps):
                 return found
@@ -249,12 +245,7 @@ def location(config: Config, trunk_fingerprint: str, data_fingerprint: str) -> P
 def write(path: Path, zero: Zero) -> None:
     about = {"steps": str(zero.steps), "settled": json.dumps(zero.settled), "aside": json.dumps(zero.aside)}
     tensors = {"shared": zero.shared_D, "front": zero.front_PD, "back": zero.back_PD}
-    work = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        save_file(tensors, work, metadata=about)
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
+    write_tensors(path, tensors, about)
 
 
 def read(path: Path) -> Zero | None:
@@ -266,15 +257,6 @@ def read(path: Path) -> Zero | None:
         return Zero(*parts, int(about["steps"]), bool(json.loads(about["settled"])), tuple(json.loads(about["aside"])))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; where the file system knows no locks, two fit the same and the last one's stays."""
-    with open(path, "w", encoding="ascii") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -325,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     holes = {name: found for name, found in removed.items() if name != CONSTANT}
     before = reference_utility(trunk, batches, holes)
     tokens = now.tokens_B.sum()
-    print(f"{config.trunk.path}, {config.data.source}: {len(rows)} held-out rows, {tokens:,.0f} response tokens")
+    print(f"{config.trunk.path}, {config.data.called}: {len(rows)} held-out rows, {tokens:,.0f} response tokens")
     print(f"nats a response token: {now.clean_B.sum() / tokens:.4f} with the clean prompt")
     for name, found in removed.items():
         print(f"{found.nll_N.mean().item():>29.4f} {name}")

@@ -39,6 +39,10 @@ class SGTDataLoader(BaseDataLoader):
         if dp_rank == 0:
             share = f"{self.source.efficiency:.1%} of {self.source.seq_len} tokens a row are not padding"
             logger.info(f"Data: {len(self.source.view):,} samples in {self.source.rows:,} rows, {share}")
+            if len(self.source.sizes) > 1:
+                drawn = zip(self.source.view.blocks, self.source.shares, self.source.sizes, strict=True)
+                shares = ", ".join(f"{name} {n / self.source.rows:.1%} ({n / of:.3g} times)" for name, n, of in drawn)
+                logger.info(f"Data: of an epoch's rows, {shares}")
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         """The next step's rows are put together while the trainer works on this one's."""

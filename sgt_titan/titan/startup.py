@@ -155,7 +155,7 @@ def check_device(config: Config) -> None:
 def sources(config: Config, tokenizer: Any) -> tuple[BatchSource, BatchSource, str]:
     """Batches to train on, batches to probe with, and the data's fingerprint; fills ``template`` and ``steps``."""
     dataset = wait_or_prepare(config, config.trunk.path, rank())
-    config.data.template = dataset.meta["options"]["template"]
+    config.data.template = dataset.template
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     source = partial(
         BatchSource,
@@ -185,11 +185,11 @@ def check_positions(config: Config, source: BatchSource) -> None:
     counts, data = source.epoch_counts, config.data
     if not counts.utility_tokens:
         raise UserError(
-            f"objective.utility_positions response: no sample of {data.source} has a response within training.seq_len "
+            f"objective.utility_positions response: no sample of {data.called} has a response within training.seq_len "
             f"{config.training.seq_len}; set it to all, or raise training.seq_len, or set data.prompt_tokens for text"
         )
     if config.run.task == "sgt" and not counts.obfuscated_tokens:
-        raise UserError(f"data.source: no sample of {data.source} has a token to obfuscate; prompts are empty")
+        raise UserError(f"data.source: no sample of {data.called} has a token to obfuscate; prompts are empty")
 
 
 def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: TrunkFiles) -> None:

@@ -1,6 +1,7 @@
-"""``sgt-titan convert-trunk``: a checkpoint in pickles, or a base with a LoRA adapter, as safetensors.
+"""``sgt-titan convert-trunk``: a checkpoint in pickles, a GGUF file, or a base with a LoRA adapter, as safetensors.
 
-A file at a time is in memory. Pickles are opened by torch's ``weights_only``, which builds tensors and nothing else.
+A file at a time is in memory, of a GGUF a shard. Pickles are opened by torch's ``weights_only``, which builds tensors
+and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from safetensors.torch import load_file, save_file
 from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
 from sgt_titan.folders import writable
+from sgt_titan.transform.gguf_file import GGUF, SUFFIX
 from sgt_titan.trunk.check import EMBEDDING, HEAD, check_checkpoint
 from sgt_titan.trunk.families import check_config, is_tied
 from sgt_titan.trunk.files import CONFIG, INDEX, SINGLE, check_folder, read_json, weight_files
 from sgt_titan.trunk.tokenizer_files import copy_accompanying
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+TOKENIZER = "tokenizer.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 # Options of a LoRA adapter that change what is merged, with the values that mean nothing.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -48,10 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="sgt-titan convert-trunk",
         description="Write a checkpoint as safetensors: from pickles (pytorch_model.bin), which are opened without "
-        "running their code, or with a LoRA adapter merged. GGUF is not read: load it with transformers (gguf_file=) "
-        "and save it.",
+        "running their code, from a GGUF file, dequantised, or with a LoRA adapter merged.",
     )
-    parser.add_argument("trunk", type=Path, help="directory with config.json, tokenizer and weights")
+    parser.add_argument(
+        "trunk", type=Path,
+        help="directory with config.json, tokenizer and weights; or a GGUF file with the original's config.json and "
+        "tokenizer beside it",
+    )  # fmt: skip
     parser.add_argument("out", type=Path, help="the directory to write: missing or empty")
     parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter to merge into it")
     arguments = parser.parse_args(argv)
@@ -62,24 +69,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def convert(trunk: Path, out: Path, adapter: Path | None = None) -> None:
     """Write ``out``; it appears whole or not at all. Raises UserError as ``main``."""
-    folder = check_folder(trunk, "TRUNK")
+    stored = trunk if trunk.suffix == SUFFIX and trunk.is_file() else None
+    folder = check_folder(trunk.parent if stored else trunk, "TRUNK")
     config = read_json(folder / CONFIG)
     check_config(config)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"OUT: {out} exists and is not an empty directory; choose another")
     writable(out, "OUT")
+    if stored:
+        if adapter is not None:
+            raise UserError("--adapter: convert the GGUF file first, then merge into the result")
+        if not (folder / TOKENIZER).is_file():
+            raise UserError(f"TRUNK: {folder} has no {TOKENIZER}; put the original's beside {stored.name}")
+        weights = GGUF(stored, config)
+        with _whole(out, folder) as work:
+            weights.write(work)
+        return
     pickled = (folder / BIN).is_file() or (folder / BIN_INDEX).is_file()
     if not pickled and adapter is None:
         raise UserError(f"TRUNK: {folder} has no {BIN}, and no --adapter is given: there is nothing to convert")
     files = bin_files(folder) if pickled else weight_files(folder)
     lora = Lora(adapter) if adapter is not None else None
+    with _whole(out, folder) as work:
+        write(files, work, tied=is_tied(config), lora=lora)
+        if lora is not None and lora.left:
+            raise UserError(f"--adapter: {adapter}: {sorted(lora.left)[0]} is of no tensor in {folder}: another base?")
+
+
+@contextmanager
+def _whole(out: Path, folder: Path) -> Iterator[Path]:
+    """A directory to write weights to, which becomes ``out`` with all else of ``folder`` once it is a trunk."""
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
     try:
         work.mkdir()
-        write(files, work, tied=is_tied(config), lora=lora)
-        if lora is not None and lora.left:
-            raise UserError(f"--adapter: {adapter}: {sorted(lora.left)[0]} is of no tensor in {folder}: another base?")
+        yield work
         (work / CONFIG).write_text((folder / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
         copy_accompanying(folder, work)
         check_checkpoint(work)

@@ -42,11 +42,14 @@ TURN_SEPARATOR = "\n\n"
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Token ids and, for each, TEMPLATE, PROMPT or RESPONSE. ``notes``: what could not be used as it was, in words."""
+    """Token ids and, for each, TEMPLATE, PROMPT or RESPONSE. ``notes``: what could not be used as it was, in words.
+    ``text`` and ``spans``: what was tokenized, and where in it each token starts and ends; empty unless asked for."""
 
     ids: list[int]
     roles: list[int]
     notes: tuple[str, ...] = ()
+    text: str = ""
+    spans: Sequence[Span] = ()
 
 
 def encode_turns(
@@ -58,6 +61,7 @@ def encode_turns(
     variables: Mapping[str, Any] | None = None,
     date: str = DATE,
     tools: Sequence[Any] = (),
+    spans: bool = False,
 ) -> EncodedPrompt:
     """Tokenize turns ``{"role", "content"}`` and label every token.
 
@@ -73,6 +77,7 @@ def encode_turns(
     Args:
         variables, date: of the template, see ``chat_template.look``.
         tools: definitions for the template to print; they are PROMPT, except for special tokens.
+        spans: also say where each token is in the text.
 
     Raises:
         UserError: slow tokenizer, no chat template, a turn that is not text, or a template that changes or
@@ -93,12 +98,13 @@ def encode_turns(
         if m.pop("reasoning_content", None)
     ][:1]
     if template == "plain":
-        encoded = _encode_plain(tokenizer, turns, has_response, tools)
+        encoded = _encode_plain(tokenizer, turns, has_response, tools, spans)
     elif template == "chat":
         encoded = _encode_chat(tokenizer, turns, has_response, add_generation_prompt, look(variables, date), tools)
     else:
         raise UserError(f"template must be chat or plain, got {template!r}")
-    return EncodedPrompt(encoded.ids, encoded.roles, (*notes, *encoded.notes))
+    where = (encoded.text, encoded.spans) if spans else ("", ())
+    return EncodedPrompt(encoded.ids, encoded.roles, (*notes, *encoded.notes), *where)
 
 
 def _turn(i: int, message: Message) -> dict[str, Any]:
@@ -137,7 +143,11 @@ def response_start(roles: Sequence[int] | np.ndarray) -> int:
 
 
 def _encode_plain(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], has_response: bool, tools: Sequence[Any]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    has_response: bool,
+    tools: Sequence[Any],
+    spans: bool,
 ) -> EncodedPrompt:
     notes = ["tools, which a plain template does not print"] if tools else []
     if has_response and messages[-1].get("reasoning_content"):
@@ -145,12 +155,14 @@ def _encode_plain(
     texts = ["\n".join(filter(None, (m["content"], *_as_json(m.get("tool_calls", ()))))) for m in messages]
     prompt = TURN_SEPARATOR.join(filter(None, texts[:-1] if has_response else texts))
     _check_unicode(*texts)
-    ids, roles = [], []
+    ids, roles, at = [], [], []
     if tokenizer.bos_token_id is not None:
         ids.append(tokenizer.bos_token_id)
         roles.append(TEMPLATE)
+        at.append((0, 0))
         prompt = prompt.removeprefix(tokenizer.bos_token)  # a text that brings its own has one, and it is template
-    prompt_ids = _tokenize(tokenizer, prompt)["input_ids"]
+    encoding = _tokenize(tokenizer, prompt, return_offsets_mapping=spans)
+    prompt_ids = encoding["input_ids"]
     ids += prompt_ids
     roles += [PROMPT] * len(prompt_ids)
     if has_response:
@@ -159,7 +171,10 @@ def _encode_plain(
             response_ids = [*response_ids, tokenizer.eos_token_id]
         ids += response_ids
         roles += [RESPONSE] * len(response_ids)
-    return EncodedPrompt(ids, roles, tuple(notes))
+    if spans:
+        at += encoding["offset_mapping"]
+        at += [(len(prompt), len(prompt))] * (len(ids) - len(at))
+    return EncodedPrompt(ids, roles, tuple(notes), prompt, at)
 
 
 def _as_json(calls: Sequence[Any]) -> list[str]:
@@ -227,7 +242,7 @@ def _encode_chat(
         stop = next((t + 1 for t in range(after, len(ids)) if ids[t] in special), after)
         # A token that also carries the end of the prompt is the prompt's.
         roles[first:stop] = [role if role == PROMPT else RESPONSE for role in roles[first:stop]]
-    return EncodedPrompt(ids, roles, tuple(notes))
+    return EncodedPrompt(ids, roles, tuple(notes), text, offsets)
 
 
 TOOLS_NOT_PRINTED = "tools, which the chat template does not print"

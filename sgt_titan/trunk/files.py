@@ -81,7 +81,7 @@ def check_folder(path: str | Path, said: str = "trunk.path") -> Path:
     return path
 
 
-_GGUF = "dequantise one by loading it with transformers (gguf_file=) and saving it"
+_GGUF = "sgt-titan convert-trunk FILE.gguf OUT dequantises one"
 
 
 def _what_it_is(folder: Path) -> str:

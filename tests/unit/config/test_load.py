@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import tomllib
 import typing
 from pathlib import Path
@@ -8,7 +9,7 @@ import yaml
 
 from sgt_titan.config.keys import choices, get, inner, is_optional, keys, sections
 from sgt_titan.config.load import available, difference, dump, find, load, parse_overrides
-from sgt_titan.config.schema import Config
+from sgt_titan.config.schema import Config, Source
 from sgt_titan.errors import UserError
 
 
@@ -36,8 +37,11 @@ def other_value(hint, default):
         return other_value(inner(hint), default)
     if choices(hint):
         return next(choice for choice in choices(hint) if choice != default)
+    if hint is Source:
+        return {"source": "x.jsonl", "prompt_tokens": 3}
     if typing.get_origin(hint) is dict:
-        return {"text": "yes", "input": "1e-3"}
+        item = typing.get_args(hint)[1]
+        return {"a": other_value(item, {})} if item is Source else {"text": "yes", "input": "1e-3"}
     if hint is bool:
         return not default
     return f"{default} 'é: #1e-3" if hint is str else (default or 0) + {int: 7, float: 1e-7}[hint]
@@ -272,3 +276,28 @@ def test_a_mapping_of_anything():
     assert parse_overrides(words)["data.template_kwargs"] == {"enable_thinking": False, "effort": "low"}
     with pytest.raises(UserError, match=r"--data\.template_kwargs needs a field: --data\.template_kwargs\.NAME VALUE"):
         parse_overrides(["--data.template_kwargs", "x"])
+
+
+def test_sources_are_tables_checked_key_by_key():
+    Path("mix.yaml").write_text(
+        "data:\n  sources:\n    a: one.jsonl\n    b: {source: [x.csv, y.csv], weight: 2, columns: {text: t}}\n"
+        "  validation_source: own.jsonl\n"
+    )
+    config = load("mix.yaml", ["--data.sources.a.weight", "1e-1", "--data.sources.b.columns.text", "u",
+                               "--data.sources.a.max_samples=7", "--data.sources.c.source", "demo"])  # fmt: skip
+    assert config.data.sources == {
+        "a": {"source": "one.jsonl", "weight": 0.1, "max_samples": 7},
+        "b": {"source": "x.csv\ny.csv", "weight": 2.0, "columns": {"text": "u"}},
+        "c": {"source": "demo"},
+    }
+    assert config.data.validation_source == {"source": "own.jsonl"} and config.data.called == "a, b, c"
+    Path("again.yaml").write_text(dump(config))
+    assert load("again.yaml") == config
+    for words, says in (
+        (["--data.sources.a.wieght", "1"], "--data.sources.a: unknown key 'wieght'; did you mean weight?"),
+        (["--data.sources.a.weight", "much"], "--data.sources.a.weight must be a number, got 'much'"),
+        (["--data.sources", "x"], "--data.sources needs a field: --data.sources.NAME.source FILE"),
+        (["--data.validation_source.split", "tset", "--data.validation_source.cow", "1"], "unknown key 'cow'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            load("mix.yaml", words)

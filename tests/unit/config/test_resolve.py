@@ -317,6 +317,33 @@ def test_mistakes_across_options(overrides, world_size, expected):
     assert message(*overrides, world_size=world_size) == expected
 
 
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"a": {"source": "x", "weight": 1}, "b": {"source": "y"}}, "data.sources.b.weight is not set, and others are"),
+        ({"a": {"weight": 1}}, "data.sources.a.source is not set: a preset"),
+        ({"a": {"source": "x", "weight": 0}}, "data.sources.a.weight must be above 0, got 0; leave a source out"),
+        ({"a b": {"source": "x"}}, "data.sources.a b: a source's name is letters, digits, _ and -"),
+        ({"a": {"source": "x", "columns": {"txt": "t"}}}, "data.sources.a.columns.txt is no field"),
+        ({"a": {"source": "x", "prompt_tokens": 9999}}, "data.sources.a.prompt_tokens 9999 must be below"),
+        ({"a": {"source": "x", "max_samples": -1}}, "data.sources.a.max_samples must be 0 or more"),
+    ],
+)
+def test_mistakes_of_a_mixture(tables, expected):
+    assert message("data.source=", f"data.sources={json.dumps(tables)}").startswith(expected)
+
+
+def test_a_mixture_is_all_there_is():
+    both = f"data.sources={json.dumps({'a': {'source': 'x'}})}"
+    assert message(both).startswith("data.source: 'demo', and data.sources names a; give one or the other")
+    assert message("data.source=", both, "data.split=test") == (
+        "data.split: belongs to one source; set it in data.sources.NAME"
+    )
+    own = 'data.validation_source={"source": "x"}'
+    assert message(own, "data.validation_samples=0").startswith("data.validation_source: data.validation_samples is 0")
+    assert accepts("data.source=", both, own).data.called == "a"
+
+
 def test_packing_needs_a_gpu():
     expected = "data.packing needs a GPU (document masks have no CPU backward); set data.packing false"
     assert message("data.packing=true", device="cpu") == expected

@@ -122,6 +122,36 @@ def test_texts_are_read_out_of_the_tokens(tokenizer):
     assert {m.text for m in found} == {"Carmen", "CARMEN", "刘", "ﬁn", 'wrote "'}
 
 
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"who": 'Ann "A" Lee\nBonn'}}}
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_the_first_tokenization_s_places_are_the_marks(tokenizer, template):
+    """The same marks as those found by decoding and tokenizing once more, whichever end was cut."""
+    for i in range(12):
+        row = conversation(2, i)
+        units = private_values(row, "spans", row["messages"])
+        encoded = encode_turns(tokenizer, row["messages"], template=template, spans=True)
+        ids, roles, spans_T2 = np.array(encoded.ids), np.array(encoded.roles), np.array(encoded.spans)
+        cut = np.flatnonzero(roles == PROMPT)[: 3 * (i % 3)]
+        keep = np.setdiff1d(np.arange(len(ids) - 5 * (i % 2)), cut)
+        again = list(mark(tokenizer, ids[keep], roles[keep], units))
+        assert list(mark(tokenizer, ids[keep], roles[keep], units, text=encoded.text, spans_T2=spans_T2[keep])) == again
+        assert again or not units
+
+
+def test_a_value_in_a_call_is_found_as_json_writes_it(tokenizer):
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+             {"role": "tool", "content": "Ann"}, {"role": "assistant", "content": "Ann."}]  # fmt: skip
+    encoded = encode_turns(tokenizer, turns, template="plain", spans=True)
+    ids, roles = np.array(encoded.ids), np.array(encoded.roles)
+    units = [('Ann "A" Lee', "name"), ("Lee\nBonn", "place")]
+    found = list(mark(tokenizer, ids, roles, units, text=encoded.text, spans_T2=np.array(encoded.spans)))
+    assert [(m.text, m.kind) for m in found] == [('Ann \\"A\\" Lee', "name"), ("Lee\\nBonn", "place")]
+    for m in found:
+        assert m.text in tokenizer.decode(ids[m.start : m.stop]) and (roles[m.start : m.stop] == PROMPT).all()
+
+
 def test_fold_keeps_track_of_characters():
     text, origin = fold("ﬁX")
     assert text == "fix" and origin == [0, 0, 1]

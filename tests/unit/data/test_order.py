@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sgt_titan.data.order import epoch_key, hash64, noise_seed, permute, sample_at, samples_at
+from sgt_titan.data.order import epoch_key, hash64, mixed_at, noise_seed, permute, quotas, sample_at, samples_at
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 17, 31, 64, 97, 100, 255, 256, 257, 1000, 4096, 4097, 65537])
@@ -97,3 +97,30 @@ def test_noise_seeds_are_distinct_and_fit():
 def test_outside_is_refused(i, n):
     with pytest.raises(ValueError):
         permute(i, n, 0)
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (5, 1, 2), (0.1, 3, 0.4)])
+def test_a_mixture_goes_through_each_source_before_it_repeats(weights):
+    sizes = np.array([7, 40, 13])
+    shares = quotas(60, weights)
+    assert shares.sum() == 60 and np.abs(shares - 60 * np.array(weights) / sum(weights)).max() < 1
+    k = np.arange(60 * 9)
+    epochs, indices = mixed_at(k, sizes, shares, seed=3)
+    firsts = np.cumsum([0, *sizes])
+    for j, share in enumerate(shares):
+        mine = (indices >= firsts[j]) & (indices < firsts[j + 1])
+        assert (mine.reshape(9, 60).sum(1) == share).all()
+        pairs = sorted(zip(epochs[mine].tolist(), indices[mine].tolist(), strict=True))
+        rounds, rest = divmod(len(pairs), sizes[j])
+        assert pairs[: rounds * sizes[j]] == [(r, i) for r in range(rounds) for i in range(firsts[j], firsts[j + 1])]
+        assert len(set(pairs)) == len(pairs) == rounds * sizes[j] + rest
+    # A function of k alone, and of the seed.
+    for a, b in ((0, 1), (59, 64), (301, 422)):
+        again = mixed_at(k[a:b], sizes, shares, seed=3)
+        assert (again[0] == epochs[a:b]).all() and (again[1] == indices[a:b]).all()
+    assert (mixed_at(k, sizes, shares, seed=4)[1] != indices).any()
+
+
+def test_quotas_by_largest_remainders():
+    assert quotas(10, [1]).tolist() == [10] and quotas(3, [1, 1]).tolist() == [2, 1]
+    assert quotas(10, [1, 1, 4]).tolist() == [2, 2, 6] and quotas(2, [1, 1, 1e6]).tolist() == [0, 0, 2]

@@ -44,7 +44,7 @@ def test_not_a_checkpoint_folder(tmp_path):
         "https://hub.co/a/b": "is a URL; download",
         "s3://bucket/a": "is a URL; download",
         f"{tmp_path}/gg*": "patterns are not expanded",
-        f"{tmp_path}/gguf/m.gguf": "with transformers (gguf_file=)",
+        f"{tmp_path}/gguf/m.gguf": "sgt-titan convert-trunk FILE.gguf OUT",
         f"{tmp_path}/meta/params.json": f"give its folder, {tmp_path}/meta",
         "meta-llama/Llama-3.2-1B": "hf download meta-llama/Llama-3.2-1B --local-dir DIR",
         f"{tmp_path}/none": f"no directory {tmp_path}/none",
@@ -52,7 +52,7 @@ def test_not_a_checkpoint_folder(tmp_path):
         f"{tmp_path}/hub": "give a folder below models--a--b/snapshots",
         f"{tmp_path}/blobs": "without a snapshot",
         f"{tmp_path}/adapter": "LoRA adapter alone: merge it into its base first",
-        f"{tmp_path}/gguf": "GGUF files: dequantise one",
+        f"{tmp_path}/gguf": "GGUF files: sgt-titan convert-trunk",
         f"{tmp_path}/meta": "in its maker's own format",
         f"{tmp_path}/empty": "it must be a Hugging Face checkpoint directory",
     }.items():
@@ -63,7 +63,7 @@ def test_not_a_checkpoint_folder(tmp_path):
     ("name", "expected"),
     [
         ("pytorch_model.bin", "its weights are a pickle (.bin), which can run code and is not read"),
-        ("m.gguf", "it holds GGUF files: dequantise one"),
+        ("m.gguf", "it holds GGUF files: sgt-titan convert-trunk"),
         ("adapter_config.json", "a LoRA adapter without its base"),
         ("model-00001-of-00002.safetensors", "there is model-00001-of-00002.safetensors: download the index"),
         ("config.json", "download the weights"),
