@@ -387,14 +387,30 @@ def drawing(results: dict[str, Any]) -> str:
     from sgt_titan.evaluation.report.plots import figure
 
     def mechanisms(axes: Any) -> None:
-        for entry in results["mechanisms"].values():
-            x, y = max(entry["utility"]["kl"]["value"], 1e-3), 100 * (best(entry)[1]["value"] or 0.0)
-            axes.plot([x], [y], "o", markersize=4)
-            axes.annotate(entry["title"], (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
-        axes.axhline(100 * p_star(results), ls=":", label="p*: guessed from the context")
+        rows, done = results["mechanisms"], set()
+
+        def at(name: str) -> tuple[float, float]:
+            return max(rows[name]["utility"]["kl"]["value"], 1e-3), 100 * (best(rows[name])[1]["value"] or 0.0)
+
+        # A line from each transform alone to it behind surrogates for what is found, and for what is marked.
+        for name in ["none", *(name for name in rows if f"surrogates+{name}" in rows)]:
+            way = [name, f"surrogates+{name}", f"marked+{name}"] if name != "none" else ["none", "surrogates", "marked"]
+            way = [one for one in way if one in rows]
+            (line,) = axes.plot(*zip(*map(at, way), strict=True), "-", lw=1, label=rows[name]["title"] if way else None)
+            for one, marker in zip(way, "osD", strict=False):
+                axes.plot(*at(one), marker, color=line.get_color(), markersize=5)
+            done |= set(way)
+        for name in sorted(rows.keys() - done):
+            axes.plot(*at(name), "x", color="grey")
+            axes.annotate(
+                rows[name]["title"], at(name), fontsize=6, xytext=(0, 5), textcoords="offset points", rotation=40
+            )
+        for marker, title in zip("osD", ("alone", "surrogates for what is found", "... is marked"), strict=True):
+            axes.plot([], [], marker, color="grey", label=title)
+        axes.axhline(100 * p_star(results), ls=":", color="grey", label="p*: guessed from the context")
         axes.set_xscale("log")
         axes.set(xlabel="KL after restoring, nats a token", ylabel="PII-Ratio of the best attacker, %")
-        axes.legend()
+        axes.legend(fontsize=7)
 
     def kinds(axes: Any) -> None:
         found = results["finding"]["found"]["precision_by_kind"]

@@ -58,7 +58,11 @@ class Substitution:
 
     def __post_init__(self) -> None:
         self._special = special_ids(self.tokenizer)
-        self._marks = {_key(row.prompt().ids): row.spans for row in self.told}
+        # Rows that were cut may have one prompt, and one of them marks what the other does not.
+        self._marks: dict[bytes, set[Any]] = {}
+        for row in self.told:
+            prompt = row.prompt()
+            self._marks.setdefault(_key(prompt.ids), set()).update(prompt.spans)
         self._lengths: dict[str, int] = {}
 
     def __call__(self, batch: Padded) -> Padded:
@@ -160,7 +164,7 @@ class Substitution:
         self, ids: np.ndarray, runs: Sequence[tuple[int, int]], parts: Sequence[Any]
     ) -> dict[int, list[Span]]:
         found: dict[int, list[Span]] = {}
-        for span in self._marks.get(_key(ids), ()):
+        for span in sorted(self._marks.get(_key(ids), ())):
             for i, (first, last) in enumerate(runs):
                 if first <= span.start and span.stop <= last:
                     text, starts, ends = parts[i]

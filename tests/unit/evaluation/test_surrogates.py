@@ -48,6 +48,16 @@ def test_values_are_replaced_and_the_rest_is_not(setting):
     assert told.unfit < told.replaced / 5
 
 
+def test_a_row_that_marks_nothing_takes_no_marks_from_another_of_the_same_prompt(setting):
+    row = setting[1][0]
+    same = row._replace(spans=())
+    both = substitution(setting, "", told=[row, same])
+    alone = substitution(setting, "", told=[row])
+    length = len(row.prompt().ids)
+    assert (both.row(row.ids, length) == alone.row(row.ids, length)).all()
+    assert (alone.row(row.ids, length) != row.ids).any()
+
+
 def test_an_answer_gets_its_values_back(setting):
     tokenizer, rows, _, _ = setting
     found = substitution(setting)
