@@ -42,8 +42,8 @@ def test_a_config_s_name_means_its_trunk_or_data(run, monkeypatch):
 
 def test_commands_hand_on_what_the_run_knows(run, tmp_path, monkeypatch):
     """Stopped where each would open what it was told of."""
-    from sgt_titan import readings
-    from sgt_titan.client import encoder, inspect_main
+    from sgt_titan import inspect_command, readings
+    from sgt_titan.client import encoder
     from sgt_titan.evaluation import private_values, samples
 
     seen: list[tuple] = []
@@ -64,7 +64,7 @@ def test_commands_hand_on_what_the_run_knows(run, tmp_path, monkeypatch):
     for command, words in (
         (readings.main, [str(run), str(text), "--private", ""]),
         (private_values.main, ["--export", f"mine={run}", "--out", str(tmp_path / "out")]),
-        (inspect_main.main, [str(run), str(text)]),
+        (inspect_command.main, [str(run), str(text)]),
     ):
         with pytest.raises(Told):
             command(words)
