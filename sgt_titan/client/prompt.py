@@ -19,6 +19,7 @@ from sgt_titan.client.reasoning import begins_inside
 from sgt_titan.errors import UserError
 from sgt_titan.transform import SGTConfig
 from sgt_titan.transform.prompts import (
+    CALLS_NOT_PRINTED,
     PROMPT,
     RESPONSE,
     TEMPLATE,
@@ -201,6 +202,8 @@ def _turns(
             continue
         if TOOLS_NOT_PRINTED in encoded.notes:
             raise UserError("tools: the chat template of this model does not render them; leave them out")
+        if CALLS_NOT_PRINTED in encoded.notes:
+            raise UserError("tool_calls: the chat template of this model does not render them; say them as text")
         return encoded
     raise error
 

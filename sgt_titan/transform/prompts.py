@@ -212,6 +212,9 @@ def _encode_chat(
         )
         if tools and not brought:
             notes.append(TOOLS_NOT_PRINTED)
+        printed = "".join(text[start:end] for start, end in brought)
+        if not all(call["function"]["name"] in printed for call in calls if _is_named(call)):
+            notes.append(CALLS_NOT_PRINTED)
     else:
         text, spans = chat_template.render(tokenizer, asked, how, generation=generation)
     own = len(text)  # what follows is the answer
@@ -246,6 +249,12 @@ def _encode_chat(
 
 
 TOOLS_NOT_PRINTED = "tools, which the chat template does not print"
+CALLS_NOT_PRINTED = "calls of tools in earlier turns, which the chat template does not print"
+
+
+def _is_named(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
 def _answer(

@@ -15,10 +15,12 @@ from sgt_titan.evaluation.report.words import (
     CAUTION,
     CERTIFIED,
     KEPT,
+    LEARNING,
     PRIVACY_ROWS,
     THREATS,
     UTILITY_ROWS,
     Results,
+    at_least,
     best_attack,
     bound_text,
     conclusions,
@@ -132,11 +134,12 @@ def _headline(results: Results, sgt: Mapping[str, Any]) -> str:
             f"<b>{percent(attack['difference'].get('top1'), interval=True)}</b>."
         )
     bound = (sgt.get("certificate") or {}).get("smallest")
+    least += f" {LEARNING}" if at_least(attack) else ""
     least += f" Nobody can read more than {percent(bound)} (below)." if bound is not None else ""
     tokens = f"{about.get('hidden_tokens', 0):,} tokens of {about.get('rows', '?')} prompts"
     kept = (sgt.get("utility") or {}).get("kept")
     return (
-        f"<div class='head'><strong>{percent(attack.get('top1'))}</strong> of the hidden tokens are read by the best "
+        f"<div class='head'>{at_least(attack)}<strong>{percent(attack.get('top1'))}</strong> of the hidden tokens are read by the best "
         f"attacker, {esc(attack.get('title'))} (95% interval {percent(attack.get('top1'), interval=True).partition(' ')[2]}, "
         f"N = {esc(tokens)}).{least}<br>"
         f"{percent(kept, interval=True)} of what the prompt is worth to its answer is kept."

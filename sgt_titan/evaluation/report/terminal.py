@@ -11,9 +11,11 @@ from typing import Any
 from sgt_titan.evaluation.report.words import (
     ATTACK_COLUMNS,
     CAUTION,
+    LEARNING,
     PRIVACY_ROWS,
     UTILITY_ROWS,
     Results,
+    at_least,
     best_attack,
     bound_text,
     conclusions,
@@ -41,8 +43,11 @@ def render(results: Results) -> str:
     if (best := best_attack(sgt)) is not None:
         attack = best[1]
         lines.append(
-            f"BEST ATTACKER: {attack.get('title')} reads {percent(attack.get('top1'), interval=True)} of the hidden tokens"
+            f"BEST ATTACKER: {attack.get('title')} reads {at_least(attack)}"
+            f"{percent(attack.get('top1'), interval=True)} of the hidden tokens"
         )
+        if at_least(attack):
+            lines += textwrap.wrap(LEARNING, WIDTH, initial_indent="  ", subsequent_indent="  ")
         if attack.get("difference"):
             lines.append(
                 f"  guesses {percent((attack.get('guesses') or {}).get('top1'))} without looking; looking added "

@@ -115,6 +115,17 @@ def sees(attack: Mapping[str, Any]) -> str:
     return ", ".join(attack.get("sees") or ()) or "?"
 
 
+def at_least(attack: Mapping[str, Any]) -> str:
+    """In front of what an attack reads that was still learning when its budget ended."""
+    return "at least " if any(_warnings(attack)) else ""
+
+
+LEARNING = (
+    "He was still learning when his budget ended and reads more with more of it: on the demo trunk the quick suite's read "
+    "45%, the standard suite's 72% of the same kind of transform (docs/RESULTS.md)."
+)
+
+
 def conclusions(results: Results) -> list[str]:
     """What the numbers say in words; never kinder than they are."""
     sgt = (results.get("mechanisms") or {}).get("sgt") or {}
@@ -130,7 +141,7 @@ def conclusions(results: Results) -> list[str]:
             else "The best of our attacks reads little of the prompt; that is no proof that none can. It needs: "
         )
         found.append(
-            f"{attack.get('title')} reads {percent(attack.get('top1'))} of the hidden tokens. {say}{sees(attack)}."
+            f"{attack.get('title')} reads {at_least(attack)}{percent(attack.get('top1'))} of the hidden tokens. {say}{sees(attack)}."
         )
         if attack.get("difference"):
             found.append(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -206,3 +207,12 @@ def test_presets_on_real_data(assets, source, count, last_role):
         messages = rows.messages(i)
         assert messages[-1]["role"] == last_role and messages[0]["content"]
         assert not messages[-1]["content"].endswith("<|endoftext|>")
+
+
+@pytest.mark.parametrize("kind", ["formats", "templates"])
+def test_the_tables_in_the_docs_are_what_happens(kind):
+    """docs/TRAINING.md: ``python -m tests.data_tables formats | templates``."""
+    from tests.data_tables import table
+
+    text = (Path(__file__).parents[3] / "docs" / "TRAINING.md").read_text()
+    assert text.split(f"<!-- {kind} -->\n")[1].split(f"\n<!-- /{kind} -->")[0] == table(kind)

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sgt_titan.errors import UserError
 from sgt_titan.transform.chat_template import look
-from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, encode_turns
+from sgt_titan.transform.prompts import CALLS_NOT_PRINTED, PROMPT, RESPONSE, TEMPLATE, encode_turns
 from tests import chat_templates as templates
-
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-
-
-def bytewise(template) -> PreTrainedTokenizerFast:
-    """One token a byte, and special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate([*SPECIAL, *alphabet])}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:]
-    )
-    tokenizer.chat_template = template
-    return tokenizer
+from tests.chat_templates import bytewise
 
 
 def parts(template, messages, **options) -> list[tuple[int, str]]:
@@ -164,6 +148,10 @@ def test_what_has_no_place_is_said():
     )
     assert [note.partition(",")[0] for note in plain.notes] == ["tools", "reasoning"]
     assert '"Lisbon"' in tokenizer.decode(plain.ids)
+    # A call of an earlier turn that the template does not print.
+    turns = [user("hi"), says("", tool_calls=[CALL]), {"role": "tool", "content": "12"}, says("yes")]
+    assert encode_turns(tokenizer, turns, template="chat").notes == (CALLS_NOT_PRINTED,)
+    assert encode_turns(bytewise(templates.ALL["thinks"]), turns, template="chat").notes == ()
 
 
 def test_text_that_begins_with_bos_has_one():

@@ -166,7 +166,12 @@ def test_whatever_is_missing(lacking):
 
 def test_the_terminal_leads_with_the_best_attacker():
     text = render(results())
-    assert "BEST ATTACKER: learned inverter reads 80.0% [78.0, 82.0]" in text.splitlines()[3]
+    assert "BEST ATTACKER: learned inverter reads at least 80.0% [78.0, 82.0]" in text.splitlines()[3]
+    assert "still learning when his budget ended" in text and "still learning" in page(results())
+    settled = results()
+    for attack in settled["mechanisms"]["sgt"]["attacks"].values():
+        attack["notes"] = []
+    assert "reads 80.0%" in render(settled) and "still learning" not in render(settled) + page(settled)
     assert max(map(len, text.splitlines())) <= WIDTH and "\x1b" not in text
     assert "N = 1,234" in text and "at most 78.0% at this N" in text and "ln V = 8.318" in text
 
