@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "conjformer",
         "private",
     },
-    "client": {"errors", "arguments", "outgoing", "transform", "metrics", "private"},
+    "client": {"errors", "outgoing", "transform", "metrics", "private"},
     "serving": {"errors", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
