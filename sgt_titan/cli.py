@@ -47,7 +47,7 @@ _FORWARDED = {
         "sgt_titan.serving.main",
         "A local OpenAI-compatible proxy: prompts leave only as obfuscated embeddings.",
     ),
-    "inspect": ("sgt_titan.client.inspect_main", "What a text of yours would reveal, token by token."),
+    "inspect": ("sgt_titan.inspect_command", "What a text of yours would reveal, token by token."),
     "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
     "conjformer": (
         "sgt_titan.conjformer.commands",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.arguments import Parser, check_seed
+from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
 
 CHEAP = ("nearest_l2", "known_plaintext")
@@ -29,17 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="One prompt through the client: what a server sees, a cheap attacker reads, and what comes back.",
         allow_abbrev=False,
     )
-    parser.add_argument("export", metavar="EXPORT", help="an exported directory")
+    parser.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     parser.add_argument("file", metavar="FILE", type=Path, help="the prompt, one turn of a user")
-    parser.add_argument("--trunk", metavar="PATH", required=True, help="directory of the trunk; demo: the shipped one")
     parser.add_argument(
-        "--data", metavar="SOURCE", required=True, help="text that is public, as data.source of a config"
+        "--trunk", metavar="PATH", help="directory of the trunk, or a config's name (default: the run's own)"
+    )
+    parser.add_argument(
+        "--data", metavar="SOURCE", help="text that is public, as data.source, or a config's name (default: the run's)"
     )
     parser.add_argument("--private", metavar="A,B", default="patterns,names", help="default patterns,names; '': none")
     parser.add_argument("--private-own", metavar="FILE", help="words, patterns and surrogates of your own (YAML)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of the answer (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the attackers' noise (default 0)")
     arguments, overrides = parser.parse_known_args(argv)
+    settle(arguments)
     check_seed(arguments.seed)
     if arguments.max_tokens < 1:
         raise UserError(f"--max-tokens: {arguments.max_tokens}, must be at least 1")

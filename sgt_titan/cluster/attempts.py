@@ -123,6 +123,7 @@ def end(
         most_in_vain=most_in_vain,
         told=told or NOTHING,
         seconds=now - begun.began,
+        steps=last - begun.first_step,
     )
     entry = replace(begun, ended=now, last_step=last, state=state, decision=decision, reason=reason)
     _append(output_dir, entry)
@@ -139,6 +140,7 @@ def decide(
     most_in_vain: int = MOST_IN_VAIN,
     told: Told = NOTHING,
     seconds: float = float("inf"),
+    steps: int = 0,
 ) -> tuple[Decision, str]:
     """What to do after an attempt that left ``state`` and ``said`` why.
 
@@ -146,6 +148,7 @@ def decide(
         vain: for each attempt of the job that counts (``in_vain``), this one last: whether it ended without a new
             checkpoint.
         seconds: for which this attempt lasted.
+        steps: that it saved. A notice that was there before the first step still lets it be done.
     """
     if state == "finished":
         return "done", "nothing left to do"
@@ -158,9 +161,9 @@ def decide(
         return "requeued", "Slurm has put the job back itself, as after a lost node or a preemption"
     if told.state == "COMPLETING":  # all that Slurm says of a job that it is ending, whatever for
         return "stop", f"{cancelled}, unless Slurm has lost a node and starts it again itself"
-    if state == "stopped" and said.startswith("SIGUSR1") and vain[-1] and seconds < EARLY_SECONDS:
+    if state == "stopped" and said.startswith("SIGUSR1") and steps <= 1 and seconds < EARLY_SECONDS:
         return "stop", (
-            f"the notice of the time limit came {seconds:.0f} s after the start, before anything was trained: raise --time, or "
+            f"the notice of the time limit came within {seconds:.0f} s of the start, with {steps} steps done: raise --time, or "
             "lower --signal=B:USR1@SECONDS to the time of a save plus a minute"
         )
     tail = 0

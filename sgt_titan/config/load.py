@@ -166,6 +166,7 @@ HOW_IT_RUNS = (
     "run.deterministic",
     "cluster.",
     "trunk.path",
+    "trunk.read",
     "data.cache_dir",
     "parallelism.",
     "activation_checkpoint.",

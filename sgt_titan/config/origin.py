@@ -26,15 +26,23 @@ def settle(arguments: argparse.Namespace) -> None:
     """
     arguments.export, run = export_of(arguments.export)
     for name, key in KEYS.items():
-        given = getattr(arguments, name)
-        if given is not None:
-            setattr(arguments, name, meant(given, key))
-        elif run is not None:
-            setattr(arguments, name, get(run, key))
-        else:
+        found = of_run(getattr(arguments, name), key, run)
+        setattr(arguments, name, found)
+        if found is None:
             raise UserError(
                 f"--{name}: is needed, since {arguments.export} is neither a run's directory nor an export in one"
             )
+
+
+def of_run(given: str | None, key: str, run: Config | None) -> str | None:
+    """What was given, as ``meant``; else the run's own value of ``key``; None where there is no run either.
+
+    Raises:
+        UserError: as ``meant``.
+    """
+    if given is not None:
+        return meant(given, key)
+    return get(run, key) if run is not None else None
 
 
 def export_of(path: str) -> tuple[str, Config | None]:

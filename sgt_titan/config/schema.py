@@ -75,6 +75,10 @@ class Trunk:
                         "tokenizer. Environment variables are expanded. Read on every start.")  # fmt: skip
     architecture: str = opt("", "A config.json to build from when `path` has no weights yet (dry run, plan, tests), "
                                 "relative to the YAML file. If both exist they must agree.")  # fmt: skip
+    read: Literal["once", "each"] = opt(
+        "once", "once: the replicas of a shard (parallelism.data_parallel_replicate_degree) share out its reading and send each "
+                "other what they read, with a checksum, so that a start reads the trunk once; without replicas a rank reads "
+                "what it holds. each: every replica reads its own, as when the network is slower than storage.")  # fmt: skip
     dtype: Literal["auto", "bfloat16", "float32"] = opt(
         "auto", "Storage and compute type of the frozen weights. auto: bfloat16 on GPU, float32 on CPU.")  # fmt: skip
     float8: Literal["none", "weights", "products"] = opt(

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgt_titan.arguments import Parser, check_seed
+from sgt_titan.config.origin import KEYS, export_of, of_run
+from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import check_zero, zero_argument
 
@@ -41,12 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Measure surrogates for private values: what is found, what is left, what an attacker reads.",
         allow_abbrev=False,
     )
-    parser.add_argument("--data", metavar="SOURCE", required=True, help="as data.source; must mark private values")
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="as data.source, or a config's name (default: the run's of --export); must mark private values",
+    )
     parser.add_argument("--finders", metavar="A,B", default="patterns,names", help="default patterns,names")
     parser.add_argument("--own", metavar="FILE", help="YAML of words, patterns, surrogates (docs/PRIVATE_VALUES.md)")
-    parser.add_argument("--trunk", metavar="PATH", help="also mechanisms, on this trunk; demo: the shipped one")
     parser.add_argument(
-        "--export", metavar="NAME=DIR", action="append", default=[], help="a transform to compare and combine; repeat"
+        "--trunk",
+        metavar="PATH",
+        help="also mechanisms, on this trunk, or a config's (default: the run's of --export)",
+    )
+    parser.add_argument(
+        "--export",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a transform, or a run's, to compare and combine; repeat",
     )
     parser.add_argument("--attacks", metavar="A,B", default=",".join(ATTACKS), help=f"default {','.join(ATTACKS)}")
     parser.add_argument(
@@ -63,9 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_zero(arguments.zero_steps)
     if arguments.rows is not None and arguments.rows < 2:
         raise UserError(f"--rows must be at least 2, got {arguments.rows}")
-    exports = _named(arguments.export)
+    exports, run = _named(arguments.export)
+    for name, key in KEYS.items():
+        setattr(arguments, name, of_run(getattr(arguments, name), key, run))
+    if not arguments.data:
+        raise UserError("--data: is needed, since no --export is a run's")
     if exports and not arguments.trunk:
-        raise UserError("--export needs --trunk")
+        raise UserError("--trunk: is needed, since no --export is a run's")
     if arguments.trunk and not exports:
         raise UserError("--trunk needs an --export NAME=DIR, whose template and data the rows follow")
     if overrides and not arguments.trunk:
@@ -92,21 +110,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _named(listed: Sequence[str]) -> dict[str, str]:
-    found = {}
+def _named(listed: Sequence[str]) -> tuple[dict[str, str], Config | None]:
+    """Exports by their names, and the config of the first that a run has made."""
+    found, run = {}, None
     for item in listed:
         name, _, directory = item.partition("=")
         if not name or not directory or name in found:
             raise UserError(f"--export {item}: give NAME=DIR, each name once")
-        found[name] = directory
-    return found
+        found[name], its = export_of(directory)
+        run = run or its
+    return found, run
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
 def _finding(arguments: Any, private: Any, nobody: Any) -> dict[str, Any]:
-    from sgt_titan.config.schema import Config
     from sgt_titan.data.sources import load_rows
     from sgt_titan.evaluation import finding
 

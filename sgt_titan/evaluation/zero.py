@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Further words are config overrides (--data.max_samples 6000 ...), as the trainings had them.",
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    parser.add_argument("config", metavar="NAME", help="a config's name or file, or a run's directory")
     parser.add_argument("--rows", type=int, default=128, help="held-out rows to measure it on (default 128)")
     parser.add_argument("--kept", metavar="A,B", default="", help="percents by the zero without it, to be counted anew")
     zero_argument(parser)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from sgt_titan.data.order import hash64
@@ -17,7 +18,7 @@ from sgt_titan.transform.trunk_files import TrunkFiles
 
 from .body import Body
 from .estimator import Estimator
-from .load_trunk import load_trunk, local_region, named_weights
+from .load_trunk import Tally, load_trunk, local_region, named_weights
 from .trunks import Family
 
 BODY_STD = 0.02  # of matrices, as Llama, Qwen and DeepSeek are initialised
@@ -59,12 +60,20 @@ def _normal(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     return torch.empty(shape).normal_(std=BODY_STD, generator=generator)
 
 
-def initialize_from_trunk(bodies: Sequence[Body], what: str, family: Family, files: TrunkFiles) -> None:
-    """The trunk's first layers and final norm as every body's initial weights.
+def initialize_from_trunk(
+    bodies: Sequence[Body],
+    what: str,
+    family: Family,
+    files: TrunkFiles,
+    replicas: dist.ProcessGroup | None = None,
+) -> Tally:
+    """The trunk's first layers and final norm as every body's initial weights; ``replicas`` as for ``load_trunk``.
 
     Raises:
         UserError: the trunk's first layers are of another kind (experts), so a tensor is missing.
     """
+    tally = Tally()
     for body in bodies:
-        load_trunk(body, family, files)
+        tally += load_trunk(body, family, files, replicas)
     logger.info(f"{what} starts from the trunk's first {len(bodies[0].layers)} layers")
+    return tally

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torchtitan.models.common.attention import FlexAttention
+from torchtitan.tools.logging import logger
 
 from sgt_titan.config.resolve import pair_groups_fit
 from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
@@ -34,13 +35,17 @@ class SGTTrainer(Loop):
     def __init__(self, config: Config):
         super().__init__(config)
         prepared, model = self.prepared, self.model_parts[0]
-        load_trunk(model.trunk, prepared.family, prepared.files)
+        dims = self.parallel_dims
+        replicate = dims.get_optional_mesh("dp_replicate") if self.run.trunk.read == "once" else None
+        replicas = replicate.get_group() if replicate is not None and replicate.size() > 1 else None
+        source = prepared.family, prepared.files
+        tally = load_trunk(model.trunk, *source, replicas)
         initialize_estimator(model.estimator, self.run.run.seed, prepared.log_frequency_V)
         if self.run.estimator.init_from_trunk:
-            initialize_from_trunk(model.estimator.bodies, "The estimator", prepared.family, prepared.files)
+            tally += initialize_from_trunk(model.estimator.bodies, "The estimator", *source, replicas)
         if self.run.denoiser.layers and self.run.denoiser.init_from_trunk:
-            initialize_from_trunk([model.estimator.denoiser.body], "The denoiser", prepared.family, prepared.files)
-        dims = self.parallel_dims
+            tally += initialize_from_trunk([model.estimator.denoiser.body], "The denoiser", *source, replicas)
+        logger.info(tally.summary(replicas.size() if replicas is not None else 1, self.device))
         self.tp_group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
         tp_rank = self.tp_group.rank() if self.tp_group else 0
         # Rows that make no whole groups are refused only where the MI term has a weight; elsewhere it is not measured.

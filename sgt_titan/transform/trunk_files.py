@@ -40,6 +40,7 @@ class TrunkFiles:
         self._stored = read_entries(self.path)  # with scales
         self.entries = weights_of(self._stored, self.scheme)
         self._open: dict[Path, safe_open] = {}
+        self.bytes_read = 0  # of tensors, so far
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -80,7 +81,9 @@ class TrunkFiles:
             except SafetensorError as error:
                 raise UserError(f"{entry.file}: {error}") from None
         file = self._open[entry.file]
-        return file.get_slice(name)[region] if entry.shape else file.get_tensor(name)
+        found = file.get_slice(name)[region] if entry.shape else file.get_tensor(name)
+        self.bytes_read += found.nbytes
+        return found
 
     def check_values(self, name: str, tensor: torch.Tensor) -> None:
         """A weight, or a part of it, is what a language model's can be.

@@ -26,8 +26,11 @@ HOSTS_TAG = "# sgt_titan test cluster"
 NODE_VARIABLE = "SGT_TEST_NODE"  # slurmd is started with it
 CPUS = 8
 GPUS = 8  # files that Slurm counts: there is no device behind them
+# A deadline that is too long costs nothing where a test passes; one that is too short fails it on a machine under load.
+PATIENCE = 3.0
 
-# Timeouts are short, so that a lost node is noticed in seconds. cred_expire is also how long a requeued job waits; for
+# Timeouts are short, so that a lost node is noticed in seconds, and long enough for a machine under load: srun ends a
+# step whose node is slow to answer. cred_expire is also how long a requeued job waits; for
 # less than 5 Slurm takes its default of 120.
 CONFIG = """
 ClusterName=sgttest
@@ -60,9 +63,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=1
-SlurmdTimeout=5
-TCPTimeout=1
-MessageTimeout=5
+SlurmdTimeout=10
+TCPTimeout=3
+MessageTimeout=15
 KillWait=30
 MinJobAge=3600
 GresTypes=gpu
@@ -160,7 +163,7 @@ class Cluster:
     def wait_idle(self, seconds: float = 60) -> None:
         """Until every node is up and has nothing to do."""
         idle = lambda: self.call("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() == str(len(self.nodes))  # noqa: E731
-        assert self._until(idle, seconds), self.call("sinfo", "-R") + self.call("sinfo", "-N", "-l")
+        assert self._until(idle, seconds * PATIENCE), self.call("sinfo", "-R") + self.call("sinfo", "-N", "-l")
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class Cluster:
         return self.job(number).get("JobState", "")
 
     def wait_state(self, number: int, *states: str, seconds: float = 120) -> str:
-        assert self._until(lambda: self.state(number) in states, seconds), (
+        assert self._until(lambda: self.state(number) in states, seconds * PATIENCE), (
             f"job {number} is {self.state(number)}, not {states}"
         )
         return self.state(number)

@@ -73,7 +73,7 @@ class Run:
         return "\n".join(file.read_text(errors="replace") for file in sorted(files))
 
     def until(self, condition, what: str, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * slurm.PATIENCE
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s until {what}\n{self.log[-6000:]}"
             time.sleep(0.1)
@@ -181,7 +181,7 @@ def submit(cluster, home, tmp_path_factory):
             "SGT_TEST_STEP_SECONDS": str(step_seconds),
             "SGT_TEST_BAD_NODE": bad_node or "none",
             "SGT_PREFLIGHT": "1" if bad_node else "0",  # it doubles the time of a start
-            "SGT_PREFLIGHT_SECONDS": "60",
+            "SGT_PREFLIGHT_SECONDS": "90",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         } | (env or {})

@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "conjformer",
         "private",
     },
-    "client": {"errors", "arguments", "outgoing", "transform", "metrics", "private"},
+    "client": {"errors", "outgoing", "transform", "metrics", "private"},
     "serving": {"errors", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
@@ -62,7 +62,8 @@ MAY_IMPORT = {
     "train": {"errors", "folders", "config", "cluster", "titan"},
     "doctor": {"errors", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "readings": {"errors", "arguments", "client", "private", "evaluation", "data"},
+    "inspect_command": {"errors", "arguments", "config", "client", "private"},
+    "readings": {"errors", "arguments", "config", "client", "private", "evaluation", "data"},
     "cli": {
         "errors",
         "arguments",
@@ -73,7 +74,7 @@ MAY_IMPORT = {
         "evaluation",
         "plan",
         "doctor",
-        "client",
+        "inspect_command",
         "readings",
     }
     | {"serving", "conjformer", "cluster", "transform"},

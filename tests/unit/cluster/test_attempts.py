@@ -109,13 +109,14 @@ def test_what_slurm_says_counts(told, state, decision, said):
 
 def test_a_notice_before_anything_was_trained_ends_the_job():
     """Otherwise it comes again as soon, with every restart."""
-    for seconds, vain, said, expected in (
-        (20, True, "SIGUSR1", "stop"),
-        (20, False, "SIGUSR1", "requeue"),  # it has trained, in no time
-        (3600, True, "SIGUSR1", "requeue"),  # an hour of tokenizing, which is in the cache now
-        (20, True, "SIGTERM before training", "requeue"),  # preemption: another time it may last
+    for seconds, steps, said, expected in (
+        (20, 0, "SIGUSR1", "stop"),
+        (20, 1, "SIGUSR1", "stop"),  # it was there before the step that it let be done
+        (20, 2, "SIGUSR1", "requeue"),  # it has trained, in no time
+        (3600, 0, "SIGUSR1", "requeue"),  # an hour of tokenizing, which is in the cache now
+        (20, 0, "SIGTERM before training", "requeue"),  # preemption: another time it may last
     ):
-        decision, reason = decide("stopped", said, 0, 5, [vain], seconds=seconds)
+        decision, reason = decide("stopped", said, 0, 5, [steps == 0], seconds=seconds, steps=steps)
         assert decision == expected
         assert decision != "stop" or "raise --time, or lower --signal" in reason
 

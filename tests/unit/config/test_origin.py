@@ -29,7 +29,7 @@ def test_a_run_knows_its_export_trunk_and_data(run):
     own = (str(run / "export"), "/models/mine", "/data/mine.jsonl")
     assert settled(run) == settled(run / "export") == own
     assert settled(run, "demo", "alpaca") == (own[0], "demo", "alpaca")
-    assert find(str(run)) == run / "config.yaml"  # train, plan, doctor and tables
+    assert find(str(run)) == run / "config.yaml"  # train, plan, doctor, tables and zero
 
 
 def test_a_config_s_name_means_its_trunk_or_data(run, monkeypatch):
@@ -38,6 +38,41 @@ def test_a_config_s_name_means_its_trunk_or_data(run, monkeypatch):
     monkeypatch.delenv("SGT_TRUNKS")
     with pytest.raises(UserError, match=r"llama3_70b_64x8: trunk\.path: environment variable SGT_TRUNKS is not set"):
         settled(run, "llama3_70b_64x8")
+
+
+def test_commands_hand_on_what_the_run_knows(run, tmp_path, monkeypatch):
+    """Stopped where each would open what it was told of."""
+    from sgt_titan import inspect_command, readings
+    from sgt_titan.client import encoder
+    from sgt_titan.evaluation import private_values, samples
+
+    seen: list[tuple] = []
+
+    class Told(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        seen.append((*map(str, args), *kwargs.items()))
+        raise Told
+
+    text = tmp_path / "text"
+    text.write_text("hello")
+    export = str(run / "export")
+    monkeypatch.setattr(samples, "data_config", stop)
+    monkeypatch.setattr(encoder.StainedGlassTransform, "from_pretrained", stop)
+    monkeypatch.setattr(private_values, "_finding", lambda arguments, *_: seen.append(("finding", arguments.data)))
+    for command, words in (
+        (readings.main, [str(run), str(text), "--private", ""]),
+        (private_values.main, ["--export", f"mine={run}", "--out", str(tmp_path / "out")]),
+        (inspect_command.main, [str(run), str(text)]),
+    ):
+        with pytest.raises(Told):
+            command(words)
+    own = (export, "/models/mine", "/data/mine.jsonl", "[]")
+    told = (export, ("trunk", "/models/mine"), ("hold_noise", False))
+    assert seen == [own, ("finding", "/data/mine.jsonl"), own, told]
+    with pytest.raises(UserError, match="--data: is needed, since no --export is a run's"):
+        private_values.main(["--out", str(tmp_path / "out")])
 
 
 def test_what_cannot_be_known_is_asked_for(run, tmp_path):

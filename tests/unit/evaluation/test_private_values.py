@@ -86,7 +86,7 @@ def test_mechanisms(tmp_path, make_export, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "demo", "--export", "x=y"], "needs --trunk"),
+        (["--data", "demo", "--export", "x=y"], "--trunk: is needed"),
         (["--data", "demo", "--trunk", "demo"], "needs an --export"),
         (["--data", "demo", "--trunk", "demo", "--export", "x"], "NAME=DIR"),
         (["--data", "demo", "--rows", "1"], "at least 2"),

@@ -13,9 +13,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from sgt_titan.errors import UserError
+from sgt_titan.titan import load_trunk as load_module
 from sgt_titan.titan.initialize import initialize_estimator, initialize_from_trunk
-from sgt_titan.titan.load_trunk import check_trunk, hf_shapes, load_trunk, local_region, named_weights
+from sgt_titan.titan.load_trunk import check_trunk, hf_shapes, load_trunk, local_region, named_weights, pieces
 from sgt_titan.titan.model import Estimator
+from sgt_titan.titan.replicas import checksum
 from sgt_titan.titan.trunks import FAMILIES, build, export_name, family_of, hf_name
 from sgt_titan.transform.trunk_files import TrunkFiles
 
@@ -130,6 +132,53 @@ def test_what_a_row_cannot_express_is_refused(options, message):
     with pytest.raises(UserError) as error:
         build(hf, "sdpa")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "deepseek"])
+def test_small_pieces_make_the_same_trunk(trunk_dir, monkeypatch, name):
+    files = TrunkFiles(trunk_dir(name))
+    loaded = []
+    for size in (load_module.PIECE_BYTES, 1000):
+        monkeypatch.setattr(load_module, "PIECE_BYTES", size)
+        trunk, family = meta_trunk(trunk_dir(name))
+        trunk.to_empty(device="cpu")
+        tally = load_trunk(trunk, family, files)
+        loaded.append(named_weights(trunk))
+        assert tally.received == 0 and tally.read == sum(entry.end - entry.begin for entry in files.entries.values())
+    some = list(pieces(trunk, family, files))
+    assert len(some) > 2 * len(loaded[0]) and all(part.nbytes <= 1000 for piece in some for part in piece.parts)
+    for key, tensor in loaded[0].items():
+        if key != "lm_head.weight" or not trunk.enable_weight_tying:  # to_empty has untied it
+            assert torch.equal(tensor, loaded[1][key]), key
+
+
+def test_a_large_matrix_of_zeros_is_seen_though_no_piece_shows_it(changed, monkeypatch):
+    path = changed("llama", lambda tensors: tensors["model.embed_tokens.weight"].zero_())
+    monkeypatch.setattr(load_module, "PIECE_BYTES", 1000)
+    trunk, family = meta_trunk(path)
+    trunk.to_empty(device="cpu")
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is zero everywhere"):
+        load_trunk(trunk, family, TrunkFiles(path))
+
+
+# -- checksums ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checksum_sees_each_bit_and_each_exchange():
+    parts = torch.randn(7, 5), torch.randn(3).bfloat16()
+    whole = checksum(parts)
+    assert checksum([part.clone() for part in parts]) == whole
+    assert checksum([torch.cat([part.new_zeros(1), part.flatten()])[1:] for part in parts]) == whole  # wherever it lies
+    for part in parts:
+        bytes_ = part.view(-1).view(torch.uint8)
+        for index in range(bytes_.numel()):
+            for bit in (1, 128):
+                bytes_[index] ^= bit
+                assert checksum(parts) != whole
+                bytes_[index] ^= bit
+    swapped = parts[0].clone()
+    swapped[[0, 2]] = swapped[[2, 0]]
+    assert checksum([swapped, parts[1]]) != whole
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.arguments import Parser
+from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.errors import UserError
 
 
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", metavar="FILE", help="results.json of `sgt-titan evaluate` on this export")
     parser.add_argument(
-        "--trunk", metavar="DIR", help="the trunk's checkpoint, for an export without an embedding table"
+        "--trunk",
+        metavar="DIR",
+        help="the trunk's checkpoint or a config's name, for an export without an embedding table (default: the run's)",
     )
     parser.add_argument(
         "--private",
@@ -50,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write that text as a page; it holds your text")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    inside = Path(arguments.export, "export")
-    if not Path(arguments.export, "config.json").is_file() and (inside / "config.json").is_file():
-        arguments.export = str(inside)  # a run's directory
+    arguments.export, run = export_of(arguments.export)
+    trunk = of_run(arguments.trunk, KEYS["trunk"], run)
     from sgt_titan.client.inspect import WARNING, best_attacker, coloured, named, page, read_nearest, revealed
 
     best = best_attacker(arguments.results)
@@ -74,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgt_titan.client.quiet import quiet
 
     with quiet(lambda text: print(f"sgt-titan: {text}", file=sys.stderr)):
-        sgt = StainedGlassTransform.from_pretrained(
-            arguments.export, trunk=arguments.trunk, hold_noise=False
-        )  # nothing is sent
+        sgt = StainedGlassTransform.from_pretrained(arguments.export, trunk=trunk, hold_noise=False)  # nothing is sent
     prompt = sgt.prompt(what)
     reading, shown = read_nearest(sgt, prompt, sgt.encode(prompt)), revealed(sgt, prompt)
     if arguments.html:
