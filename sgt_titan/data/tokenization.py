@@ -34,6 +34,7 @@ MARK_FIELDS = 5
 # Samples that are left out: why.
 DROPS = ("too_long", "short_prompt", "response_cut", "no_response")
 MAX_REASONS, FIRST_BAD = 30, 10
+TOO_DEEP = "is nested too deeply"  # JSON that can be read, and that nobody who walks through it can
 PARALLEL_ROWS = 50_000
 CHUNK_ROWS = 1_000
 MAX_WORKERS = 32
@@ -329,8 +330,11 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
     Raises:
         UserError: the row cannot be used at all (missing field, refused by the template); names the row.
     """
-    conversation = rows.conversation(i)
-    hashed = content_hash([conversation.messages, conversation.tools])
+    try:
+        conversation = rows.conversation(i)
+        hashed = content_hash([conversation.messages, conversation.tools])
+    except RecursionError:
+        raise UserError(f"{rows.where(i)}: {TOO_DEEP}") from None
     try:
         ends, left = conversation.ends(options.answers)
         notes = (*conversation.ignored, *left)
@@ -355,6 +359,8 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
             samples.append(replace(encoded, notes=(*notes, *encoded.notes)) if notes else encoded)
     except UserError as error:
         raise UserError(f"{rows.where(i)}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{rows.where(i)}: {TOO_DEEP}") from None
     return conversation, samples, hashed
 
 
