@@ -24,17 +24,33 @@ ROW = f'''    "{KIND}": Family(
         refused={{"attention_out_bias": True, "mlp_bias": True}},
     ),
 '''
-# Dry run, plan, a step and its export through the command, logits and embeddings beside transformers'.
+# In the copy: the decoder beside transformers', dry run, plan, a step and its export through the command, a client.
 SCRIPT = """
-import json, sys
+import sys
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from sgt_titan import cli
-assert cli.main(["train", "toy.yaml", "--dry-run"]) == 0
-assert cli.main(["plan", "toy.yaml"]) == 0
-from sgt_titan.trunk.families import shapes
-from sgt_titan.titan.load_trunk import load_trunk  # noqa: F401
-assert cli.main(["train", "toy.yaml", "--nproc", "1"]) == 0
+from sgt_titan.client import StainedGlassTransform
+from sgt_titan.titan.load_trunk import load_trunk
+from sgt_titan.titan.trunks import build, family_of
+from sgt_titan.transform.trunk_files import TrunkFiles
+
+hf = AutoConfig.from_pretrained("trunk")
+trunk = build(hf, "sdpa").build()
+trunk.init_states()
+load_trunk(trunk, family_of(hf), TrunkFiles("trunk"))
+tokens = torch.arange(40)[None]
+with torch.no_grad():
+    h = trunk.tok_embeddings(tokens)
+    for layer in trunk.layers.values():
+        h = layer(h, None, tokens)
+    ours = trunk.lm_head(trunk.norm(h))
+    theirs = AutoModelForCausalLM.from_pretrained("trunk", dtype=torch.float32)(tokens).logits
+assert theirs.std() > 0.05 and (ours - theirs).abs().max() < 2e-5 * max(1, theirs.std()), "another model"
+for words in (["train", "toy.yaml", "--dry-run"], ["plan", "toy.yaml"], ["train", "toy.yaml", "--nproc", "1"]):
+    assert cli.main(words) == 0, words
+sgt = StainedGlassTransform.from_pretrained("out/export")
+assert sgt.config.trunk_config["model_type"] == hf.model_type and sgt.encode("hi there").isfinite().all()
 """
 
 
