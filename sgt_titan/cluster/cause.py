@@ -28,7 +28,7 @@ _ERROR = re.compile(
 )
 # What a scheduler or a launcher says because something else has gone wrong, and lines of a stack.
 _NOISE = re.compile(
-    r"^\s|^slurmstepd: |^srun: |^Traceback|^File |^Thread 0x|^Timeout \(|^Current thread|^[WIE]\d{4} |^-+$|^=+$"
+    r"^\s|^slurmstepd(-\S+)?: |^srun: |^Traceback|^File |^Thread 0x|^Timeout \(|^Current thread|^[WIE]\d{4} |^-+$|^=+$"
     r"|ChildFailedError|^\w+ FAILED$|^Root Cause|^Failures:|^\[\d+\]:$"
 )
 # What a rank says because another one is gone.

@@ -1,5 +1,8 @@
-"""GPUs in their usual machines, and what runs make of them. The sources name data sheets; B200, GB200, L40S, A10 and
-MI300X were written down without the sheet at hand: check them before you buy by them.
+"""GPUs in their usual machines, and what runs make of them.
+
+The sources are the makers' data sheets. The flops of all but the A10 are also those of torchtitan's table, which names
+the same pages (`tests/unit/plan/test_hardware.py`); B200, GB200 and MI300X were compared with public tables of those
+sheets besides (2026-11-26). Nobody has measured them here.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def test_a_time_limit_no_longer_than_the_notice(submit):
 
 def test_a_notice_that_comes_at_once(submit):
     """Point 4: typed on sbatch's command line it stands nowhere; it would come again with each restart."""
-    run = submit(nodes=1, options=("--time=2", "--signal=B:USR1@120"), step_seconds=5.0).ended("FAILED", 200)
+    run = submit(nodes=1, rows=4, options=("--time=2", "--signal=B:USR1@120"), step_seconds=45.0, timeout=120).ended(
+        "FAILED", 200
+    )
     assert [a.decision for a in run.attempts] == ["stop"]
     assert "raise --time, or lower --signal=B:USR1@SECONDS" in told(run, "Next")
 

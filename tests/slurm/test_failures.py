@@ -107,8 +107,11 @@ def test_preemption(cluster, submit, whole):
 
 
 def test_time_limit(submit, whole):
-    """Two minutes are not enough; the run saves before they are over and goes on in the next two."""
-    run = submit(step_seconds=7.0, options=("--time=2", "--signal=B:USR1@60")).finish(600)
+    """Three minutes are not enough; the run saves before they are over and goes on in the next three.
+
+    Slurm's notice may come a minute early: two minutes with one of them before would leave no time to train.
+    """
+    run = submit(step_seconds=12.0, timeout=60, options=("--time=3", "--signal=B:USR1@60")).finish(600)
     assert len(run.attempts) > 1
     assert all(a.state == "stopped" and "SIGUSR1" in a.reason for a in run.attempts[:-1])
     assert set(lost_steps(run)) == {-1}

@@ -129,7 +129,7 @@ def test_every_way_to_end_has_its_words(state, reason, decision, first_line, nex
 def test_the_last_line_of_an_error(tmp_path):
     file = tmp_path / "x.log"
     file.write_text(
-        "[default1]:ValueError: of rank 1\n[default0]:KeyError: of rank 0\nslurmstepd: error: *** STEP CANCELLED ***\n"
+        "[default1]:ValueError: of rank 1\n[default0]:KeyError: of rank 0\nslurmstepd-n1: error: *** STEP 4.0 ON n1 CANCELLED ***\n"
         'Timeout (0:00:30)!\nThread 0x7f (most recent call first):\n  File "/x/errors.py", line 2 in error:\n'
     )
     assert error_line(file) == "KeyError: of rank 0" and error_line(file, 1) == "ValueError: of rank 1"
