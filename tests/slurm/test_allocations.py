@@ -38,9 +38,11 @@ def test_a_container_that_is_not_there(nodes, submit):
 
 def test_a_deadline_shorter_than_the_imports(submit):
     """Point 1: with one node nobody can tell it from a node that hangs, so nobody is blamed."""
-    run = submit(nodes=1, bad_node="nobody", env={"SGT_PREFLIGHT_SECONDS": "3"}).ended("FAILED", 200)
+    run = submit(nodes=1, bad_node="nobody", env={"SGT_PREFLIGHT_SECONDS": "2"}).ended("FAILED", 200)
     assert preflight.excluded(run.out) == {}
-    assert "no process" in told(run, "What happened") and "SGT_PREFLIGHT_SECONDS" in told(run, "What happened")
+    said = told(run, "What happened")
+    assert "no process" in said or "no node got beyond 'imported'" in said  # whatever an idle machine gets done in 1 s
+    assert "SGT_PREFLIGHT_SECONDS" in said
 
 
 def test_ranks_follow_what_was_asked_for(submit):
