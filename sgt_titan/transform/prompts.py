@@ -18,6 +18,7 @@ opens), and training would see another beginning than generation does.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -227,27 +228,25 @@ def _encode_chat(
         text += before + answer + tail
     encoding = _tokenize(tokenizer, text, return_offsets_mapping=True)
     ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-    starts_T, ends_T = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     content = [True] * len(spans) + [False] * len(brought)
     ordered = sorted(zip([*spans, *brought], content, strict=True))
-    owners_T = _owners(starts_T, ends_T, [span for span, _ in ordered])
-    roles_T = np.where(owners_T < 0, TEMPLATE, PROMPT)
+    owners = _owners(offsets, [span for span, _ in ordered])
+    roles = [TEMPLATE if owner < 0 else PROMPT for owner in owners]
     special = special_ids(tokenizer)
     if brought:
         written = json.dumps([list(tools), calls], ensure_ascii=False)
-        for t, owner in enumerate(owners_T.tolist()):
+        for t, owner in enumerate(owners):
             if owner >= 0 and not ordered[owner][1] and ids[t] in special:
-                roles_T[t] = PROMPT if str(tokenizer.convert_ids_to_tokens(ids[t])) in written else TEMPLATE
+                roles[t] = PROMPT if str(tokenizer.convert_ids_to_tokens(ids[t])) in written else TEMPLATE
     if has_response:
         # The model also generates what ends its turn: all that follows the content, up to and with the first
         # special token (Llama 2 puts a space before it). Without one, nothing is known to end the turn.
-        first = _first(ends_T > own)
-        after = first + _first((starts_T[first:] >= end) & (ends_T[first:] > end))
+        first = next((t for t, (_, stop) in enumerate(offsets) if stop > own), len(ids))
+        after = next((t for t in range(first, len(ids)) if offsets[t][0] >= end and offsets[t][1] > end), len(ids))
         stop = next((t + 1 for t in range(after, len(ids)) if ids[t] in special), after)
         # A token that also carries the end of the prompt is the prompt's.
-        answer_T = roles_T[first:stop]
-        answer_T[answer_T != PROMPT] = RESPONSE
-    return EncodedPrompt(ids, roles_T.tolist(), tuple(notes), text, offsets)
+        roles[first:stop] = [role if role == PROMPT else RESPONSE for role in roles[first:stop]]
+    return EncodedPrompt(ids, roles, tuple(notes), text, offsets)
 
 
 TOOLS_NOT_PRINTED = "tools, which the chat template does not print"
@@ -339,32 +338,22 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-def _first(found_T: np.ndarray) -> int:
-    """Where it is true first; the length if nowhere."""
-    return int(found_T.argmax()) if found_T.any() else len(found_T)
-
-
-def _owners(starts_T: np.ndarray, ends_T: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """For each token the index of the span it overlaps, or -1: int64 (T,). A token on two spans belongs to the first.
-
-    Args:
-        starts_T, ends_T: where tokens are in the text. spans: ascending, none within another.
-    """
-    filled = np.array([(i, start, end) for i, (start, end) in enumerate(spans) if start < end], dtype=np.int64)
-    if not len(filled) or not len(starts_T):
-        return np.full(len(starts_T), -1)
-    index_S, first_S, last_S = filled.T
-    # Byte-level tokenizers trim spaces off their offsets, so a token of spaces looks empty: it covers the gap between
-    # its neighbours.
-    empty_T = starts_T == ends_T
-    if empty_T.any():
-        before_T = np.maximum.accumulate(np.concatenate([[0], ends_T[:-1]]))
-        after_T = np.concatenate([starts_T[1:], ends_T[-1:]])
-        starts_T, ends_T = (
-            np.where(empty_T, np.minimum(starts_T, before_T), starts_T),
-            np.where(empty_T, np.maximum(ends_T, after_T), ends_T),
-        )
-    # The first span that ends behind a token's start; starts may step back, spans that were passed stay passed.
-    at_T = np.searchsorted(last_S, np.maximum.accumulate(starts_T), side="right")
-    near_T = np.minimum(at_T, len(filled) - 1)
-    return np.where((at_T < len(filled)) & (first_S[near_T] < ends_T), index_S[near_T], -1)
+def _owners(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """For each token the index of the span it overlaps, or -1. A token on two spans belongs to the first."""
+    filled = [(i, start, end) for i, (start, end) in enumerate(spans) if start < end]
+    filled.append((-1, sys.maxsize, sys.maxsize))  # behind the text
+    passed = iter(filled)
+    owner, first, last = next(passed)
+    owners, last_end = [], 0
+    for t, (start, end) in enumerate(offsets):
+        if start == end:
+            # Byte-level tokenizers trim spaces off their offsets, so a token of spaces looks empty: it covers
+            # the gap between its neighbours.
+            start = min(start, last_end)
+            end = max(end, offsets[t + 1][0] if t + 1 < len(offsets) else end)
+        if (own_end := offsets[t][1]) > last_end:
+            last_end = own_end
+        while last <= start:
+            owner, first, last = next(passed)
+        owners.append(owner if first < end else -1)
+    return owners

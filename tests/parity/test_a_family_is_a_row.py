@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sgt_titan
 from sgt_titan.trunk.families import FAMILIES
+from tests import chat_templates
 from tests.conftest import write_tokenizer
 
 KIND = "seed_oss"  # transformers has it, the registry does not
@@ -68,6 +69,8 @@ def trunk(tmp_path) -> Path:
                 tensor.normal_(std=0.3)
     model.save_pretrained(tmp_path / "trunk")
     write_tokenizer(tmp_path / "trunk")
+    # One that torchtitan's own compiler of templates does not know: nothing of a run may ask it.
+    (tmp_path / "trunk" / "chat_template.jinja").write_text(chat_templates.GENERATION)
     return tmp_path / "trunk"
 
 
@@ -84,8 +87,8 @@ def test_one_row_is_enough(trunk, tmp_path):
     options = {
         "trunk": {"path": str(trunk)},
         "run": {"name": "toy", "output_dir": str(tmp_path / "out")},
-        "data": {"source": str(tmp_path / "rows.jsonl"), "template": "plain"},
-        "training": {"steps": 1, "seq_len": 64, "local_batch_size": 2, "global_batch_size": 2},
+        "data": {"source": str(tmp_path / "rows.jsonl"), "template": "chat"},
+        "training": {"steps": 1, "seq_len": 128, "local_batch_size": 2, "global_batch_size": 2},
         "estimator": {"layers": 1},
         "lr_scheduler": {"warmup_steps": 0},
         "metrics": {"tensorboard": False, "log_every": 1, "probe_every": 0},
