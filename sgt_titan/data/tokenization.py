@@ -210,16 +210,10 @@ def label_text(roles_T: np.ndarray, prompt_tokens: int) -> np.ndarray:
 
 def role_counts(roles_T: np.ndarray, private: int = 0) -> tuple[int, ...]:
     """How many tokens of each kind in COUNTS a sample has; ``private`` is known by its marks."""
-    template = roles_T == TEMPLATE
-    response = roles_T == RESPONSE
-    return (
-        int(template.sum()),
-        int(template[: response_start(roles_T)].sum()),
-        int((roles_T == PROMPT).sum()),
-        int(response.sum()),
-        int(response[1:].sum()),
-        private,
-    )
+    found = np.bincount(roles_T, minlength=3).tolist()
+    before = np.bincount(roles_T[: response_start(roles_T)], minlength=3)
+    targets = found[RESPONSE] - int(len(roles_T) > 0 and roles_T[0] == RESPONSE)
+    return found[TEMPLATE], int(before[TEMPLATE]), found[PROMPT], found[RESPONSE], targets, private
 
 
 def content_hash(messages: Any) -> int:
