@@ -79,6 +79,17 @@ MAY_IMPORT = {
     }
     | {"serving", "conjformer", "cluster", "transform"},
 }
+# The same inside the largest area. `options` and `parts` belong to every command of it.
+ROOMS = {
+    "options": set(),
+    "parts": set(),
+    "world": set(),
+    "attacks": {"world"},
+    "scores": {"world", "attacks", "options", "parts"},
+    "report": set(),
+    "measure": {"world", "attacks", "scores", "report", "options", "parts"},
+    "studies": {"attacks", "scores", "report", "measure", "options", "parts"},
+}
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
 
@@ -143,6 +154,20 @@ def test_the_table_says_what_is():
         found[area(path)] |= targets(path)
     assert found == MAY_IMPORT
     TopologicalSorter(MAY_IMPORT).prepare()
+
+
+def test_the_rooms_of_the_evaluation():
+    """The table says what is, and no way leads back."""
+    home = PACKAGE / "evaluation"
+    found: dict[str, set[str]] = {}
+    for path in home.rglob("*.py"):
+        room = path.relative_to(home).parts[0].removesuffix(".py")
+        names = imported(path) | imported(path, {f"sgt_titan.evaluation.{other}" for other in ROOMS})
+        names = {name.split(".")[2] for name in names if name.startswith("sgt_titan.evaluation.")}
+        found.setdefault(room, set()).update(names - {room})
+    assert found.pop("__init__") == set()
+    assert found == ROOMS
+    TopologicalSorter(ROOMS).prepare()
 
 
 def test_no_circles_between_files():
