@@ -148,7 +148,7 @@ def decide(
         vain: for each attempt of the job that counts (``in_vain``), this one last: whether it ended without a new
             checkpoint.
         seconds: for which this attempt lasted.
-        steps: that it saved. A notice that was there before the first step still lets it be done.
+        steps: that it saved. Ranks agree on a notice beside a step, so that one heard before the second lets it be done.
     """
     if state == "finished":
         return "done", "nothing left to do"
@@ -161,7 +161,7 @@ def decide(
         return "requeued", "Slurm has put the job back itself, as after a lost node or a preemption"
     if told.state == "COMPLETING":  # all that Slurm says of a job that it is ending, whatever for
         return "stop", f"{cancelled}, unless Slurm has lost a node and starts it again itself"
-    if state == "stopped" and said.startswith("SIGUSR1") and steps <= 1 and seconds < EARLY_SECONDS:
+    if state == "stopped" and said.startswith("SIGUSR1") and steps <= 2 and seconds < EARLY_SECONDS:
         return "stop", (
             f"the notice of the time limit came within {seconds:.0f} s of the start, with {steps} steps done: raise --time, or "
             "lower --signal=B:USR1@SECONDS to the time of a save plus a minute"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from sgt_titan import checkpoint
 from sgt_titan.cluster import attempts, ownership, preflight, progress, status
 from sgt_titan.config.load import HOW_IT_RUNS, difference, load
-from sgt_titan.config.schema import Config
+from sgt_titan.config.schema import SOURCE_KEYS, Config, Data
 from sgt_titan.errors import UserError
 from sgt_titan.folders import writable
 
@@ -25,7 +26,8 @@ CONFIG_FILE = "config.yaml"
 MAY_DIFFER = (
     *HOW_IT_RUNS,
     "trunk.architecture",
-    "data.source",  # and data.sources: their fingerprint is compared instead, weights in it, as the trunk's
+    "data.source",
+    "data.sources",  # their fingerprint is compared instead, and `mixture_difference` names keys
     "data.validation_source",
     "teacher_cache.dir",
     "training.steps",
@@ -56,6 +58,33 @@ _HARMLESS = {
     "structured_logs",
     CONFIG_FILE,
 }
+
+
+def _is_of(key: str, names: Collection[str]) -> bool:
+    """Whether a key is one of these, or in one of these sections (with a dot at its end)."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+
+
+def mixture_difference(old: Config, new: Config) -> list[str]:
+    """The keys in which two mixtures differ, as ``data.sources.text.weight: 1.0 -> 2.0``; none unless both are one.
+
+    Where a source lies may differ; what it holds, its fingerprint says.
+    """
+    a, b = old.data.sources, new.data.sources
+    if not a or not b:
+        return []
+    if list(a) != list(b):
+        return [f"data.sources: {', '.join(a)} -> {', '.join(b)}"]
+
+    def value(table: Mapping[str, Any], key: str) -> Any:
+        return table.get(key, getattr(Data(), key, "not set"))
+
+    return [
+        f"data.sources.{name}.{key}: {value(a[name], key)} -> {value(b[name], key)}"
+        for name in a
+        for key in ("weight", *SOURCE_KEYS)
+        if key != "source" and value(a[name], key) != value(b[name], key)
+    ]
 
 
 def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unknown: Collection[str] = ()) -> int:
@@ -94,7 +123,9 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
         if was != UNITS.get(key, was)
     ]
     old = load(str(folder / CONFIG_FILE), [])
-    found += [line for line in difference(old, config) if not line.startswith((*MAY_DIFFER, *unknown))]
+    found += mixture_difference(old, config)
+    excused = (*MAY_DIFFER, *unknown)
+    found += [line for line in difference(old, config) if not _is_of(line.partition(":")[0], excused)]
     if found and not config.checkpoint.accept_changes:
         raise UserError(
             f"run.output_dir: {folder} belongs to a run that differs: {'; '.join(found)}. Choose another directory, or "

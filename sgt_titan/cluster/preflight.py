@@ -202,7 +202,8 @@ def _stragglers(by_node: Mapping[str, Sequence[Report]], bad: Callable[[str, str
         for node in behind:
             bad(node, f"did not get beyond {PHASES[least]!r} in time" + (f": {heard[node]}" if node in heard else ""))
     else:
-        why = next((f": {text} (on {node})" for node, text in heard.items()), "")
+        more = " in time; SGT_PREFLIGHT_SECONDS gives more"
+        why = next((f": {text} (on {node})" for node, text in heard.items()), more)
         problems.append(f"no node got beyond {PHASES[least]!r}{why}")
 
 

@@ -61,6 +61,8 @@ TOKENS_VERSION = 4  # of what the arrays say: part of the fingerprint, which run
 ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources", "marks", "mark_offsets")
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1
+# Said in the meta.json of a mixture, which runs of other weights share.
+WEIGHTS = "decide no token: see mixture in run.json and data.sources.NAME.weight in config.yaml of a run"
 STALE_SECONDS = 7 * 24 * 3600
 POLL_SECONDS = 0.5
 MANY_ROWS = 2_000  # enough to judge the share of bad ones by
@@ -592,7 +594,7 @@ def _together(about: dict[str, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(about.values()))
     sums = {k: sum(a[k] for a in about.values()) for k, v in first.items() if type(v) is int}
     values = {k: sum(a["marks"][k] for a in about.values()) for k in ("values", "not_found")}
-    return {"source": ", ".join(about), **sums, "marks": values, "sources": about}
+    return {"source": ", ".join(about), **sums, "marks": values, "weights": WEIGHTS, "sources": about}
 
 
 def _check_bad(bad: Counter[str], first: list[str], read: int, most: float) -> None:

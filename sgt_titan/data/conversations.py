@@ -166,6 +166,7 @@ def _chat(
         raise UserError(f"{column!r} must be a list of {{role, content}}, is {type(value).__name__}")
     role_keys = (columns["role"],) if columns.get("role") else ROLE_KEYS
     content_keys = (columns["content"],) if columns.get("content") else CONTENT_KEYS
+    used = {*role_keys, *content_keys, *REASONING_KEYS, *CALL_KEYS, "weight", "tool_call_id"}
     for t, turn in enumerate(value):
         turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, Mapping) else {}
         name = next((turn[key] for key in role_keys if key in turn), None)
@@ -174,8 +175,9 @@ def _chat(
         if (role := roles.get(name, roles.get(name.lower()))) is None:
             raise UserError(f"turn {t} of {column!r} has the role {name[:20]!r}; map it with data.roles")
         found = _turn(turn, role, content_keys, f"turn {t} of {column!r}")
-        used = {*role_keys, *content_keys, *REASONING_KEYS, *CALL_KEYS, "weight", "tool_call_id"}
         ignored += [f"key {key} of turns" for key in turn if key not in used and turn[key] not in ("", [], {})]
+        if role not in ("assistant", "call") and turn.get("weight", 1) not in (0, 1):
+            ignored.append("weight of turns that are no answers")
         yield found
 
 
@@ -205,7 +207,8 @@ def _turn(turn: Mapping[str, Any], role: str, content_keys: Sequence[str], where
     if reasoning.strip():
         message["reasoning_content"] = reasoning
     if (weight := turn.get("weight", 1)) not in (0, 1):
-        raise UserError(f"{where}: weight must be 0 or 1, is {weight!r:.20}")
+        # In words: numbers are taken out of reasons that are counted.
+        raise UserError(f"{where}: weight {weight!r:.20} is neither zero nor one; fractions are not trained with")
     if not weight:
         message["weight"] = 0
     return message

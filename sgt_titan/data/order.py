@@ -94,7 +94,8 @@ def quotas(n: int, weights: Sequence[float]) -> np.ndarray:
     """``n`` shared out in proportion to weights: int64 (sources,), by largest remainders, the first of equal ones."""
     exact = n * np.asarray(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64)
     found = np.floor(exact).astype(np.int64)
-    found[np.argsort(found - exact, kind="stable")[: n - int(found.sum())]] += 1
+    # Rounded, so that remainders which are equal on paper are so here.
+    found[np.argsort(np.round(found - exact, 9), kind="stable")[: n - int(found.sum())]] += 1
     return found
 
 

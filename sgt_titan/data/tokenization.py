@@ -34,6 +34,7 @@ MARK_FIELDS = 5
 # Samples that are left out: why.
 DROPS = ("too_long", "short_prompt", "response_cut", "no_response")
 MAX_REASONS, FIRST_BAD = 30, 10
+TOO_DEEP = "is nested too deeply"  # JSON that can be read, and that nobody who walks through it can
 PARALLEL_ROWS = 50_000
 CHUNK_ROWS = 1_000
 MAX_WORKERS = 32
@@ -209,16 +210,10 @@ def label_text(roles_T: np.ndarray, prompt_tokens: int) -> np.ndarray:
 
 def role_counts(roles_T: np.ndarray, private: int = 0) -> tuple[int, ...]:
     """How many tokens of each kind in COUNTS a sample has; ``private`` is known by its marks."""
-    template = roles_T == TEMPLATE
-    response = roles_T == RESPONSE
-    return (
-        int(template.sum()),
-        int(template[: response_start(roles_T)].sum()),
-        int((roles_T == PROMPT).sum()),
-        int(response.sum()),
-        int(response[1:].sum()),
-        private,
-    )
+    found = np.bincount(roles_T, minlength=3).tolist()
+    before = np.bincount(roles_T[: response_start(roles_T)], minlength=3)
+    targets = found[RESPONSE] - int(len(roles_T) > 0 and roles_T[0] == RESPONSE)
+    return found[TEMPLATE], int(before[TEMPLATE]), found[PROMPT], found[RESPONSE], targets, private
 
 
 def content_hash(messages: Any) -> int:
@@ -329,8 +324,11 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
     Raises:
         UserError: the row cannot be used at all (missing field, refused by the template); names the row.
     """
-    conversation = rows.conversation(i)
-    hashed = content_hash([conversation.messages, conversation.tools])
+    try:
+        conversation = rows.conversation(i)
+        hashed = content_hash([conversation.messages, conversation.tools])
+    except RecursionError:
+        raise UserError(f"{rows.where(i)}: {TOO_DEEP}") from None
     try:
         ends, left = conversation.ends(options.answers)
         notes = (*conversation.ignored, *left)
@@ -355,6 +353,8 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
             samples.append(replace(encoded, notes=(*notes, *encoded.notes)) if notes else encoded)
     except UserError as error:
         raise UserError(f"{rows.where(i)}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{rows.where(i)}: {TOO_DEEP}") from None
     return conversation, samples, hashed
 
 

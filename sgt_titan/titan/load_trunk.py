@@ -133,10 +133,12 @@ def pieces(trunk: nn.Module, family: Family, files: TrunkFiles) -> Iterator[Piec
                 for some, rows in _by_rows(local[row], region[1]):
                     part = local[row][some]
                     yield Piece(one, (part,), partial(_read_plain, files, one, part, (rows, *region[2:])))
+        elif not local.dim():
+            yield Piece(target, (local,), partial(_read_plain, files, target, local, ()))
         else:
-            for some, rows in _by_rows(local, region[0]) if local.dim() else [((), ())]:
-                part, place = local[some], (rows, *region[1:]) if local.dim() else ()
-                yield Piece(target, (part,), partial(_read_plain, files, target, part, place))
+            for some, rows in _by_rows(local, region[0]):
+                part = local[some]
+                yield Piece(target, (part,), partial(_read_plain, files, target, part, (rows, *region[1:])))
 
 
 def _by_rows(local: torch.Tensor, rows: slice) -> Iterator[tuple[slice, slice]]:

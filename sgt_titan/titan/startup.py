@@ -58,7 +58,10 @@ class Prepared:
         """What a checkpoint records of the run beside its config."""
         versions = {module.__name__: module.__version__ for module in (sgt_titan, torch, torchtitan, transformers)}
         found = {"fingerprints": self.fingerprints, "units": UNITS, "versions": versions}
-        return {**found, "hf_config": self.hf.to_dict()}
+        # Of a mixture: its weights decide no token, so that the cache, which runs of other weights share, cannot say.
+        blocks = self.train_source.view.blocks
+        mixture = {name: {"samples": samples, "weight": weight} for name, (samples, weight) in blocks.items() if name}
+        return {**found, **({"mixture": mixture} if mixture else {}), "hf_config": self.hf.to_dict()}
 
 
 @dataclass(kw_only=True)

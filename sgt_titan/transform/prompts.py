@@ -18,6 +18,7 @@ opens), and training would see another beginning than generation does.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -339,16 +340,20 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def _owners(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """For each token the index of the span it overlaps, or -1. A token on two spans belongs to the first."""
-    owners, at, last_end = [], 0, 0
     filled = [(i, start, end) for i, (start, end) in enumerate(spans) if start < end]
+    filled.append((-1, sys.maxsize, sys.maxsize))  # behind the text
+    passed = iter(filled)
+    owner, first, last = next(passed)
+    owners, last_end = [], 0
     for t, (start, end) in enumerate(offsets):
         if start == end:
             # Byte-level tokenizers trim spaces off their offsets, so a token of spaces looks empty: it covers
             # the gap between its neighbours.
             start = min(start, last_end)
             end = max(end, offsets[t + 1][0] if t + 1 < len(offsets) else end)
-        last_end = max(last_end, offsets[t][1])
-        while at < len(filled) and filled[at][2] <= start:
-            at += 1
-        owners.append(filled[at][0] if at < len(filled) and filled[at][1] < end else -1)
+        if (own_end := offsets[t][1]) > last_end:
+            last_end = own_end
+        while last <= start:
+            owner, first, last = next(passed)
+        owners.append(owner if first < end else -1)
     return owners

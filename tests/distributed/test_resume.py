@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -85,6 +86,31 @@ def test_resume_is_bit_exact(ranks, small):
     states = [checkpoint.read_state(path) for path in final]
     for key in ("step", "train_state", "data", "lr_scheduler", "metrics", "probe", "fingerprints"):
         assert states[0][key] == states[1][key], key
+
+
+def test_a_mixture_goes_on_as_it_would_have(small, tmp_path):
+    """Into its second epoch; with another weight it is another run, and the key says so."""
+    config = json.loads(small.config.read_text())
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the dog {i} sat on the mat"}) + "\n" for i in range(8)))
+    config["data"]["sources"] = {
+        "chats": {"source": config["data"].pop("source"), "max_samples": 12, "weight": 1},
+        "text": {"source": str(text), "prompt_tokens": 4, "weight": 2},
+    }
+    (tmp_path / "mixed.yaml").write_text(json.dumps(config))
+    mixed = dataclasses.replace(small, config=tmp_path / "mixed.yaml")
+    options = (*SHORT, "--checkpoint.interval", "3")
+    whole = mixed.finish(1, *options)
+    mixture = json.loads((whole.output_dir / "run.json").read_text())["mixture"]
+    assert {name: about["weight"] for name, about in mixture.items()} == {"chats": 1.0, "text": 2.0}
+    assert sum(about["samples"] for about in mixture.values()) < 6 * 4, "or no second epoch is begun"
+    folder = small.new_folder()
+    launch.copy_until(whole.output_dir, 3, folder / "out")
+    _, outcome = mixed.run(1, *options, "--data.sources.text.weight", "1", folder=folder)
+    assert outcome.codes == [2] and "data.sources.text.weight: 2.0 -> 1.0" in one_line(outcome)
+    resumed = mixed.finish(1, *options, folder=folder)
+    assert sorted(resumed.scalars) == [4, 5, 6]
+    assert_same_tensors(*(checkpoint.step_dir(run.output_dir, 6) for run in (whole, resumed)))
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

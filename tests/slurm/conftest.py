@@ -163,6 +163,7 @@ def submit(cluster, home, tmp_path_factory):
         nodes: int = 2,
         fault: dict | None = None,
         step_seconds: float = 0.0,
+        timeout: int = 10,
         options: Sequence[str] = (),
         run: Run | None = None,
         rows: int = 2,
@@ -173,7 +174,7 @@ def submit(cluster, home, tmp_path_factory):
         words = ["--run.output_dir", str(run.out), "--run.deterministic", "true"]
         words += ["--training.steps", str(STEPS), "--training.local_batch_size", str(rows)]
         words += ["--checkpoint.interval", str(INTERVAL), "--checkpoint.keep_latest", "0"]
-        words += ["--metrics.probe_every", "0", "--comm.train_timeout_seconds", "10"]
+        words += ["--metrics.probe_every", "0", "--comm.train_timeout_seconds", str(timeout)]
         env = {
             "SGT_SITE": str(home / "site.env"),
             "SGT_TEST_FOLDER": str(run.folder),

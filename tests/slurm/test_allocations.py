@@ -38,9 +38,11 @@ def test_a_container_that_is_not_there(nodes, submit):
 
 def test_a_deadline_shorter_than_the_imports(submit):
     """Point 1: with one node nobody can tell it from a node that hangs, so nobody is blamed."""
-    run = submit(nodes=1, bad_node="nobody", env={"SGT_PREFLIGHT_SECONDS": "3"}).ended("FAILED", 200)
+    run = submit(nodes=1, bad_node="nobody", env={"SGT_PREFLIGHT_SECONDS": "2"}).ended("FAILED", 200)
     assert preflight.excluded(run.out) == {}
-    assert "no process" in told(run, "What happened") and "SGT_PREFLIGHT_SECONDS" in told(run, "What happened")
+    said = told(run, "What happened")
+    assert "no process" in said or "no node got beyond 'imported'" in said  # whatever an idle machine gets done in 1 s
+    assert "SGT_PREFLIGHT_SECONDS" in said
 
 
 def test_ranks_follow_what_was_asked_for(submit):
@@ -89,7 +91,9 @@ def test_a_time_limit_no_longer_than_the_notice(submit):
 
 def test_a_notice_that_comes_at_once(submit):
     """Point 4: typed on sbatch's command line it stands nowhere; it would come again with each restart."""
-    run = submit(nodes=1, options=("--time=2", "--signal=B:USR1@120"), step_seconds=30.0).ended("FAILED", 200)
+    run = submit(nodes=1, rows=4, options=("--time=2", "--signal=B:USR1@120"), step_seconds=45.0, timeout=120).ended(
+        "FAILED", 200
+    )
     assert [a.decision for a in run.attempts] == ["stop"]
     assert "raise --time, or lower --signal=B:USR1@SECONDS" in told(run, "Next")
 

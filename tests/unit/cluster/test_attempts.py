@@ -111,8 +111,8 @@ def test_a_notice_before_anything_was_trained_ends_the_job():
     """Otherwise it comes again as soon, with every restart."""
     for seconds, steps, said, expected in (
         (20, 0, "SIGUSR1", "stop"),
-        (20, 1, "SIGUSR1", "stop"),  # it was there before the step that it let be done
-        (20, 2, "SIGUSR1", "requeue"),  # it has trained, in no time
+        (20, 2, "SIGUSR1", "stop"),  # it was there before the second, which it let be done
+        (20, 3, "SIGUSR1", "requeue"),  # it has trained, in no time
         (3600, 0, "SIGUSR1", "requeue"),  # an hour of tokenizing, which is in the cache now
         (20, 0, "SIGTERM before training", "requeue"),  # preemption: another time it may last
     ):

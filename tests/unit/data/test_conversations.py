@@ -93,6 +93,13 @@ def test_which_answers():
         conversation({"messages": row["messages"][2:4]}, "chat", COLUMNS).ends("last")
 
 
+def test_a_weight_where_there_is_no_answer_is_named():
+    turns = [{"role": role, "content": "x", "weight": weight} for role, weight in (("user", 0.5), ("assistant", 1))]
+    assert conversation({"messages": turns}, "chat", COLUMNS).ignored == ("weight of turns that are no answers",)
+    turns[0]["weight"] = 0  # which it has anyway
+    assert conversation({"messages": turns}, "chat", COLUMNS).ignored == ()
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -107,7 +114,9 @@ def test_which_answers():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
          "turn 0 of 'messages' has a part that is no text (image_url)"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
-         "turn 0 of 'messages': weight must be 0 or 1, is 0.5"),
+         "turn 0 of 'messages': weight 0.5 is neither zero nor one; fractions are not trained with"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": "1"}]},
+         "turn 0 of 'messages': weight '1' is neither zero nor one; fractions are not trained with"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
          "turn 0 of 'messages': a tool call must have a name"),
         ({"messages": [{"from": "function_call", "value": "f()"}]}, "turn 0 of 'messages' is not valid JSON"),

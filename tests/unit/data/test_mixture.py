@@ -66,7 +66,8 @@ def test_every_source_is_tokenized_as_if_it_were_alone(mixed, files, make_config
 def test_weights_decide_the_order_and_no_token(mixed, tokenizer_dir):
     plain = prepare(mixed(), tokenizer_dir, progress=False)
     even = prepare(mixed(chats=1.0, text=1.0), tokenizer_dir, progress=False)
-    assert even.directory == plain.directory and "weight" not in json.dumps(even.meta)
+    assert even.directory == plain.directory and "1.0" not in json.dumps(even.meta)
+    assert even.meta["weights"].startswith("decide no token: see mixture in run.json")
     assert (
         len({plain.fingerprint, even.fingerprint, prepare(mixed(chats=2.0, text=1.0), tokenizer_dir).fingerprint}) == 3
     )

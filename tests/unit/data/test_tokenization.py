@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sgt_titan.data.cache import prepare
 from sgt_titan.data.sources import load_rows
 from sgt_titan.data.tokenization import (
     COUNTS,
@@ -159,6 +161,34 @@ def test_template_refusal_names_the_row(write, make_config, make_tokenizer):
     path = write([{"instruction": "ab", "output": "c"}])
     (chunk,) = all_chunks(make_config(path), directory)
     assert chunk.first_bad[0].startswith(f"{path}: row 1: chat template: ") and chunk.bad.total() == 1
+
+
+@pytest.mark.parametrize("depth", [400, 900, 5000])
+@pytest.mark.parametrize("place", ["tools", "tools as text", "call", "call as text"])
+def test_rows_that_are_nested_too_deeply_are_bad_rows(write, make_config, tokenizer_dir, depth, place):
+    """Also where JSON reads them and only what walks through them cannot: never a traceback."""
+    deep = '[{"a":' + "[" * depth + "]" * depth + "}]"
+    value = json.dumps(deep) if "text" in place else deep
+    call = '{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '
+    call += value + "}}]}"
+    answer = {"role": "assistant", "content": "b"}
+    said = json.dumps(answer) if "tools" in place else call
+    more = f', "tools": {value}' if "tools" in place else ""
+    path = write([{"messages": [{"role": "user", "content": f"a {i}"}, answer]} for i in range(9)])
+    with open(path, "a") as file:
+        file.write('{"messages": [{"role": "user", "content": "a"}, ' + said + "]" + more + "}\n")
+    config = make_config(path, template="plain", max_bad_share=0.5)
+    found = prepare(config, tokenizer_dir, progress=False).meta
+    assert found["rows_read"] == 10 and found["samples"] + found["bad_rows"]["count"] == 10
+    assert depth == 400 or found["bad_rows"]["count"] == 1
+
+
+def test_fractions_as_weights_are_counted(write, make_config, tokenizer_dir):
+    rows = [{"messages": [{"role": "user", "content": f"a {i}"}, {"role": "assistant", "content": "b", "weight": w}]}
+            for i, w in enumerate([1] * 8 + [0.5, 0.25])]  # fmt: skip
+    found = prepare(make_config(write(rows), max_bad_share=0.5), tokenizer_dir, progress=False).meta["bad_rows"]
+    assert found["count"] == 2 and all("is neither zero nor one" in reason for reason in found["reasons"])
+    assert "row 9: turn 1 of 'messages': weight 0.5 is neither" in found["first"][0]
 
 
 def test_choose_template(tokenizer_dir, plain_tokenizer_dir):

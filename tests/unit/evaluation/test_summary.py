@@ -168,6 +168,9 @@ def test_a_first_response_token_without_context_is_not_scored():
         def __len__(self):
             return 2
 
+        def spread(self, count):
+            return range(count)
+
         def tokens(self, i):
             return np.array([5, 6, 7, 8], dtype=np.uint16)
 

@@ -48,6 +48,8 @@ def written(trunk_dir, tmp_path):
                 quantised = gguf.GGMLQuantizationType[kind if low else "F32"]
             data = gguf.quants.quantize(np.ascontiguousarray(weight), quantised)
             out.add_tensor(f"{names.get_name(module)}.{suffix}", data, raw_dtype=quantised)
+        if parts := facts.get("parts"):
+            out.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, parts)
         for tensor in more:
             out.add_tensor(tensor, np.ones(4, dtype=np.float32))
         out.write_header_to_file()
@@ -99,6 +101,7 @@ def test_a_shard_at_a_time(written, tmp_path):
         ({"architecture": "gemma"}, {}, "GGUF of the architecture 'gemma' is not read here; llama, qwen2, qwen3 are"),
         ({}, {"model_type": "qwen3"}, "is of the architecture llama, and config.json beside it of model_type 'qwen3'"),
         ({"width": 128}, {}, "says embedding_length 128, and config.json beside it hidden_size"),
+        ({"parts": 2}, {}, "is one of 2 parts; merge them (llama-gguf-split --merge)"),
         ({"more": (ROPE_FACTORS,)}, {}, "has a scaled RoPE, and config.json beside it none"),
         (
             {"more": ("blk.0.attn_q.bias",)},

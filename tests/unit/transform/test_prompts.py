@@ -15,6 +15,7 @@ from sgt_titan.transform.prompts import (
     PROMPT,
     RESPONSE,
     TEMPLATE,
+    _owners,
     encode_turns,
     obfuscation_mask,
     response_start,
@@ -235,3 +236,30 @@ def test_empty_content_owns_no_token():
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" +|."), "isolated")
     encoded = encode_turns(tokenizer, [turn("user", ""), turn("user", "a")], template="chat")
     assert encoded.roles == [TEMPLATE, PROMPT, TEMPLATE]
+
+
+def test_owners_of_tokens_by_walking_through_them():
+    """Against a loop over tokens, on offsets as tokenizers give them: gaps, empty tokens, several on one character."""
+
+    def walk(offsets, spans):
+        owners, at, last = [], 0, 0
+        filled = [(i, *span) for i, span in enumerate(spans) if span[0] < span[1]]
+        for t, (start, end) in enumerate(offsets):
+            if start == end:
+                start, end = min(start, last), max(end, offsets[t + 1][0] if t + 1 < len(offsets) else end)
+            last = max(last, offsets[t][1])
+            while at < len(filled) and filled[at][2] <= start:
+                at += 1
+            owners.append(filled[at][0] if at < len(filled) and filled[at][1] < end else -1)
+        return owners
+
+    draw = random.Random(0)
+    for _ in range(500):
+        offsets, at = [], 0
+        for _ in range(draw.randrange(12)):
+            start = max(0, at + draw.choice([-1, 0, 0, 0, 1, 2]))
+            at = start + draw.choice([0, 1, 2, 3])
+            offsets.append((start, at))
+        cuts = sorted(draw.randrange(at + 2) for _ in range(2 * draw.randrange(4)))
+        spans = list(zip(cuts[::2], cuts[1::2], strict=True))
+        assert _owners(offsets, spans) == walk(offsets, spans), (offsets, spans)
