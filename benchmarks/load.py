@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,21 +18,12 @@ from pathlib import Path
 
 import httpx
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.proxy import start_proxy
+
 KEY = "load-key-0123456789"
 PROMPT = "Dear Anna, your parcel has come. "
-
-
-def start_proxy(export: str, upstream: str, key: str) -> tuple[subprocess.Popen, str]:
-    log = Path(tempfile.mkstemp(prefix="load-", suffix=".log")[1])
-    command = [sys.executable, "-m", "sgt_titan.cli", "serve", export, "--upstream", upstream, "--port", "0"]
-    command += ["--active", "256", "--waiting", "1024", "--wait-timeout", "300", "--served-name", "m"]
-    environment = {**os.environ, "SGT_TITAN_API_KEY": KEY, "SGT_TITAN_UPSTREAM_API_KEY": key}
-    process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
-    while not (found := re.search(r"(http://127\S+)/v1 ->", log.read_text())):
-        if process.poll() is not None:
-            sys.exit(log.read_text())
-        time.sleep(0.2)
-    return process, found[1]
 
 
 async def ask(url: str, key: str, model: str, clients: int, requests: int, tokens: int) -> tuple[float, float, int]:
@@ -74,7 +63,10 @@ def main() -> int:
     arguments = parser.parse_args()
     headers = {"authorization": f"Bearer {arguments.key}"}
     served = httpx.get(arguments.upstream + "/v1/models", headers=headers).json()["data"][0]["id"]
-    process, url = start_proxy(arguments.export, arguments.upstream, arguments.key)
+    options = ["--upstream", arguments.upstream, "--active", "256", "--waiting", "1024", "--wait-timeout", "300"]
+    environment = {"SGT_TITAN_API_KEY": KEY, "SGT_TITAN_UPSTREAM_API_KEY": arguments.key}
+    log = Path(tempfile.mkstemp(prefix="load-", suffix=".log")[1])
+    process, url = start_proxy(arguments.export, options, environment, log)
     try:
         print("clients   straight ms   req/s   proxy ms   req/s   added ms   failed   proxy MiB")
         for clients in arguments.clients:

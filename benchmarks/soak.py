@@ -18,7 +18,6 @@ import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -29,6 +28,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.proxy import start_proxy
 from tests.conftest import write_trunk
 from tests.serving_kit import load_trunk, make_export, with_chat_template
 from tests.stub_servers import running, vllm_app
@@ -36,20 +36,6 @@ from tests.stub_servers import running, vllm_app
 CANARY = "Zorblax-7741"
 KEY = "soak-key-0123456789"
 PATH = "/v1/chat/completions"
-
-
-def start_proxy(export: Path, urls: list[str], log: Path) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, "-m", "sgt_titan.cli", "serve", str(export), "--port", "0", "--served-name", "m"]
-    for url in urls:
-        command += ["--upstream", url]
-    command += ["--active", "16", "--waiting", "64", "--wait-timeout", "20", "--silence-timeout", "10"]
-    environment = {**os.environ, "SGT_TITAN_API_KEY": KEY, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
-    while not (found := re.search(r"(http://127\S+)/v1 ->", log.read_text())):
-        if process.poll() is not None:
-            sys.exit(log.read_text())
-        time.sleep(0.2)
-    return process, found[1]
 
 
 class Upstream(threading.Thread):
@@ -161,7 +147,9 @@ def main() -> int:
     upstream.start()
     upstream.up.wait(60)
     log = folder / "proxy.log"
-    process, url = start_proxy(export, [upstream.url], log)
+    options = ["--upstream", upstream.url, "--active", "16", "--waiting", "64"]
+    options += ["--wait-timeout", "20", "--silence-timeout", "10"]
+    process, url = start_proxy(export, options, {"SGT_TITAN_API_KEY": KEY, "PYTHONUNBUFFERED": "1"}, log)
     try:
         seen, sizes = asyncio.run(soak(url, process.pid, 60 * arguments.minutes, arguments.clients, arguments.seed))
     finally:

@@ -59,38 +59,6 @@ def map_search(
         candidates: tokens scored per beam and position; 0: all.
         rows: public rows that the shortlist is fitted on.
     """
-    return _search(observation, transform, table, prior, corpus, seed, beams, candidates, prior_weight, rows)
-
-
-def map_search_at_z(
-    observation: Noisy,
-    transform: Transform,
-    table: Table,
-    prior: Prior,
-    corpus: Corpus,
-    seed: Seed,
-    *,
-    beams: int = 4,
-    candidates: int = 64,
-    prior_weight: float = 1.0,
-    rows: int = 64,
-) -> Guess:
-    """The same at z, which is exactly the Gaussian that the search takes it for."""
-    return _search(observation, transform, table, prior, corpus, seed, beams, candidates, prior_weight, rows)
-
-
-def _search(
-    observation: Observation,
-    transform: Transform,
-    table: Table,
-    prior: Prior,
-    corpus: Corpus,
-    seed: Seed,
-    beams: int,
-    candidates: int,
-    prior_weight: float,
-    rows: int,
-) -> Guess:
     device = table.rows_VD.device
     whole = not candidates or candidates >= len(table.rows_VD)
     nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows, type(observation))
@@ -107,6 +75,26 @@ def _search(
     )
     notes = () if whole else (f"scored {candidates} of {len(table.rows_VD)} tokens per beam and position",)
     return Guess(torch.cat(guesses), flops=2.0 * spent * max(parameters, table.rows_VD.shape[1]), notes=notes)
+
+
+def map_search_at_z(
+    observation: Noisy,
+    transform: Transform,
+    table: Table,
+    prior: Prior,
+    corpus: Corpus,
+    seed: Seed,
+    *,
+    beams: int = 4,
+    candidates: int = 64,
+    prior_weight: float = 1.0,
+    rows: int = 64,
+) -> Guess:
+    """The same at z, which is exactly the Gaussian that the search takes it for."""
+    return map_search(
+        observation, transform, table, prior, corpus, seed,
+        beams=beams, candidates=candidates, prior_weight=prior_weight, rows=rows,
+    )  # fmt: skip
 
 
 def fitted(

@@ -110,8 +110,10 @@ def sequence_at_z(
     lr: float = 1e-3,
 ) -> Guess:
     """The same at z."""
-    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
-    return _read(observation, transform, corpus, table, None, seed, effort)
+    return sequence(
+        observation, transform, corpus, table, seed,
+        first=first, most=most, layers=layers, width=width, batch_rows=batch_rows, lr=lr,
+    )  # fmt: skip
 
 
 def sequence_repeats(
