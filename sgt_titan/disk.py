@@ -106,7 +106,7 @@ def whole(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _exchange(work: Path, folder: Path) -> None:
-    aside = _beside(folder)
+    aside = _beside(folder, "old")  # not rubbish, should it come to stay
     os.rename(folder, aside)
     try:
         os.rename(work, folder)
@@ -124,8 +124,8 @@ def discard(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
-    return path.absolute().with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.tmp")  # names have at most 255 bytes
+def _beside(path: Path, kind: str = "tmp") -> Path:
+    return path.absolute().with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.{kind}")  # names have at most 255 bytes
 
 
 def _sync(path: Path) -> None:

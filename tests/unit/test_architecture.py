@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "cluster",
     },
     "train": {"errors", "disk", "config", "cluster", "titan"},
-    "doctor": {"errors", "disk", "arguments", "checkpoint", "cluster", "config", "plan", "transform"},
+    "doctor": {"errors", "disk", "arguments", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
     "inspect_command": {"errors", "arguments", "config", "client", "private"},
     "readings": {"errors", "arguments", "config", "client", "private", "evaluation", "data"},
@@ -79,6 +79,17 @@ MAY_IMPORT = {
         "readings",
     }
     | {"serving", "conjformer", "cluster", "transform"},
+}
+# The same inside the largest area. `options` and `parts` belong to every command of it.
+ROOMS = {
+    "options": set(),
+    "parts": set(),
+    "world": set(),
+    "attacks": {"world"},
+    "scores": {"world", "attacks", "options"},
+    "report": set(),
+    "measure": {"world", "attacks", "scores", "report", "options", "parts"},
+    "studies": {"attacks", "scores", "report", "measure", "options", "parts"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
@@ -137,8 +148,8 @@ def test_torchtitan_is_known_in_one_folder(path):
         assert not {name.split(".")[0] for name in imported(path)} & HEAVY
 
 
-# Where a file or folder gets its name, is waited for or is asked for room. Beside `disk`: the token of a run's directory,
-# which is a protocol of renames and links of its own; shards of a folder that has no name yet.
+# Where a file or folder gets its name, is waited for, or is asked for room. Beside `disk`: the token of a run's
+# directory, a protocol of renames and links of its own; shards in a folder that has no name yet.
 OF_THE_DISK = {"replace", "rename", "link", "fsync", "fdatasync", "statvfs", "access", "disk_usage", "mkstemp", "move"}
 AT_THE_DISK = {"disk.py", "cluster/ownership.py", "transform/gguf_file.py"}
 
@@ -162,6 +173,20 @@ def test_the_table_says_what_is():
         found[area(path)] |= targets(path)
     assert found == MAY_IMPORT
     TopologicalSorter(MAY_IMPORT).prepare()
+
+
+def test_the_rooms_of_the_evaluation():
+    """The table says what is, and no way leads back."""
+    home = PACKAGE / "evaluation"
+    found: dict[str, set[str]] = {}
+    for path in home.rglob("*.py"):
+        room = path.relative_to(home).parts[0].removesuffix(".py")
+        names = imported(path) | imported(path, {f"sgt_titan.evaluation.{other}" for other in ROOMS})
+        names = {name.split(".")[2] for name in names if name.startswith("sgt_titan.evaluation.")}
+        found.setdefault(room, set()).update(names - {room})
+    assert found.pop("__init__") == set()
+    assert found == ROOMS
+    TopologicalSorter(ROOMS).prepare()
 
 
 def test_no_circles_between_files():
