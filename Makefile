@@ -44,7 +44,7 @@ test-vllm: $(READY) $(VLLM_VENV)/.ready ## client and proxy against a real vLLM 
 
 $(VLLM_VENV)/.ready: tests/vllm/install.py
 	$(BASE_PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python tests/vllm/install.py
+	$(VLLM_VENV)/bin/python tests/vllm/install.py --torch-index '$(TORCH_INDEX)'
 	touch $@
 
 test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM

@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import httpx
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
@@ -245,6 +246,32 @@ async def _vllm_whole(trunk, body, embeds_TD):
         texts[i], reasons[i] = text, reason
     choices = [{"index": i, "text": texts[i], "finish_reason": reasons[i]} for i in sorted(texts)]
     return {"id": "cmpl-stub", "object": "text_completion", "model": trunk.name, "choices": choices}
+
+
+class Scripted:
+    """For ``httpx.MockTransport``: an upstream that says ``says`` in pieces of three characters, and keeps what it was
+    asked. A list: one after the other; the last one stays."""
+
+    def __init__(self, context: int = 4096):
+        self.says: str | list[str] = ""
+        self.asked: list[dict] = []
+        self.finish, self.context = "stop", context
+
+    def __call__(self, request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "m", "max_model_len": self.context}]})
+        self.asked.append(json.loads(request.content))
+        says = self.says
+        if isinstance(says, list):
+            says = says.pop(0) if len(says) > 1 else says[0]
+        texts = [says[i : i + 3] for i in range(0, len(says), 3)]
+        events = []
+        for index in range(self.asked[-1].get("n", 1)):
+            choices = [{"index": index, "text": text, "finish_reason": None} for text in texts]
+            choices.append({"index": index, "text": "", "finish_reason": self.finish})
+            events += [{"choices": [c], "usage": {"completion_tokens": i + 1}} for i, c in enumerate(choices)]
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        return httpx.Response(200, content=text.encode())
 
 
 def sglang_app(trunk: Trunk) -> FastAPI:
