@@ -46,11 +46,12 @@ class Trunk:
     received: list[torch.Tensor] = field(default_factory=list)
     started: int = 0
     finished: int = 0
+    finished_ids: list[str | None] = field(default_factory=list)  # X-Request-Id of what was generated to its end
     cancelled: int = 0
     steps: int = 0
     break_after: int | None = None
 
-    async def generate(self, embeds_TD, *, n, max_tokens, temperature, seed, logprobs):
+    async def generate(self, embeds_TD, *, n, max_tokens, temperature, seed, logprobs, request_id=None):
         """(choice, token id, text so far, top logprobs, finish reason) for every token of every choice."""
         self.started += 1
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -83,6 +84,7 @@ class Trunk:
                 if all(done):
                     break
             self.finished += 1
+            self.finished_ids.append(request_id)
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
@@ -184,7 +186,7 @@ def vllm_app(trunk: Trunk) -> FastAPI:
         except Refused as error:
             return JSONResponse(error.body, error.status)
         trunk.received.append(embeds_TD)
-        events = _vllm_events(trunk, body, embeds_TD)
+        events = _vllm_events(trunk, body, embeds_TD, request.headers.get("x-request-id"))
         if body.get("stream"):
             return StreamingResponse(events, media_type="text/event-stream")
         return await _vllm_whole(trunk, body, embeds_TD)
@@ -214,11 +216,11 @@ def _arguments(body):
     }
 
 
-async def _vllm_events(trunk, body, embeds_TD):
+async def _vllm_events(trunk, body, embeds_TD, request_id=None):
     head = {"id": "cmpl-stub", "object": "text_completion", "created": int(time.time()), "model": trunk.name}
     n, prompt_tokens = body.get("n", 1), embeds_TD.shape[0]
     shown, counts = [""] * n, [0] * n
-    async for i, token, text, top, reason in trunk.generate(embeds_TD, **_arguments(body)):
+    async for i, token, text, top, reason in trunk.generate(embeds_TD, **_arguments(body), request_id=request_id):
         counts[i] += 1
         if trunk.break_after is not None and sum(counts) > trunk.break_after:
             yield 'data: {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}\n\n'
