@@ -11,7 +11,8 @@ import pytest
 
 from sgt_titan import cli, config_registry, train
 from sgt_titan.config.keys import keys
-from sgt_titan.config.load import load, resolve
+from sgt_titan.config.load import load
+from sgt_titan.config.resolve import resolve
 from sgt_titan.errors import UserError, guarded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -363,7 +364,7 @@ def test_prepare(monkeypatch, capsys):
 def test_export_and_report(monkeypatch, here, capsys):
     seen = []
     fake(monkeypatch, "sgt_titan.export", export_checkpoint=lambda *a, **k: seen.append((a, k)))
-    fake(monkeypatch, "sgt_titan.evaluation.before_after", main=lambda argv: seen.append(argv))
+    fake(monkeypatch, "sgt_titan.evaluation.measure.before_after", main=lambda argv: seen.append(argv))
     assert cli.main(["export", "trunk", "out", "--overwrite", "--trunk", "moved"]) == 0
     assert cli.main(["report", "out", "--trunk", "trunk", "--data", "demo", "--samples", "64"]) == 0
     assert seen == [
