@@ -149,9 +149,9 @@ def test_torchtitan_is_known_in_one_folder(path):
 
 
 # Where a file or folder gets its name, is waited for, or is asked for room. Beside `disk`: the token of a run's
-# directory, a protocol of renames and links of its own; shards in a folder that has no name yet.
+# directory, a protocol of renames and links of its own.
 OF_THE_DISK = {"replace", "rename", "link", "fsync", "fdatasync", "statvfs", "access", "disk_usage", "mkstemp", "move"}
-AT_THE_DISK = {"disk.py", "cluster/ownership.py", "transform/gguf_file.py"}
+AT_THE_DISK = {"disk.py", "cluster/ownership.py"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
