@@ -21,7 +21,8 @@ from typing import Any
 from sgt_titan import __version__, disk
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.door import read_config, split_words
-from sgt_titan.config.load import dump, parse_overrides
+from sgt_titan.config.load import dump
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import PRESETS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import FORMAT as EVALUATION_FORMAT

@@ -16,7 +16,8 @@ from typing import Any
 from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.config.door import read_config, split_words
-from sgt_titan.config.load import dump, load, parse_overrides
+from sgt_titan.config.load import dump, load
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import PRESETS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import benchmark_names

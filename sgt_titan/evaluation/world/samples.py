@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sgt_titan.config.check import validate
-from sgt_titan.config.load import load, override, parse_overrides
+from sgt_titan.config.load import load, override
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
 from sgt_titan.config.trunk import read_trunk
