@@ -124,6 +124,8 @@ def best_attacker(path: str | Path | None) -> str:
     try:
         about: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         sgt = about["mechanisms"]["sgt"]
+        if sgt["best"] is None:
+            return f"best attacker: not measured ({path} is of `sgt-titan report`); run `sgt-titan evaluate`"
         attack = sgt["attacks"][sgt["best"]]
         top1 = attack["top1"]
         line = (

@@ -84,7 +84,7 @@ ROOMS = {
     "options": set(),
     "parts": set(),
     "world": set(),
-    "attacks": {"world"},
+    "attacks": {"world", "options"},
     "scores": {"world", "attacks", "options", "parts"},
     "report": set(),
     "measure": {"world", "attacks", "scores", "report", "options", "parts"},

@@ -21,7 +21,7 @@ from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.options import check_zero, zero_argument
+from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
 
 if TYPE_CHECKING:  # torch is only for --trunk
     from sgt_titan.evaluation.measure.setting import Setting
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mechanisms", metavar="A,B", default="", help="only these of private.json, and redaction for p*"
     )
-    parser.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="effort of the attacks")
+    suite_argument(parser, "effort of the attacks")
     parser.add_argument("--rows", type=int, help="prompts to measure on (finding: all; mechanisms: 32)")
     parser.add_argument("--corpus", type=int, default=2000, help="public rows that attackers train on (default 2000)")
     zero_argument(parser)

@@ -22,6 +22,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.evaluation.attacks import GUESSING, Attack
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
+from sgt_titan.evaluation.options import GLANCE
 from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
 from sgt_titan.evaluation.world.granted import World
@@ -161,9 +162,10 @@ class Evaluation:
     # -- the jobs --
 
     def _no_prompt(self) -> dict[str, Any]:
-        zero = self.setting.zero
+        zero, lost = self.setting.zero, utility.kindest(self.setting.removed)
         return self.reference.as_dict() | {
-            "zero": {"steps": zero.steps, "settled": zero.settled, "nats": list(zero.aside), "note": zero.note()}
+            "utility": utility.described(lost, self.setting.full_batches, self.reference),
+            "zero": {"steps": zero.steps, "settled": zero.settled, "nats": list(zero.aside), "note": zero.note()},
         }
 
     def _lm_top1(self) -> dict[str, Any]:
@@ -417,7 +419,8 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
             key: {k: v for k, v in part.items() if k != "reads"}
             for key, part in reading.compared(attacks, guess, seed=evaluation.seed).items()
         }
-        entry |= reading.best(attacks)
+        # A glance has met the weakest attacker alone, and nobody may take him for the best.
+        entry |= {"best": None} if evaluation.suite == GLANCE else reading.best(attacks)
         if certified := found.get(f"{name}/certificate"):
             entry["certificate"] = certified
         benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}
