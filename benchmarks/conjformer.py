@@ -129,7 +129,7 @@ def gpt2(arguments: argparse.Namespace) -> None:
     from sgt_titan.data.cache import prepare
     from sgt_titan.data.order import samples_at
     from sgt_titan.demo import TRUNK
-    from sgt_titan.transform.trunk_files import tokenizer_files
+    from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
     config = Config()
     config.trunk.path, config.data.source, config.training.seq_len = "demo", "demo", 128
