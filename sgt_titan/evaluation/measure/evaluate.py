@@ -92,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
     from sgt_titan.evaluation.measure import runner
+    from sgt_titan.evaluation.measure.parts import Parts, open_parts, write
     from sgt_titan.evaluation.measure.setting import fingerprint_export, load_setting
     from sgt_titan.evaluation.measure.suite import SUITES
-    from sgt_titan.evaluation.parts import Parts, open_parts, write
     from sgt_titan.evaluation.report.html import page
     from sgt_titan.evaluation.report.terminal import render
     from sgt_titan.evaluation.scores.recovery import similarities

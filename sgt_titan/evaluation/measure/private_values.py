@@ -25,8 +25,8 @@ from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
 
 if TYPE_CHECKING:  # torch is only for --trunk
+    from sgt_titan.evaluation.measure.parts import Parts
     from sgt_titan.evaluation.measure.setting import Setting
-    from sgt_titan.evaluation.parts import Parts
     from sgt_titan.evaluation.world.mechanisms import Mechanism
 
 ATTACKS = ("nearest_l2", "known_plaintext", "sequence")
@@ -164,8 +164,8 @@ def _mechanisms(
 
     from sgt_titan.evaluation.attacks import ATTACKS as KNOWN
     from sgt_titan.evaluation.measure import runner
+    from sgt_titan.evaluation.measure.parts import open_parts
     from sgt_titan.evaluation.measure.setting import fingerprint_export, load_setting
-    from sgt_titan.evaluation.parts import open_parts
     from sgt_titan.evaluation.world.mechanisms import constant_noise, learned, nothing, redaction
     from sgt_titan.evaluation.world.samples import check_fit, data_config
     from sgt_titan.evaluation.world.surrogates import Substitution, surrogates

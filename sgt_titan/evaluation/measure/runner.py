@@ -20,10 +20,10 @@ import torch
 from sgt_titan.data.cache import cache_dir
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.attacks import GUESSING, Attack
+from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
 from sgt_titan.evaluation.options import GLANCE
-from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
 from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, learned, noise_grid, nothing, redaction

@@ -25,8 +25,8 @@ from sgt_titan.config.load import dump, parse_overrides
 from sgt_titan.config.schema import PRESETS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import FORMAT as EVALUATION_FORMAT
+from sgt_titan.evaluation.measure.parts import write
 from sgt_titan.evaluation.options import GLANCE, check_zero, suite_argument, zero_argument
-from sgt_titan.evaluation.parts import write
 from sgt_titan.evaluation.studies.grid import Chain, Pool, Step, command, cores, objective, shared_cache, training
 
 FORMAT = 1

@@ -20,8 +20,8 @@ from sgt_titan.config.load import dump, load, parse_overrides
 from sgt_titan.config.schema import PRESETS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import benchmark_names
+from sgt_titan.evaluation.measure.parts import write
 from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
-from sgt_titan.evaluation.parts import write
 from sgt_titan.evaluation.studies.grid import Execute, Step, command, execute, objective, shared_cache, training
 
 ROWS = tuple(PRESETS)

@@ -17,8 +17,8 @@ from sgt_titan.data.cache import prepare
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure import runner
+from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import load_setting
-from sgt_titan.evaluation.parts import Parts
 from sgt_titan.evaluation.report.html import page
 from sgt_titan.evaluation.report.terminal import WIDTH, render
 from sgt_titan.evaluation.studies.frontier import measured_before
