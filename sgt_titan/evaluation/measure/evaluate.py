@@ -23,6 +23,7 @@ from sgt_titan.config.door import split_words
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import GLANCE, check_zero, suite_argument, zero_argument
+from sgt_titan.terminal import clock, say
 
 FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
 
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = list(evaluation.jobs())
     seconds, size = runner.check_budget(jobs, minutes=arguments.minutes, memory=arguments.memory)
     say(
-        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {runner.clock(seconds)} (a factor of three "
+        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {clock(seconds)} (a factor of three "
         f"either way) and {size / 2**30:.2f} GiB beside the models"
     )
     if arguments.estimate:
@@ -269,7 +270,3 @@ def about(
         "untrained_rows": duplicates.untrained,
         "notes": list(setting.notes),
     }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

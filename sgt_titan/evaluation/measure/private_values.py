@@ -23,6 +23,7 @@ from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
+from sgt_titan.terminal import say
 
 if TYPE_CHECKING:  # torch is only for --trunk
     from sgt_titan.evaluation.measure.parts import Parts
@@ -141,7 +142,7 @@ def _finding(arguments: Any, private: Any, nobody: Any) -> dict[str, Any]:
         rows.append(finding.to_row(conversation.messages, conversation.private, group))
     if not any(row.units for row in rows):
         raise UserError(f"{arguments.data}: none of its first {count} rows marks a private value")
-    _say(f"finding in {count} rows")
+    say(f"finding in {count} rows")
     return {
         "found": finding.measure(rows, private),
         "told": finding.measure(rows, nobody, marks=True),
@@ -275,7 +276,7 @@ def _measured(
         if (part := parts.get(f"{key}/{name}")) is None:
             part = job()
             parts.put(f"{key}/{name}", part)
-            _say(f"{mechanism.title}: {name}, {time.monotonic() - started:.0f} s")
+            say(f"{mechanism.title}: {name}, {time.monotonic() - started:.0f} s")
         found[name] = part
     return {
         "title": mechanism.title,
@@ -434,7 +435,3 @@ def _write(out: Path, results: dict[str, Any]) -> None:
         disk.write(out / "private.svg", drawing(results))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from sgt_titan.evaluation.world.rotated import load_rotation
 from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, generator
 from sgt_titan.evaluation.world.threat import Cost, Guess, Seed, grants, kind_of
 from sgt_titan.metrics.interval import Estimate
+from sgt_titan.terminal import clock, say
 from sgt_titan.transform import glow
 from sgt_titan.transform.chat_template import look
 
@@ -383,9 +383,8 @@ def check_budget(jobs: Sequence[Job], *, minutes: float | None, memory: float | 
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] | None = None) -> None:
+def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] = say) -> None:
     """Run what is not yet there, in order."""
-    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     waiting = [job for job in jobs if parts.get(job.name) is None]
     if len(waiting) < len(jobs):
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} parts are there already")
@@ -398,10 +397,6 @@ def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] | Non
         left = elapsed * (total - done) / done if done else math.nan
         remark = f", about {clock(left)} left" if index < len(waiting) else ""
         say(f"[{index}/{len(waiting)}] {job.name}: {time.monotonic() - started:.1f} s{remark}")
-
-
-def clock(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from sgt_titan.evaluation.report.words import (
     glanced,
     number,
     percent,
-    plain,
     sees,
     value,
 )
+from sgt_titan.terminal import printable
 from sgt_titan.transform import glow
 
 STYLE = """
@@ -96,7 +96,7 @@ def document(title: str, sections: Sequence[str]) -> str:
 
 
 def esc(text: object) -> str:
-    return html.escape(plain(str(text)), quote=True)
+    return html.escape(printable(str(text)), quote=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:

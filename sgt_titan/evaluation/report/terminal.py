@@ -23,10 +23,10 @@ from sgt_titan.evaluation.report.words import (
     glanced,
     number,
     percent,
-    plain,
     sees,
     value,
 )
+from sgt_titan.terminal import printable
 
 WIDTH = 112
 
@@ -62,7 +62,7 @@ def render(results: Results) -> str:
             )
         lines += [f"  sees {sees(attack)}", ""]
     for sentence in conclusions(results):
-        lines += textwrap.wrap(plain(sentence), WIDTH, initial_indent="* ", subsequent_indent="  ")
+        lines += textwrap.wrap(printable(sentence), WIDTH, initial_indent="* ", subsequent_indent="  ")
     if glanced(sgt):
         lines += ["", *_side_by_side(results), ""]
     else:
@@ -220,6 +220,6 @@ def _example(shown: Mapping[str, Any], best: str) -> list[str]:
     }
     for title, text in texts.items():
         lines.append(f"{title}:")
-        flat = " ".join(plain(text).split())
+        flat = " ".join(printable(text).split())
         lines += textwrap.wrap(flat, WIDTH - 4, initial_indent="    ", subsequent_indent="    ")[:6]
     return [*lines, ""]

@@ -102,11 +102,6 @@ def _bounds(estimate: Mapping[str, Any], factor: float, form: str) -> str:
     return f"{factor * estimate['low']:{form}}, {factor * estimate['high']:{form}}"
 
 
-def plain(text: str) -> str:
-    """Without control characters: an attacker may read any token, and a terminal obeys some."""
-    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
-
-
 def best_attack(mechanism: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """The attack with the highest top-1 recovery; None at a glance, which has met the weakest alone."""
     attacks = mechanism.get("attacks") or {}

@@ -28,6 +28,7 @@ from sgt_titan.evaluation.measure.evaluate import FORMAT as EVALUATION_FORMAT
 from sgt_titan.evaluation.measure.parts import write
 from sgt_titan.evaluation.options import GLANCE, check_zero, suite_argument, zero_argument
 from sgt_titan.evaluation.studies.grid import Chain, Pool, Step, command, cores, objective, shared_cache, training
+from sgt_titan.terminal import say
 
 FORMAT = 1
 WEIGHTS = "0.02,0.05,0.1,0.2"
@@ -379,7 +380,3 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
 
 def _interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
