@@ -31,7 +31,7 @@ from sgt_titan.evaluation.world.samples import (
     shorten,
 )
 from sgt_titan.terminal import say
-from sgt_titan.transform import StainedGlassTransform, load_export
+from sgt_titan.transform import ExportedTransform, load_export
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 
@@ -43,7 +43,7 @@ class Setting:
 
     export: str
     config: Config
-    transform: StainedGlassTransform
+    transform: ExportedTransform
     trunk: PreTrainedModel = field(repr=False)
     tokenizer: Any = field(repr=False)
     rows: Sequence[Sample] = field(repr=False)

@@ -19,13 +19,11 @@ from sgt_titan.metrics.information import log_mean_exp_information, pac_advantag
 from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
 from sgt_titan.metrics.ranks import most_probable_rank, rank_histogram_entropy, token_ranks
 from sgt_titan.objectives.mutual_information import MI_OFFSET, common_positions, group_loss, shifts
-from sgt_titan.transform import StainedGlassTransform
+from sgt_titan.transform import ExportedTransform
 
 
 @torch.no_grad()
-def statistics(
-    transform: StainedGlassTransform, trunk: PreTrainedModel, batches: Sequence[Padded]
-) -> tuple[float, float]:
+def statistics(transform: ExportedTransform, trunk: PreTrainedModel, batches: Sequence[Padded]) -> tuple[float, float]:
     """Mean sigma and mean |mu| over the obfuscated tokens, in embedding units."""
     std, norm, tokens = 0.0, 0.0, 0
     for batch in batches:
