@@ -196,7 +196,7 @@ def test_what_train_refuses_of_a_trunk_is_known_before(edit, message, here, caps
     report = {"errors": {}}
     monkeypatch.setattr(doctor, "_device", lambda *arguments: None)
     doctor.local(report, resolve(load("mine"), world_size=None), 0)
-    assert report["errors"]["trunk"] == said[:300] and runs == []
+    assert report["errors"]["trunk"] == said.removeprefix("trunk: ")[:300] and runs == []
 
 
 def test_dry_run_prints_a_config_that_loads_to_the_same_run(here, capsys, runs):
