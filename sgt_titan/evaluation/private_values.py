@@ -168,6 +168,7 @@ def _mechanisms(
     from sgt_titan.evaluation.samples import check_fit, data_config
     from sgt_titan.evaluation.setting import fingerprint_export, load_setting
     from sgt_titan.evaluation.surrogates import Substitution, surrogates
+    from sgt_titan.private.tables import VERSION
     from sgt_titan.transform import load_export
 
     chosen = [name for name in arguments.attacks.split(",") if name]
@@ -187,6 +188,7 @@ def _mechanisms(
         "trunk": setting.trunk_fingerprint,
         "data": setting.data_fingerprint,
         "finders": arguments.finders,
+        "surrogates": VERSION,
         "own": hashlib.sha256(Path(arguments.own).read_bytes()).hexdigest() if arguments.own else "",
         "rows": len(setting.rows),
         "corpus": len(setting.corpus),
