@@ -24,13 +24,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from sgt_titan.conjformer.client import Client
 from sgt_titan.conjformer.secret import load
-from sgt_titan.evaluation import recovery
 from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
-from sgt_titan.evaluation.mechanisms import learned, nothing
-from sgt_titan.evaluation.rotated import load_rotation
-from sgt_titan.evaluation.samples import data_config
-from sgt_titan.evaluation.setting import load_setting
-from sgt_titan.evaluation.world import World
+from sgt_titan.evaluation.measure.setting import load_setting
+from sgt_titan.evaluation.scores import recovery
+from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.mechanisms import learned, nothing
+from sgt_titan.evaluation.world.rotated import load_rotation
+from sgt_titan.evaluation.world.samples import data_config
 
 
 def model_of(path: str, dtype: torch.dtype = torch.float32):
@@ -129,7 +129,7 @@ def gpt2(arguments: argparse.Namespace) -> None:
     from sgt_titan.data.cache import prepare
     from sgt_titan.data.order import samples_at
     from sgt_titan.demo import TRUNK
-    from sgt_titan.transform.trunk_files import tokenizer_files
+    from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
     config = Config()
     config.trunk.path, config.data.source, config.training.seq_len = "demo", "demo", 128

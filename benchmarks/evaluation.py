@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import compare, machine, peak_mib
 from sgt_titan.evaluation.attacks.map_search import Causal
 from sgt_titan.evaluation.attacks.nearest import top_rows
-from sgt_titan.evaluation.mechanisms import learned
-from sgt_titan.evaluation.threat import Table
+from sgt_titan.evaluation.world.mechanisms import learned
+from sgt_titan.evaluation.world.threat import Table
 from sgt_titan.metrics.ranks import token_ranks
 from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config
 

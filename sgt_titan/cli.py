@@ -24,15 +24,18 @@ _CONFIG_COMMANDS = ("train", "prepare", "preview")
 # Commands with arguments of their own: module whose main(argv) runs it, and what it does.
 _FORWARDED = {
     "report": (
-        "sgt_titan.evaluation.before_after",
+        "sgt_titan.evaluation.measure.before_after",
         "Print what an export costs and hides, in seconds: before and after.",
     ),
-    "evaluate": ("sgt_titan.evaluation.evaluate", "Attack an export in every way we know, and report what is left."),
+    "evaluate": (
+        "sgt_titan.evaluation.measure.evaluate",
+        "Attack an export in every way we know, and report what is left.",
+    ),
     "private": (
-        "sgt_titan.evaluation.private_values",
+        "sgt_titan.evaluation.measure.private_values",
         "Measure surrogates for private values: what is found, what is left, what an attacker reads.",
     ),
-    "zero": ("sgt_titan.evaluation.zero", "Fit the constant prompt that `kept` counts from."),
+    "zero": ("sgt_titan.evaluation.scores.zero", "Fit the constant prompt that `kept` counts from."),
     "convert-trunk": (
         "sgt_titan.transform.convert_trunk",
         "Write a checkpoint as safetensors: from pickles, or with a LoRA adapter merged.",
@@ -53,8 +56,11 @@ _FORWARDED = {
         "sgt_titan.conjformer.commands",
         "A checkpoint in a secretly rotated basis: convert | serve | generate.",
     ),
-    "frontier": ("sgt_titan.evaluation.frontier", "Train and attack a grid: what is kept against what is read."),
-    "tables": ("sgt_titan.evaluation.tables", "Train and evaluate the paper's tables on a trunk of your own."),
+    "frontier": (
+        "sgt_titan.evaluation.studies.frontier",
+        "Train and attack a grid: what is kept against what is read.",
+    ),
+    "tables": ("sgt_titan.evaluation.studies.tables", "Train and evaluate the paper's tables on a trunk of your own."),
 }
 
 

@@ -65,7 +65,7 @@ def _readings(arguments: Any, overrides: Sequence[str], talk: Any, text: str) ->
     from sgt_titan.client import StainedGlassTransform, Transformers, read_nearest
     from sgt_titan.client.private import hide
     from sgt_titan.client.quiet import quiet
-    from sgt_titan.evaluation.samples import data_config
+    from sgt_titan.evaluation.world.samples import data_config
 
     disable_progress_bar()
     config = data_config(arguments.export, arguments.trunk, arguments.data, list(overrides))
@@ -100,11 +100,11 @@ def _best(config: Any, sgt: Any, backend: Any, prompt: Any, seed: int) -> tuple[
     import numpy as np
 
     from sgt_titan.data.cache import prepare
-    from sgt_titan.evaluation import recovery
     from sgt_titan.evaluation.attacks import ATTACKS
-    from sgt_titan.evaluation.mechanisms import learned
-    from sgt_titan.evaluation.samples import Sample, read_samples
-    from sgt_titan.evaluation.world import World
+    from sgt_titan.evaluation.scores import recovery
+    from sgt_titan.evaluation.world.granted import World
+    from sgt_titan.evaluation.world.mechanisms import learned
+    from sgt_titan.evaluation.world.samples import Sample, read_samples
 
     dataset = prepare(config, config.trunk.path, progress=False)
     ids = np.array(prompt.ids)

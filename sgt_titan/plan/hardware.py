@@ -25,7 +25,7 @@ class Gpu:
 
 GPUS = {
     "A10-24GB": Gpu(
-        125e12, 24e9, 32e9, 1.56e9, "NVIDIA A10 data sheet; PCIe 4 x16, no NVLink; 100 Gbit/s for 8 (AWS g5.48xlarge)"
+        125e12, 24e9, 32e9, 1.56e9, "NVIDIA A10 data sheet (AWS has the A10G); PCIe 4 x16, no NVLink; 100 Gbit/s for 8"
     ),
     "L40S-48GB": Gpu(
         362e12, 48e9, 32e9, 12.5e9, "NVIDIA L40S data sheet; PCIe 4 x16, no NVLink; 400 Gbit/s for 4 (OVX)"

@@ -6,7 +6,7 @@ import logging
 
 from torchtitan.tools.logging import logger
 
-LINES = ("[GC] ", "Sleeping 2 seconds for other ranks")
+LINES = ("[GC] ", "Sleeping 2 seconds for other ranks", "Training completed")  # the last also where it was stopped
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:

@@ -363,7 +363,7 @@ def test_prepare(monkeypatch, capsys):
 def test_export_and_report(monkeypatch, here, capsys):
     seen = []
     fake(monkeypatch, "sgt_titan.export", export_checkpoint=lambda *a, **k: seen.append((a, k)))
-    fake(monkeypatch, "sgt_titan.evaluation.before_after", main=lambda argv: seen.append(argv))
+    fake(monkeypatch, "sgt_titan.evaluation.measure.before_after", main=lambda argv: seen.append(argv))
     assert cli.main(["export", "trunk", "out", "--overwrite", "--trunk", "moved"]) == 0
     assert cli.main(["report", "out", "--trunk", "trunk", "--data", "demo", "--samples", "64"]) == 0
     assert seen == [

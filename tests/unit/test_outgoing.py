@@ -16,7 +16,8 @@ CLIENTS = {"httpx", "requests", "aiohttp", "urllib3", "urllib.request", "http.cl
 # httpx's types, exceptions and transports for tests; the clients themselves are made in outgoing.py alone. The exporter
 # of spans takes a session of requests and no other.
 MAY_NAME = {"outgoing.py": CLIENTS, "serving/telemetry.py": {"requests"}}
-TYPES_ONLY = {"client/remote.py", "serving/app.py", "serving/service.py", "serving/upstream.py", "evaluation/judge.py"}
+SERVING = {"serving/app.py", "serving/service.py", "serving/upstream.py"}
+TYPES_ONLY = {"client/remote.py", *SERVING, "evaluation/scores/judge.py"}
 
 
 def test_nobody_else_opens_connections():

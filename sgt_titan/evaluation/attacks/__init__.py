@@ -1,8 +1,8 @@
 """The attack battery: one file each, and this table.
 
-An attack is a function whose parameter types are its threat model (``threat.py``). ``effort`` gives its keyword-only
-parameters by suite; ``cost`` estimates them before anything runs. The order is roughly from weak to strong; the last
-sees nothing.
+An attack is a function whose parameter types are its threat model (``world/threat.py``). ``effort`` gives its
+keyword-only parameters by suite; ``cost`` estimates them before anything runs. The order is roughly from weak to
+strong; the last sees nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sgt_titan.evaluation.attacks import (
     rotation_spectral,
     sequence,
 )
-from sgt_titan.evaluation.threat import Cost, Guess
+from sgt_titan.evaluation.world.threat import Cost, Guess
 
 SUITES = ("quick", "standard", "full")
 

@@ -11,7 +11,7 @@ import torch
 
 from sgt_titan.evaluation.attacks.known_plaintext import forward
 from sgt_titan.evaluation.attacks.nearest import top_rows
-from sgt_titan.evaluation.threat import Cost, Curve, Guess, KnownPairs, Observation, Repeats, Size, Table
+from sgt_titan.evaluation.world.threat import Cost, Curve, Guess, KnownPairs, Observation, Repeats, Size, Table
 
 
 def averaging(observation: Observation, repeats: Repeats, table: Table, *, most: int = 64) -> Guess:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from sgt_titan.evaluation.threat import UNKNOWN
+from sgt_titan.evaluation.world.threat import UNKNOWN
 
 GUESSES = 10
 

@@ -19,7 +19,7 @@ import torch
 
 from sgt_titan.evaluation.attacks.beam import search
 from sgt_titan.evaluation.attacks.nearest import top_rows
-from sgt_titan.evaluation.threat import Cost, Guess, Observation, Prior, Size, Table
+from sgt_titan.evaluation.world.threat import Cost, Guess, Observation, Prior, Size, Table
 
 RIDGE = 0.3  # of the affine map towards the identity, in units of the mean variance of a feature
 

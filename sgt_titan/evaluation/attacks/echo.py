@@ -16,8 +16,9 @@ import torch
 
 from sgt_titan.evaluation.attacks.known_plaintext import fit
 from sgt_titan.evaluation.attacks.nearest import GUESSES, top_rows
-from sgt_titan.evaluation.samples import generator
-from sgt_titan.evaluation.threat import (
+from sgt_titan.evaluation.world.granted import observe
+from sgt_titan.evaluation.world.samples import generator
+from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
     Corpus,
     Cost,
@@ -29,7 +30,6 @@ from sgt_titan.evaluation.threat import (
     Transform,
     Trunk,
 )
-from sgt_titan.evaluation.world import observe
 
 
 @torch.no_grad()

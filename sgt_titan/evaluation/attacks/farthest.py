@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from sgt_titan.evaluation.attacks.nearest import GUESSES, distances, top_rows
-from sgt_titan.evaluation.threat import Cost, Guess, KnownPairs, Observation, Size, Table
+from sgt_titan.evaluation.world.threat import Cost, Guess, KnownPairs, Observation, Size, Table
 from sgt_titan.metrics.ranks import token_ranks
 
 CHUNK = 256  # tokens whose distances to the whole table are sorted at a time

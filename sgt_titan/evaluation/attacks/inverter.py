@@ -21,8 +21,8 @@ from torch import nn
 
 from sgt_titan.evaluation.attacks.known_plaintext import Affine, fit
 from sgt_titan.evaluation.attacks.own_text import OwnText
-from sgt_titan.evaluation.samples import Sample
-from sgt_titan.evaluation.threat import Corpus, Cost, Curve, Guess, Observation, Seed, Size, Table, Transform
+from sgt_titan.evaluation.world.samples import Sample
+from sgt_titan.evaluation.world.threat import Corpus, Cost, Curve, Guess, Observation, Seed, Size, Table, Transform
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from sgt_titan.evaluation.attacks.nearest import top_rows
-from sgt_titan.evaluation.threat import Cost, Curve, Guess, KnownPairs, Observation, Size, Table
+from sgt_titan.evaluation.world.threat import Cost, Curve, Guess, KnownPairs, Observation, Size, Table
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)  # times the mean eigenvalue of x~'s covariance
 HELD_OUT, MAX_HELD = 0.1, 1024

@@ -19,9 +19,10 @@ import torch
 
 from sgt_titan.evaluation.attacks.beam import search, select
 from sgt_titan.evaluation.attacks.known_plaintext import fit
-from sgt_titan.evaluation.mechanisms import Mechanism
-from sgt_titan.evaluation.samples import Padded, generator
-from sgt_titan.evaluation.threat import (
+from sgt_titan.evaluation.world.granted import observe
+from sgt_titan.evaluation.world.mechanisms import Mechanism
+from sgt_titan.evaluation.world.samples import Padded, generator
+from sgt_titan.evaluation.world.threat import (
     Corpus,
     Cost,
     Guess,
@@ -33,7 +34,6 @@ from sgt_titan.evaluation.threat import (
     Table,
     Transform,
 )
-from sgt_titan.evaluation.world import observe
 from sgt_titan.transform import StainedGlassTransform
 
 CHUNK = 512  # candidates in one call

@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
-from sgt_titan.evaluation.samples import Padded, Sample, batched, generator, padded
-from sgt_titan.evaluation.threat import Corpus, Cost, Guess, Observation, Seed, Size, Table, Transform
+from sgt_titan.evaluation.world.samples import Padded, Sample, batched, generator, padded
+from sgt_titan.evaluation.world.threat import Corpus, Cost, Guess, Observation, Seed, Size, Table, Transform
 
 GUESSES = 10
 CHUNK_TOKENS, CHUNK_VOCAB = 1024, 8192

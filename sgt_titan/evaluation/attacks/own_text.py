@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from sgt_titan.evaluation.mechanisms import Mechanism
-from sgt_titan.evaluation.samples import Padded, Sample, generator, padded
+from sgt_titan.evaluation.world.mechanisms import Mechanism
+from sgt_titan.evaluation.world.samples import Padded, Sample, generator, padded
 
 
 class Pairs(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from sgt_titan.conjformer.convert import Conversion
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
-from sgt_titan.evaluation.threat import Cost, Guess, Observation, Public, Served, Size, Table
+from sgt_titan.evaluation.world.threat import Cost, Guess, Observation, Public, Served, Size, Table
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 GUESSES = 10

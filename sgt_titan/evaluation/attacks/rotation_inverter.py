@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sgt_titan.evaluation.samples import Sample, generator, padded
-from sgt_titan.evaluation.threat import Corpus, Cost, Curve, Guess, Observation, Seed, Size, Table, WithoutSecret
+from sgt_titan.evaluation.world.samples import Sample, generator, padded
+from sgt_titan.evaluation.world.threat import Corpus, Cost, Curve, Guess, Observation, Seed, Size, Table, WithoutSecret
 
 GUESSES = 10
 POINTS = 4

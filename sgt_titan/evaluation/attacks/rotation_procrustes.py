@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from sgt_titan.evaluation.attacks.nearest import top_rows
-from sgt_titan.evaluation.threat import Cost, Curve, Guess, KnownPairs, Observation, Size, Table
+from sgt_titan.evaluation.world.threat import Cost, Curve, Guess, KnownPairs, Observation, Size, Table
 
 GUESSES = 10
 

@@ -23,7 +23,7 @@ from sgt_titan.conjformer.convert import Conversion
 from sgt_titan.evaluation.attacks import inverter as learned
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
-from sgt_titan.evaluation.threat import (
+from sgt_titan.evaluation.world.threat import (
     Corpus,
     Cost,
     Guess,

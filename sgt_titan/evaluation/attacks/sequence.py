@@ -29,8 +29,8 @@ from sgt_titan.evaluation.attacks import beam
 from sgt_titan.evaluation.attacks.linear_start import linear_start
 from sgt_titan.evaluation.attacks.own_text import OwnText
 from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk_body
-from sgt_titan.evaluation.samples import Padded, Sample, batched
-from sgt_titan.evaluation.threat import (
+from sgt_titan.evaluation.world.samples import Padded, Sample, batched
+from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
     Corpus,
     Cost,

@@ -44,7 +44,8 @@ def test_commands_hand_on_what_the_run_knows(run, tmp_path, monkeypatch):
     """Stopped where each would open what it was told of."""
     from sgt_titan import inspect_command, readings
     from sgt_titan.client import encoder
-    from sgt_titan.evaluation import private_values, samples
+    from sgt_titan.evaluation.measure import private_values
+    from sgt_titan.evaluation.world import samples
 
     seen: list[tuple] = []
 

@@ -103,7 +103,7 @@ def test_meta_json_shows_the_mixture(mixed, files, tokenizer_dir, monkeypatch, c
     def read_only(*args):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("sgt_titan.data.cache.os.replace", read_only)
+    monkeypatch.setattr("sgt_titan.disk.os.replace", read_only)
     again = prepare(mixed(validation=files[1], chats=2.0, text=1.0), tokenizer_dir, progress=False)
     assert again.weights == {"chats": 2.0, "text": 1.0} and "shows the mixture of another preparation" in caplog.text
 

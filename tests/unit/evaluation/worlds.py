@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sgt_titan.evaluation.attacks import ATTACKS
-from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
-from sgt_titan.evaluation.samples import Sample
-from sgt_titan.evaluation.world import World
+from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated
+from sgt_titan.evaluation.world.samples import Sample
 
 
 def tiny_trunk(trunk_dir, name: str = "llama"):

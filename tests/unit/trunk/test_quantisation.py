@@ -114,7 +114,7 @@ def test_both_worlds_compute_with_the_same_values(quantised):
     """torchtitan's trunk and transformers', from the same quantised files."""
     from transformers import AutoConfig
 
-    from sgt_titan.evaluation.samples import load_trunk as load_for_evaluation
+    from sgt_titan.evaluation.world.samples import load_trunk as load_for_evaluation
     from sgt_titan.titan.load_trunk import load_trunk, named_weights
     from sgt_titan.titan.trunks import build, family_of, hf_name
 

@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
-from worlds import linear, pure_noise, run, tiny_trunk, top1, world
 
 from sgt_titan.evaluation.attacks import ATTACKS
-from sgt_titan.evaluation.mechanisms import constant_noise, nothing
+from sgt_titan.evaluation.world.mechanisms import constant_noise, nothing
+from tests.unit.evaluation.worlds import linear, pure_noise, run, tiny_trunk, top1, world
 
 # Guess by rank, by going on, or without looking: an identity is not what they are made for.
 NOT_FOR_IDENTITY = {"farthest", "echo", "guess"}
@@ -44,7 +44,7 @@ def test_pure_noise_is_not_read(name, trunk):
 def test_no_attack_is_handed_the_truth(trunk):
     """What is granted holds the hidden tokens of no row under attack."""
     here = world(constant_noise(0.1), trunk)
-    from sgt_titan.evaluation.threat import Corpus, KnownPairs, Observation
+    from sgt_titan.evaluation.world.threat import Corpus, KnownPairs, Observation
 
     for attack in ATTACKS.values():
         for grant in here.granted(attack.run).values():

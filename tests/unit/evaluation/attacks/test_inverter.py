@@ -1,11 +1,11 @@
 import pytest
 import torch
-from worlds import linear, tiny_trunk, world
 
 from sgt_titan.evaluation.attacks import own_text as module
 from sgt_titan.evaluation.attacks.inverter import inverter
 from sgt_titan.evaluation.attacks.known_plaintext import fit
-from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated
+from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated
+from tests.unit.evaluation.worlds import linear, tiny_trunk, world
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import itertools
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from worlds import linear, random_rows, tiny_trunk, top1, world
 
 from sgt_titan.evaluation.attacks import beamclean, map_search
 from sgt_titan.evaluation.attacks.beam import search
 from sgt_titan.evaluation.attacks.map_search import Causal, ContextFree, log_normal
 from sgt_titan.evaluation.attacks.nearest import l2
-from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated, constant_noise, learned
-from sgt_titan.evaluation.samples import Sample
-from sgt_titan.evaluation.threat import Table, kind_of
-from sgt_titan.evaluation.world import World
+from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constant_noise, learned
+from sgt_titan.evaluation.world.samples import Sample
+from sgt_titan.evaluation.world.threat import Table, kind_of
 from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config
+from tests.unit.evaluation.worlds import linear, random_rows, tiny_trunk, top1, world
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_the_affine_surrogate_follows_a_mild_map(trunk):
 
 
 def test_a_mechanism_without_noise_matches_exactly(trunk):
-    from sgt_titan.evaluation.mechanisms import nothing
+    from sgt_titan.evaluation.world.mechanisms import nothing
 
     emission = ContextFree(nothing(), Table(trunk.get_input_embeddings().weight), torch.zeros(1, 32), lambda t: None, 0)
     center, log_std = emission.gaussian(0, torch.tensor([[3, 4]]))

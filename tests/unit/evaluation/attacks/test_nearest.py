@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from worlds import linear, tiny_trunk, top1, world
 
 from sgt_titan.evaluation.attacks import farthest, nearest
 from sgt_titan.evaluation.attacks.averaging import averaging, averaging_regression, running_means
-from sgt_titan.evaluation.mechanisms import constant_noise
-from sgt_titan.evaluation.threat import Observation, Repeats, Table
+from sgt_titan.evaluation.world.mechanisms import constant_noise
+from sgt_titan.evaluation.world.threat import Observation, Repeats, Table
+from tests.unit.evaluation.worlds import linear, tiny_trunk, top1, world
 
 
 @pytest.fixture(scope="module")

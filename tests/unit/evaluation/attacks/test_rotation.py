@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from worlds import pure_noise, random_rows, tiny_trunk, top1
 
 from sgt_titan.conjformer.client import Client
 from sgt_titan.conjformer.command import main
@@ -18,11 +17,12 @@ from sgt_titan.evaluation.attacks.rotation_invariants import self_scores
 from sgt_titan.evaluation.attacks.rotation_inverter import InvariantReader
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
 from sgt_titan.evaluation.attacks.rotation_spectral import recover
-from sgt_titan.evaluation.mechanisms import constant_noise, nothing
-from sgt_titan.evaluation.rotated import Answering, load_rotation, rotate
-from sgt_titan.evaluation.threat import Served
-from sgt_titan.evaluation.world import World
+from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.mechanisms import constant_noise, nothing
+from sgt_titan.evaluation.world.rotated import Answering, load_rotation, rotate
+from sgt_titan.evaluation.world.threat import Served
 from sgt_titan.transform.trunk_files import TrunkFiles
+from tests.unit.evaluation.worlds import pure_noise, random_rows, tiny_trunk, top1
 
 SMALL = {"invariant_inverter": {"steps": 4, "layers": 1, "width": 32}, "spectral_inverter": {"steps": 4, "layers": 1}}
 BROKEN_BY_ROTATION = ("nearest_l2", "nearest_cosine")
@@ -192,7 +192,7 @@ def test_the_wire_s_type_rounds_what_is_sent(converted, trunk, trunk_dir):
 
 
 def test_the_suites_run_them_where_there_is_a_rotation():
-    from sgt_titan.evaluation.suite import battery
+    from sgt_titan.evaluation.measure.suite import battery
 
     assert set(ROTATION) <= set(battery("quick", "rotated", rotated=True))
     assert not set(ROTATION) & set(battery("quick", "sgt"))
@@ -204,8 +204,8 @@ def test_the_suites_run_them_where_there_is_a_rotation():
 
 def test_utility_is_that_of_the_plain_model(exact, trunk):
     """The report's numbers of a folded rotation are those of sending the prompt in clear."""
-    from sgt_titan.evaluation.samples import padded
-    from sgt_titan.evaluation.utility import measured, perplexity
+    from sgt_titan.evaluation.scores.utility import measured, perplexity
+    from sgt_titan.evaluation.world.samples import padded
 
     if not exact.mechanism.rotation.served.read("model.layers.0.input_layernorm.weight").eq(1).all():
         pytest.skip("means of gains are another model")

@@ -7,16 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from worlds import linear, pure_noise, tiny_trunk, top1
 
 from sgt_titan.evaluation.attacks import beam, sequence
 from sgt_titan.evaluation.attacks.linear_start import linear_start
 from sgt_titan.evaluation.attacks.own_text import OwnText
 from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk_body
-from sgt_titan.evaluation.mechanisms import Mechanism, Obfuscated, constant_noise, nothing
-from sgt_titan.evaluation.samples import Sample
-from sgt_titan.evaluation.threat import Table, Transform, Trunk
-from sgt_titan.evaluation.world import World
+from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constant_noise, nothing
+from sgt_titan.evaluation.world.samples import Sample
+from sgt_titan.evaluation.world.threat import Table, Transform, Trunk
+from tests.unit.evaluation.worlds import linear, pure_noise, tiny_trunk, top1
 
 LENGTH = 8
 STATES = 5  # of the Markov source: tokens 20..24

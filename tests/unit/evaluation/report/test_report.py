@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sgt_titan.evaluation import published
 from sgt_titan.evaluation.report import plots
 from sgt_titan.evaluation.report.html import page
 from sgt_titan.evaluation.report.terminal import WIDTH, render
 from sgt_titan.evaluation.report.words import conclusions, number, percent
+from sgt_titan.evaluation.studies import published
 
 VOID = {"meta", "br", "link", "path", "use", "rect", "line", "circle", "polyline", "image"}
 

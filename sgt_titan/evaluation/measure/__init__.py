@@ -1,0 +1,1 @@
+"""Puts rows, mechanisms, attacks and scores together: the commands that measure an export."""

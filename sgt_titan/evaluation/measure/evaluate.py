@@ -1,0 +1,263 @@
+"""``sgt-titan evaluate``: what every class of attacker recovers from an export, what it costs, and how sure that is."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgt_titan import __version__
+from sgt_titan.arguments import Parser, check_seed, http_url
+from sgt_titan.config.door import split_words
+from sgt_titan.config.origin import settle
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation.options import check_zero, zero_argument
+
+FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; imports nothing heavy, so that ``--help`` is instant."""
+    found = Parser(
+        prog="sgt-titan evaluate",
+        description="Measure what every class of attacker recovers from an export, and what it costs the answers.",
+        epilog="Options of the data as in a config (--data.prompt_tokens 48, --training.seq_len 96, ...). "
+        "Writes OUT/results.json and OUT/report.html; run it again to go on after an interruption. "
+        "docs/EVALUATION.md explains every number.",
+        allow_abbrev=False,
+    )
+    found.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
+    found.add_argument(
+        "--trunk",
+        metavar="PATH",
+        help="directory of the trunk, or a config's name (default: the run's own)",
+    )
+    found.add_argument("--data", metavar="SOURCE", help="as data.source, or a config's name (default: the run's)")
+    found.add_argument("--out", metavar="DIR", type=Path, help="default: EXPORT's folder, evaluation-SUITE")
+    found.add_argument(
+        "--suite", choices=("quick", "standard", "full"), default="quick", help="how much (default quick: minutes)"
+    )
+    found.add_argument("--rows", type=int, help="held-out prompts to attack, instead of the suite's number")
+    found.add_argument("--seed", type=int, default=0, help="of the noise and of the attacks (default 0)")
+    found.add_argument("--attacks", metavar="A,B", default="", help="only these (default: all of the suite)")
+    found.add_argument("--no-baselines", action="store_true", help="the export alone, nothing to compare it with")
+    found.add_argument("--examples", type=int, default=2, help="prompts the report shows in clear (default 2; 0: none)")
+    found.add_argument(
+        "--benchmarks", metavar="A,B", default="", help="lm-eval tasks for utility: names, or `paper` for the eight"
+    )
+    found.add_argument("--benchmark-dir", metavar="DIR", help="local copies of the benchmarks; default: from the hub")
+    found.add_argument(
+        "--judge", metavar="URL", help="OpenAI-compatible endpoint to judge PII leaks: it is SENT the private text"
+    )
+    found.add_argument("--judge-model", metavar="NAME", help="model of the judge (key: OPENAI_API_KEY)")
+    found.add_argument(
+        "--rotated", metavar="SERVER,CLIENT,SECRET",
+        help="what `sgt-titan conjformer convert TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
+    )  # fmt: skip
+    zero_argument(found)
+    found.add_argument("--minutes", type=float, help="refuse to start what would take longer than this")
+    found.add_argument(
+        "--memory", type=float, metavar="GIB", help="refuse to start what would need more (default: free)"
+    )
+    found.add_argument("--estimate", action="store_true", help="print what would run, how long and how large; stop")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0.
+
+    Raises:
+        UserError: bad options; an export, trunk or data that do not fit; a directory of another evaluation; more memory
+            or time than given.
+    """
+    arguments, overrides = split_words(parser(), sys.argv[2:] if argv is None else argv)
+    checked(arguments)
+    settle(arguments)
+    # Not before the words are known to be good: the first of these takes seconds.
+    from transformers.utils.logging import disable_progress_bar
+
+    from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
+    from sgt_titan.evaluation.measure import runner
+    from sgt_titan.evaluation.measure.setting import fingerprint_export, load_setting
+    from sgt_titan.evaluation.measure.suite import SUITES
+    from sgt_titan.evaluation.parts import Parts, open_parts, write
+    from sgt_titan.evaluation.report.html import page
+    from sgt_titan.evaluation.report.terminal import render
+    from sgt_titan.evaluation.world.samples import data_config
+    from sgt_titan.transform.trunk_files import TrunkFiles
+
+    only = tuple(filter(None, arguments.attacks.split(",")))
+    if unknown := [name for name in only if name not in ATTACKS | ROTATION]:
+        raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS | ROTATION)}")
+    benchmarks = benchmark_names(arguments)
+    if benchmarks:  # they run last: the harness that is not installed is missed now
+        import sgt_titan.evaluation.scores.harness  # noqa: F401
+    suite = SUITES[arguments.suite]
+    disable_progress_bar()
+    config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
+    rows = arguments.rows or suite.rows
+    setting = load_setting(arguments.export, config, rows=rows, corpus=suite.corpus, zero_steps=arguments.zero_steps)
+    out = arguments.out or Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
+    evaluation = runner.Evaluation(
+        setting=setting,
+        suite=arguments.suite,
+        seed=arguments.seed,
+        examples=arguments.examples,
+        only=only,
+        baselines=not arguments.no_baselines,
+        benchmarks=benchmarks,
+        benchmark_dir=arguments.benchmark_dir,
+        judge=(arguments.judge, arguments.judge_model) if arguments.judge else None,
+        rotation=(*arguments.rotated.split(","), config.trunk.path) if arguments.rotated else None,
+        begun=Parts(out).get("no_prompt"),  # of another evaluation: refused below, before anything runs
+    )
+    jobs = list(evaluation.jobs())
+    seconds, size = runner.check_budget(jobs, minutes=arguments.minutes, memory=arguments.memory)
+    say(
+        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {runner.clock(seconds)} (a factor of three "
+        f"either way) and {size / 2**30:.2f} GiB beside the models"
+    )
+    if arguments.estimate:
+        for job in jobs:
+            print(f"{job.name:<44}{job.cost.flops / 1e9:>14,.1f} GFLOP{job.cost.bytes / 2**20:>12,.0f} MiB")
+        return 0
+    # What changes a part that is there already. More attacks, baselines or benchmarks only add parts.
+    identity = {
+        "format": FORMAT,
+        "suite": arguments.suite,
+        "seed": arguments.seed,
+        "examples": arguments.examples,
+        "judge": arguments.judge,
+        "judge_model": arguments.judge_model,
+        **({"rotated": TrunkFiles(evaluation.rotation[0]).fingerprint()} if evaluation.rotation else {}),
+        "export": fingerprint_export(arguments.export),
+        "trunk": setting.trunk_fingerprint,
+        "data": setting.data_fingerprint,
+        "rows": len(setting.rows),
+        "zero_steps": arguments.zero_steps,
+        "seq_len": config.training.seq_len,
+        "version": __version__,
+    }
+    parts = open_parts(out, identity)
+    began = time.monotonic()
+    runner.run_jobs(jobs, parts, say)
+    found = runner.merged(evaluation, jobs, parts)
+    results = {
+        "format": FORMAT,
+        "about": about(evaluation, arguments, argv, identity, time.monotonic() - began, parts.get("lm_top1")),
+        **found,
+    }
+    write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write(out / "report.html", page(results))
+    print(render(results))
+    print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
+    return 0
+
+
+def checked(arguments: argparse.Namespace) -> None:
+    """What can be said before anything is imported."""
+    if arguments.rows is not None and arguments.rows < 2:
+        raise UserError(f"--rows must be at least 2 (MI needs pairs of rows), got {arguments.rows}")
+    check_seed(arguments.seed)
+    check_zero(arguments.zero_steps)
+    if arguments.examples < 0:
+        raise UserError(f"--examples must be at least 0, got {arguments.examples}")
+    for name in ("minutes", "memory"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} must be positive, got {value:g}")
+    if bool(arguments.judge) != bool(arguments.judge_model):
+        raise UserError("--judge and --judge-model belong together")
+    if arguments.judge and (not (url := http_url(arguments.judge)) or "@" in url.netloc):
+        # Not repeated: what stands before an @ is a secret, and results.json holds the command.
+        raise UserError("--judge: give http://HOST/v1 or https://HOST/v1; a key goes into OPENAI_API_KEY")
+    if arguments.rotated and len(arguments.rotated.split(",")) != 3:
+        raise UserError(
+            "--rotated: give SERVER,CLIENT,SECRET: two directories and a file of `sgt-titan conjformer convert`"
+        )
+    if arguments.benchmark_dir and not arguments.benchmarks:
+        raise UserError("--benchmark-dir without --benchmarks: say which, or `paper` for the eight")
+    if arguments.benchmark_dir and not Path(arguments.benchmark_dir).is_dir():
+        raise UserError(f"--benchmark-dir: no directory {arguments.benchmark_dir}")
+
+
+def benchmark_names(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if not arguments.benchmarks:
+        return ()
+    from sgt_titan.evaluation.scores.benchmarks import BENCHMARKS
+
+    names = tuple(BENCHMARKS) if arguments.benchmarks == "paper" else tuple(arguments.benchmarks.split(","))
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise UserError(f"--benchmarks: {unknown[0]!r} is unknown; there are {', '.join(BENCHMARKS)}, or paper")
+    for name in names if arguments.benchmark_dir else ():
+        BENCHMARKS[name].read(Path(arguments.benchmark_dir))  # a file that is missing is said now, not in an hour
+    return names
+
+
+def about(
+    evaluation: Any,
+    arguments: argparse.Namespace,
+    argv: Sequence[str] | None,
+    identity: dict[str, Any],
+    seconds: float,
+    lm_top1: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Where the numbers come from. ``seconds``: of this call, which an interruption makes shorter than the whole."""
+    import torch
+    import transformers
+
+    from sgt_titan.metrics.table import near_duplicates
+
+    setting = evaluation.setting
+    table_VD = setting.trunk.get_input_embeddings().weight.detach()
+    duplicates = near_duplicates(table_VD)
+    V, D = table_VD.shape
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} x {platform.machine()} CPU"
+    )
+    return {
+        "command": shlex.join(["sgt-titan", "evaluate", *(sys.argv[2:] if argv is None else argv)]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "suite": arguments.suite,
+        "seed": arguments.seed,
+        "seconds": seconds,
+        "versions": {
+            "sgt_titan": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": device,
+        "export": arguments.export,
+        "trunk": arguments.trunk,
+        "data": arguments.data,
+        "data_fingerprint": setting.data_fingerprint,
+        "export_fingerprint": identity["export"],
+        "trunk_fingerprint": setting.trunk_fingerprint,
+        **({"rotated_fingerprint": identity["rotated"]} if "rotated" in identity else {}),
+        "held_out": setting.held_out,
+        "rows": len(setting.prompts),
+        "hidden_tokens": sum(int(row.obfuscate.sum()) for row in setting.prompts),
+        "response_tokens": sum(int(row.target.sum()) for row in setting.rows),
+        "corpus_rows": len(setting.corpus),
+        "marked_spans": sum(len(row.spans) for row in setting.prompts),
+        "vocab": V,
+        "width": D,
+        "ln_vocab": float(torch.tensor(float(V)).log()),
+        "lm_top1": lm_top1,
+        "near_duplicate_rows": duplicates.rows,
+        "untrained_rows": duplicates.untrained,
+        "notes": list(setting.notes),
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,440 @@
+"""Runs a suite job by job, each saved as it finishes, and merges the parts into ``results.json``.
+
+A job is a name, a cost and a function that returns a JSON value. Costs are summed before anything starts: what would
+not fit the memory or the time given is refused with what to reduce.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sgt_titan.data.cache import cache_dir
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation.attacks import GUESSING, Attack
+from sgt_titan.evaluation.measure.setting import Setting
+from sgt_titan.evaluation.measure.suite import SUITES, battery
+from sgt_titan.evaluation.parts import Parts
+from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
+from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
+from sgt_titan.evaluation.world.rotated import load_rotation
+from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, generator
+from sgt_titan.evaluation.world.threat import Cost, Guess, Seed, grants, kind_of
+from sgt_titan.metrics.interval import Estimate
+from sgt_titan.transform import glow
+from sgt_titan.transform.chat_template import look
+
+CHOICE_ROWS = 256  # public rows that token dropping learns its choice on
+USEFUL_SHARE = 0.25  # of a large matmul's speed that small ones reach: estimates are no better than a factor of three
+
+
+@dataclass(frozen=True)
+class Job:
+    """``run()`` measures; ``name`` is where the result belongs, as in ``sgt/attacks/nearest_l2``."""
+
+    name: str
+    run: Callable[[], dict[str, Any]] = field(repr=False)
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that decides the numbers beside the setting. only: attacks to run; empty: all of the suite."""
+
+    setting: Setting
+    suite: str
+    seed: int = 0
+    examples: int = 2
+    only: tuple[str, ...] = ()
+    baselines: bool = True
+    benchmarks: tuple[str, ...] = ()
+    benchmark_dir: str | None = None
+    judge: tuple[str, str] | None = None  # base URL, model
+    rotation: tuple[str, str, str, str] | None = None  # server, client, secret, public checkpoint
+    begun: Mapping[str, Any] | None = field(default=None, repr=False)  # ``no_prompt``, where it is there already
+
+    @cached_property
+    def mechanisms(self) -> dict[str, Mechanism]:
+        """By name, in the order to show."""
+        setting, config = self.setting, self.setting.transform.config
+        std, norm = privacy.statistics(setting.transform, setting.trunk, setting.full_batches)
+        sgt = learned(setting.transform)
+        sgt.facts.update(std=std / config.scale, mean_norm=norm / config.median_norm)
+        rotated = [load_rotation(before, *self.rotation) for before in (nothing(), sgt)] if self.rotation else []
+        if not self.baselines:
+            return {mechanism.name: mechanism for mechanism in (sgt, *rotated)}
+        table_VD = setting.trunk.get_input_embeddings().weight.detach().float()
+        noise = noise_grid(table_VD, config.scale, (std / config.scale, *SUITES[self.suite].sigmas))
+        found = [sgt, nothing()]
+        if any(row.spans for row in setting.rows):
+            found.append(redaction(table_VD[placeholder(setting.tokenizer)]))
+        found += [*rotated, *noise, *self._dropping()]
+        return {mechanism.name: mechanism for mechanism in found}
+
+    def _dropping(self) -> list[Mechanism]:
+        """Token dropping at the suite's shares; what it needs to be fitted is, when the first prompt is sent."""
+        setting, fitted = self.setting, {}
+
+        def place(batch: Padded, x_BTD: torch.Tensor) -> torch.Tensor:
+            return setting.zero.place(batch, x_BTD)
+
+        def learned(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+            if not fitted:
+                rows = setting.batches(setting.training[:CHOICE_ROWS])
+                fitted["choice"] = dropping.learned_choice(setting.trunk, rows, place)
+            return fitted["choice"](batch, x_BTD, random)
+
+        ways = {"dropping": (dropping.at_random, "any"), "choosing": (learned, "the best by a look at the prompt")}
+        return [
+            dropping.dropping(
+                share, place, way, name=f"{name}-{100 * share:g}", title=f"{share:.0%} of the tokens, {how}"
+            )
+            for share in SUITES[self.suite].drops
+            for name, (way, how) in ways.items()
+        ]
+
+    def world(self, mechanism: Mechanism) -> World:
+        setting = self.setting
+        return World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed, setting.answers)
+
+    @cached_property
+    def frequent(self) -> set[int]:
+        return recovery.frequent_tokens(self.setting.corpus)
+
+    @cached_property
+    def units(self) -> list[list[str]]:
+        """Private values of each prompt, without repetition."""
+        return [sorted({span.text for span in row.spans}) for row in self.setting.prompts]
+
+    @cached_property
+    def reference(self) -> utility.Reference:
+        """Of an interrupted evaluation the one that its finished parts were measured against."""
+        if self.begun is not None:
+            return utility.Reference.from_dict(self.begun)
+        return self.setting.reference
+
+    @cached_property
+    def lm_top1(self) -> Estimate:
+        """How often a language model names the hidden token unseen: the prior of PAC-Adv that is not optimistic."""
+        return privacy.language_model_top1(self.setting.trunk, self.setting.full_batches)
+
+    def jobs(self) -> Iterator[Job]:
+        """All of them, cheap ones first within a mechanism."""
+        setting = self.setting
+        tokens = sum(len(row.ids) for row in setting.rows)
+        one = 2.0 * self.world(nothing()).size.trunk * tokens + 2.0 * tokens * self._table_size
+        logits = 8.0 * max((b.tokens_BT.numel() for b in setting.full_batches), default=0) * self._vocab
+        pass_cost = Cost(one, 4 * logits)
+        # A step of the zero's fit: two forward passes of a batch, and one back to its embeddings.
+        steps = 0 if self.begun or setting.zero_is_there else setting.zero_steps
+        fitting = 3 * one * steps * MAX_ROWS / len(setting.rows)
+        yield Job("no_prompt", self._no_prompt, Cost(5 * one + fitting, 8 * logits))
+        yield Job("lm_top1", self._lm_top1, pass_cost)
+        for name, mechanism in self.mechanisms.items():
+            yield Job(f"{name}/privacy", lambda m=mechanism: self._privacy(m), Cost(3 * one, 4 * logits))
+            yield Job(f"{name}/utility", lambda m=mechanism: self._utility(m), Cost(6 * one, 4 * logits))
+            world = self.world(mechanism)
+            rotated = mechanism.rotation is not None
+            given = {"rotated": rotated, "denoises": mechanism.denoises}
+            for key, attack in battery(self.suite, name, self.only, **given).items():
+                cost = attack.cost(world.size, **(attack.arguments(self.suite) or {}))
+                run = lambda m=mechanism, k=key, a=attack: self._attack(m, k, a)  # noqa: E731
+                yield Job(f"{name}/attacks/{key}", run, cost)
+        yield Job("sgt/certificate", self._certificate, pass_cost)
+        yield Job("sgt/answers", self._answers, pass_cost)
+        source = "local" if self.benchmark_dir else "hub"
+        flops = 2.0 * self.world(nothing()).size.trunk * 600 * (SUITES[self.suite].questions or 2_000)
+        for name in [n for n in ("none", "sgt", "noise") if n in self.mechanisms]:
+            for benchmark in self.benchmarks:
+                run = lambda m=self.mechanisms[name], b=benchmark: self._benchmark(m, b)  # noqa: E731
+                yield Job(f"{name}/benchmarks/{source}/{benchmark}", run, Cost(flops, 4 * logits))
+
+    # -- the jobs --
+
+    def _no_prompt(self) -> dict[str, Any]:
+        zero = self.setting.zero
+        return self.reference.as_dict() | {
+            "zero": {"steps": zero.steps, "settled": zero.settled, "nats": list(zero.aside), "note": zero.note()}
+        }
+
+    def _lm_top1(self) -> dict[str, Any]:
+        return self.lm_top1.as_dict()
+
+    def _certificate(self) -> dict[str, Any]:
+        """What nobody can exceed, of one observation, and what the answers are worth; nothing without a table to price
+        with."""
+        setting = self.setting
+        if setting.transform.embed_tokens is None:
+            return {}
+        batches, random = setting.batches(setting.prompts), generator(self.seed, setting.device)
+        rates, tokens = certificates.measure_rates(setting.transform, batches, random)
+        source = certificates.measure_source(setting.trunk, batches)
+        worth_B = self.reference.without_B - self.reference.clean_B
+        return certificates.certificate(rates, tokens, source, seed=self.seed).as_dict() | {
+            "worth_per_prompt": certificates.least_nats(1.0, worth_B).as_dict()
+        }
+
+    def _privacy(self, mechanism: Mechanism) -> dict[str, Any]:
+        setting = self.setting
+        calibration = setting.batches(setting.corpus[: max(2, len(setting.rows))])
+        random = generator(self.seed, setting.device)
+        part = privacy.measure_privacy(
+            setting.trunk, setting.full_batches, calibration, mechanism, random, lm_top1=self.lm_top1
+        )
+        if mechanism.rotation is None:
+            return part
+        # No rotation changes information: it is measured before it, where the noise is independent by feature.
+        random = generator(self.seed, setting.device)
+        before = privacy.measure_privacy(
+            setting.trunk, setting.full_batches, calibration, mechanism.rotation.before, random, lm_top1=self.lm_top1
+        )["privacy"]
+        kept = {key: before[key] for key in before if key.startswith(("mi", "pac_adv"))}
+        return part | {"privacy": part["privacy"] | kept}
+
+    def _utility(self, mechanism: Mechanism) -> dict[str, Any]:
+        setting = self.setting
+        return utility.measure_utility(
+            setting.trunk,
+            setting.full_batches,
+            setting.rows,
+            mechanism,
+            generator(self.seed, setting.device),
+            reference=self.reference,
+            # An answer is the client's work here; what it is worth is measured with the response given.
+            greedy_prompts=0 if mechanism.rotation else SUITES[self.suite].greedy,
+        )
+
+    def _attack(self, mechanism: Mechanism, name: str, attack: Attack) -> dict[str, Any]:
+        world, tokenizer = self.world(mechanism), self.setting.tokenizer
+        started = time.monotonic()
+        effort = attack.arguments(self.suite) or {}
+        if name == GUESSING:
+            guess = self._guessed(world, attack, effort)
+        else:
+            guess = attack.run(**world.granted(attack.run), **effort)
+        part: dict[str, Any] = {
+            "title": attack.title,
+            "source": attack.source,
+            "kind": kind_of(attack.run),
+            "sees": [kind.title for kind in grants(attack.run).values() if kind.title],
+            "seconds": time.monotonic() - started,
+            "flops": guess.flops,
+            "notes": list(guess.notes),
+            **recovery.score(guess.top_NK, world, tokenizer, frequent=self.frequent),
+        }
+        reads = recovery.texts(guess.top_NK[:, 0], world, tokenizer)
+        if any(self.units):
+            originals = recovery.texts(world.truth_N, world, tokenizer)
+            part["pii"] = pii.pii_ratio(originals, reads, self.units)
+            if self.judge:
+                from sgt_titan.evaluation.scores.judge import judge
+
+                part["pii"] |= judge(*self.judge, originals, reads, self.units)
+        if guess.curve is not None:
+            curve = guess.curve
+            part["curve"] = {
+                "axis": curve.axis,
+                "at": list(curve.at),
+                "top1": [recovery.top1_estimate(top_N, world).as_dict() for top_N in curve.top_N],
+                "extra": list(curve.extra),
+                "extra_label": curve.extra_label,
+            }
+        part["reads"] = reads[: self.examples]
+        return part
+
+    def _guessed(self, world: World, attack: Attack, effort: Mapping[str, Any]) -> Guess:
+        """The same for every mechanism and every export, so found once and kept beside the data."""
+        setting = self.setting
+        file = guessing.location(cache_dir(setting.config), world.rows, world.corpus, world.table_VD, effort)
+        granted = world.granted(attack.run) | {"seed": Seed(guessing.SEED)}
+        return guessing.once(file, lambda: attack.run(**granted, **effort))
+
+    def _answers(self) -> dict[str, Any]:
+        """Prompts and greedy answers of the rows that a report shows."""
+        mechanism, setting = self.mechanisms["sgt"], self.setting
+        shown = setting.prompts[: self.examples]
+        world = self.world(mechanism)
+        prompts = recovery.texts(world.truth_N, world, setting.tokenizer)[: self.examples]
+        answers = utility.answers(
+            setting.trunk, setting.tokenizer, shown, (nothing(), mechanism), generator(self.seed, setting.device)
+        )
+        return {"prompts": prompts, "clean": answers[0], "obfuscated": answers[1], "revealed": self._revealed(shown)}
+
+    def _revealed(self, shown: Sequence[Sample]) -> list[dict[str, Any]]:
+        """Nats that one observation can tell of each token, and the text they belong to; nothing without a table."""
+        transform, found = self.setting.transform, []
+        for row in shown if transform.embed_tokens is not None else ():
+            ids_BT, mask_BT = (torch.from_numpy(a)[None].to(self.setting.device) for a in (row.ids, row.obfuscate))
+            nats_T = transform.rate(ids_BT, mask_BT, generator=generator(self.seed, self.setting.device))[0].tolist()
+            found.append(
+                {
+                    "pieces": glow.pieces(self.setting.tokenizer, row.ids.tolist()),
+                    "nats": [n if there else None for n, there in zip(nats_T, row.obfuscate.tolist(), strict=True)],
+                }
+            )
+        return found
+
+    def _benchmark(self, mechanism: Mechanism, name: str) -> dict[str, Any]:
+        from sgt_titan.evaluation.scores.benchmarks import run_benchmarks
+
+        setting = self.setting
+        return run_benchmarks(
+            setting.trunk,
+            setting.tokenizer,
+            mechanism,
+            [name],
+            local_dir=self.benchmark_dir,
+            limit=SUITES[self.suite].questions or None,
+            seed=self.seed,
+            how=look(setting.transform.config.template_kwargs, setting.transform.config.template_date),
+        )[name]
+
+    @property
+    def _vocab(self) -> int:
+        return self.setting.transform.config.vocab_size
+
+    @property
+    def _table_size(self) -> int:
+        return self._vocab * self.setting.transform.config.hidden_size
+
+
+def placeholder(tokenizer: Any) -> int:
+    """The token that stands for a redacted one: the tokenizer's own for unknown text, or that of an underscore."""
+    if tokenizer.unk_token_id is not None:
+        return tokenizer.unk_token_id
+    return tokenizer("_", add_special_tokens=False)["input_ids"][-1]
+
+
+# -- before anything runs ----------------------------------------------------------------------------------------------
+
+
+def measured_flops() -> float:
+    """Floating-point operations a second of a large float32 matrix product on this machine, as it is now."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(1024, 1024, device=device)
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * 1024**3 / best
+
+
+def available_bytes() -> float:
+    """Memory that can still be had: of the GPU where there is one, else of the machine or of its control group."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
+            free = min(free, float(limit.read()) - float(used.read()))
+    except (OSError, ValueError, StopIteration):
+        pass
+    return free
+
+
+def estimate(jobs: Sequence[Job]) -> tuple[float, float, str]:
+    """Seconds of all jobs, bytes of the largest, and its name."""
+    largest = max(jobs, key=lambda job: job.cost.bytes)
+    return sum(job.cost.flops for job in jobs) / (measured_flops() * USEFUL_SHARE), largest.cost.bytes, largest.name
+
+
+def check_budget(jobs: Sequence[Job], *, minutes: float | None, memory: float | None) -> tuple[float, float]:
+    """Seconds and bytes of the estimate.
+
+    Raises:
+        UserError: they exceed ``minutes`` or ``memory`` (GiB; default: what is free).
+    """
+    if not jobs:
+        return 0.0, 0.0
+    seconds, size, name = estimate(jobs)
+    limit = memory * 2**30 if memory is not None else available_bytes()
+    if size > limit:
+        raise UserError(
+            f"{name}: needs about {size / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB "
+            f"{'are given (--memory)' if memory is not None else 'are free'}; take fewer --rows, a smaller --suite, or "
+            "--attacks without it"
+        )
+    if minutes is not None and seconds > 60 * minutes:
+        slow = max(jobs, key=lambda job: job.cost.flops)
+        raise UserError(
+            f"--minutes {minutes:g}: this would take about {seconds / 60:.0f} minutes, {slow.name} the longest; take "
+            "fewer --rows, a smaller --suite, or fewer --attacks"
+        )
+    return seconds, size
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] | None = None) -> None:
+    """Run what is not yet there, in order."""
+    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+    waiting = [job for job in jobs if parts.get(job.name) is None]
+    if len(waiting) < len(jobs):
+        say(f"{len(jobs) - len(waiting)} of {len(jobs)} parts are there already")
+    total, done, began = sum(job.cost.flops for job in waiting) or 1.0, 0.0, time.monotonic()
+    for index, job in enumerate(waiting, start=1):
+        started = time.monotonic()
+        parts.put(job.name, job.run())
+        done += job.cost.flops
+        elapsed = time.monotonic() - began
+        left = elapsed * (total - done) / done if done else math.nan
+        remark = f", about {clock(left)} left" if index < len(waiting) else ""
+        say(f"[{index}/{len(waiting)}] {job.name}: {time.monotonic() - started:.1f} s{remark}")
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[str, Any]:
+    """``no_prompt`` and ``mechanisms`` of ``results.json``."""
+    found = {job.name: parts.get(job.name) or {} for job in jobs}
+    mechanisms: dict[str, Any] = {}
+    for name, mechanism in evaluation.mechanisms.items():
+        entry: dict[str, Any] = {"title": mechanism.title, "facts": dict(mechanism.facts)}
+        entry |= found.get(f"{name}/privacy", {})
+        entry["utility"] = found.get(f"{name}/utility", {})
+        prefix = f"{name}/attacks/"
+        attacks = {key.removeprefix(prefix): part for key, part in found.items() if key.startswith(prefix)}
+        guess = found.get(f"sgt/attacks/{GUESSING}")  # it saw nothing of any mechanism
+        entry["attacks"] = {
+            key: {k: v for k, v in part.items() if k != "reads"}
+            for key, part in reading.compared(attacks, guess, seed=evaluation.seed).items()
+        }
+        entry |= reading.best(attacks)
+        if certified := found.get(f"{name}/certificate"):
+            entry["certificate"] = certified
+        benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}
+        if benchmarks:
+            entry["benchmarks"] = {key.rpartition("/")[2]: part for key, part in benchmarks.items()}
+        if name == "sgt":
+            shown = found["sgt/answers"]
+            entry["examples"] = [
+                {
+                    "prompt": prompt,
+                    "guesses": {key: part["reads"][i] for key, part in attacks.items()},
+                    "answer_clean": shown["clean"][i],
+                    "answer_obfuscated": shown["obfuscated"][i],
+                    **(dict(enumerate(shown.get("revealed") or ())).get(i) or {}),
+                }
+                for i, prompt in enumerate(shown["prompts"])
+            ]
+        mechanisms[name] = entry
+    no_prompt = {key: part for key, part in found["no_prompt"].items() if key != "rows"}
+    return {"no_prompt": no_prompt, "mechanisms": mechanisms}

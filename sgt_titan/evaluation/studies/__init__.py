@@ -1,0 +1,1 @@
+"""Commands that train and evaluate many exports, and what is drawn and printed of them all."""

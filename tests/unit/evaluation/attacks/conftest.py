@@ -1,6 +1,0 @@
-"""Puts worlds.py of the folder above on the path."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))

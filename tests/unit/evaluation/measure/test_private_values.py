@@ -1,0 +1,107 @@
+"""``sgt-titan private``: what is found and left, and what attackers read of the values."""
+
+import json
+
+import pytest
+
+from sgt_titan.demo import TRUNK
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation.measure import private_values
+from sgt_titan.evaluation.measure.private_values import main
+from sgt_titan.evaluation.scores import finding
+from sgt_titan.private import Private
+
+
+def row(prompt, answer, *units):
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return finding.to_row(messages, units)
+
+
+def test_recall_precision_and_what_is_left():
+    rows = [
+        row("Mail ada@x.org or Zorblat. $5 off.", "I mailed ada@x.org.", ("ada@x.org", "email"), ("zorblat", "name")),
+        row(
+            "Call 212-940-8830.",
+            "Done.",
+            ("212-940-8830", "phone"),
+            ("not here", ""),
+            ("<presidio_anonymized_person>", ""),
+        ),
+    ]
+    found = finding.measure(rows, Private.of("patterns", key=b"k" * 32))
+    assert found["recall"]["value"] == pytest.approx(2 / 3) and found["recall"]["n"] == 3
+    assert found["precision"]["value"] == pytest.approx(2 / 3), "the amount is nobody's"
+    assert found["pii"]["exact_micro"]["value"] == pytest.approx(1 / 3)
+    assert found["recall_by_kind"]["name"]["value"] == 0 and found["precision_by_kind"]["email"]["value"] == 1
+    assert found["answers_back"] == {**found["answers_back"], "value": 1.0, "n": 1}
+    assert finding.measure(rows, Private.of("", key=b"k" * 32), marks=True)["recall"]["value"] == 1
+
+
+def test_finding_alone(tmp_path, capsys):
+    assert main(["--data", "demo", "--rows", "12", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "private.json").read_text())
+    assert results["finding"]["told"]["recall"]["value"] > 0.95 > results["finding"]["found"]["recall"]["value"] > 0.5
+    assert (tmp_path / "private.md").read_text().strip() == capsys.readouterr().out.strip()
+    assert (tmp_path / "private.svg").read_text().startswith("<svg")
+
+
+def test_mechanisms(tmp_path, make_export, monkeypatch):
+    monkeypatch.setattr(private_values, "GENERATED", 4)
+    export = make_export(0.3)
+    words = ["--data", "demo", "--rows", "4", "--corpus", "8", "--trunk", str(TRUNK), "--export", f"x={export}"]
+    words += [
+        "--zero-steps",
+        "1",
+        "--attacks",
+        "nearest_l2",
+        "--data.max_samples",
+        "240",
+        "--data.validation_samples",
+        "24",
+    ]
+    words += ["--own", str(TRUNK.parent / "private.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--data.cache_dir", str(tmp_path / "cache"), "--data.template", "chat"]) == 0
+    found = json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"]
+    leak = {name: entry["attacks"]["nearest_l2"]["pii"]["exact_micro"]["value"] for name, entry in found.items()}
+    assert leak["none"] == 1.0 and leak["redaction"] == 0.0 and leak["marked"] < 0.05
+    assert leak["marked"] <= leak["surrogates"] < leak["x"]
+    assert leak["marked+x"] <= leak["surrogates+x"] <= leak["x"]
+    assert found["none"]["answers"]["value"] >= found["marked"]["answers"]["value"]
+    assert found["marked"]["utility"]["kl"]["value"] < found["redaction"]["utility"]["kl"]["value"]
+    assert leak["placeholders_marked"] <= leak["placeholders"] < 1.0
+    assert found["placeholders"]["utility"]["kl"]["value"] > found["surrogates"]["utility"]["kl"]["value"]
+    # Again it goes on: what is there is not measured again; and another measurement is refused.
+    monkeypatch.setattr(private_values, "_attack", None)
+    (tmp_path / "out" / "private.json").unlink()
+    again = [*words, "--data.cache_dir", str(tmp_path / "cache"), "--data.template", "chat"]
+    assert main(again) == 0
+    assert json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"] == found
+    assert main([*again, "--mechanisms", "x"]) == 0
+    assert json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"].keys() == {"redaction", "x"}
+    with pytest.raises(UserError, match="--mechanisms: 'y' is none; known: none, redaction"):
+        main([*again, "--mechanisms", "y"])
+    with pytest.raises(UserError, match="of another configuration"):
+        main([*again, "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "demo", "--export", "x=y"], "--trunk: is needed"),
+        (["--data", "demo", "--trunk", "demo"], "needs an --export"),
+        (["--data", "demo", "--trunk", "demo", "--export", "x"], "NAME=DIR"),
+        (["--data", "demo", "--rows", "1"], "at least 2"),
+        (["--data", "demo", "--finders", "nonsense"], "no finder"),
+        (["--data", "demo", "--data.template", "chat"], "go with --trunk"),
+    ],
+)
+def test_bad_input(words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([*words, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_marks(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a b", "output": "c"}\n' * 4)
+    with pytest.raises(UserError, match="none of its first"):
+        main(["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "out")])
