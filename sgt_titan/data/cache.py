@@ -62,7 +62,7 @@ ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources", "marks", 
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1
 # Said in the meta.json of a mixture, which runs of other weights share.
-OF_WHOM = "of the last preparation: weights decide no token, so runs of other weights share this; run.json has a run's own"
+OF_WHOM = "of the last preparation: weights decide no token, so others share this; run.json has a run's own"
 STALE_SECONDS = 7 * 24 * 3600
 POLL_SECONDS = 0.5
 MANY_ROWS = 2_000  # enough to judge the share of bad ones by

@@ -424,7 +424,9 @@ def _json_lines(stream: IO[bytes]) -> Iterator[str]:
         at = space.match(content, at).end()
         if content[at : at + 1] == "]":
             if content[at + 1 :].strip():
-                raise UserError('holds more behind its first array; a row must be an object, such as {"messages": [...]}')
+                raise UserError(
+                    'holds more behind its first array; a row must be an object, such as {"messages": [...]}'
+                )
             return
         _, end = decoder.raw_decode(content, at)
         yield re.sub(r"[\r\n]+", " ", content[at:end])
@@ -477,7 +479,9 @@ def _fetch(address: str, data: schema.Data) -> list[Path]:
         if not names:
             raise UserError(f"data.source: no file matches {address}")
         if not (web or is_glob) and store.isdir(path):
-            raise UserError(f"data.source: {address} is a folder; name its files, such as {address.rstrip('/')}/*.jsonl")
+            raise UserError(
+                f"data.source: {address} is a folder; name its files, such as {address.rstrip('/')}/*.jsonl"
+            )
         found = []
         for name in names:
             version = _version(store.info(name)) if web else store.ukey(name)
@@ -491,8 +495,13 @@ def _fetch(address: str, data: schema.Data) -> list[Path]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"data.source: {address} cannot be fetched: {reason(error)}") from None
+        raise UserError(f"data.source: {without_query(f'{address} cannot be fetched: {reason(error)}')}") from None
     return found
+
+
+def without_query(text: str) -> str:
+    """Addresses of the web without what may be a signature or a key."""
+    return re.sub(r"(https?://[^\s?]+)\?[^\s,'\"]*", r"\1", text)
 
 
 def _version(info: Mapping[str, Any]) -> str:

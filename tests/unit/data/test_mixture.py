@@ -86,7 +86,11 @@ def test_weights_decide_the_order_and_no_token(mixed, tokenizer_dir):
 def test_meta_json_shows_the_mixture(mixed, files, tokenizer_dir, monkeypatch, caplog):
     """Of the last preparation, since runs of other weights share the tokens; nothing else of it changes."""
     shown = {}
-    for name, weights in {"plain": {}, "3 to 1": {"chats": 3.0, "text": 1.0}, "even": {"chats": 1.0, "text": 1.0}}.items():
+    for name, weights in {
+        "plain": {},
+        "3 to 1": {"chats": 3.0, "text": 1.0},
+        "even": {"chats": 1.0, "text": 1.0},
+    }.items():
         dataset = prepare(mixed(validation=files[1], **weights), tokenizer_dir, progress=False)
         meta = json.loads((dataset.directory / "meta.json").read_text())
         assert meta == dataset.meta and "run.json has a run's own" in meta["mixture_is"]

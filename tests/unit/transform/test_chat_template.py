@@ -108,7 +108,8 @@ def test_thoughts_of_earlier_turns_are_left_out_as_the_template_does():
 BEGUN, OVER = "{% generation %}", "{% endgeneration %}"
 MARKED = {
     # SmolLM3 marks the header of an answer too, and the line break behind its end.
-    "header": templates.GENERATION.replace(BEGUN, "").replace("<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}",
+    "header": templates.GENERATION.replace(BEGUN, "").replace(
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}",
         "{% if m.role == 'assistant' %}" + BEGUN + "<|im_start|>assistant\n").replace(
         "{% else %}", "{% else %}<|im_start|>{{ m.role }}\n"),
     "answer": templates.GENERATION,
@@ -162,11 +163,11 @@ def test_the_response_is_what_transformers_masks(marked, turns):
 
 def test_marks_on_calls_of_tools():
     marked = templates.THINKS.replace("{{ content }}{% for call", BEGUN + "{{ content }}{% for call").replace(
-        "{% endfor %}<|im_end|>", "{% endfor %}<|im_end|>" + OVER
+        "</tool_call>{% endfor %}<|im_end|>", "</tool_call>{% endfor %}<|im_end|>" + OVER
     )
     found = parts(marked, [user("hi"), says(None, tool_calls=[CALL])], tools=TOOLS)
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Lisbon", "days": 2}}\n</tool_call><|im_end|>'
-    assert found[-2] == (R, call) and found[-3][0] == T and found[-3][1].endswith("<think>\n\n</think>\n\n")
+    assert found[-1] == (R, call) and found[-2][0] == T and found[-2][1].endswith("<think>\n\n</think>\n\n")
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lisbon", "days": 2}}}

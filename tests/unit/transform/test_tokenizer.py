@@ -11,7 +11,13 @@ from transformers import AutoTokenizer
 
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig
-from sgt_titan.transform.tokenizer import PROBE, check_ids_fingerprint, fingerprint_ids, load_tokenizer, tokenizer_folder
+from sgt_titan.transform.tokenizer import (
+    PROBE,
+    check_ids_fingerprint,
+    fingerprint_ids,
+    load_tokenizer,
+    tokenizer_folder,
+)
 
 
 @pytest.fixture
