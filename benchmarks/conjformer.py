@@ -124,7 +124,7 @@ def gpt2(arguments: argparse.Namespace) -> None:
 
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from sgt_titan.config.load import resolve
+    from sgt_titan.config.resolve import resolve
     from sgt_titan.config.schema import Config
     from sgt_titan.data.cache import prepare
     from sgt_titan.data.order import samples_at

@@ -42,10 +42,11 @@ import sgt_titan
 from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.cluster import preflight
+from sgt_titan.config.check import validate
 from sgt_titan.config.door import read_config, split_words
-from sgt_titan.config.load import read_trunk, validate
 from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.errors import UserError
 from sgt_titan.plan.weights import checkpoint_bytes
 

@@ -25,8 +25,8 @@ from transformers import AutoConfig, PretrainedConfig
 import sgt_titan
 from sgt_titan import disk
 from sgt_titan.cluster.directory import UNITS
-from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.data.cache import wait_or_prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
