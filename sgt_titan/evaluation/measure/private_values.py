@@ -170,6 +170,7 @@ def _mechanisms(
     from sgt_titan.evaluation.world.mechanisms import constant_noise, learned, nothing, redaction
     from sgt_titan.evaluation.world.samples import check_fit, data_config
     from sgt_titan.evaluation.world.surrogates import Substitution, surrogates
+    from sgt_titan.private.tables import VERSION
     from sgt_titan.transform import load_export
 
     chosen = [name for name in arguments.attacks.split(",") if name]
@@ -189,6 +190,7 @@ def _mechanisms(
         "trunk": setting.trunk_fingerprint,
         "data": setting.data_fingerprint,
         "finders": arguments.finders,
+        "surrogates": VERSION,
         "own": hashlib.sha256(Path(arguments.own).read_bytes()).hexdigest() if arguments.own else "",
         "rows": len(setting.rows),
         "corpus": len(setting.corpus),
