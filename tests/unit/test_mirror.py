@@ -54,7 +54,8 @@ TOGETHER = {
     "unit/evaluation/test_readings.py": "client.quiet readings",
     "unit/plan/test_time_and_command.py": "plan.arithmetic plan.interval plan.report plan.traffic plan.weights",
     "unit/private/test_conversation.py": "private.amounts private.dates private.surrogates",
-    "unit/private/test_finders.py": "private.detectors private.draws private.names private.own private.policy private.tables",
+    "unit/private/test_finders.py": "private.detectors private.draws private.names private.own private.policy "
+    "private.tables",
     "unit/private/test_patterns.py": "private.checksums private.spans",
     "unit/serving/test_openapi.py": "serving.guard",
     "unit/serving/test_private_proxy.py": "serving.main",
