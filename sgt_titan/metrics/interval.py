@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Z = 1.959964  # 97.5% point of the normal distribution
 RESAMPLES = 2000
@@ -44,7 +45,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
 
 
-def ratio(numerator_B: np.ndarray, denominator_B: np.ndarray, *, share: bool = False, seed: int = 0) -> Estimate:
+def ratio(numerator_B: ArrayLike, denominator_B: ArrayLike, *, share: bool = False, seed: int = 0) -> Estimate:
     """``sum(numerator) / sum(denominator)`` over rows, with an interval by resampling rows.
 
     Tokens of one prompt are not independent, so rows are what is resampled (percentile bootstrap of 2000 draws). Where

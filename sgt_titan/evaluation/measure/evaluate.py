@@ -227,10 +227,11 @@ def about(
     import torch
     import transformers
 
+    from sgt_titan.evaluation.world.samples import embedding_table
     from sgt_titan.metrics.table import near_duplicates
 
     setting = evaluation.setting
-    table_VD = setting.trunk.get_input_embeddings().weight.detach()
+    table_VD = embedding_table(setting.trunk)
     duplicates = near_duplicates(table_VD)
     V, D = table_VD.shape
     device = (

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,7 @@ def _mechanisms(
     from sgt_titan.evaluation.measure.parts import open_parts
     from sgt_titan.evaluation.measure.setting import fingerprint_export, load_setting
     from sgt_titan.evaluation.world.mechanisms import constant_noise, learned, nothing, redaction
-    from sgt_titan.evaluation.world.samples import check_fit, data_config
+    from sgt_titan.evaluation.world.samples import check_fit, data_config, embedding_table
     from sgt_titan.evaluation.world.surrogates import Substitution, surrogates
     from sgt_titan.private.tables import VERSION
     from sgt_titan.transform import load_export
@@ -184,7 +185,7 @@ def _mechanisms(
     )
     transforms = {}
     for name, directory in exports.items():
-        transforms[name] = load_export(directory).to(setting.device).eval()
+        transforms[name] = load_export(directory).to(setting.device).eval()  # type: ignore[arg-type]  # transformers hides the method
         check_fit(transforms[name], config.trunk.path, directory)
     identity = {
         "trunk": setting.trunk_fingerprint,
@@ -199,7 +200,7 @@ def _mechanisms(
         "seed": arguments.seed,
     }
     parts = open_parts(arguments.out, identity)
-    table_VD = setting.trunk.get_input_embeddings().weight.detach().float()
+    table_VD = embedding_table(setting.trunk).float()
     mark = runner.placeholder(setting.tokenizer)
     scale = setting.transform.config.scale
 
@@ -234,8 +235,8 @@ def _mechanisms(
         listed += three
         made_of |= dict.fromkeys((one.name for one in three), f"@{fingerprint_export(exports[name])[:12]}")
     wanted = {name for name in arguments.mechanisms.split(",") if name}
-    if unknown := wanted - {mechanism.name for mechanism in listed}:
-        raise UserError(f"--mechanisms: {min(unknown)!r} is none; known: {', '.join(one.name for one in listed)}")
+    if others := wanted - {mechanism.name for mechanism in listed}:
+        raise UserError(f"--mechanisms: {min(others)!r} is none; known: {', '.join(one.name for one in listed)}")
     for mechanism in listed:
         if wanted and mechanism.name not in wanted | {"redaction"}:
             continue
@@ -268,9 +269,7 @@ def _measured(
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "utility": spent,
         "answers": lambda: _answers(setting, mechanism, random.manual_seed(arguments.seed)),
-        **{
-            f"attacks/{name}": lambda name=name: _attack(setting, mechanism, KNOWN[name], arguments) for name in attacks
-        },
+        **{f"attacks/{name}": partial(_attack, setting, mechanism, KNOWN[name], arguments) for name in attacks},
     }
     found = {}
     for name, job in jobs.items():
@@ -357,8 +356,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, found in results["finding"].items():
         pii = found["pii"]
-        cells = (found["recall"], found["precision"], pii["exact_micro"], pii["fuzzy_micro"])
-        cells = (*cells, found["answers_back"], found["values_back"])
+        cells = [found["recall"], found["precision"], pii["exact_micro"], pii["fuzzy_micro"]]
+        cells += [found["answers_back"], found["values_back"]]
         lines.append(f"| {name} | {' | '.join(map(_share, cells))} |")
     for key, title in (("recall_by_kind", "recall"), ("precision_by_kind", "precision"), ("recall_by_group", "recall")):
         found = results["finding"]["found"][key]

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, p
 from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.world.rotated import load_rotation
-from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, generator
+from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, embedding_table, generator
 from sgt_titan.evaluation.world.threat import Cost, Guess, Seed, grants, kind_of
 from sgt_titan.metrics.interval import Estimate
 from sgt_titan.terminal import clock, say
@@ -73,7 +73,7 @@ class Evaluation:
         rotated = [load_rotation(before, *self.rotation) for before in (nothing(), sgt)] if self.rotation else []
         if not self.baselines:
             return {mechanism.name: mechanism for mechanism in (sgt, *rotated)}
-        table_VD = setting.trunk.get_input_embeddings().weight.detach().float()
+        table_VD = embedding_table(setting.trunk).float()
         noise = noise_grid(table_VD, config.scale, (std / config.scale, *SUITES[self.suite].sigmas))
         found = [sgt, nothing()]
         if any(row.spans for row in setting.rows) and self.suite != GLANCE:
@@ -83,7 +83,7 @@ class Evaluation:
 
     def _dropping(self) -> list[Mechanism]:
         """Token dropping at the suite's shares; what it needs to be fitted is, when the first prompt is sent."""
-        setting, fitted = self.setting, {}
+        setting, fitted = self.setting, dict[str, dropping.Choose]()
 
         def place(batch: Padded, x_BTD: torch.Tensor) -> torch.Tensor:
             return setting.zero.place(batch, x_BTD)
@@ -141,22 +141,21 @@ class Evaluation:
         yield Job("no_prompt", self._no_prompt, Cost(5 * one + fitting, 8 * logits))
         yield Job("lm_top1", self._lm_top1, pass_cost)
         for name, mechanism in self.mechanisms.items():
-            yield Job(f"{name}/privacy", lambda m=mechanism: self._privacy(m), Cost(3 * one, 4 * logits))
-            yield Job(f"{name}/utility", lambda m=mechanism: self._utility(m), Cost(6 * one, 4 * logits))
+            yield Job(f"{name}/privacy", partial(self._privacy, mechanism), Cost(3 * one, 4 * logits))
+            yield Job(f"{name}/utility", partial(self._utility, mechanism), Cost(6 * one, 4 * logits))
             world = self.world(mechanism)
             rotated = mechanism.rotation is not None
             given = {"rotated": rotated, "denoises": mechanism.denoises}
             for key, attack in battery(self.suite, name, self.only, **given).items():
                 cost = attack.cost(world.size, **(attack.arguments(self.suite) or {}))
-                run = lambda m=mechanism, k=key, a=attack: self._attack(m, k, a)  # noqa: E731
-                yield Job(f"{name}/attacks/{key}", run, cost)
+                yield Job(f"{name}/attacks/{key}", partial(self._attack, mechanism, key, attack), cost)
         yield Job("sgt/certificate", self._certificate, pass_cost)
         yield Job("sgt/answers", self._answers, pass_cost)
         source = "local" if self.benchmark_dir else "hub"
         flops = 2.0 * self.world(nothing()).size.trunk * 600 * (SUITES[self.suite].questions or 2_000)
         for name in [n for n in ("none", "sgt", "noise") if n in self.mechanisms]:
             for benchmark in self.benchmarks:
-                run = lambda m=self.mechanisms[name], b=benchmark: self._benchmark(m, b)  # noqa: E731
+                run = partial(self._benchmark, self.mechanisms[name], benchmark)
                 yield Job(f"{name}/benchmarks/{source}/{benchmark}", run, Cost(flops, 4 * logits))
 
     # -- the jobs --

@@ -38,7 +38,7 @@ def over_seeds(runs: Sequence[Found], pick: Any) -> dict[str, Any] | None:
     """One seed: its estimate. More: their mean, and the lowest and highest of them as its interval."""
     found = [estimate for estimate in map(pick, runs) if not math.isnan(value(estimate))]
     if len(found) == 1:
-        return found[0] if isinstance(found[0], Mapping) else {"value": found[0]}
+        return dict(found[0]) if isinstance(found[0], Mapping) else {"value": found[0]}
     if not found:
         return None
     values = [value(estimate) for estimate in found]

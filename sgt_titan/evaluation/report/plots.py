@@ -28,7 +28,7 @@ def figure(draw: Callable[[Any], None], *, width: float = 7.2, height: float = 3
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.hashsalt": "sgt_titan",
         "svg.fonttype": "none",
         "font.family": "sans-serif",

@@ -73,8 +73,7 @@ def percent(estimate: Mapping[str, Any] | float | None, *, interval: bool = Fals
     number = value(estimate)
     if math.isnan(number):
         return "-"
-    text = f"{100 * number:.1f}%"
-    return f"{text} [{_bounds(estimate, 100, '.1f')}]" if interval and _has_interval(estimate) else text
+    return f"{100 * number:.1f}%" + (_bounds(estimate, 100, ".1f") if interval else "")
 
 
 def number(estimate: Mapping[str, Any] | float | None, *, interval: bool = False) -> str:
@@ -83,8 +82,7 @@ def number(estimate: Mapping[str, Any] | float | None, *, interval: bool = False
         return "-"
     if math.isinf(found):
         return "unbounded"
-    text = f"{found:.4g}"
-    return f"{text} [{_bounds(estimate, 1, '.3g')}]" if interval and _has_interval(estimate) else text
+    return f"{found:.4g}" + (_bounds(estimate, 1, ".3g") if interval else "")
 
 
 NUMBERS = {"perplexity": number, "kl": number}  # of ``UTILITY_ROWS``; the others are shares
@@ -94,12 +92,11 @@ def bound_text(bound: float | None) -> str:
     return "no bound" if bound is None else f"at most {percent(bound)}"
 
 
-def _has_interval(estimate: Any) -> bool:
-    return isinstance(estimate, Mapping) and isinstance(estimate.get("low"), float | int)
-
-
-def _bounds(estimate: Mapping[str, Any], factor: float, form: str) -> str:
-    return f"{factor * estimate['low']:{form}}, {factor * estimate['high']:{form}}"
+def _bounds(estimate: Any, factor: float, form: str) -> str:
+    """The interval behind a number; nothing where it has none."""
+    if not isinstance(estimate, Mapping) or not isinstance(estimate.get("low"), float | int):
+        return ""
+    return f" [{factor * estimate['low']:{form}}, {factor * estimate['high']:{form}}]"
 
 
 def best_attack(mechanism: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -108,7 +105,7 @@ def best_attack(mechanism: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] |
     if glanced(mechanism):
         return None
     name = mechanism.get("best") or max(attacks, key=lambda key: value(attacks[key].get("top1")), default=None)
-    return (name, attacks[name]) if name in attacks else None
+    return (name, attacks[name]) if name and name in attacks else None
 
 
 def glanced(mechanism: Mapping[str, Any]) -> bool:

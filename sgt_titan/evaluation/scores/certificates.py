@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sgt_titan.evaluation.world.samples import Padded
+from sgt_titan.evaluation.world.samples import Padded, embedding_table
 from sgt_titan.metrics.information import pac_advantage
 from sgt_titan.metrics.interval import Estimate, ratio
 from sgt_titan.transform import ExportedTransform
@@ -193,7 +193,7 @@ def source_from(sums: np.ndarray, tokens: int, vocab: int) -> Source:
 def measure_source(trunk: PreTrainedModel, batches: Sequence[Padded]) -> Source:
     """The trunk's own view of the hidden tokens, given the clean text before each. One with nothing before it counts as
     known: that errs towards no bound."""
-    sums, tokens, vocab = np.zeros(2 + len(SLOPES)), 0, trunk.get_input_embeddings().weight.shape[0]
+    sums, tokens, vocab = np.zeros(2 + len(SLOPES)), 0, embedding_table(trunk).shape[0]
     for batch in batches:
         logits_BTV = trunk(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long(), use_cache=False).logits
         hidden_BT = batch.obfuscate_BT & batch.valid_BT

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated
-from sgt_titan.evaluation.world.samples import Padded
+from sgt_titan.evaluation.world.samples import Padded, embedding_table
 from sgt_titan.metrics.information import log_mean_exp_information, pac_advantage
 from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
 from sgt_titan.metrics.ranks import most_probable_rank, rank_histogram_entropy, token_ranks
@@ -109,7 +109,7 @@ def measure_privacy(
 
     Intervals resample rows.
     """
-    vocab = trunk.get_input_embeddings().weight.shape[0]
+    vocab = embedding_table(trunk).shape[0]
     sent = send(trunk, batches, mechanism, random)
     rank_N = torch.cat(sent.rank_rows)
     r_star = most_probable_rank(torch.cat(send(trunk, calibration, mechanism, random).rank_rows))

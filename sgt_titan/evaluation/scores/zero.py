@@ -48,6 +48,7 @@ from sgt_titan.evaluation.world.samples import (
     Padded,
     Sample,
     batched,
+    embedding_table,
     generator,
     load_trunk,
     padded,
@@ -146,7 +147,7 @@ def fit(
         steps: at most; with ``begin``, those that it had already count.
         begin: an earlier fit to go on from.
     """
-    device, table_VD = trunk.device, trunk.get_input_embeddings().weight.detach()
+    device, table_VD = trunk.device, embedding_table(trunk)
     usable = [row for row in rows if row.target.any() and row.prompt().obfuscate.any()][:ROWS]
     aside = usable[: min(ASIDE, max(1, len(usable) // 4))]
     usable = usable[len(aside) :] or aside
@@ -302,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps=arguments.zero_steps,
         say=say,
     )
-    vocab, rows = trunk.get_input_embeddings().weight.shape[0], read_samples(dataset.validation, config, arguments.rows)
+    vocab, rows = embedding_table(trunk).shape[0], read_samples(dataset.validation, config, arguments.rows)
     batches = [padded(part, 0, device) for part in batched(rows, vocab)]
     shortened = [padded([shorten(row) for row in part], 0, device) for part in batched(rows, vocab)]
     removed = without_prompt(trunk, batches, shortened, zero.mechanism())

@@ -184,7 +184,9 @@ def collected(files: Sequence[tuple[str, int, Path]], about: Mapping[str, Any]) 
     Args:
         files: row, seed and results.json of each evaluation; those that are not there yet are left out.
     """
-    runs, baselines, limits = [], {}, {}
+    runs: list[dict[str, Any]] = []
+    baselines: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
     for row, seed, file in files:
         try:
             results = json.loads(file.read_text(encoding="utf-8"))

@@ -133,7 +133,8 @@ class Pool:
         start: Callable[[Sequence[str], Path, int], subprocess.Popen] | None = None,
     ):
         self.jobs, self.say, self.after, self.start = jobs, say, after, start or _start
-        self._lock, self._running, self._stopped = threading.Lock(), set(), False
+        self._lock, self._stopped = threading.Lock(), False
+        self._running: set[subprocess.Popen] = set()
 
     def run(self, chains: Sequence[Chain]) -> int:
         """Everything that is not done; returns the exit code of the first step that failed, or 0.

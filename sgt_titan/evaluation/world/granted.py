@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sgt_titan.data.order import hash64
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Rotation
-from sgt_titan.evaluation.world.samples import Sample, batched, generator, padded
+from sgt_titan.evaluation.world.samples import Sample, batched, embedding_table, generator, padded
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
     Corpus,
@@ -57,7 +57,7 @@ class World:
 
     @cached_property
     def table_VD(self) -> torch.Tensor:
-        return self.trunk.get_input_embeddings().weight.detach().float()
+        return embedding_table(self.trunk).float()
 
     @property
     def rotation(self) -> Rotation:
@@ -135,7 +135,7 @@ class World:
 @lru_cache(maxsize=2)
 def _groups(trunk: PreTrainedModel) -> NearDuplicates:
     """Once for all worlds of a trunk."""
-    return near_duplicates(trunk.get_input_embeddings().weight.detach())
+    return near_duplicates(embedding_table(trunk))
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def observe(
     kind: type[Observation] = Observation,
 ) -> Observation:
     """Obfuscate every row once. ``kind`` Noisy: z instead of what is sent."""
-    x_tilde, vocab = [], trunk.get_input_embeddings().weight.shape[0]
+    x_tilde, vocab = [], embedding_table(trunk).shape[0]
     for part in batched(rows, vocab):
         batch = padded(part, 0, trunk.device)
         sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)

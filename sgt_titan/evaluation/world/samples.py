@@ -138,6 +138,12 @@ def check_fit(transform: ExportedTransform, trunk_path: str | Path, export: str)
     return () if same_trunk else (f"{files.path} is not the trunk it was trained for, though the table is the same",)
 
 
+def embedding_table(trunk: PreTrainedModel) -> torch.Tensor:
+    """The trunk's own rows (V, D), in its type, without gradient."""
+    weight: Any = trunk.get_input_embeddings().weight
+    return weight.detach()
+
+
 def load_trunk(path: str | Path, device: torch.device, *, embeds: bool = True) -> PreTrainedModel:
     """The frozen model, float32 on CPU and bfloat16 on GPU: the weights that training reads, and no others.
 
@@ -153,11 +159,12 @@ def load_trunk(path: str | Path, device: torch.device, *, embeds: bool = True) -
     files = TrunkFiles(path)
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     check_tie(files.path, bool(config.tie_word_embeddings), files.entries)
-    options = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     if files.scheme is None:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, trust_remote_code=False, use_safetensors=True, **options
         )
+        model, info = loaded  # output_loading_info
     else:
         del config.quantization_config
         with torch.device("meta"):

@@ -95,7 +95,10 @@ class Substitution:
     def written(self, row: Sample) -> Written:
         """The row at its true length: what replaces a value has as many tokens as it has."""
         prompt, target = len(row.prompt().ids), np.flatnonzero(row.target)
-        ids, obfuscate, scored, first, done = [], [], [], np.arange(len(row.ids)), 0
+        ids: list[int] = []
+        obfuscate: list[bool] = []
+        scored: list[bool] = []
+        first, done = np.arange(len(row.ids)), 0
         last = first + 1
         for start, stop, text in [*self._pieces(row.ids, prompt), (len(row.ids), len(row.ids), "")]:
             first[done:start] += len(ids) - done

@@ -216,7 +216,7 @@ class Guess:
     notes: tuple[str, ...] = ()
 
 
-def grants(attack: Callable[..., Guess]) -> dict[str, type]:
+def grants(attack: Callable[..., Guess]) -> dict[str, typing.Any]:
     """Parameter -> grant, from an attack's signature: its threat model.
 
     Raises TypeError for a positional parameter that is no grant.
