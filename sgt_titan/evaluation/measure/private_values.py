@@ -185,7 +185,7 @@ def _mechanisms(
     )
     transforms = {}
     for name, directory in exports.items():
-        transforms[name] = load_export(directory).to(setting.device).eval()  # type: ignore[arg-type]  # transformers hides the method
+        transforms[name] = load_export(directory).to(setting.device).eval()  # type: ignore[arg-type]
         check_fit(transforms[name], config.trunk.path, directory)
     identity = {
         "trunk": setting.trunk_fingerprint,

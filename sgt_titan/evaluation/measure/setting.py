@@ -146,7 +146,7 @@ def load_setting(export: str, config: Config, *, rows: int, corpus: int, zero_st
     return Setting(
         export=export,
         config=config,
-        transform=transform.to(device).eval(),  # type: ignore[arg-type]  # transformers hides the method
+        transform=transform.to(device).eval(),  # type: ignore[arg-type]
         trunk=load_trunk(trunk_path, device),
         tokenizer=tokenizer,
         rows=chosen,

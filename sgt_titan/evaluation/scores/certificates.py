@@ -94,10 +94,10 @@ def certificate(
 
     Raises ValueError where a rate is negative or not a number, or no token is hidden.
     """
-    rate_B, tokens_B = repeats * np.asarray(rate_B, np.float64), np.asarray(tokens_B, np.float64)
-    if not len(rate_B) or not (rate_B >= -1e-6).all() or not tokens_B.sum() > 0:
+    nats_B, count_B = repeats * np.asarray(rate_B, np.float64), np.asarray(tokens_B, np.float64)
+    if not len(nats_B) or not (nats_B >= -1e-6).all() or not count_B.sum() > 0:
         raise ValueError("expected non-negative rates of prompts with hidden tokens")
-    per_token = ratio(rate_B, tokens_B, seed=seed)
+    per_token = ratio(nats_B, count_B, seed=seed)
     nats = per_token.high if math.isfinite(per_token.high) else per_token.value
     bounds = {
         "prior": prior_bound(nats, source.best_guess),
@@ -105,7 +105,7 @@ def certificate(
         "distortion": distortion_bound(nats, source.slopes),
     }
     return Certificate(
-        nats_per_prompt=ratio(rate_B, np.ones(len(rate_B)), seed=seed),
+        nats_per_prompt=ratio(nats_B, np.ones(len(nats_B)), seed=seed),
         nats_per_token=per_token,
         bounds={name: bound if bound < 1 else None for name, bound in bounds.items()},
         source=source,

@@ -81,7 +81,8 @@ def measure(rows: Sequence[Row], private: Private, *, marks: bool = False) -> di
     sent, hits, precise = [], [], []
     by_kind: dict[str, list[list[int]]] = defaultdict(lambda: [[], []])
     ours: dict[str, list[list[int]]] = defaultdict(lambda: [[], []])
-    back, whole, groups = [], [], defaultdict(lambda: [[], []])
+    groups: dict[str, list[list[int]]] = defaultdict(lambda: [[], []])
+    back, whole = [], []
     for number, row in enumerate(rows):
         talk = private.conversation(f"row {number}")
         hidden = talk.hide(row.prompt, told(row) if marks else None)

@@ -62,6 +62,8 @@ def once(path: Path, find: Callable[[], Guess]) -> Guess:
 
 def _write(path: Path, found: Guess) -> None:
     curve = found.curve
+    if curve is None:
+        raise ValueError("a guess without its curve")
     tensors = {"top": found.top_NK, **{f"curve.{i}": top_N for i, top_N in enumerate(curve.top_N)}}
     about = {"flops": found.flops, "notes": found.notes, "axis": curve.axis, "at": curve.at, "extra": curve.extra}
     about["extra_label"] = curve.extra_label

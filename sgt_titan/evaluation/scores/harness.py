@@ -68,7 +68,7 @@ class ObfuscatedLM(TemplateLM):
             check_fit(transform, trunk, export)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             made = {
-                "sgt": lambda: learned(transform.to(device)),
+                "sgt": lambda: learned(transform.to(device)),  # type: ignore[arg-type]
                 "none": nothing,
                 "noise": lambda: constant_noise(float(std) * transform.config.scale),
             }
@@ -191,7 +191,7 @@ class ObfuscatedLM(TemplateLM):
 
     def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """Requests of about the same length, few enough that their logits fit."""
-        vocab, found = self.embed.weight.shape[0], []
+        vocab, found = self.embed.weight.shape[0], list[list[int]]()
         for i in order:
             longest = lengths[found[-1][0]] if found else 0
             if found and len(found[-1]) < min(MAX_ROWS, max(1, LOGIT_BUDGET // max(1, longest * vocab))):

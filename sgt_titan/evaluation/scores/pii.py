@@ -30,7 +30,7 @@ def pii_ratio(
     micro: over all values; macro: the mean over prompts that have any. A value that also stands in a clean part of the
     prompt leaks whatever is done, so the floor need not be 0.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, leaks in (("exact", is_in), ("fuzzy", is_nearly_in)):
         flags = [
             [leaks(unit, read) for unit in these if is_in(unit, original)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,9 @@ def pair_information(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[np.ndarra
 
     A row with itself is none, nor are two rows without a common position: 0 there.
     """
+    log_std_BTD = sent.log_std_BTD
+    if log_std_BTD is None:
+        raise ValueError("without noise, information has no bound")
     rows = mask_BT.shape[0]
     mi_BB, is_pair_BB = np.zeros((rows, rows)), np.zeros((rows, rows), dtype=bool)
     x = np.arange(rows)
@@ -47,10 +51,10 @@ def pair_information(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[np.ndarra
         positions_SB = common_positions(mask_BT, mask_BT, first=0, shifts=[shift])
         loss_B = group_loss(
             sent.x_tilde_BTD.float(),
-            sent.log_std_BTD,
+            log_std_BTD,
             mask_BT,
             sent.center_BTD.float(),
-            sent.log_std_BTD,
+            log_std_BTD,
             mask_BT,
             first=0,
             shifts=[shift],
@@ -80,11 +84,11 @@ class Sent(NamedTuple):
 @torch.no_grad()
 def send(trunk: PreTrainedModel, batches: Sequence[Padded], mechanism: Mechanism, random: torch.Generator) -> Sent:
     """Obfuscate every row once and rank its hidden tokens."""
-    embed = trunk.get_input_embeddings()
+    embed, table_VD = trunk.get_input_embeddings(), embedding_table(trunk)
     ranks, ties, parts = [], 0, []
     for batch in batches:
         sent, hidden_BT = mechanism.obfuscate(batch, embed(batch.tokens_BT), random), batch.obfuscate_BT
-        found = token_ranks(sent.x_tilde_BTD[hidden_BT], embed.weight, batch.tokens_BT[hidden_BT])
+        found = token_ranks(sent.x_tilde_BTD[hidden_BT], table_VD, batch.tokens_BT[hidden_BT])
         ranks += found.rank_N.cpu().split(hidden_BT.sum(-1).tolist())
         ties += int((found.ties_N > 0).sum())
         parts.append((sent, hidden_BT))
@@ -118,8 +122,8 @@ def measure_privacy(
     found: dict[str, Any] = {
         "nn_fr": _rate(sent, lambda rank: rank > 1, seed),
         "mrp_fr": _rate(sent, lambda rank: rank != r_star, seed),
-        **{f"ttr_{k}": _rate(sent, lambda rank, k=k: rank > k, seed) for k in (10, 50, 100)},
-        **{f"sym_ttr_{k}": _rate(sent, lambda rank, k=k: (rank > k) & (rank <= vocab - k), seed) for k in (10, 100)},
+        **{f"ttr_{k}": _rate(sent, partial(_between, k, vocab), seed) for k in (10, 50, 100)},
+        **{f"sym_ttr_{k}": _rate(sent, partial(_between, k, vocab - k), seed) for k in (10, 100)},
         "mrp_rank": r_star,
         "tied_tokens": sent.ties,
         "rank_entropy": _entropy(sent.rank_rows, vocab, seed).as_dict(),
@@ -148,6 +152,11 @@ def language_model_top1(trunk: PreTrainedModel, batches: Sequence[Padded]) -> Es
         hits += (right_BT & batch.obfuscate_BT).sum(-1).tolist()
         tokens += batch.obfuscate_BT.sum(-1).tolist()
     return ratio(hits, tokens, share=True)
+
+
+def _between(low: int, high: int, rank: torch.Tensor) -> torch.Tensor:
+    """Neither among the ``low`` nearest nor beyond the ``high`` nearest."""
+    return (rank > low) & (rank <= high)
 
 
 def _rate(sent: Sent, is_hit: Callable[[torch.Tensor], torch.Tensor], seed: int) -> dict[str, Any]:

@@ -107,12 +107,15 @@ def respelt_logits(trunk: PreTrainedModel, batch: Padded, respelt: Respelt, rand
     A value's first token gets the probability that the whole of what stands for it comes; its other tokens come with it
     when it is put back, and are counted as those of the clean prompt.
     """
-    embed, found = trunk.get_input_embeddings(), []
+    embed = trunk.get_input_embeddings()
+    found: list[torch.Tensor] = []
     clean_NV = response_logits(trunk, batch, embed(batch.tokens_BT))
     for b in range(len(batch.tokens_BT)):
         length = int(batch.valid_BT[b].sum())
-        parts = (part[b, :length].cpu().numpy() for part in (batch.tokens_BT, batch.obfuscate_BT, batch.target_BT))
-        row = Sample(*parts)
+        tokens_T, hidden_T, target_T = (
+            part[b, :length].cpu().numpy() for part in (batch.tokens_BT, batch.obfuscate_BT, batch.target_BT)
+        )
+        row = Sample(tokens_T, hidden_T, target_T)
         written = respelt.written(row)
         new = padded([written.row], 0, trunk.device)
         sent = respelt.before.obfuscate(new, embed(new.tokens_BT), random)
@@ -180,7 +183,8 @@ class Reference(NamedTuple):
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Reference:
         """What ``as_dict`` wrote."""
-        return cls(*(np.array(found["rows"][name]) for name in ("tokens", "clean", "without")), found["ways"])
+        tokens_B, clean_B, without_B = (np.array(found["rows"][name]) for name in ("tokens", "clean", "without"))
+        return cls(tokens_B, clean_B, without_B, found["ways"])
 
 
 def reference_utility(trunk: PreTrainedModel, batches: Sequence[Padded], removed: Mapping[str, Utility]) -> Reference:
@@ -273,7 +277,8 @@ def greedy(
     x_tilde_BTD = door.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random).x_tilde_BTD
     ends = trunk.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    out = trunk.generate(
+    generate: Any = trunk.generate
+    out = generate(
         inputs_embeds=x_tilde_BTD.to(trunk.dtype),
         attention_mask=batch.valid_BT.long(),
         max_new_tokens=tokens,
@@ -319,4 +324,5 @@ def _sums(value_N: torch.Tensor, row_N: torch.Tensor, batches: Sequence[Padded])
 
 
 def _exp(nats: Estimate) -> Estimate:
-    return Estimate(*(math.exp(min(v, 700.0)) for v in (nats.value, nats.low, nats.high)), nats.n)
+    value, low, high = (math.exp(min(v, 700.0)) for v in (nats.value, nats.low, nats.high))
+    return Estimate(value, low, high, nats.n)

@@ -83,8 +83,8 @@ class Zero:
     def place(self, batch: Padded, x_BTD: torch.Tensor) -> torch.Tensor:
         """Embeddings with the constant at the hidden positions of the prompt."""
         at_BT, before_BT = positions(batch)
-        known = (part.to(x_BTD.device) for part in (self.shared_D, self.front_PD, self.back_PD))
-        return _placed(*known, prompt_positions(batch), at_BT, before_BT, x_BTD)
+        shared_D, front_PD, back_PD = (part.to(x_BTD.device) for part in (self.shared_D, self.front_PD, self.back_PD))
+        return _placed(shared_D, front_PD, back_PD, prompt_positions(batch), at_BT, before_BT, x_BTD)
 
     def mechanism(self) -> Mechanism:
         """As a way to hide a prompt: what it keeps is 0 by definition."""
@@ -153,7 +153,8 @@ def fit(
     usable = usable[len(aside) :] or aside
     P = max(len(row.ids) for row in (*usable, *aside)) + 1
     if begin is None:
-        begin = Zero(table_VD.float().mean(0).cpu(), *torch.zeros(2, P, table_VD.shape[1]), steps=0, settled=False)
+        front_PD, back_PD = torch.zeros(2, P, table_VD.shape[1])
+        begin = Zero(table_VD.float().mean(0).cpu(), front_PD, back_PD, steps=0, settled=False)
     best = begin
     if steps <= best.steps:
         return best
@@ -180,8 +181,8 @@ def fit(
         standing = 0 if now < low - TOLERANCE else standing + 1
         if now < low:
             low = now
-            kept = [part.detach().float().cpu().clone() for part in learned]
-        best = Zero(*kept, steps=step, settled=False, aside=tuple(seen))
+            shared_D, front_PD, back_PD = (part.detach().float().cpu().clone() for part in learned)
+        best = Zero(shared_D, front_PD, back_PD, steps=step, settled=False, aside=tuple(seen))
         if standing >= 2:
             if cuts == CUTS:
                 return replace(best, settled=True)
@@ -196,7 +197,8 @@ def _cross_entropy(trunk: PreTrainedModel, batch: Padded, learned: Sequence[torc
     with torch.no_grad():
         x_BTD = trunk.get_input_embeddings()(batch.tokens_BT)
         teacher_NV = response_logits(trunk, batch, x_BTD)
-    sent_BTD = _placed(*learned, prompt_positions(batch), *positions(batch), x_BTD)
+    (shared_D, front_PD, back_PD), (at_BT, before_BT) = learned, positions(batch)
+    sent_BTD = _placed(shared_D, front_PD, back_PD, prompt_positions(batch), at_BT, before_BT, x_BTD)
     return soft_cross_entropy(response_logits(trunk, batch, sent_BTD), teacher_NV).cross_entropy_N
 
 
@@ -257,8 +259,9 @@ def read(path: Path) -> Zero | None:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            parts = [file.get_tensor(name) for name in ("shared", "front", "back")]
-        return Zero(*parts, int(about["steps"]), bool(json.loads(about["settled"])), tuple(json.loads(about["aside"])))
+            shared_D, front_PD, back_PD = (file.get_tensor(name) for name in ("shared", "front", "back"))
+        settled, aside = bool(json.loads(about["settled"])), tuple(json.loads(about["aside"]))
+        return Zero(shared_D, front_PD, back_PD, int(about["steps"]), settled, aside)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
