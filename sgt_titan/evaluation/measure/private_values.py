@@ -14,7 +14,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,10 +265,13 @@ def _measured(
             setting.trunk, setting.full_batches, setting.rows, mechanism, random, reference=setting.reference
         )
 
+    def attacked(name: str) -> Callable[[], dict[str, Any]]:
+        return lambda: _attack(setting, mechanism, KNOWN[name], arguments)
+
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "utility": spent,
         "answers": lambda: _answers(setting, mechanism, random.manual_seed(arguments.seed)),
-        **{f"attacks/{name}": partial(_attack, setting, mechanism, KNOWN[name], arguments) for name in attacks},
+        **{f"attacks/{name}": attacked(name) for name in attacks},
     }
     found = {}
     for name, job in jobs.items():
