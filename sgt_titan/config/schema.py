@@ -101,6 +101,8 @@ class Estimator:
                                "gradient fades.")  # fmt: skip
     std_init: float = opt(0.1, "Sigma at the start, same units. Heads start at zero, so training starts at the "
                                "identity plus this noise.")  # fmt: skip
+    gate: bool = opt(False, "A gate a token, learned: x + mu is scaled by s in (0, 1) and sigma moves to objective.rate.tau as s "
+                            "goes to 0, so that a token that the answer does not need can be silent.")  # fmt: skip
     mean_bound: float = opt(0.0, "Bound of |mu| per feature, same units, by bound * tanh(mu / bound); 0: unbounded. "
                                  "Behind RMSNorm the gradient on a large mean vanishes and it drifts.")  # fmt: skip
 
