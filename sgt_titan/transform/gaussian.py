@@ -17,6 +17,7 @@ import torch
 from sgt_titan.errors import UserError
 
 _GATE_START = 3.0  # logit of a gate whose head is zero
+_GATE_PACE = 0.1  # of its logit to its head: at 1, gates close before the trunk's needs are learned, and stay closed
 _CHUNK_ELEMENTS = 1 << 22  # 32 MB of float64 scratch at a time, whatever the size of the table
 
 
@@ -94,12 +95,12 @@ def gated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mu and log sigma behind a gate: what a token says is scaled as a whole, and its noise grows as it closes.
 
-    ``s = sigmoid(raw + c)``, one a token: ``x + mu`` becomes ``s (x + mu)`` and ``log sigma`` lies ``s`` of the way from
+    ``s = sigmoid(c + raw / 10)``, one a token: ``x + mu`` becomes ``s (x + mu)`` and ``log sigma`` lies ``s`` of the way from
     ``log closed`` to itself. Closed (s = 0), z is N(0, closed^2) whatever the token, which costs no rate against that
     prior; open (s = 1), nothing changes. Without it an estimator has to learn mu = -x to the last digit to say nothing.
     ``raw``: ``(..., 1)``, 0 at the start, where s = 0.95; the others ``(..., D)``, float32 and in embedding units.
     """
-    share = torch.sigmoid(_at_least_fp32(raw) + _GATE_START)
+    share = torch.sigmoid(_GATE_START + _GATE_PACE * _at_least_fp32(raw))
     closed = math.log(bounds.closed * bounds.scale)
     x = _at_least_fp32(x)
     return share * (x + mean) - x, closed + share * (log_std - closed)

@@ -65,9 +65,9 @@ def drawn(seed=0):
 
 def test_an_open_gate_changes_nothing_and_a_closed_one_says_nothing():
     x, mean, log_std = drawn()
-    opened = gated(x, mean, log_std, torch.full((5, 1), 60.0, dtype=torch.float64), GATED)
+    opened = gated(x, mean, log_std, torch.full((5, 1), 600.0, dtype=torch.float64), GATED)
     assert torch.allclose(opened[0], mean) and torch.allclose(opened[1], log_std)
-    center, closed_log_std = gated(x, mean, log_std, torch.full((5, 1), -60.0, dtype=torch.float64), GATED)
+    center, closed_log_std = gated(x, mean, log_std, torch.full((5, 1), -600.0, dtype=torch.float64), GATED)
     assert torch.allclose(x + center, torch.zeros_like(x), atol=1e-12)
     assert torch.allclose(closed_log_std.exp(), torch.full_like(x, 1.5 * 0.03))
     assert broad_rate(x + center, closed_log_std, 1.5 * 0.03).abs().max() < 1e-12
@@ -76,12 +76,12 @@ def test_an_open_gate_changes_nothing_and_a_closed_one_says_nothing():
 def test_a_gate_is_of_a_token_and_starts_nearly_open():
     x, mean, log_std = drawn()
     raw = torch.zeros(5, 1, dtype=torch.float64)
-    raw[2] = -60.0
+    raw[2] = -600.0
     shifted, _ = gated(x, mean, log_std, raw, GATED)
     share = (x + shifted) / (x + mean)
     assert torch.allclose(share[[0, 1, 3, 4]], torch.sigmoid(torch.tensor(3.0, dtype=torch.float64)))
     assert share[2].abs().max() < 1e-12
-    closing = [broad_rate(x + m, s, 0.045) for m, s in (gated(x, mean, log_std, raw - k, GATED) for k in (0, 3, 6))]
+    closing = [broad_rate(x + m, s, 0.045) for m, s in (gated(x, mean, log_std, raw - k, GATED) for k in (0, 30, 60))]
     assert (closing[0] >= closing[1]).all() and (closing[1] >= closing[2]).all()
 
 
