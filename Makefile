@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-slurm test-vllm test-all bench lint docs release clean
+.PHONY: help setup demo test test-slurm test-vllm clients test-all bench lint docs release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,7 +44,18 @@ test-vllm: $(READY) $(VLLM_VENV)/.ready ## client and proxy against a real vLLM 
 
 $(VLLM_VENV)/.ready: tests/vllm/install.py
 	$(BASE_PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python tests/vllm/install.py
+	$(VLLM_VENV)/bin/python tests/vllm/install.py --torch-index '$(TORCH_INDEX)'
+	touch $@
+
+clients: $(READY) .venv-clients/.ready ## the table of clients in docs/SERVING.md, by running them (needs node and npm)
+	$(PYTHON) tests/clients/table.py --write
+	$(PYTHON) tests/prose.py --write docs/SERVING.md
+
+.venv-clients/.ready: tests/clients/requirements.txt tests/clients/package.json
+	$(BASE_PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q -r tests/clients/requirements.txt
+	mkdir -p .venv-clients/node && cp tests/clients/package.json .venv-clients/node/
+	npm install --silent --prefix .venv-clients/node
 	touch $@
 
 test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM

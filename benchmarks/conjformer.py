@@ -124,12 +124,12 @@ def gpt2(arguments: argparse.Namespace) -> None:
 
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from sgt_titan.config.load import resolve
+    from sgt_titan.config.resolve import resolve
     from sgt_titan.config.schema import Config
     from sgt_titan.data.cache import prepare
     from sgt_titan.data.order import samples_at
     from sgt_titan.demo import TRUNK
-    from sgt_titan.transform.trunk_files import tokenizer_files
+    from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
     config = Config()
     config.trunk.path, config.data.source, config.training.seq_len = "demo", "demo", 128

@@ -1,8 +1,11 @@
 """What the proxy adds, at some numbers of clients at a time: to text sent straight to the same server, in one run.
 
-    python benchmarks/load.py --export EXPORT --upstream http://127.0.0.1:8000 [--key KEY] [--clients 1 16 64 256]
+    python benchmarks/load.py                # a server that answers at once and reads no prompt: the proxy is the limit
+    python benchmarks/load.py --vllm         # the vLLM of .venv-vllm (make test-vllm) over the demo trunk
+    python benchmarks/load.py --export EXPORT --upstream http://127.0.0.1:8000 --key KEY --clients 1 16 64 256
 
-The proxy is a process of its own. Straight: `/v1/completions` with the prompt's text. Medians of whole answers.
+The proxy is a process of its own. Straight: `/v1/completions` with the prompt's text. Medians of whole answers. Without
+--export it is an untrained transform of the demo trunk, whose times are those of a trained one.
 """
 
 from __future__ import annotations
@@ -14,13 +17,18 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.proxy import start_proxy
+from benchmarks.proxy import start_instant, start_proxy
+from tests.serving_kit import make_export
+from tests.vllm.conftest import KEY as VLLM_KEY
+from tests.vllm.conftest import TRUNK
+from tests.vllm.conftest import served as served_by_vllm
 
 KEY = "load-key-0123456789"
 PROMPT = "Dear Anna, your parcel has come. "
@@ -29,13 +37,15 @@ PROMPT = "Dear Anna, your parcel has come. "
 async def ask(url: str, key: str, model: str, clients: int, requests: int, tokens: int) -> tuple[float, float, int]:
     """Median seconds of an answer, requests a second, failures."""
     times, failures, left = [], 0, iter(range(requests))
-    body = {"model": model, "prompt": PROMPT * 8, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
 
     async def keep(client: httpx.AsyncClient) -> None:
         nonlocal failures
-        for _ in left:
+        for number in left:
+            # Each begins otherwise: a server finds what it has seen of text, and nothing of embeddings.
+            prompt = f"{number}: {PROMPT * 8}"
             started = time.perf_counter()
-            found = await client.post("/v1/completions", json=body)
+            found = await client.post("/v1/completions", json={**body, "prompt": prompt})
             times.append(time.perf_counter() - started)
             failures += found.status_code != 200
 
@@ -54,25 +64,39 @@ def memory(pid: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--export", required=True)
-    parser.add_argument("--upstream", required=True)
+    parser.add_argument("--export")
+    parser.add_argument("--upstream")
+    parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--key", default="")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--requests", type=int, default=8, help="of every client, at most 256 in all (default 8)")
     parser.add_argument("--tokens", type=int, default=8)
     arguments = parser.parse_args()
-    headers = {"authorization": f"Bearer {arguments.key}"}
-    served = httpx.get(arguments.upstream + "/v1/models", headers=headers).json()["data"][0]["id"]
-    options = ["--upstream", arguments.upstream, "--active", "256", "--waiting", "1024", "--wait-timeout", "300"]
-    environment = {"SGT_TITAN_API_KEY": KEY, "SGT_TITAN_UPSTREAM_API_KEY": arguments.key}
-    log = Path(tempfile.mkstemp(prefix="load-", suffix=".log")[1])
-    process, url = start_proxy(arguments.export, options, environment, log)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="load-")))
+        upstream, key = arguments.upstream, arguments.key
+        if arguments.vllm:
+            upstream, key = stack.enter_context(served_by_vllm(folder / "vllm.log")), VLLM_KEY
+        elif upstream is None:
+            instant, upstream = start_instant()
+            stack.callback(instant.terminate)
+        export = arguments.export or make_export(TRUNK, folder / "export", std=0.05)
+        measure(arguments, str(export), upstream, key, folder / "proxy.log")
+    return 0
+
+
+def measure(arguments: argparse.Namespace, export: str, upstream: str, key: str, log: Path) -> None:
+    headers = {"authorization": f"Bearer {key}"}
+    served = httpx.get(upstream + "/v1/models", headers=headers).json()["data"][0]["id"]
+    options = ["--upstream", upstream, "--active", "256", "--waiting", "1024", "--wait-timeout", "300"]
+    environment = {"SGT_TITAN_API_KEY": KEY, "SGT_TITAN_UPSTREAM_API_KEY": key}
+    process, url = start_proxy(export, options, environment, log)
     try:
         print("clients   straight ms   req/s   proxy ms   req/s   added ms   failed   proxy MiB")
         for clients in arguments.clients:
             requests = max(clients, min(256, clients * arguments.requests))
             how = (clients, requests, arguments.tokens)
-            straight = asyncio.run(ask(arguments.upstream, arguments.key, served, *how))
+            straight = asyncio.run(ask(upstream, key, served, *how))
             proxied = asyncio.run(ask(url, KEY, "m", *how))
             print(
                 f"{clients:>7}{1e3 * straight[0]:>14.0f}{straight[1]:>8.1f}{1e3 * proxied[0]:>11.0f}{proxied[1]:>8.1f}"
@@ -81,7 +105,6 @@ def main() -> int:
     finally:
         process.terminate()
         process.wait(60)
-    return 0
 
 
 if __name__ == "__main__":

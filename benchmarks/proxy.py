@@ -1,7 +1,8 @@
-"""The proxy in a process of its own, for ``load.py`` and ``soak.py``."""
+"""The proxy in a process of its own, for ``load.py`` and ``soak.py``; and a server that is no limit to it."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -26,3 +27,41 @@ def start_proxy(
             sys.exit(log.read_text())
         time.sleep(0.2)
     return process, found[1]
+
+
+def start_instant() -> tuple[subprocess.Popen, str]:
+    """A server that says ``max_tokens`` words at once, whatever it is sent; its process and URL."""
+    command = [sys.executable, "-c", "from benchmarks.proxy import instant; instant()"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def instant() -> None:
+    import socket
+
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"data": [{"id": "instant", "max_model_len": 8192}]})
+
+    async def completions(request: Request) -> Response:
+        body = await request.json()
+        last = body["max_tokens"] - 1
+        ends = [None] * last + ["length"]
+        choices = [{"index": 0, "text": "a ", "finish_reason": end} for end in ends]
+        if not body.get("stream"):
+            return JSONResponse({"choices": [{"index": 0, "text": "a " * last, "finish_reason": "length"}]})
+        events = [{"choices": [c], "usage": {"completion_tokens": i + 1}} for i, c in enumerate(choices)]
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+        return StreamingResponse(iter([*lines, "data: [DONE]\n\n"]), media_type="text/event-stream")
+
+    routes = [Route("/v1/models", models), Route("/v1/completions", completions, methods=["POST"])]
+    app = Starlette(routes=routes)
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False)).run(sockets=[listener])

@@ -2,10 +2,11 @@
 
     python benchmarks/soak.py --minutes 60 --seed 1
 
-Seeded and bounded. The server is the tests' stub over a small random trunk; the proxy is a process of its own, all of
-whose output is kept. Ends with exit code 1 if a request got no answer and no error, if one was generated to its end
-twice, if the proxy's memory grew by more than a quarter after the first fifth of the time, or if a word of a prompt was
-printed. `python benchmarks/load.py` measures speed.
+Seeded and bounded. The server is the tests' stub over a small random trunk; it dies in the middle of answers and comes
+back on its port. The proxy is a process of its own, all of whose output is kept. Ends with exit code 1 if a request
+got neither an answer nor one of the errors that say whose fault it is, if one was generated to its end twice or an
+answer not once, if the proxy's memory grew by more than a quarter after the first fifth of the time, or if a word of a
+prompt was printed. `python benchmarks/load.py` measures speed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ KEY = "soak-key-0123456789"
 PATH = "/v1/chat/completions"
 
 
+class Forgetful(list):
+    """For what an hour would fill the memory with."""
+
+    def append(self, item: object) -> None:
+        pass
+
+
 class Upstream(threading.Thread):
     """A stub that stops and comes back on its port, at moments of ``rng``, and sometimes breaks off."""
 
@@ -49,7 +57,7 @@ class Upstream(threading.Thread):
     def run(self) -> None:
         port = 0
         while not self.over.is_set():
-            with running(vllm_app(self.trunk), port=port) as url:
+            with running(vllm_app(self.trunk), port=port, timeout_graceful_shutdown=0) as url:
                 self.url, port = url, int(url.rsplit(":", 1)[1])
                 self.up.set()
                 self.over.wait(1e9 if self.steady else self.rng.uniform(5, 20))
@@ -74,38 +82,65 @@ def hostile(rng: random.Random) -> bytes:
     )
 
 
-async def one(client: httpx.AsyncClient, rng: random.Random, seen: collections.Counter) -> None:
+OURS = (408, 413, 429, 502, 503, 504)  # too much, or the server's fault; never 500
+
+
+class Seen:
+    """How requests ended: counts, the ids of those that were answered whole, and a few of those that were lost."""
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.answered: list[str] = []
+        self.lost: list[str] = []
+        self.canary = 0
+
+    def ended(self, kind: str, how: str, words: str = "") -> None:
+        self.counts[f"{kind}: {how}"] += 1
+        if how.startswith("LOST"):
+            self.lost.append(f"{kind}: {how} {words[:200]!r}")
+
+
+async def one(client: httpx.AsyncClient, rng: random.Random, seen: Seen) -> None:
     """One request of some kind; how it ended is counted. What ends in no known way is a request lost."""
     kind = rng.choices(["whole", "stream", "vanish", "slow", "hostile"], [4, 3, 2, 1, 2])[0]
     content = f"{CANARY} asks for {rng.random()}"
     body = {"model": "m", "messages": [{"role": "user", "content": content[:60]}], "max_tokens": rng.randint(1, 20)}
+    status, text = 0, ""
     try:
         if kind == "hostile":
-            headers = {"content-type": "application/json"}
-            found = await client.post(PATH, content=hostile(rng), headers=headers)
-            ended = "refused" if 400 <= found.status_code < 500 else f"LOST {found.status_code}"
-            seen["canary"] += CANARY in found.text
+            found = await client.post(PATH, content=hostile(rng), headers={"content-type": "application/json"})
+            status, text = found.status_code, found.text
+            how = "refused" if status in (400, 413) else f"error {status}" if status in OURS else f"LOST {status}"
         elif kind == "whole":
             found = await client.post(PATH, json=body)
-            whole = found.status_code == 200 and found.json()["choices"][0]["finish_reason"]
-            failed = found.status_code in (429, 502, 503, 504) and "error" in found.json()
-            ended = "answered" if whole else f"error {found.status_code}" if failed else f"LOST {found.status_code}"
-            seen["canary"] += CANARY in found.text
+            status, text = found.status_code, found.text
+            if status == 200 and found.json()["choices"][0]["finish_reason"]:
+                how = "answered"
+                seen.answered.append(found.headers["x-request-id"])
+            else:
+                how = f"error {status}" if status in OURS and "error" in found.json() else f"LOST {status}"
         else:
             async with client.stream("POST", PATH, json={**body, "stream": True}) as response:
-                text = ""
+                status = response.status_code
                 async for piece in response.aiter_text():
                     text += piece
                     if kind == "vanish":
-                        seen["vanish: gone"] += 1
-                        return
+                        break
                     if kind == "slow":
                         await asyncio.sleep(0.2)
-                ok = "[DONE]" in text or '"error"' in text
-                ended = "answered" if "[DONE]" in text else "error" if ok else "LOST"
+            if kind == "vanish":
+                how = "gone" if status == 200 or status in OURS else f"LOST {status}"
+            elif status == 200 and "[DONE]" in text:
+                how = "answered"
+                seen.answered.append(response.headers["x-request-id"])
+            elif status == 200 and '"error"' in text:
+                how = "error in the middle"
+            else:
+                how = f"error {status}" if status in OURS and '"error"' in text else f"LOST {status}"
     except httpx.HTTPError as error:
-        ended = f"LOST {type(error).__name__}"
-    seen[f"{kind}: {ended}"] += 1
+        how = f"LOST {type(error).__name__}"
+    seen.canary += CANARY in text
+    seen.ended(kind, how, text)
 
 
 def memory(pid: int) -> float:
@@ -113,8 +148,8 @@ def memory(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
-async def soak(url: str, pid: int, seconds: float, clients: int, seed: int) -> tuple[collections.Counter, list[float]]:
-    seen: collections.Counter = collections.Counter()
+async def soak(url: str, pid: int, seconds: float, clients: int, seed: int) -> tuple[Seen, list[float]]:
+    seen = Seen()
     sizes, until = [], time.monotonic() + seconds
 
     async def keep(number: int) -> None:
@@ -143,6 +178,7 @@ def main() -> int:
     export = make_export(trunk_dir, folder / "export")
     rng = random.Random(arguments.seed)
     trunk = load_trunk(trunk_dir, endless=True, delay_s=0.002)
+    trunk.bodies, trunk.received, trunk.headers = Forgetful(), Forgetful(), Forgetful()
     upstream = Upstream(trunk, rng, steady=False)
     upstream.start()
     upstream.up.wait(60)
@@ -156,25 +192,27 @@ def main() -> int:
         process.terminate()
         process.wait(60)
         upstream.over.set()
-    for name, count in sorted(seen.items()):
+    for name, count in sorted(seen.counts.items()):
         print(f"{count:>8}  {name}")
     settled = sizes[len(sizes) // 5 :]
     early, late = statistics.median(settled[: len(settled) // 4 + 1]), statistics.median(settled[-len(settled) // 4 :])
-    ids = collections.Counter(head.get("x-request-id") for head in trunk.headers if head.get("x-request-id"))
-    finished = trunk.finished
-    lost = sum(count for name, count in seen.items() if "LOST" in name)
-    answered = sum(count for name, count in seen.items() if name.endswith("answered"))
-    printed = CANARY in log.read_text() or bool(seen["canary"])
+    finished = collections.Counter(trunk.finished_ids)
+    twice = sum(count > 1 for count in finished.values())
+    unfounded = sum(finished[one] != 1 for one in seen.answered)
+    repeated = len(seen.answered) - len(set(seen.answered))
+    printed = CANARY in log.read_text() or bool(seen.canary)
     print(f"memory: {early:.0f} MiB early, {late:.0f} MiB late; upstream died {upstream.deaths} times")
-    print(
-        f"upstream: {trunk.started} begun, {finished} generated to the end, {len(ids)} request ids; {answered} answered"
-    )
-    print(f"lost: {lost}; canary printed: {printed}; exit code of the proxy: {process.returncode}")
+    print(f"upstream: {trunk.started} begun, {trunk.finished} to the end, {twice} of them twice")
+    print(f"answered: {len(seen.answered)}, {unfounded} not generated to the end just once, {repeated} ids repeated")
+    print(f"lost: {len(seen.lost)} of {sum(seen.counts.values())}; canary printed: {printed}; ", end="")
+    print(f"exit code of the proxy: {process.returncode}")
+    for words in seen.lost[:10]:
+        print("   ", words)
     print("each line of its log that is no request:")
     for line in sorted({re.sub(r"[0-9a-f]{24}|\d+", "N", line) for line in log.read_text().splitlines()} - {""}):
         if not re.match(r".*(POST|GET) /", line):
             print("   ", line[:160])
-    return int(bool(lost) or printed or late > 1.25 * early)
+    return int(bool(seen.lost) or bool(twice) or bool(unfounded) or printed or late > 1.25 * early)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ reads them anywhere.
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import shutil
 import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sgt_titan import disk
 
 if TYPE_CHECKING:
     import torch
@@ -70,27 +70,9 @@ def describe_files(files: Iterable[Path]) -> dict[str, dict[str, int]]:
     return {file.name: {"bytes": file.stat().st_size, "crc32": crc32(file)} for file in files}
 
 
-def write_durably(file: Path, text: str) -> None:
-    """The whole text or nothing, on disk when this returns."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")  # others may write it too
-    try:
-        with temporary.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def commit(path: Path, files: dict[str, dict[str, int]]) -> None:
     """Make a finished directory count."""
-    write_durably(path / MARKER, json.dumps({"files": files}, indent=1))
+    disk.write(path / MARKER, json.dumps({"files": files}, indent=1))
 
 
 def problems(path: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:

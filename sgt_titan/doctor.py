@@ -25,7 +25,6 @@ import faulthandler
 import json
 import os
 import platform
-import shutil
 import socket
 import statistics
 import sys
@@ -40,13 +39,14 @@ from pathlib import Path
 from typing import Any
 
 import sgt_titan
+from sgt_titan import disk
 from sgt_titan.arguments import Parser
-from sgt_titan.checkpoint import write_durably
 from sgt_titan.cluster import preflight
+from sgt_titan.config.check import validate
 from sgt_titan.config.door import read_config, split_words
-from sgt_titan.config.load import read_trunk, validate
 from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.errors import UserError
 from sgt_titan.plan.weights import checkpoint_bytes
 
@@ -130,7 +130,7 @@ def in_a_job(config: Config | None, folder: Path, deadline: float) -> int:
 
     def done(phase: str) -> None:
         report["phase"] = phase
-        write_durably(file, json.dumps(report))
+        disk.write(file, json.dumps(report))
 
     begun = file.stat().st_mtime if file.is_file() else None
     done("started")
@@ -159,7 +159,7 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
     report["device"] = device = "cuda" if torch.cuda.is_available() else "cpu"
     report["same"] = {"device": device}
     attempt(report, device, lambda: _device(report, device, process))
-    report["tmp_bytes"] = shutil.disk_usage(tempfile.gettempdir()).free
+    report["tmp_bytes"] = disk.free(tempfile.gettempdir())
     attempt(
         report, "network interface", lambda: check_interfaces(os.environ, [name for _, name in socket.if_nameindex()])
     )
@@ -167,7 +167,7 @@ def local(report: dict[str, Any], config: Config | None, process: int, beside: P
     if config is None:
         return
     attempt(report, "trunk", lambda: report["same"].update(trunk=_trunk(expand(config.trunk.path, "trunk.path"))))
-    attempt(report, "run.output_dir", lambda: report.update(output_free=_free(Path(config.run.output_dir))))
+    attempt(report, "run.output_dir", lambda: report.update(output_free=_free(config.run.output_dir)))
     if "trunk" not in report["errors"]:  # all that `train` would refuse of it, from config.json and headers
         attempt(report, "trunk", lambda: validate(config, None, read_trunk(config)))
     if config.run.task == "sgt" and "trunk" not in report["errors"]:
@@ -182,7 +182,7 @@ def attempt(report: dict[str, Any], name: str, action: Callable[[], Any]) -> Non
     try:
         action()
     except Exception as error:
-        report["errors"][name] = " ".join(str(error).split())[:300] or type(error).__name__
+        report["errors"][name] = " ".join(str(error).removeprefix(f"{name}: ").split())[:300] or type(error).__name__
 
 
 def versions() -> dict[str, str]:
@@ -259,16 +259,8 @@ def _trunk(path: str) -> str:
     return TrunkFiles(path).fingerprint()
 
 
-def _free(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a directory")
-    if os.statvfs(folder).f_flag & os.ST_RDONLY:
-        raise PermissionError(f"{folder} is on a read-only file system")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written")
-    return shutil.disk_usage(folder).free
+def _free(folder: str) -> int:
+    return disk.free(disk.writable(folder, "run.output_dir"))
 
 
 # -- between nodes -----------------------------------------------------------------------------------------------------

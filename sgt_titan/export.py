@@ -7,19 +7,17 @@ torchtitan nor a GPU.
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from sgt_titan import checkpoint
+from sgt_titan import checkpoint, disk
 from sgt_titan.config.load import load
 from sgt_titan.config.schema import TERMS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig, estimator_config, needed_version
-from sgt_titan.transform.export import check_target, move_into_place, write_export
+from sgt_titan.transform.export import check_target, write_export
 from sgt_titan.transform.fingerprint import fingerprint_tensor
 from sgt_titan.transform.trunk_files import TrunkFiles
 from sgt_titan.trunk.tokenizer_files import copy_accompanying, is_accompanying, tokenizer_files
@@ -60,7 +58,7 @@ def export_checkpoint(
     state, config = checkpoint.read_state(path), load(str(path / checkpoint.CONFIG))
     if config.run.task == "finetune":
         return write_model(path, state, Path(trunk_path or config.trunk.path), Path(out_dir), overwrite=overwrite)
-    check_target(out_dir, overwrite=overwrite)
+    check_target(Path(out_dir), overwrite=overwrite)
     files = TrunkFiles(trunk_path or config.trunk.path)
     trained_on, found = state["fingerprints"]["trunk"], files.fingerprint()
     if found != trained_on:
@@ -87,36 +85,25 @@ def export_checkpoint(
 
 def write_model(path: Path, state: dict, trunk: Path, out_dir: Path, *, overwrite: bool) -> Path:
     """The weights of a fine-tuning (``run.task``) as a Hugging Face checkpoint with the trunk's tokenizer."""
-    check_model_target(out_dir, overwrite=overwrite)
+    disk.check_target(out_dir, "OUT", overwrite=overwrite, earlier=_is_model, part=_is_of_a_model)
     if not trunk.is_dir() or not tokenizer_files(trunk):
         raise UserError(f"trunk.path: {trunk} has no tokenizer to go with the model; put the trunk back where it was")
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read_tensors(path, MODEL).items()}
-    work = out_dir.parent / f".{out_dir.name}.{secrets.token_hex(4)}.tmp"
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        work.mkdir()
+    disk.require_room(out_dir, sum(tensor.nbytes for tensor in tensors.values()))
+    with disk.whole(out_dir, overwrite=overwrite) as work:
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
         config = {key: value for key, value in state["hf_config"].items() if key != "quantization_config"}
         (work / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         copy_accompanying(trunk, work)
-        move_into_place(work, out_dir)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out_dir
 
 
-def check_model_target(out_dir: Path, *, overwrite: bool) -> None:
-    """Raises UserError unless the directory is missing, empty, or with ``overwrite`` a model and nothing else."""
-    if not out_dir.exists():
-        return
-    names = sorted(entry.name for entry in out_dir.iterdir()) if out_dir.is_dir() else [out_dir.name]
-    if not names:
-        return
-    if not overwrite or "config.json" not in names:
-        raise UserError(f"{out_dir}: not empty; choose another output directory")
-    foreign = [n for n in names if n not in ("config.json", "model.safetensors") and not is_accompanying(n)]
-    if foreign:
-        raise UserError(f"{out_dir}: {foreign[0]} is not part of an exported model and would be lost; move it first")
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _is_of_a_model(name: str) -> bool:
+    return name in ("config.json", "model.safetensors") or is_accompanying(name)
 
 
 def sgt_config(config: Config, state: dict) -> SGTConfig:

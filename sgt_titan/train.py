@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from sgt_titan import disk
 from sgt_titan.cluster import notice
 from sgt_titan.config.door import read_config
 from sgt_titan.config.schema import Config
 from sgt_titan.config.tracking import require_tracking
 from sgt_titan.errors import UserError, guarded
-from sgt_titan.folders import writable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def prepared(name: str, overrides: list[str], world_size: int, *, weights: bool 
     trunk: Literal["weights", "config"] = "weights" if weights else "config"
     config, _ = read_config(name, overrides, world_size=world_size, trunk=trunk, device=device)
     if weights:
-        writable(config.run.output_dir, "run.output_dir")
+        disk.writable(config.run.output_dir, "run.output_dir")
         require_tracking(config, os.environ)
     return config
 

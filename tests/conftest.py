@@ -14,6 +14,15 @@ from tests import bare_trunks
 
 VOCABULARY, WIDTH = 300, 32
 
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """An fsync takes 20 ms and more, and the suite has thousands; tests/unit/test_disk.py causes those that fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 _ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% if tools %}TOOLS:{{ tools | tojson }};{% endif %}"
     "{% for m in messages %}{% if m['role'] == 'developer' %}{{ raise_exception('no developers here') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# With tools, calls and thoughts.
+AGENT_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}TOOLS:{{ tools | tojson }}, call as <tool_call>;{% endif %}{% for m in messages %}"
+    "<{{ m['role'] }}>{{ m['content'].split('</think>')[-1] }}{% for c in m.tool_calls or [] %}<tool_call>"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}</tool_call>{% endfor %}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>\n"
+    "{% elif enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
 )
 CONTEXT = 128
 
@@ -82,6 +92,22 @@ def chat_trunk(tmp_path_factory) -> Path:
 def chat_export(chat_trunk, tmp_path_factory) -> Path:
     """A transform of ``chat_trunk`` that moves and blurs. Do not change its files."""
     return make_export(chat_trunk, tmp_path_factory.mktemp("chat-export") / "export")
+
+
+def load_agent(chat_trunk: Path, folder: Path):
+    """A transform whose template knows tools, loaded; its context is long, since a byte is a token."""
+    from sgt_titan.client import StainedGlassTransform as Client
+
+    trunk = with_chat_template(shutil.copytree(chat_trunk, folder / "trunk"), AGENT_TEMPLATE)
+    sgt = Client.from_pretrained(make_export(trunk, folder / "export"))
+    sgt.config.trunk_config["max_position_embeddings"] = 4096
+    return sgt
+
+
+@pytest.fixture(scope="session")
+def agent_sgt(chat_trunk, tmp_path_factory):
+    """``load_agent``'s. Do not change it."""
+    return load_agent(chat_trunk, tmp_path_factory.mktemp("agent"))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import httpx
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
@@ -45,11 +46,12 @@ class Trunk:
     received: list[torch.Tensor] = field(default_factory=list)
     started: int = 0
     finished: int = 0
+    finished_ids: list[str | None] = field(default_factory=list)  # X-Request-Id of what was generated to its end
     cancelled: int = 0
     steps: int = 0
     break_after: int | None = None
 
-    async def generate(self, embeds_TD, *, n, max_tokens, temperature, seed, logprobs):
+    async def generate(self, embeds_TD, *, n, max_tokens, temperature, seed, logprobs, request_id=None):
         """(choice, token id, text so far, top logprobs, finish reason) for every token of every choice."""
         self.started += 1
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -82,6 +84,7 @@ class Trunk:
                 if all(done):
                     break
             self.finished += 1
+            self.finished_ids.append(request_id)
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
@@ -183,7 +186,7 @@ def vllm_app(trunk: Trunk) -> FastAPI:
         except Refused as error:
             return JSONResponse(error.body, error.status)
         trunk.received.append(embeds_TD)
-        events = _vllm_events(trunk, body, embeds_TD)
+        events = _vllm_events(trunk, body, embeds_TD, request.headers.get("x-request-id"))
         if body.get("stream"):
             return StreamingResponse(events, media_type="text/event-stream")
         return await _vllm_whole(trunk, body, embeds_TD)
@@ -213,11 +216,11 @@ def _arguments(body):
     }
 
 
-async def _vllm_events(trunk, body, embeds_TD):
+async def _vllm_events(trunk, body, embeds_TD, request_id=None):
     head = {"id": "cmpl-stub", "object": "text_completion", "created": int(time.time()), "model": trunk.name}
     n, prompt_tokens = body.get("n", 1), embeds_TD.shape[0]
     shown, counts = [""] * n, [0] * n
-    async for i, token, text, top, reason in trunk.generate(embeds_TD, **_arguments(body)):
+    async for i, token, text, top, reason in trunk.generate(embeds_TD, **_arguments(body), request_id=request_id):
         counts[i] += 1
         if trunk.break_after is not None and sum(counts) > trunk.break_after:
             yield 'data: {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}\n\n'
@@ -245,6 +248,32 @@ async def _vllm_whole(trunk, body, embeds_TD):
         texts[i], reasons[i] = text, reason
     choices = [{"index": i, "text": texts[i], "finish_reason": reasons[i]} for i in sorted(texts)]
     return {"id": "cmpl-stub", "object": "text_completion", "model": trunk.name, "choices": choices}
+
+
+class Scripted:
+    """For ``httpx.MockTransport``: an upstream that says ``says`` in pieces of three characters, and keeps what it was
+    asked. A list: one after the other; the last one stays."""
+
+    def __init__(self, context: int = 4096):
+        self.says: str | list[str] = ""
+        self.asked: list[dict] = []
+        self.finish, self.context = "stop", context
+
+    def __call__(self, request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "m", "max_model_len": self.context}]})
+        self.asked.append(json.loads(request.content))
+        says = self.says
+        if isinstance(says, list):
+            says = says.pop(0) if len(says) > 1 else says[0]
+        texts = [says[i : i + 3] for i in range(0, len(says), 3)]
+        events = []
+        for index in range(self.asked[-1].get("n", 1)):
+            choices = [{"index": index, "text": text, "finish_reason": None} for text in texts]
+            choices.append({"index": index, "text": "", "finish_reason": self.finish})
+            events += [{"choices": [c], "usage": {"completion_tokens": i + 1}} for i, c in enumerate(choices)]
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        return httpx.Response(200, content=text.encode())
 
 
 def sglang_app(trunk: Trunk) -> FastAPI:

@@ -134,6 +134,19 @@ class Choice:
     finish_reason: str | None = None
     tokens: int = 0
 
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.reasoning += delta.reasoning
+        self.calls += [call for _, call in delta.calls]
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.tokens = max(self.tokens, delta.tokens or 0)
+
+    def whole(self, index: int) -> Delta:
+        """All of it as one piece, of choice ``index``."""
+        said = (self.text, tuple(self.logprobs), self.finish_reason, self.tokens, self.reasoning)
+        return Delta(index, *said, tuple(enumerate(self.calls)))
+
 
 @dataclass
 class Answer:
@@ -152,13 +165,7 @@ class Answer:
         return sum(choice.tokens for choice in self.choices)
 
     def add(self, delta: Delta) -> None:
-        choice = self.choices[delta.index]
-        choice.text += delta.text
-        choice.reasoning += delta.reasoning
-        choice.calls += [call for _, call in delta.calls]
-        choice.logprobs += delta.logprobs
-        choice.finish_reason = delta.finish_reason or choice.finish_reason
-        choice.tokens = max(choice.tokens, delta.tokens or 0)
+        self.choices[delta.index].add(delta)
 
 
 class Backend(Protocol):

@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sgt_titan import disk
 from sgt_titan.errors import UserError
 from sgt_titan.transform.gaussian import normals
 
@@ -97,17 +98,15 @@ def _of_process() -> bytes:
 
 
 def _of_file(path: Path) -> bytes:
+    if os.path.lexists(path):
+        return _read(path)
+    key = secrets.token_bytes(KEY_BYTES)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+        disk.create(path, key.hex() + "\n")
+    except FileExistsError:  # another process was faster
         return _read(path)
     except OSError as error:
         raise UserError(f"noise key {path}: cannot be made ({error.strerror})") from None
-    key = secrets.token_bytes(KEY_BYTES)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(key.hex() + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
     return key
 
 

@@ -37,12 +37,13 @@ def reading_of(template: str | None, calls: str | None = None, thoughts: str | N
 
 
 class ChoiceReader:
-    """Deltas of one choice in; out the same with ``reasoning`` and ``calls`` apart from ``text``."""
+    """Deltas of one choice in; out the same with ``reasoning`` and ``calls`` apart from ``text``. ``one``: only the
+    first call is wanted."""
 
-    def __init__(self, reading: Reading, *, tools: bool, prompt_end: str):
+    def __init__(self, reading: Reading, *, tools: bool, prompt_end: str, one: bool = False):
         self._thoughts = ThoughtScanner(begins_inside(prompt_end)) if reading.thoughts else None
         self._calls = CallScanner(reading.calls) if tools and reading.calls else None
-        self._count = 0
+        self._count, self._most = 0, 1 if one else None
 
     def feed(self, delta: Delta) -> Delta:
         last = delta.finish_reason is not None
@@ -52,6 +53,8 @@ class ChoiceReader:
             thought, text = self._thoughts.feed(text, last)
         if self._calls is not None:
             text, calls = self._calls.feed(text, last)
+        if self._most is not None:
+            calls = calls[: self._most - self._count]
         first, self._count = self._count, self._count + len(calls)
         finish = delta.finish_reason
         if finish == "stop" and self._count:

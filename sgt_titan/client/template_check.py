@@ -7,10 +7,9 @@ small chats in a child process that has few seconds and little memory, and what 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import lru_cache
 
+from sgt_titan.client.confined import TOO_LONG, confined
 from sgt_titan.errors import UserError
 
 SECONDS = 10
@@ -20,13 +19,7 @@ LONGEST = 1 << 20  # characters of a chat of a few words
 
 _CHILD = r"""
 import json, sys
-seconds, memory, longest = map(int, sys.argv[1:4])
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-except ImportError:
-    pass
+longest = int(sys.argv[3])
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
@@ -78,21 +71,12 @@ for messages in ([user], [system, user], [system] + [user, answer] * 20 + [user]
 @lru_cache(maxsize=64)
 def check_template(template: str) -> None:
     """Raise UserError for a template that takes too long, too much memory, or writes too much."""
+    given, limits = template.encode("utf-8", "surrogatepass"), {"cpu_seconds": CPU_SECONDS, "memory": MEMORY}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(CPU_SECONDS), str(MEMORY), str(LONGEST)],
-            input=template.encode("utf-8", "surrogatepass"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=SECONDS,
-            env={"PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8:surrogatepass"},
-        )
-        code = done.returncode
-    except subprocess.TimeoutExpired:
-        code = -9
+        code, _ = confined(_CHILD, given, str(LONGEST), seconds=SECONDS, **limits)
     except OSError:  # no process can be had here; the template runs as it did before there was this check
         return
-    if code in (-9, -24):
+    if code in TOO_LONG:
         raise UserError(
             "chat template: takes too long over a chat of a few words; take the export from where you trust"
         )

@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sgt_titan import checkpoint
+from sgt_titan import checkpoint, disk
 from sgt_titan.cluster import attempts, ownership, preflight, progress, status
 from sgt_titan.config.load import HOW_IT_RUNS, difference, load
 from sgt_titan.config.schema import SOURCE_KEYS, Config, Data
 from sgt_titan.errors import UserError
-from sgt_titan.folders import writable
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -102,7 +101,7 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
     """
     folder = Path(config.run.output_dir)
     run_file = folder / RUN_FILE
-    writable(folder, "run.output_dir")
+    disk.writable(folder, "run.output_dir")
     if not run_file.is_file():
         foreign = [p.name for p in folder.iterdir() if p.name not in _HARMLESS] if folder.is_dir() else []
         if foreign:

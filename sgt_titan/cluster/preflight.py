@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sgt_titan import disk
 from sgt_titan.arguments import Parser
-from sgt_titan.checkpoint import write_durably
 from sgt_titan.cluster import status
 from sgt_titan.cluster.cause import error_line
 from sgt_titan.cluster.ownership import attempt_name
@@ -229,7 +229,7 @@ def exclude(output_dir: str | Path, bad: Mapping[str, str], now: float | None = 
     """Leave out the nodes of ``bad`` from now on, beside those that are left out already."""
     now = time.time() if now is None else now
     until = {node: {"reason": reason, "until": now + EXCLUDED_SECONDS} for node, reason in bad.items()}
-    write_durably(Path(output_dir) / EXCLUDED, json.dumps(_entries(output_dir, now) | until, indent=1))
+    disk.write(Path(output_dir) / EXCLUDED, json.dumps(_entries(output_dir, now) | until, indent=1))
 
 
 def _entries(output_dir: str | Path, now: float) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from sgt_titan import disk
 
 FILE = "progress.json"
 SHOWN = ("loss", "kl", "agreement", "mi", "abs_cos", "std")  # of the terms, in a line
@@ -22,11 +23,8 @@ SHOWN = ("loss", "kl", "agreement", "mi", "abs_cos", "std")  # of the terms, in 
 
 def write(output_dir: str | Path, content: Mapping[str, Any]) -> None:
     """Replace the file. Not synced to disk, and a failure is not told: a full disk is the checkpoint's to report."""
-    file = Path(output_dir) / FILE
-    temporary = file.with_name(f".{FILE}.{os.getpid()}")
     with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(content))
-        temporary.replace(file)
+        disk.write(Path(output_dir) / FILE, json.dumps(content), sync=False)
 
 
 def read(output_dir: str | Path) -> dict[str, Any] | None:

@@ -14,7 +14,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from sgt_titan.checkpoint import latest_committed, step_of, write_durably
+from sgt_titan import disk
+from sgt_titan.checkpoint import latest_committed, step_of
 
 FOLDER = "status"
 State = Literal["running", "stopped", "unfit", "finished", "refused", "failed"]
@@ -29,7 +30,7 @@ def write(output_dir: str | Path, state: State, *, attempt: str, step: int, reas
     """
     file = _file(output_dir, attempt)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(file, json.dumps({"state": state, "attempt": attempt, "step": step, "reason": reason}))
+    disk.write(file, json.dumps({"state": state, "attempt": attempt, "step": step, "reason": reason}))
 
 
 def read(output_dir: str | Path, attempt: str | None = None) -> dict[str, Any] | None:

@@ -9,9 +9,11 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from sgt_titan.config.check import validate
 from sgt_titan.config.load import load, parse_overrides, takes_value
-from sgt_titan.config.resolve import read_trunk, resolve, validate
+from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 
 
 def split_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

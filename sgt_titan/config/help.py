@@ -34,7 +34,7 @@ def help_text(width: int = 100) -> str:
             continue
         lines += ["", *textwrap.wrap(f"{section}: {text}", width)]
         for key, leaf in own.items():
-            lines.append(f"  --{key} {_kind(leaf.hint)} (default: {_value(leaf.default)})")
+            lines.append(f"  --{key} {_kind(leaf)} (default: {_value(leaf.default)})")
             lines += textwrap.wrap(leaf.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"
 
@@ -49,7 +49,7 @@ def markdown() -> str:
         about = textwrap.fill(_cell(text), 120, break_on_hyphens=False)
         lines += [f"## {section}", "", about, "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for key, leaf in own.items():
-            cells = (f"`{key}`", _kind(leaf.hint), f"`{_value(leaf.default)}`", leaf.help)
+            cells = (f"`{key}`", _kind(leaf), f"`{_value(leaf.default)}`", leaf.help)
             lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -60,11 +60,15 @@ def _own(section: str) -> dict[str, Leaf]:
     return {key: leaf for key, leaf in keys().items() if key.rpartition(".")[0] == section}
 
 
-def _kind(hint: Any) -> str:
+def _kind(leaf: Leaf) -> str:
+    return _type(leaf.hint) + (f", {leaf.must.words}" if leaf.must else "")
+
+
+def _type(hint: Any) -> str:
     if choices(hint):
         return "|".join(choices(hint))
     if is_optional(hint):
-        return f"{_kind(inner(hint))}|none"
+        return f"{_type(inner(hint))}|none"
     return "mapping" if takes_items(hint) else hint.__name__
 
 

@@ -9,15 +9,16 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from sgt_titan.config.schema import Config, Source
+from sgt_titan.config.schema import Config, Must, Source
 
 
 class Leaf(NamedTuple):
-    """One option: its type, default and help."""
+    """One option: its type, default and help, and what its value must be beside its type."""
 
     hint: Any
     default: Any
     help: str
+    must: Must | None
 
 
 @functools.cache
@@ -84,4 +85,4 @@ def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Leaf | str]]:
         else:
             factory = field.default_factory
             default = field.default if factory is dataclasses.MISSING else factory()
-            yield key, Leaf(hint, default, text)
+            yield key, Leaf(hint, default, text, field.metadata.get("must"))

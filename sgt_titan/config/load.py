@@ -21,24 +21,8 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from sgt_titan.config.keys import Leaf, choices, describe, get, inner, is_optional, keys, sections, takes_items
-from sgt_titan.config.resolve import dp_degree, read_trunk, resolve, validate
 from sgt_titan.config.schema import SOURCE_KEYS, Config, Source
 from sgt_titan.errors import UserError
-
-__all__ = [
-    "as_dict",
-    "available",
-    "difference",
-    "dp_degree",
-    "dump",
-    "find",
-    "load",
-    "parse_overrides",
-    "read_trunk",
-    "resolve",
-    "takes_value",
-    "validate",
-]
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _repr = reprlib.Repr()
@@ -57,6 +41,12 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
         UserError: no such config, invalid YAML, unknown or repeated key, wrong type or choice.
     """
     return _build(_merge(_read(find(name_or_path)), parse_overrides(list(overrides))))
+
+
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """A copy of a config with overrides on top. Raises UserError as ``load``."""
+    values = {key: copy.deepcopy(get(config, key)) for key in keys()}
+    return _build(_merge(values, parse_overrides(list(overrides))))
 
 
 def available() -> dict[str, Path]:

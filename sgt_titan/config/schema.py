@@ -10,8 +10,9 @@ these fields and nothing else. ``load.py`` reads them, ``sgt-titan train --help`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NewType
+from typing import Any, Literal, NamedTuple, NewType
 
 TERMS = ("mi", "abs_cos", "norm", "comp_entr", "cos_sim", "rate")
 
@@ -37,9 +38,34 @@ Source = NewType("Source", dict)
 """A table of such keys; ``load.py`` checks them as it checks those of `data`."""
 
 
-def opt(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
+class Must(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def least(value: float, also: float | None = None, meaning: str = "") -> Must:
+    """At least ``value``; or ``also``, which stands for something."""
+    words = "0 or more" if value == 0 else f"at least {value}"
+    if also is None:
+        return Must(words, lambda v: v >= value)
+    words = f"{also} ({meaning}) or {'more' if also == value - 1 else words}"
+    return Must(words, lambda v: v >= value or v == also)
+
+
+def above(value: float) -> Must:
+    return Must(f"above {value}", lambda v: v > value)
+
+
+def share(*, one: bool = True) -> Must:
+    """A part of the whole; with or without 1."""
+    return Must("in [0, 1]", lambda v: 0 <= v <= 1) if one else Must("in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def opt(default: Any, help: str, must: Must | None = None) -> Any:
+    """A dataclass field with its help text, and what a value that is set must be beside its type."""
+    return field(default=default, metadata={"help": help, "must": must})
 
 
 def section(cls: type, help: str) -> Any:
@@ -47,25 +73,31 @@ def section(cls: type, help: str) -> Any:
     return field(default_factory=cls, metadata={"help": help})
 
 
+def _is_name(value: str) -> bool:
+    return bool(value.strip()) and not {"/", "\0"} & set(value) and value not in (".", "..") and value[0] != "~"
+
+
 @dataclass(kw_only=True)
 class Run:
     name: str = opt("sgt", "Name of the run in logs and in the exported card, and of its folder. Environment variables are "
-                           "expanded (sweep-${SLURM_ARRAY_TASK_ID}).")  # fmt: skip
+                           "expanded (sweep-${SLURM_ARRAY_TASK_ID}).",
+                      must=Must("a name that is not empty, without / and not . or .. (run.output_dir says where else)",
+                                _is_name))  # fmt: skip
     task: Literal["sgt", "finetune"] = opt(
         "sgt", "sgt: train a Stained Glass Transform against the frozen trunk. finetune: train the trunk itself on the "
                "next token, all but its norms (docs/CONJFORMER.md); `estimator` and `objective` are not used then, "
                "except objective.utility_positions, and the export is a Hugging Face checkpoint.")  # fmt: skip
     output_dir: str = opt("", "Checkpoints, logs and the resolved config go here. Empty: outputs/<run.name>.")
     seed: int = opt(0, "Decides the order of samples, the noise of each sample and the initial weights. Runs with "
-                       "one seed and one config are the same run on any number of ranks.")  # fmt: skip
+                       "one seed and one config are the same run on any number of ranks.", must=least(0))  # fmt: skip
     deterministic: bool = opt(False, "Bit-exact repetition on the same hardware and world size; slower on GPU.")
 
 
 @dataclass(kw_only=True)
 class Cluster:
     nodes: int = opt(1, "Nodes the config was sized for; `plan` and dry runs read it, training follows the world size "
-                        "it finds.")  # fmt: skip
-    gpus_per_node: int = opt(1, "Processes per node (GPUs, or CPU processes).")
+                        "it finds.", must=least(1))  # fmt: skip
+    gpus_per_node: int = opt(1, "Processes per node (GPUs, or CPU processes).", must=least(1))
     gpu: str = opt("", "GPU the config was sized for (A100-80GB, H100-80GB, ...); for arithmetic only.")
 
 
@@ -91,7 +123,7 @@ class Trunk:
 @dataclass(kw_only=True)
 class Estimator:
     layers: int = opt(2, "Decoder layers of the trunk's family in each body. More layers see more context and cost "
-                         "6 flops per parameter and token.")  # fmt: skip
+                         "6 flops per parameter and token.", must=least(1))  # fmt: skip
     body: Literal["shared", "separate"] = opt(
         "shared", "One body with two heads, or a body each for mean and std: twice the cost, no shared features.")  # fmt: skip
     init_from_trunk: bool = opt(False, "Start the bodies from the trunk's first layers instead of random weights; "
@@ -104,22 +136,22 @@ class Estimator:
     gate: bool = opt(False, "A gate a token, learned: x + mu is scaled by s in (0, 1) and sigma moves to objective.rate.tau as s "
                             "goes to 0, so that a token that the answer does not need can be silent.")  # fmt: skip
     mean_bound: float = opt(0.0, "Bound of |mu| per feature, same units, by bound * tanh(mu / bound); 0: unbounded. "
-                                 "Behind RMSNorm the gradient on a large mean vanishes and it drifts.")  # fmt: skip
+                                 "Behind RMSNorm the gradient on a large mean vanishes and it drifts.", must=least(0))  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Denoiser:
     layers: int = opt(0, "Decoder layers of the trunk's family that clean up on the client, after the noise and before the wire: "
                          "sent = z + g(z), causal, from z and the mask alone. Costs no privacy, since whatever is computed from z "
-                         "tells no more than z; costs the client as many layers. 0: none.")  # fmt: skip
+                         "tells no more than z; costs the client as many layers. 0: none.", must=least(0))  # fmt: skip
     init_from_trunk: bool = opt(False, "Start from the trunk's first layers instead of random weights.")
 
 
 @dataclass(kw_only=True)
 class Term:
-    weight: float | None = opt(None, "Weight of the term; unset: the preset's, or 0.")
-    start: float = opt(0.0, "Weight at step 0 when ramp_steps > 0.")
-    ramp_steps: int = opt(0, "Steps of a linear ramp from `start` to `weight`; 0: constant.")
+    weight: float | None = opt(None, "Weight of the term; unset: the preset's, or 0.", must=least(0))
+    start: float = opt(0.0, "Weight at step 0 when ramp_steps > 0.", must=least(0))
+    ramp_steps: int = opt(0, "Steps of a linear ramp from `start` to `weight`; 0: constant.", must=least(0))
 
 
 @dataclass(kw_only=True)
@@ -128,13 +160,17 @@ class Rate(Term):
         "broad", "What z is compared with, and so the bound's tightness, not its truth. broad: N(0, tau^2). tokens: beside it a "
                  "Gaussian at each token, by the data's token frequencies, its place and width learned: a readable token costs about "
                  "its surprisal. context: frequencies from a small causal network over what was sent before.")  # fmt: skip
-    tau: float = opt(1.0, "Std of the broad prior, in units of the embedding table's std.")
+    tau: float = opt(1.0, "Std of the broad prior, in units of the embedding table's std.", must=above(0))
     private: float = opt(
-        1.0, "What a nat costs at positions that the data marks as private, as a multiple of the others' price."
+        1.0,
+        "What a nat costs at positions that the data marks as private, as a multiple of the others' price.",
+        must=above(0),
     )
-    context_layers: int = opt(1, "prior context: decoder layers of the trunk's family in its network.")
+    context_layers: int = opt(1, "prior context: decoder layers of the trunk's family in its network.", must=least(1))
     context_rank: int = opt(
-        64, "prior context: width of the bottleneck before its logits; D x V weights would cost a second lm_head."
+        64,
+        "prior context: width of the bottleneck before its logits; D x V weights would cost a second lm_head.",
+        must=least(1),
     )
 
 
@@ -161,7 +197,7 @@ class Objective:
                "successor. `all` has less variance, `shift` costs less memory.")  # fmt: skip
     mi_group: int = opt(0, "Consecutive samples of the global batch that form one pair group. Fixed by the config, "
                            "not by the number of ranks, so that a run restarted on fewer nodes keeps its pairs. "
-                           "0: training.local_batch_size, at least 2. A group may span data-parallel ranks.")  # fmt: skip
+                           "0: training.local_batch_size, at least 2. A group may span data-parallel ranks.", must=least(2, 0, "automatic"))  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -198,7 +234,7 @@ class Data:
     on_bad_row: Literal["skip", "stop"] = opt(
         "skip", "A row that cannot be used (no JSON, a field missing, refused by the template): skipped and counted, with the "
                 "first ten named, or the end. A mark of a private value that is not in the text is always the end.")  # fmt: skip
-    max_bad_share: float = opt(0.05, "Rows that cannot be used, of all: more than this share is the end.")
+    max_bad_share: float = opt(0.05, "Rows that cannot be used, of all: more than this share is the end.", must=share())
     private: str = opt("", "Finders of private values (patterns, names, capitals, spacy:MODEL ...; by commas) that get "
                            "surrogates before anything else, as a client's do; empty: none (docs/PRIVATE_VALUES.md).")  # fmt: skip
     private_own: str = opt("", "YAML file of words, patterns and surrogates of your own, beside data.private.")
@@ -211,7 +247,7 @@ class Data:
     template_date: str = opt("2024-07-26", "The date that a chat template prints which prints today's: the same on every "
                                            "day, in training, client and evaluation.")  # fmt: skip
     prompt_tokens: int = opt(0, "format text: how many leading tokens are the prompt, the rest being the response; "
-                                "0: the whole text is prompt.")  # fmt: skip
+                                "0: the whole text is prompt.", must=least(0))  # fmt: skip
     obfuscate: Literal["prompt", "all"] = opt(
         "prompt", "Content tokens that are obfuscated. Generated tokens are always clean at inference, because the "
                   "server embeds them itself; `all` is for trunks used without generation.")  # fmt: skip
@@ -219,12 +255,12 @@ class Data:
     truncation: Literal["drop", "right", "left"] = opt(
         "right", "Samples longer than training.seq_len: dropped, or cut at the right (end of the response) or at the "
                  "left (start of the prompt).")  # fmt: skip
-    min_prompt_tokens: int = opt(1, "Samples with fewer obfuscatable tokens are skipped (and counted).")
+    min_prompt_tokens: int = opt(1, "Samples with fewer obfuscatable tokens are skipped (and counted).", must=least(0))
     packing: bool = opt(False, "Several samples in one row with document-masked attention (GPU). Without it each row "
                                "is one right-padded sample.")  # fmt: skip
-    max_samples: int = opt(0, "Use only this many samples; 0: all.")
+    max_samples: int = opt(0, "Use only this many samples; 0: all.", must=least(0))
     validation_samples: int = opt(256, "Samples held out from training (chosen by hash of the row), for the probe "
-                                       "and for the before/after table.")  # fmt: skip
+                                       "and for the before/after table.", must=least(0))  # fmt: skip
     cache_dir: str = opt("", "Tokenized cache, shared by runs. Empty: <output_dir>/../.cache/data.")
 
     @property
@@ -232,60 +268,69 @@ class Data:
         """What is trained on, in a word or a few, for messages."""
         return self.source or ", ".join(self.sources)
 
+    def tables(self) -> list[tuple[str, dict[str, Any]]]:
+        """Key and table of every source that has one."""
+        own = [("data.validation_source", self.validation_source)] if self.validation_source else []
+        return [*((f"data.sources.{name}", table) for name, table in self.sources.items()), *own]
+
 
 @dataclass(kw_only=True)
 class TeacherCache:
     top_k: int = opt(0, "Store this many of the teacher's most probable tokens, and the mass of all others, when a sample "
                         "is first met, and read them when it is met again: a third less work from the second epoch on. "
                         "The vocabulary's size is exact; less changes the objective a little (docs/PERFORMANCE.md). 0: "
-                        "off.")  # fmt: skip
+                        "off.", must=least(0))  # fmt: skip
     dir: str = opt("", "Where, on storage that all ranks share; as confidential as the data. Empty: in data.cache_dir.")
 
 
 @dataclass(kw_only=True)
 class Training:
-    steps: int = opt(0, "Optimizer steps; 0: from `epochs`.")
+    steps: int = opt(0, "Optimizer steps; 0: from `epochs`.", must=least(1, 0, "from epochs"))
     epochs: float = opt(1.0, "Passes over the data when `steps` is 0.")
-    seq_len: int = opt(512, "Tokens per row.")
-    local_batch_size: int = opt(4, "Rows per data-parallel rank in one forward pass.")
+    seq_len: int = opt(512, "Tokens per row.", must=least(2))
+    local_batch_size: int = opt(4, "Rows per data-parallel rank in one forward pass.", must=least(1))
     global_batch_size: int = opt(-1, "Rows per optimizer step over all ranks and accumulation steps; -1: no "
-                                     "accumulation. Keep it when the world size changes.")  # fmt: skip
+                                     "accumulation. Keep it when the world size changes.", must=least(1, -1, "no accumulation"))  # fmt: skip
     loss_chunk_tokens: int = opt(0, "Tokens whose logits exist at a time; the value of the loss does not depend on it. 0: "
                                     "as many as have 64 Mi logits on a rank, 2 Mi on a CPU. Smaller saves memory, much "
-                                    "smaller costs time.")  # fmt: skip
-    max_norm: float = opt(1.0, "Gradient norm above which gradients are scaled down.")
+                                    "smaller costs time.", must=least(0))  # fmt: skip
+    max_norm: float = opt(1.0, "Gradient norm above which gradients are scaled down.", must=above(0))
     max_nonfinite_steps: int = opt(10, "A step with a non-finite loss or gradient is skipped on all ranks; this many "
-                                       "in a row end the run.")  # fmt: skip
+                                       "in a row end the run.", must=least(1))  # fmt: skip
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = opt(
         "auto", "Compute type of the estimator, whose weights and optimizer stay in float32. auto: as trunk.dtype.")  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Optimizer:
-    lr: float = opt(1e-3, "Peak learning rate of AdamW.")
-    beta1: float = opt(0.9, "AdamW beta1.")
-    beta2: float = opt(0.95, "AdamW beta2.")
-    eps: float = opt(1e-8, "AdamW epsilon.")
+    lr: float = opt(1e-3, "Peak learning rate of AdamW.", must=above(0))
+    beta1: float = opt(0.9, "AdamW beta1.", must=share(one=False))
+    beta2: float = opt(0.95, "AdamW beta2.", must=share(one=False))
+    eps: float = opt(1e-8, "AdamW epsilon.", must=above(0))
     weight_decay: float = opt(0.01, "Decay of the bodies' matrices; norms and heads are never decayed, since zero "
-                                    "heads mean no protection.")  # fmt: skip
+                                    "heads mean no protection.", must=least(0))  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class LRScheduler:
-    warmup_steps: int = opt(50, "Linear warmup.")
-    decay_ratio: float | None = opt(None, "Share of the run spent decaying; unset: decay starts after the warmup.")
+    warmup_steps: int = opt(50, "Linear warmup.", must=least(0))
+    decay_ratio: float | None = opt(
+        None, "Share of the run spent decaying; unset: decay starts after the warmup.", must=share()
+    )
     decay_type: Literal["linear", "sqrt", "cosine"] = opt("cosine", "Shape of the decay.")
-    min_lr_factor: float = opt(0.1, "Final learning rate as a share of the peak.")
+    min_lr_factor: float = opt(0.1, "Final learning rate as a share of the peak.", must=share())
 
 
 @dataclass(kw_only=True)
 class Parallelism:
     data_parallel_replicate_degree: int = opt(1, "HSDP: copies of the sharded weights (often the number of islands "
-                                                 "with fast links); -1: what the other degrees leave.")  # fmt: skip
-    data_parallel_shard_degree: int = opt(-1, "FSDP2 shards; -1: what the other degrees leave.")
-    tensor_parallel_degree: int = opt(1, "Tensor parallelism, inside a node.")
+                                                 "with fast links); -1: what the other degrees leave.", must=least(1, -1, "what is left"))  # fmt: skip
+    data_parallel_shard_degree: int = opt(
+        -1, "FSDP2 shards; -1: what the other degrees leave.", must=least(1, -1, "what is left")
+    )
+    tensor_parallel_degree: int = opt(1, "Tensor parallelism, inside a node.", must=least(1))
     enable_sequence_parallel: bool = opt(True, "Activations between blocks sharded over the sequence under TP.")
-    expert_parallel_degree: int = opt(1, "Expert parallelism of MoE trunks.")
+    expert_parallel_degree: int = opt(1, "Expert parallelism of MoE trunks.", must=least(1))
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt(
         "default", "Free gathered weights after each layer's forward (less memory) or keep them (fewer gathers).")  # fmt: skip
 
@@ -305,8 +350,15 @@ class Compile:
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    interval: int = opt(500, "Steps between checkpoints; the last step is always saved.")
-    keep_latest: int = opt(3, "Committed checkpoints to keep; 0: all. At least 2 otherwise.")
+    interval: int = opt(500, "Steps between checkpoints; the last step is always saved.", must=least(1))
+    keep_latest: int = opt(
+        3,
+        "Committed checkpoints to keep; 0: all.",
+        must=Must(
+            "0 (all) or at least 2, since with 1 the only checkpoint is lost when a save is interrupted",
+            lambda v: v == 0 or v >= 2,
+        ),
+    )
     asynchronous: bool = opt(True, "Write checkpoints while training goes on; false: wait for each.")
     accept_changes: bool = opt(False, "Go on from a checkpoint although trunk, data, objective or another option that "
                                       "decides what is learned has changed.")  # fmt: skip
@@ -314,19 +366,21 @@ class Checkpoint:
 
 @dataclass(kw_only=True)
 class Metrics:
-    log_every: int = opt(10, "Steps between log lines and TensorBoard points.")
+    log_every: int = opt(10, "Steps between log lines and TensorBoard points.", must=least(1))
     tensorboard: bool = opt(True, "Write TensorBoard events to <output_dir>/tb: one curve over all attempts.")
     wandb: bool = opt(False, "Also log to Weights & Biases (WANDB_* variables), all attempts as one run. Refused without its "
                              "package or a key.")  # fmt: skip
-    probe_every: int = opt(100, "Steps between nearest-neighbour probes on held-out samples; 0: never.")
-    probe_samples: int = opt(32, "Held-out samples in a probe, rounded up to whole pair groups (objective.mi_group).")
+    probe_every: int = opt(100, "Steps between nearest-neighbour probes on held-out samples; 0: never.", must=least(0))
+    probe_samples: int = opt(
+        32, "Held-out samples in a probe, rounded up to whole pair groups (objective.mi_group).", must=least(1)
+    )
     progress: bool = opt(True, "A live progress line with ETA on a terminal.")
 
 
 @dataclass(kw_only=True)
 class Comm:
-    init_timeout_seconds: int = opt(600, "Timeout of collectives until the first step is done.")
-    train_timeout_seconds: int = opt(300, "Timeout of collectives afterwards: a hung rank ends the job.")
+    init_timeout_seconds: int = opt(600, "Timeout of collectives until the first step is done.", must=least(1))
+    train_timeout_seconds: int = opt(300, "Timeout of collectives afterwards: a hung rank ends the job.", must=least(1))
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
 
@@ -61,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from sgt_titan.conjformer import secret as secrets
     from sgt_titan.conjformer.convert import Conversion
-    from sgt_titan.conjformer.write import check_target, write_client, write_server
+    from sgt_titan.conjformer.write import write_client, write_server
 
-    check_target(out, "OUT")
+    disk.check_target(out, "OUT")
     if not arguments.plain:
-        check_target(client, "--client")
+        disk.check_target(client, "--client")
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError):

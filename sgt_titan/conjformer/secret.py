@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sgt_titan import disk
 from sgt_titan.errors import UserError
 
 FORMAT = 1
@@ -74,15 +75,11 @@ def save(secret: Secret, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        disk.create(path, json.dumps({"format": FORMAT, "key": secret.key.hex()}))
     except FileExistsError:
         raise UserError(f"--secret {path}: exists; a conversion makes a new secret, choose another file") from None
     except OSError as error:
         raise UserError(f"--secret {path}: cannot be written: {error.strerror}") from None
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump({"format": FORMAT, "key": secret.key.hex()}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def load(path: Path) -> Secret:

@@ -3,52 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+from sgt_titan import disk
 from sgt_titan.conjformer.convert import Conversion, Planned
-from sgt_titan.errors import UserError
-from sgt_titan.folders import writable
 from sgt_titan.trunk.tokenizer_files import copy_accompanying
 
 CLIENT_FILE, CLIENT_WEIGHTS, CLIENT_FORMAT = "client.json", "client.safetensors", 1
-
-
-def check_target(path: Path, option: str) -> None:
-    """Raises UserError unless the directory is missing or empty, and can be written."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{option} {path}: exists and is not an empty directory; choose another")
-    writable(path, option)
-
-
-def check_disk(path: Path, needed: int) -> None:
-    """Raises UserError where the disk has no room for ``needed`` bytes."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(f"{path}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; choose another disk")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A directory to write in; it takes the name ``path`` when the block ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        work.mkdir()
-        yield work
-        if path.is_dir():
-            path.rmdir()
-        os.replace(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_server(
@@ -57,8 +22,8 @@ def write_server(
     """The converted checkpoint; no more than a shard and the tensor at hand is in memory."""
     shards = plan_shards(list(conversion.planned()), shard_bytes)
     total = sum(planned.bytes for shard in shards for planned in shard)
-    check_disk(out, total)
-    with whole(out) as work:
+    disk.require_room(out, total)
+    with disk.whole(out) as work:
         names: dict[str, str] = {}
         for i, shard in enumerate(shards, start=1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -91,7 +56,7 @@ def plan_shards(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]
 def write_client(conversion: Conversion, out: Path) -> None:
     """What a client needs beside the secret: embeddings, head, tokenizer. Nothing in it depends on the secret."""
     tensors = {name: tensor.contiguous() for name, tensor in conversion.client_tensors().items()}
-    check_disk(out, sum(tensor.nbytes for tensor in tensors.values()))
+    disk.require_room(out, sum(tensor.nbytes for tensor in tensors.values()))
     about: dict[str, Any] = {
         "format": CLIENT_FORMAT,
         "model_type": conversion.config["model_type"],
@@ -102,7 +67,7 @@ def write_client(conversion: Conversion, out: Path) -> None:
         "bos_token_id": conversion.config.get("bos_token_id"),
         "eos_token_id": conversion.config.get("eos_token_id"),
     }
-    with whole(out) as work:
+    with disk.whole(out) as work:
         save_file(tensors, work / CLIENT_WEIGHTS, metadata={"format": "pt"})
         _write_json(work / CLIENT_FILE, about)
         copy_accompanying(conversion.files.path, work)

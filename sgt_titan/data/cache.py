@@ -25,7 +25,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +35,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from sgt_titan import disk
 from sgt_titan.config import resolve, schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.marks import MarkError
@@ -284,7 +284,7 @@ def prepare(
             return _weighted(_open(final, config.data.validation_samples, verify=False), config.data)
         except DamagedCache as error:
             logger.warning("%s is damaged (%s); building it again", final, error)
-            _discard(final)
+            disk.discard(final)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
@@ -372,9 +372,7 @@ def _session() -> str:
 def _publish(path: Path, content: dict[str, str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
+        disk.write(path, json.dumps(content))
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
 
@@ -429,27 +427,22 @@ def _build(
     progress: bool,
     workers: int | None,
 ) -> None:
-    temporary = final.parent / f".building-{name[:12]}-{uuid.uuid4().hex[:12]}"
-    temporary.mkdir()
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    kind = np.uint16 if largest < 2**16 else np.uint32
+    chunks = (
+        (part, tokenize_rows(part.rows, tokenizer, tokenizer_dir, part.options, workers=workers)) for part in found
+    )
     try:
-        largest = max(tokenizer.get_vocab().values(), default=0)
-        kind = np.uint16 if largest < 2**16 else np.uint32
-        chunks = (
-            (part, tokenize_rows(part.rows, tokenizer, tokenizer_dir, part.options, workers=workers)) for part in found
-        )
-        meta = _write(temporary, chunks, name, kind, progress, 0.0 if data.on_bad_row == "stop" else data.max_bad_share)
-        if progress:
-            for line in remarks(meta):
-                logger.warning("%s: %s", meta["source"], line)
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            os.rename(temporary, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-            # Another builder was first; its arrays are the same.
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with disk.whole(final) as work:
+            meta = _write(work, chunks, name, kind, progress, 0.0 if data.on_bad_row == "stop" else data.max_bad_share)
+            if progress:
+                for line in remarks(meta):
+                    logger.warning("%s: %s", meta["source"], line)
+            (work / "meta.json").write_text(json.dumps(meta, indent=1))
+    except OSError:
+        if not final.is_dir():
+            raise
+        # Another builder was first; its arrays are the same.
 
 
 class Arrays:
@@ -651,8 +644,6 @@ def _appender(path: Path, dtype: type, width: int = 0) -> Iterator[Any]:
         stream.seek(0)
         # numpy pads headers so that the first axis may grow without moving the data.
         assert _header(stream, dtype, rows, width) == length
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _header(stream: IO[bytes], dtype: np.dtype, rows: int, width: int) -> int:
@@ -662,22 +653,11 @@ def _header(stream: IO[bytes], dtype: np.dtype, rows: int, width: int) -> int:
     return stream.tell()
 
 
-def _discard(directory: Path) -> None:
-    """Take a directory out of the way at once, then delete it: nobody may see it half deleted."""
-    aside = directory.with_name(f".damaged-{uuid.uuid4().hex[:12]}")
-    try:
-        os.rename(directory, aside)
-    except FileNotFoundError:
-        return  # another process was faster
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _sweep(root: Path) -> None:
     """Delete what builders that were killed left behind a week ago or earlier."""
     old = time.time() - STALE_SECONDS
     for path in [
-        *root.glob(".building-*"),
-        *root.glob(".damaged-*"),
+        *root.glob(".*.tmp"),
         *root.glob("sessions/*"),
         *root.glob("rows/*"),
         *root.glob("remote/*"),

@@ -17,7 +17,6 @@ import mmap
 import os
 import re
 import tempfile
-import uuid
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from sgt_titan import disk
 from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Written
@@ -354,21 +354,17 @@ def _as_lines(file: Path, found: str, data: schema.Data) -> Path:
     target = _beside(data, "rows") / f"{found}.{what}.jsonl"
     if target.exists():
         return target
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with _decompressed(file) as stream, open(temporary, "w", encoding="utf-8") as out:
+        with disk.replacing(target) as work, _decompressed(file) as stream, open(work, "w", encoding="utf-8") as out:
             for line in _LINES[what](stream):
                 out.write(line)
                 out.write("\n")
-        os.replace(temporary, target)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: is not UTF-8 text") from None
     except Exception as error:
         raise UserError(f"{file}: cannot be read as {what}: {reason(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -465,9 +461,8 @@ def _fetch(address: str, data: schema.Data) -> list[Path]:
             target = _beside(data, "remote") / key / os.path.basename(name)
             if not target.exists():
                 target.parent.mkdir(exist_ok=True)
-                temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-                store.get_file(name, str(temporary))
-                os.replace(temporary, target)
+                with disk.replacing(target) as work:
+                    store.get_file(name, str(work))
             found.append(target)
     except UserError:
         raise

@@ -5,18 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
+from sgt_titan import disk
 from sgt_titan.errors import UserError
 
 ABOUT = "evaluation.json"
@@ -63,31 +57,10 @@ def _short(value: Any) -> str:
 
 def write(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old one or the new one. Raises UserError where it cannot be written."""
-    work = path.with_name(path.name + ".tmp")
     try:
-        work.write_text(text, encoding="utf-8")
-        os.replace(work, path)
+        disk.write(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """The same for a safetensors file. Raises OSError."""
-    work = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        save_file(dict(tensors), work, metadata=dict(metadata))
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One process at a time; where the file system knows no locks, two do the same and the last one's stays."""
-    with open(path, "w", encoding="ascii") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class Parts:

@@ -32,7 +32,9 @@ def read(text: str) -> Amount | None:
     match = _NUMBER.search(text)
     if match is None:
         return None
-    whole, point, decimals = re.fullmatch(r"(.*?)(?:([.,])(\d{1,2}))?", match[0]).groups()
+    parts = re.fullmatch(r"(.*?)(?:([.,])(\d{1,2}))?", match[0])
+    assert parts is not None  # whatever a number is, it is whole and perhaps decimals
+    whole, point, decimals = parts.groups()
     group = re.search(r"\D", whole)
     digits = re.sub(r"\D", "", whole) + (f".{decimals}" if point else "")
     before, after = text[: match.start()].strip().casefold(), text[match.end() :].strip().casefold()

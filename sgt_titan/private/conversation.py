@@ -155,8 +155,8 @@ class Conversation:
         value = amounts.completed(text, self._sums, known)
         if value is None:
             return None
-        found = amounts.write(value, text)
-        return found if self._free("amount", folded(found), norm) and self._wanted(text, found, 0) else None
+        summed = amounts.write(value, text)
+        return summed if self._free("amount", folded(summed), norm) and self._wanted(text, summed, 0) else None
 
     def _unit(self, kind: str, text: str) -> Unit:
         norm = self._kinds[kind].norm(text)

@@ -27,9 +27,10 @@ def is_date(text: str) -> bool:
 
 def read(text: str) -> tuple[datetime.date, str] | None:
     """The day, and the form that ``write`` takes; None if it is no date of the calendar between 1000 and 2999."""
-    pieces, form, numbers = _PIECE.findall(text), [], []
+    form: list[str] = []
+    numbers: list[tuple[int, str]] = []
     month = None
-    for piece in pieces:
+    for piece in _PIECE.findall(text):
         low = piece.lower()
         if piece.isdigit():
             numbers.append((len(form), piece))
@@ -83,7 +84,7 @@ def _roles(numbers: list[str], month: int | None) -> str | None:
     """One of d, m, Y, y for every number."""
     years = [len(n) == 4 for n in numbers]
     if month is not None:
-        found = {(2, (False, True)): "dY", (2, (True, False)): "Yd"}.get((len(numbers), tuple(years)))
+        found = "dY" if years == [False, True] else "Yd" if years == [True, False] else None
         return found or ("dy" if len(numbers) == 2 and len(numbers[1]) == 2 else None)
     if len(numbers) != 3:
         return None

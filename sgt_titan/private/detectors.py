@@ -51,7 +51,7 @@ def _presidio(model: str) -> Finder:
 
     model = model or MODEL
     spacy.load(model)  # Presidio downloads one that is not there
-    tldextract.extract = tldextract.TLDExtract(suffix_list_urls=())  # it asks the internet for a list of domains
+    tldextract.extract = tldextract.TLDExtract(suffix_list_urls=())  # type: ignore[assignment]  # it asks the internet for a list of domains
     setup = {"nlp_engine_name": "spacy", "models": [{"lang_code": "en", "model_name": model}]}
     engine = AnalyzerEngine(
         nlp_engine=NlpEngineProvider(nlp_configuration=setup).create_engine(), supported_languages=["en"]

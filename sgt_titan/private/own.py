@@ -13,6 +13,7 @@ request. Nothing is sent in either case.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,13 +44,13 @@ class Own:
         for kind, word in self.words:
             expression = r"\s+".join(map(re.escape, word.split()))
             for match in re.finditer(expression, text, re.IGNORECASE):
-                if bounded(text, *match.span()):
-                    yield Span(*match.span(), kind)
+                if bounded(text, match.start(), match.end()):
+                    yield Span(match.start(), match.end(), kind)
         for number, (kind, pattern) in enumerate(self.patterns):
             try:
                 for match in pattern.finditer(text, timeout=LIMIT_S):
                     if match.end() > match.start():
-                        yield Span(*match.span(), kind)
+                        yield Span(match.start(), match.end(), kind)
             except TimeoutError:
                 raise UserError(
                     f"private pattern {number + 1} of kind {kind}: took over {LIMIT_S} s on this text, and nothing "
@@ -57,7 +58,7 @@ class Own:
                 ) from None
 
 
-def read_own(path: str | Path) -> Own:
+def read_own(path: str | os.PathLike) -> Own:
     """Raises UserError: unreadable, an unknown key, a kind that is none, a pattern that is bad, empty or slow."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -74,7 +75,8 @@ def make_own(content: Any, where: str) -> Own:
     if not isinstance(content, dict) or not content or set(content) - set(sections):
         raise UserError(f"{where}: must hold {', '.join(sections)} and nothing else")
     lists = {name: _lists(content.get(name) or {}, f"{where}: {name}", drawn=name == "surrogates") for name in sections}
-    kinds = {kind: () for name in ("words", "patterns") for kind in lists[name] if kind not in NAMED}
+    named = [*lists["words"], *lists["patterns"]]
+    kinds: dict[str, tuple[str, ...]] = {kind: () for kind in named if kind not in NAMED}
     for kind, items in lists["surrogates"].items():
         if kind not in kinds and kind not in DRAWN:
             raise UserError(f"{where}: surrogates.{kind}: no words and no patterns of this kind, and none of ours")

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sgt_titan.errors import UserError
@@ -36,7 +37,7 @@ FINDERS: dict[str, Callable[[str], Finder]] = {
     "patterns": lambda argument: find_patterns,
     "names": _names,
     "capitals": _capitals,
-    **{name: (lambda argument, name=name: load_detector(name, argument)) for name in DETECTORS},
+    **{name: partial(load_detector, name) for name in DETECTORS},
 }
 
 

@@ -83,6 +83,7 @@ class Restorer:
 
     def _match(self, hold: int) -> tuple[int, int] | None:
         """The first literal that begins before ``hold``."""
+        assert self._pattern is not None  # `feed` looks for nothing then
         at = self._at
         while (found := self._pattern.search(self._text, at)) and found.start() < hold:
             # The longest alternative may end inside a word where a shorter one does not.

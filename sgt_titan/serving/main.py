@@ -110,6 +110,7 @@ def _settings(options: ProxyOptions, keys: tuple[str, ...]) -> Settings:
         waiting=options.waiting,
         wait_s=options.wait_timeout,
         retries=options.retries,
+        answer_tries=options.answer_tries,
         encode_threads=options.encode_threads,
         silence_timeout_s=options.silence_timeout,
         total_timeout_s=options.total_timeout,

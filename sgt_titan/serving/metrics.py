@@ -42,6 +42,9 @@ class Metrics:
         self.upstream_errors = Counter(
             "sgt_upstream_errors_total", "Upstream failures by code", ("code",), registry=registry
         )
+        self.broken = Counter(
+            "sgt_answers_given_up_total", "Answers that did not fit what was asked for", registry=registry
+        )
         self.private_replaced = Counter(
             "sgt_private_replaced_total", "Private values replaced in prompts, by kind", ("kind",), registry=registry
         )

@@ -91,6 +91,7 @@ DEFAULTS: dict[str, Any] = {
     "waiting": 256,
     "wait_timeout": 30.0,
     "retries": 2,
+    "answer_tries": 3,
     "encode_threads": 1,
     "silence_timeout": 120.0,
     "total_timeout": 600.0,
@@ -158,6 +159,7 @@ def parser() -> Parser:
     add("--waiting", type=int, help="requests that may wait; the rest gets a 503 (default 256)")
     add("--wait-timeout", type=float, metavar="S", help="for a request that waits for its turn (default 30)")
     add("--retries", type=int, help="times the same embeddings are sent again while no answer has begun (default 2)")
+    add("--answer-tries", type=int, help="answers that are asked for until one fits its schema or call (default 3)")
     add("--encode-threads", type=int, help="prompts encoded at a time (default 1)")
     add(
         "--silence-timeout",
@@ -293,7 +295,15 @@ def _check(values: dict[str, Any], models: Sequence[ModelOptions]) -> None:
     for model in models:
         for upstream in model.upstreams:
             _check_url(upstream.url)
-    for name in ("max_body_mib", "max_tokens", "active", "encode_threads", "silence_timeout", "total_timeout"):
+    for name in (
+        "max_body_mib",
+        "max_tokens",
+        "active",
+        "answer_tries",
+        "encode_threads",
+        "silence_timeout",
+        "total_timeout",
+    ):
         if not values[name] > 0:
             raise UserError(f"--{name.replace('_', '-')}: {values[name]}, must be more than 0")
     for name in ("waiting", "wait_timeout", "retries", "shutdown_timeout"):

@@ -33,6 +33,10 @@ class Asked:
     conversation: Conversation | None = None
     hidden: list[Hidden] = field(default_factory=list, repr=False)
 
+    def words(self, text: str) -> str:
+        """Words of ours with the values that are known replaced in them."""
+        return self.conversation.apply(text) if self.conversation is not None else text
+
     def tools(self, tools: Any) -> Any:
         """Definitions of tools with the values that are known replaced in them."""
         return mapped(tools, self.conversation.apply) if self.conversation is not None and tools else tools

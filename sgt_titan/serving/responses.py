@@ -49,11 +49,19 @@ def chat_body(body: Any, *, drop: bool = False) -> dict[str, Any]:
         chat["tools"] = _tools(body["tools"])
     if "text" in body:
         form = body["text"].get("format") if isinstance(body["text"], dict) else None
-        chat["response_format"] = form or {"type": "text"}
+        chat["response_format"] = _form(form)
+    if isinstance(chat.get("tool_choice"), dict):  # here the name stands beside the type
+        chat["tool_choice"] = {"type": chat["tool_choice"].get("type"), "function": chat["tool_choice"]}
     if "reasoning" in body and isinstance(body["reasoning"], dict) and body["reasoning"].get("effort"):
         chat["reasoning_effort"] = body["reasoning"]["effort"]
     ours = {*_SAME, *_IGNORED, "input", "instructions", "max_output_tokens", "tools", "text", "reasoning"}
     return chat | {key: value for key, value in body.items() if key not in ours}  # to be refused by name
+
+
+def _form(form: Any) -> Any:
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": form}
+    return form or {"type": "text"}
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:

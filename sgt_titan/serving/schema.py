@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from sgt_titan.client import Options
 from sgt_titan.errors import UserError
 from sgt_titan.serving.errors import RequestError
+from sgt_titan.serving.promise import Promise, promise_of
 
 MAX_PROMPTS = 64
 
-_SCHEMA = "a schema would leave the machine in clear; ask for json_object and check the answer on your side"
+_SCHEMA = "it would leave the machine in clear; give a chat's response_format a json_schema, which is checked here"
 _REASONS = {
     "echo": "the upstream cannot repeat a prompt it never sees",
     "suffix": "the upstream would need it in clear",
@@ -27,8 +28,8 @@ _REASONS = {
     "best_of": "use n",
     "functions": "use tools",
     "function_call": "use tools",
-    "response_format": _SCHEMA,
-    "tool_choice": "only auto and none; forcing a call needs the upstream's own chat endpoint",
+    "response_format": "text, json_object or, of a chat, json_schema with a schema",
+    "tool_choice": "auto, none, required or a function of tools",
     "guided_json": _SCHEMA,
     "guided_regex": _SCHEMA,
     "guided_choice": _SCHEMA,
@@ -74,7 +75,6 @@ _HARMLESS = {
     "logit_bias": ({},),
     "best_of": (1,),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "service_tier": ("auto", "default"),
@@ -144,6 +144,10 @@ class _Request(BaseModel):
         """Arguments of ``StainedGlassTransform.prompt``."""
         return {}
 
+    def promise(self) -> Promise | None:
+        """What its answer has to be. Raises RequestError."""
+        return promise_of(self.response_format, None, None)
+
     def options(self, *, max_tokens: int, special: frozenset[int] = frozenset(), **more: Any) -> Options:
         """Raises RequestError naming the field. ``special``: ids that may be sent."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -160,7 +164,6 @@ class _Request(BaseModel):
                 n=1 if self.n is None else self.n,
                 stop=tuple(stops),
                 stop_token_ids=None if not self.stop_token_ids else tuple(self.stop_token_ids),
-                json_object=(self.response_format or {}).get("type") == "json_object",
                 **fields,
             )
         except UserError as error:
@@ -173,6 +176,8 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     continue_final_message: bool | None = None
@@ -194,6 +199,17 @@ class ChatRequest(_Request):
         if self.reasoning_effort is not None:
             arguments["reasoning_effort"] = self.reasoning_effort
         return {"tools": self.tools or (), "arguments": arguments, "continued": bool(self.continue_final_message)}
+
+    def promise(self) -> Promise | None:
+        found = promise_of(self.response_format, self.tool_choice, self.tools)
+        if found is not None and found.told:
+            if (self.n or 1) > 1:
+                raise RequestError("n: only 1 where the answer is checked here", param="n")
+            if self.continue_final_message:
+                raise RequestError(
+                    "continue_final_message: not with a schema or a call that is asked for", param="response_format"
+                )
+        return found
 
     def options(self, **arguments: Any) -> Options:
         if self.top_logprobs is not None and not self.logprobs:
@@ -258,9 +274,21 @@ def _supported(kind: type[_Request], key: str, body: dict[str, Any]) -> bool:
     if any(type(value) is type(harmless) and value == harmless for harmless in _HARMLESS.get(key, ())):
         return True
     if key == "response_format":
-        return value == {"type": "json_object"}
+        return value == {"type": "json_object"} or (kind is ChatRequest and _has_schema(value))
+    if key == "tool_choice":
+        return kind is ChatRequest and (value in ("auto", "none", "required") or _names_function(value))
     if key == "add_generation_prompt":
         return value is not body.get("continue_final_message", False)
     if key == "continue_final_message":
         return value is False or body.get("add_generation_prompt", False) is False
     return key in kind.model_fields
+
+
+def _has_schema(value: Any) -> bool:
+    form = value.get("json_schema") if isinstance(value, dict) and value.get("type") == "json_schema" else None
+    return isinstance(form, dict) and isinstance(form.get("schema"), dict)
+
+
+def _names_function(value: Any) -> bool:
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)

@@ -7,17 +7,18 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import httpx
 
-from sgt_titan.client import Delta, Options, Prompt, UpstreamError
+from sgt_titan.client import Choice, Delta, Options, Prompt, UpstreamError
 from sgt_titan.client.answer import brief
 from sgt_titan.client.private import ChoiceRestorer, hidden_options
 from sgt_titan.client.prompt import decode, special_ids
 from sgt_titan.client.reading import ChoiceReader, reading_of
+from sgt_titan.client.reasoning import END
 from sgt_titan.serving.admission import Admission
 from sgt_titan.serving.errors import RequestError
 from sgt_titan.serving.guard import Caller
@@ -25,6 +26,7 @@ from sgt_titan.serving.keys import Key, Spent
 from sgt_titan.serving.metrics import Metrics
 from sgt_titan.serving.pool import Member, Pool
 from sgt_titan.serving.private import Asked, ask
+from sgt_titan.serving.promise import Promise, again, bare, told
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest
 from sgt_titan.serving.settings import Served, Settings
 from sgt_titan.serving.telemetry import Telemetry
@@ -60,6 +62,19 @@ class Piece:
     delta: Delta | None
 
 
+@dataclass
+class Tally:
+    """Tokens of one request: of prompts, and of every choice of every prompt, as far as it has come."""
+
+    prompt: int = 0
+    choices: dict[tuple[int, int], int] = field(default_factory=dict)
+    given_up: int = 0  # of answers that did not keep their promise
+
+    @property
+    def answered(self) -> int:
+        return sum(self.choices.values()) + self.given_up
+
+
 class Service:
     """What the routes share."""
 
@@ -81,9 +96,11 @@ class Service:
             for u, member in enumerate(model.pool.members):
                 self.metrics.upstream_up.labels(str(m), str(u)).set_function(partial(_as_number, member))
         self.workers = Workers(settings.encode_threads)
+        self.checks = Workers(1)  # of answers, each in a process that it waits for
 
     async def close(self) -> None:
         self.workers.close()
+        self.checks.close()
         for model in self.models:
             await model.pool.close()
 
@@ -118,30 +135,87 @@ class Service:
             raise RequestError(
                 f"{refusal[0]} of this key are used up", status=429, code="rate_limit_exceeded", again_s=refusal[1]
             )
-        counts: dict[tuple[int, int], int] = {}
-        prompt_tokens = 0
+        promise = request.promise()
+        if promise is not None and promise.call is not None and model.reading.calls is None:
+            raise RequestError("tool_choice: how this model writes calls is not known; see --tool-format")
+        tally = Tally()
         try:
             async with self.admission.slot(caller.turn):
                 asked = await self.workers.run(caller.turn, self._ask, model, request)
+                if promise is not None and promise.told:
+                    await self.checks.run(caller.turn, promise.check)
+                    asked = [replace(one, what=told(one.what, one.words(promise.words()))) for one in asked]
                 checked = [await self._checked(model, request, one, caller) for one in asked]
                 for index, (prompt, _) in enumerate(checked):
-                    self.metrics.prompt_tokens.inc(len(prompt))
-                    prompt_tokens += len(prompt)
                     yield Piece(index, len(prompt), None)
                 for index, (prompt, options) in enumerate(checked):
-                    readers = self._readers(model, request, prompt, options.n)
-                    back = self._restorers(asked[index], options.n)
-                    async with aclosing(self._answer(model, prompt, options, caller)) as stream:
-                        async for delta in _until(deadline, stream):
+                    one = _Turn(model, request, asked[index], prompt, options, caller, deadline)
+                    self._count(tally, one)
+                    whole = promise is not None and (promise.told or not options.json_object)
+                    answer = self._kept(promise, one, tally) if whole and promise is not None else self._restored(one)
+                    async with aclosing(answer) as stream:
+                        async for delta in stream:
                             at = (index, delta.index)
-                            counts[at] = max(delta.tokens or 0, counts.get(at, 0))
-                            read = readers[delta.index].feed(delta) if readers else delta
-                            yield Piece(index, len(prompt), back[delta.index].feed(read) if back else read)
-                    self.metrics.put_back(back)
+                            tally.choices[at] = max(delta.tokens or 0, tally.choices.get(at, 0))
+                            yield Piece(index, len(prompt), delta)
         finally:
-            answered = sum(counts.values())
-            self.metrics.completion_tokens.inc(answered)
-            minute.end(caller.key, prompt_tokens + answered)
+            self.metrics.completion_tokens.inc(tally.answered)
+            minute.end(caller.key, tally.prompt + tally.answered)
+
+    def _count(self, tally: Tally, turn: _Turn) -> None:
+        self.metrics.prompt_tokens.inc(len(turn.prompt))
+        tally.prompt += len(turn.prompt)
+
+    async def _read(self, turn: _Turn) -> Deltas:
+        """The answer with thoughts and calls apart; surrogates are still in it."""
+        readers = self._readers(turn.model, turn.request, turn.prompt, turn.options.n)
+        async with aclosing(self._answer(turn.model, turn.prompt, turn.options, turn.caller)) as stream:
+            async for delta in _until(turn.deadline, stream):
+                yield readers[delta.index].feed(delta) if readers else delta
+
+    async def _restored(self, turn: _Turn) -> Deltas:
+        """The answer as it comes, with the values back."""
+        back = self._restorers(turn.asked, turn.options.n)
+        async with aclosing(self._read(turn)) as stream:
+            async for delta in stream:
+                yield back[delta.index].feed(delta) if back else delta
+        self.metrics.put_back(back)
+
+    async def _kept(self, promise: Promise, turn: _Turn, tally: Tally) -> Deltas:
+        """Whole answers that keep their promise, each choice in one piece. One that does not, and whose model was told,
+        is asked for again with what is wrong. Raises UpstreamError after so many tries."""
+        for attempt in range(self.settings.answer_tries):
+            choices = [Choice() for _ in range(turn.options.n)]
+            async with aclosing(self._read(turn)) as stream:
+                async for delta in stream:
+                    choices[delta.index].add(delta)
+            back = self._restorers(turn.asked, turn.options.n)
+            shown = [one.whole(i) for i, one in enumerate(choices)]
+            shown = [back[i].feed(delta) for i, delta in enumerate(shown)] if back else shown
+            complaint: str | None = None
+            for i, delta in enumerate(shown):
+                if delta.finish_reason != "length":  # cut off: that is said, and nothing else can be
+                    shown[i] = delta = replace(delta, text=bare(delta.text))
+                    complaint = complaint or await self.checks.run(turn.caller.turn, promise.complaint, delta)
+            if complaint is None:
+                self.metrics.put_back(back)
+                for delta in shown:
+                    yield replace(delta, tokens=(delta.tokens or 0) + tally.given_up)
+                tally.given_up = 0  # they are in what was just counted
+                return
+            self.metrics.broken.inc()
+            tally.given_up += sum(choice.tokens for choice in choices)
+            if attempt + 1 == self.settings.answer_tries:
+                break
+            what = again(turn.asked.what, choices[0], complaint, turn.asked.words) if promise.told else turn.asked.what
+            asked = replace(turn.asked, what=what)
+            prompt, options = await self._checked(turn.model, turn.request, asked, turn.caller)
+            turn = replace(turn, asked=asked, prompt=prompt, options=options)
+            self._count(tally, turn)
+        raise UpstreamError(
+            f"the model's answers do not fit what was asked for, {self.settings.answer_tries} times",
+            code="answer_does_not_fit",
+        )
 
     async def _answer(self, model: Model, prompt: Prompt, options: Options, caller: Caller) -> Deltas:
         # Only now: embeddings are thousands of times as large as the text, and prompts may be many.
@@ -185,9 +259,14 @@ class Service:
         """Of a chat: one a choice."""
         if isinstance(request, CompletionRequest):
             return []
+        end = self._end(model, prompt)
+        how: dict[str, Any] = {"tools": bool(request.tools), "one": request.parallel_tool_calls is False}
+        return [ChoiceReader(model.reading, prompt_end=end, **how) for _ in range(n)]
+
+    @staticmethod
+    def _end(model: Model, prompt: Prompt) -> str:
         with model.tokenizing:
-            end = decode(model.sgt.tokenizer, prompt.ids[-PROMPT_END:])
-        return [ChoiceReader(model.reading, tools=bool(request.tools), prompt_end=end) for _ in range(n)]
+            return decode(model.sgt.tokenizer, prompt.ids[-PROMPT_END:])
 
     async def prompt(self, model: Model, what: Any, caller: Caller, **rendering: Any) -> Prompt:
         """Tokenized in a thread. Raises RequestError for one that is too long here."""
@@ -222,16 +301,17 @@ class Service:
             rendering["tools"] = asked.tools(rendering["tools"])
         prompt = await self.prompt(model, asked.what, caller, **rendering)
         try:
-            options = self._options(model, request, len(prompt), described.context)
+            options = self._options(model, request, prompt, described.context)
         except RequestError:
             # Before a request is refused for what the upstream said some time ago, it is asked again.
             described = await model.pool.describe(fresh=True)
-            options = self._options(model, request, len(prompt), described.context)
+            options = self._options(model, request, prompt, described.context)
         return prompt, hidden_options(asked.conversation, options) if asked.conversation is not None else options
 
     def _options(
-        self, model: Model, request: ChatRequest | CompletionRequest, tokens: int, context: int | None
+        self, model: Model, request: ChatRequest | CompletionRequest, prompt: Prompt, context: int | None
     ) -> Options:
+        tokens = len(prompt)
         contexts = [c for c in (context, model.sgt.limit) if c]
         whole = min(contexts, default=None)
         room = self.settings.max_tokens if whole is None else whole - tokens
@@ -247,9 +327,27 @@ class Service:
             raise RequestError(f"max_tokens: at most {self.settings.max_tokens} are allowed here", param="max_tokens")
         default = min(room, COMPLETION_DEFAULT if isinstance(request, CompletionRequest) else self.settings.max_tokens)
         more: dict[str, Any] = {"special": special_ids(model.sgt.tokenizer)}
+        promise = request.promise()
+        if promise is not None and promise.held:
+            # A model that thinks first could not: an object begins with its brace. So that is checked here.
+            thinks = isinstance(request, ChatRequest) and model.reading.thoughts
+            more["json_object"] = not thinks or self._end(model, prompt).rstrip().endswith(END)
         if isinstance(request, ChatRequest) and request.tools and model.reading.special:
             more["skip_special_tokens"] = False  # the marks of a call are such, and it has to be found
         return request.options(max_tokens=default if wanted is None else wanted, **more)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One prompt of a request, ready to be sent."""
+
+    model: Model
+    request: ChatRequest | CompletionRequest
+    asked: Asked
+    prompt: Prompt
+    options: Options
+    caller: Caller
+    deadline: float
 
 
 def _as_number(member: Member) -> float:

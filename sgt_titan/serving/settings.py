@@ -46,8 +46,9 @@ class Settings:
     list of them. api_keys: any of them is accepted; empty: no authentication. keys_file: named keys with limits, read
     again when it changes. Sizes in bytes and tokens, times in seconds. active: requests answered at a time; waiting:
     how many more may wait, for wait_s at most. retries: servers that are tried after one that failed before its answer
-    began. hosts, origins: names that requests may come by, and pages they may come from, besides this machine's own;
-    any_host: all names. private: what gets surrogates in every request that does not say otherwise.
+    began. answer_tries: answers that are asked for until one fits its schema or call. hosts, origins: names that
+    requests may come by, and pages they may come from, besides this machine's own; any_host: all names. private: what
+    gets surrogates in every request that does not say otherwise.
     """
 
     upstream: str = ""
@@ -70,6 +71,7 @@ class Settings:
     total_timeout_s: float = 600.0
     retries: int = 2
     retry_pause_s: float = 0.2
+    answer_tries: int = 3
     inspect: bool = False
     openapi: bool = False
     results: str | None = None

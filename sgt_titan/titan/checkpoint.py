@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.base import BaseCheckpointManager
 from torchtitan.tools.logging import logger
 
-from sgt_titan import checkpoint as disk
+from sgt_titan import checkpoint, disk
 from sgt_titan.cluster.ownership import Ownership
 from sgt_titan.errors import UserError
 from sgt_titan.export import SGT
@@ -106,8 +106,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
             return False
         began = time.perf_counter()
         self.maybe_wait_for_saving()
-        path = disk.step_dir(self.output_dir, curr_step)
-        if disk.is_committed(path) and path not in self.damaged:
+        path = checkpoint.step_dir(self.output_dir, curr_step)
+        if checkpoint.is_committed(path) and path not in self.damaged:
             return False
         if self.group is None:
             # Its own: ranks come to the thread's collectives at other moments than to the step's.
@@ -134,7 +134,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
                 raise
             if dist.get_rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
-            kept = disk.latest_committed(self.output_dir)
+            kept = checkpoint.latest_committed(self.output_dir)
             raise UserError(
                 f"{path}: no space left to save step {step}; kept {kept.name if kept else 'no checkpoint'}; "
                 "free space or set checkpoint.keep_latest lower, then start the same command again"
@@ -143,14 +143,14 @@ class SGTCheckpointManager(BaseCheckpointManager):
         if dist.get_rank() == 0:
             took = time.perf_counter() - began
             logger.info(f"Saved step {step} to {path} in {took:.2f} s, after copying it in {self.stall:.3f} s")
-            disk.prune(self.output_dir, self.config.keep_latest_k, damaged=self.damaged)
+            checkpoint.prune(self.output_dir, self.config.keep_latest_k, damaged=self.damaged)
 
     def _write_files(self, path: Path, tensors: dict[str, torch.Tensor], state: str) -> None:
         def prepare() -> None:
             shutil.rmtree(path, ignore_errors=True)  # left by an attempt that never committed it
             path.mkdir(parents=True)
-            (path / disk.CONFIG).write_text(self.config.config_yaml)
-            (path / disk.STATE).write_text(state)
+            disk.write(path / checkpoint.CONFIG, self.config.config_yaml)
+            disk.write(path / checkpoint.STATE, state)
 
         local = [_local(tensor) for tensor in tensors.values()]
         total = torch.tensor(sum(tensor.numel() * tensor.element_size() for tensor in local))
@@ -160,7 +160,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=self.group)
         written = path.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")
-        parts = on_every_rank(lambda: disk.describe_files(sorted(written)), self.group)
+        parts = on_every_rank(lambda: checkpoint.describe_files(sorted(written)), self.group)
         files = {name: entry for part in parts for name, entry in part.items()}
 
         def commit() -> None:
@@ -168,7 +168,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
                 raise UserError(f"run.output_dir: {self.output_dir} was taken over by another attempt of this job")
             present = {file.name for file in path.glob("*.safetensors")}
             assert present == set(files), f"ranks described {sorted(files)}, the directory holds {sorted(present)}"
-            disk.commit(path, files | disk.describe_files([path / disk.CONFIG, path / disk.STATE]))
+            own = checkpoint.describe_files([path / checkpoint.CONFIG, path / checkpoint.STATE])
+            checkpoint.commit(path, files | own)
 
         on_rank_zero(commit, self.group)
 
@@ -190,8 +191,8 @@ class SGTCheckpointManager(BaseCheckpointManager):
         Raises:
             UserError: the newest checkpoint holds tensors of other names or shapes.
         """
-        path = disk.latest_committed(self.output_dir)
-        if path is None or disk.problems(path):
+        path = checkpoint.latest_committed(self.output_dir)
+        if path is None or checkpoint.problems(path):
             return  # nothing to go on from, or ``load`` will say so
         entries: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()
         stored = {name: tuple(e.size) for name, e in entries if not name.startswith(OPTIMIZER) and name != RNG}
@@ -205,14 +206,14 @@ class SGTCheckpointManager(BaseCheckpointManager):
 
     def _load(self, step: int = -1) -> bool:
         damaged = []
-        for path in disk.list_steps(self.output_dir):
-            if step not in (-1, disk.step_of(path)):
+        for path in checkpoint.list_steps(self.output_dir):
+            if step not in (-1, checkpoint.step_of(path)):
                 continue
-            if not disk.is_committed(path):
+            if not checkpoint.is_committed(path):
                 logger.warning(f"{path}: no commit marker, so the save was interrupted; ignored")
                 continue
             found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(found, disk.problems(path, part=dist.get_rank(), parts=dist.get_world_size()))
+            dist.all_gather_object(found, checkpoint.problems(path, part=dist.get_rank(), parts=dist.get_world_size()))
             if damage := sorted({line for part in found for line in part}):
                 logger.warning(f"Damaged checkpoint, looking for the one before it: {'; '.join(damage)}")
                 damaged.append(path)
@@ -224,7 +225,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         if damaged:
             raise UserError(
                 f"{self.output_dir}: every committed checkpoint is damaged, the newest being {damaged[0].name}; "
-                f"restore one, or delete {self.output_dir / disk.FOLDER} to start from step 0"
+                f"restore one, or delete {self.output_dir / checkpoint.FOLDER} to start from step 0"
             )
         if step != -1:
             raise UserError(f"{self.output_dir}: no intact checkpoint of step {step}")
@@ -237,7 +238,7 @@ class SGTCheckpointManager(BaseCheckpointManager):
         optimizer |= {k.removeprefix(OPTIMIZER): v for k, v in tensors.items() if k.startswith(OPTIMIZER)}
         self.optimizers.load_state_dict(optimizer)
         torch.set_rng_state(tensors[RNG])
-        state = disk.read_state(path)
+        state = checkpoint.read_state(path)
         self.optimizers.skipped, self.optimizers.skipped_in_a_row = state.get("skipped_steps", (0, 0))
         self.trainer.load_state_dict(state["train_state"])
         self.dataloader.load_state_dict(state["data"])
@@ -279,10 +280,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free", str(folder))
+    if (there := disk.free(folder)) < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes needed, {there} free", str(folder))
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from sgt_titan.config.load import dump
-from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
 from sgt_titan.export import MODEL

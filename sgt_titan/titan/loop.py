@@ -24,8 +24,10 @@ from torchtitan.trainer import Trainer
 from sgt_titan.cluster import status
 from sgt_titan.cluster.ownership import Ownership
 from sgt_titan.config import schema
+from sgt_titan.config.check import validate
 from sgt_titan.config.load import dump
-from sgt_titan.config.resolve import read_trunk, resolve, validate
+from sgt_titan.config.resolve import resolve
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchtitan.tools.logging import logger
 
-from sgt_titan import checkpoint
+from sgt_titan import checkpoint, disk
 from sgt_titan.cluster import directory, status
 from sgt_titan.config.load import dump
 from sgt_titan.config.schema import Config
@@ -30,8 +30,8 @@ def claim(prepared: Prepared) -> None:
     """Record whose directory this is, and with which config (rank 0)."""
     folder = Path(prepared.config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_durably(folder / directory.CONFIG_FILE, dump(prepared.config))
-    checkpoint.write_durably(folder / directory.RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))
+    disk.write(folder / directory.CONFIG_FILE, dump(prepared.config))
+    disk.write(folder / directory.RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))
 
 
 def finish(config: Config, attempt: str, step: int) -> None:

@@ -23,10 +23,10 @@ from torchtitan.tools.logging import logger
 from transformers import AutoConfig, PretrainedConfig
 
 import sgt_titan
-from sgt_titan import checkpoint
+from sgt_titan import disk
 from sgt_titan.cluster.directory import UNITS
-from sgt_titan.config.resolve import read_trunk
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.data.batch import BatchSource
 from sgt_titan.data.cache import wait_or_prepare
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
@@ -229,7 +229,7 @@ def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.
             content = json.dumps(build())
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_durably(file, content)
+                disk.write(file, content)
             except OSError as error:
                 raise UserError(f"data.cache_dir: cannot write {file.parent}: {error.strerror}") from None
         elif time.monotonic() > deadline:

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
-from sgt_titan.checkpoint import write_durably
+from sgt_titan import disk
 from sgt_titan.data.batch import Document
 from sgt_titan.errors import UserError
 from sgt_titan.objectives.top_k import Targets
@@ -111,7 +111,7 @@ class TeacherCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not file.exists():
-                write_durably(file, wanted)  # every rank writes the same
+                disk.write(file, wanted)  # every rank writes the same
             _require_same(file, meta)
             self.file = os.open(self.folder / "teacher.bin", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torchtitan.models.common.attention import FlexAttention
 from torchtitan.tools.logging import logger
 
-from sgt_titan.config.resolve import pair_groups_fit
+from sgt_titan.config.degrees import pair_groups_fit
 from sgt_titan.metrics.ranks import nn_failure_rate, sym_ttr, token_ranks, ttr
 
 from .flops import matmul_parameters

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
-from sgt_titan.folders import writable
 from sgt_titan.transform.gguf_file import GGUF, SUFFIX
 from sgt_titan.trunk.check import EMBEDDING, HEAD, check_checkpoint
 from sgt_titan.trunk.families import check_config, is_tied
@@ -73,9 +71,7 @@ def convert(trunk: Path, out: Path, adapter: Path | None = None) -> None:
     folder = check_folder(trunk.parent if stored else trunk, "TRUNK")
     config = read_json(folder / CONFIG)
     check_config(config)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"OUT: {out} exists and is not an empty directory; choose another")
-    writable(out, "OUT")
+    disk.check_target(out, "OUT")
     if stored:
         if adapter is not None:
             raise UserError("--adapter: convert the GGUF file first, then merge into the result")
@@ -99,19 +95,11 @@ def convert(trunk: Path, out: Path, adapter: Path | None = None) -> None:
 @contextmanager
 def _whole(out: Path, folder: Path) -> Iterator[Path]:
     """A directory to write weights to, which becomes ``out`` with all else of ``folder`` once it is a trunk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        work.mkdir()
+    with disk.whole(out) as work:
         yield work
         (work / CONFIG).write_text((folder / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
         copy_accompanying(folder, work)
         check_checkpoint(work)
-        if out.is_dir():
-            out.rmdir()
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def bin_files(folder: Path) -> list[Path]:

@@ -11,8 +11,6 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgt_titan import __version__
+from sgt_titan import __version__, disk
 from sgt_titan.errors import UserError
-from sgt_titan.folders import writable
 from sgt_titan.transform.configuration import SGTConfig
 from sgt_titan.transform.fingerprint import (
     fingerprint_config,
@@ -88,8 +85,7 @@ def write_export(
     tokenizer = load_tokenizer(tokenizer_dir)
     check_ids_fingerprint(tokenizer, config, tokenizer_dir)
     check_target(out_dir, overwrite=overwrite)
-    parent = out_dir.parent
-    _check_disk(parent, state_dict, dtype, extra_files)
+    disk.require_room(out_dir, _bytes(state_dict, dtype, extra_files))
 
     config = copy.deepcopy(config)
     config.training = config.training or dict(summary)
@@ -105,10 +101,7 @@ def write_export(
         "config": fingerprint_config(config),
     }
 
-    parent.mkdir(parents=True, exist_ok=True)
-    work_dir = parent / f".{out_dir.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        work_dir.mkdir()
+    with disk.whole(out_dir, overwrite=overwrite) as work_dir:
         with torch.device("meta"):
             skeleton = StainedGlassTransform(config)
             nn.Module.to(skeleton, dtype)
@@ -116,34 +109,12 @@ def write_export(
         skeleton.save_pretrained(work_dir, state_dict=weights, max_shard_size=SHARD_SIZE, save_original_format=False)
         copy_accompanying(tokenizer_dir, work_dir)
         (work_dir / "README.md").write_text(model_card(config, summary, _licence(tokenizer_dir)), encoding="utf-8")
-        move_into_place(work_dir, out_dir)
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
     return out_dir
 
 
-def check_target(out_dir: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Raise UserError unless ``write_export`` may write here; cheap, so a run can ask before it starts training.
-
-    A missing or empty directory is fine. With ``overwrite`` so is an earlier export that holds nothing but the files
-    an export consists of: replacing deletes the directory, and a note or a report in it would go with it.
-    """
-    out_dir = Path(out_dir)
-    if not os.path.lexists(out_dir):
-        writable(out_dir, "OUT")
-        return
-    if not out_dir.is_dir() or out_dir.is_symlink():
-        raise UserError(f"{out_dir}: exists and is not a directory; choose another output directory")
-    entries = sorted(entry.name for entry in out_dir.iterdir())
-    if not entries:
-        return
-    if not _is_export(out_dir):
-        raise UserError(f"{out_dir}: not empty and not an earlier export; choose another output directory")
-    if not overwrite:
-        raise UserError(f"{out_dir}: an export is already there; choose another output directory or allow overwriting")
-    foreign = [name for name in entries if not _is_export_file(name)]
-    if foreign:
-        raise UserError(f"{out_dir}: {foreign[0]} is not part of an export and would be lost; move it away first")
+def check_target(out_dir: Path, *, overwrite: bool = False) -> None:
+    """Raise UserError unless ``write_export`` may write here."""
+    disk.check_target(out_dir, "OUT", overwrite=overwrite, earlier=_is_export, part=_is_export_file)
 
 
 def _is_export(directory: Path) -> bool:
@@ -171,31 +142,9 @@ def _files_to_copy(tokenizer_dir: Path) -> list[Path]:
     return accompanying_files(tokenizer_dir)
 
 
-def _check_disk(parent: Path, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype, files: list[Path]) -> None:
-    needed = sum(tensor.numel() for tensor in state_dict.values()) * dtype.itemsize
-    needed += sum(path.stat().st_size for path in files if path.is_file()) + (1 << 20)
-    existing = next(path for path in (parent, *parent.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"{parent}: {free / 1e9:.3f} GB free, the export needs {needed / 1e9:.3f} GB; "
-            "free some space or choose another output directory"
-        )
-
-
-def move_into_place(work_dir: Path, out_dir: Path) -> None:
-    """Rename ``work_dir`` to ``out_dir``; what was there goes aside first, and back if the rename fails."""
-    if not out_dir.exists():
-        os.rename(work_dir, out_dir)
-        return
-    aside = work_dir.with_suffix(".old")
-    os.rename(out_dir, aside)
-    try:
-        os.rename(work_dir, out_dir)
-    except OSError:
-        os.rename(aside, out_dir)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def _bytes(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype, files: list[Path]) -> int:
+    weights = sum(tensor.numel() for tensor in state_dict.values()) * dtype.itemsize
+    return weights + sum(path.stat().st_size for path in files if path.is_file()) + (1 << 20)
 
 
 def _licence(tokenizer_dir: Path) -> str | None:

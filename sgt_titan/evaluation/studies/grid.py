@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgt_titan.config.door import read_config
-from sgt_titan.config.load import HOW_IT_RUNS, get, keys, load, parse_overrides
+from sgt_titan.config.keys import get, keys
+from sgt_titan.config.load import HOW_IT_RUNS, load, parse_overrides
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
 

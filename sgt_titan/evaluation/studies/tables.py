@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.load import dump, load, parse_overrides
@@ -22,7 +23,6 @@ from sgt_titan.evaluation.measure.evaluate import benchmark_names
 from sgt_titan.evaluation.options import check_zero, zero_argument
 from sgt_titan.evaluation.parts import write
 from sgt_titan.evaluation.studies.grid import Execute, Step, command, execute, objective, shared_cache, training
-from sgt_titan.folders import writable
 
 ROWS = tuple(PRESETS)
 PAPER_ROWS = tuple(name for name, terms in PRESETS.items() if "rate" not in terms)  # Table I, in the paper's order
@@ -97,7 +97,7 @@ def foresee(arguments: argparse.Namespace) -> None:
     from sgt_titan.config.schema import Data
     from sgt_titan.data.sources import load_rows
 
-    writable(arguments.out, "--out")
+    disk.writable(arguments.out, "--out")
     benchmark_names(arguments)
     if arguments.pii:
         load_rows(Data(source=arguments.pii))

@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sgt_titan.config.load import load, parse_overrides, read_trunk, resolve
+from sgt_titan.config.check import validate
+from sgt_titan.config.load import load, override, parse_overrides
+from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.data.cache import View
 from sgt_titan.data.marks import texts
 from sgt_titan.errors import UserError
@@ -83,7 +86,7 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
         overrides: words ``--data.key value`` and ``--training.seq_len value``.
 
     Raises:
-        UserError: an unknown option, or one of another section; a config.yaml that is damaged.
+        UserError: an option that is unknown, of another section or out of its range; a config.yaml that is damaged.
     """
     values = parse_overrides(list(overrides))
     for key in values:
@@ -103,12 +106,11 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
     limit = read_trunk(config).get("max_position_embeddings")
     if "training.seq_len" not in values and limit:
         config.training.seq_len = min(config.training.seq_len, limit)
-    for key, value in values.items():
-        section, name = key.split(".")
-        setattr(getattr(config, section), name, value)
+    config = resolve(override(config, overrides), world_size=None)
     if limit and config.training.seq_len > limit:
         raise UserError(f"--training.seq_len: {config.training.seq_len} is beyond the trunk's {limit} positions")
-    return resolve(config, world_size=None)
+    validate(config, None, None)
+    return config
 
 
 def check_fit(transform: StainedGlassTransform, trunk_path: str | Path, export: str) -> tuple[str, ...]:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sgt_titan.config.load import load, resolve, validate
+from sgt_titan.config.check import validate
+from sgt_titan.config.load import load
+from sgt_titan.config.resolve import resolve
 from sgt_titan.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "train_configs" / "conjformer").glob("*.yaml"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sgt_titan import disk
 from sgt_titan.data import cache
 from sgt_titan.data.cache import cache_dir, open_cache, prepare, split, wait_or_prepare
 from sgt_titan.data.marks import texts
@@ -226,11 +227,11 @@ def test_concurrent_builders_agree(chats, make_config, tokenizer_dir, monkeypatc
     rename = os.rename
 
     def meet_first(source, target):  # all three builds are complete before the first is renamed
-        if ".building-" in str(source):
+        if ".tmp" in str(source):
             together.wait(timeout=20)
         rename(source, target)
 
-    monkeypatch.setattr(cache.os, "rename", meet_first)
+    monkeypatch.setattr(disk.os, "rename", meet_first)
     found, failed = [], []
 
     def build():
@@ -252,11 +253,11 @@ def test_concurrent_builders_agree(chats, make_config, tokenizer_dir, monkeypatc
 def test_leftovers_are_swept(chats, make_config, tokenizer_dir):
     config = make_config(chats)
     root = cache_dir(config)
-    for name, age in ((".building-old", 30 * 86400), (".building-new", 60)):
+    for name, age in ((".old.tmp", 30 * 86400), (".new.tmp", 60)):
         (root / name).mkdir(parents=True)
         os.utime(root / name, (time.time() - age,) * 2)
     prepare(config, tokenizer_dir, progress=False)
-    assert not (root / ".building-old").exists() and (root / ".building-new").exists()
+    assert not (root / ".old.tmp").exists() and (root / ".new.tmp").exists()
 
 
 def test_no_usable_rows(write, make_config, tokenizer_dir):

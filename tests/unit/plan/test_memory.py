@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from sgt_titan.config.load import load, read_trunk, resolve
+from sgt_titan.config.load import load
+from sgt_titan.config.resolve import resolve
+from sgt_titan.config.trunk import read_trunk
 from sgt_titan.plan import plan
 
 REPO = Path(__file__).resolve().parents[3]

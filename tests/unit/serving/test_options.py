@@ -2,6 +2,9 @@
 
 import configparser
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,13 @@ def test_the_unit_and_the_container_start_what_there_is():
     lines = (ROOT / "examples/Dockerfile").read_text().splitlines()
     entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
     assert re.findall(r'"([^"]+)"', entry)[:2] == ["sgt-titan", "serve"] and any(x.startswith("USER ") for x in lines)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_systemd_reads_the_unit_without_a_complaint(tmp_path):
+    unit = tmp_path / "sgt-titan.service"
+    text = (ROOT / "examples/sgt-titan.service").read_text()
+    for words, complaints in ((sys.executable, False), ("/no/such/program", True)):
+        unit.write_text(text.replace("/opt/sgt-titan/bin/sgt-titan", words))
+        said = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+        assert bool(said.returncode or said.stderr) == complaints, said.stderr

@@ -5,62 +5,31 @@ The upstream writes what a test has it write, so that what a model of a family w
 
 import json
 import re
-import shutil
 from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
 
-from sgt_titan.client import StainedGlassTransform
 from sgt_titan.private import Private
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
-from tests.serving_kit import make_export, with_chat_template
-from tests.stub_servers import running
+from tests.stub_servers import Scripted, running
 
 CANARY = "Zorblax-7741"
-TEMPLATE = (
-    "{{ bos_token }}{% if tools %}TOOLS:{{ tools | tojson }}, call as <tool_call>;{% endif %}{% for m in messages %}"
-    "<{{ m['role'] }}>{{ m['content'].split('</think>')[-1] }}{% for c in m.tool_calls or [] %}<tool_call>"
-    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}</tool_call>{% endfor %}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
-)
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 ASK = {"model": "m", "messages": [{"role": "user", "content": "how is Rome?"}]}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def sgt(chat_trunk, tmp_path_factory):
-    folder = shutil.copytree(chat_trunk, tmp_path_factory.mktemp("agents") / "trunk")
-    with_chat_template(folder, TEMPLATE)
-    sgt = StainedGlassTransform.from_pretrained(make_export(folder, tmp_path_factory.mktemp("agents") / "export"))
-    sgt.config.trunk_config["max_position_embeddings"] = 4096  # chats with tools are long, byte by byte
-    return sgt
-
-
-class Model:
-    """An upstream that says ``says``, in pieces of three characters, and keeps what it was asked."""
-
-    def __init__(self):
-        self.says, self.asked, self.finish = "", [], "stop"
-
-    def __call__(self, request):
-        if request.method == "GET":
-            return httpx.Response(200, json={"data": [{"id": "m", "max_model_len": 4096}]})
-        self.asked.append(json.loads(request.content))
-        pieces = [self.says[i : i + 3] for i in range(0, len(self.says), 3)]
-        choices = [{"index": 0, "text": piece, "finish_reason": None} for piece in pieces]
-        choices.append({"index": 0, "text": "", "finish_reason": self.finish})
-        events = [{"choices": [c], "usage": {"completion_tokens": i + 1}} for i, c in enumerate(choices)]
-        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-        return httpx.Response(200, content=text.encode())
+def sgt(agent_sgt):
+    return agent_sgt
 
 
 @pytest.fixture
 def model():
-    return Model()
+    return Scripted()
 
 
 @contextmanager
@@ -72,7 +41,7 @@ def client(sgt, model, **settings):
 
 @pytest.fixture(scope="module")
 def shared_model():
-    return Model()
+    return Scripted()
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +147,8 @@ def test_reasoning(sgt, shared, shared_model):
         ({"min_tokens": 9, "max_tokens": 5}, "min_tokens"),
         ({"verbosity": "low"}, "verbosity: unsupported"),
         ({CANARY: 1}, "unknown field: unsupported"),
-        ({"response_format": {"type": "json_schema"}}, "a schema would leave the machine"),
-        ({"tool_choice": "required", "tools": [TOOL]}, "only auto and none"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema with a schema"),
+        ({"tool_choice": {"type": "web"}, "tools": [TOOL]}, "a function of tools"),
     ],
 )
 def test_what_is_refused(shared, body, message):
@@ -191,9 +160,9 @@ def test_what_is_refused(shared, body, message):
 def test_options_that_are_handed_on(shared, shared_model):
     shared_model.says = "{}"
     extra = {"min_tokens": 1, "ignore_eos": True, "skip_special_tokens": False, "stop_token_ids": [1]}
-    shared.chat.completions.create(**ASK, response_format={"type": "json_object"}, extra_body=extra)
+    shared.chat.completions.create(**ASK, extra_body=extra)
     asked = shared_model.asked[-1]
-    assert {name: asked[name] for name in extra} == extra and asked["response_format"] == {"type": "json_object"}
+    assert {name: asked[name] for name in extra} == extra
 
 
 def test_a_turn_that_is_to_be_continued(sgt, shared, shared_model):
@@ -262,7 +231,7 @@ def test_streamed_responses(shared, shared_model):
         ({"input": 3}, "must be text or a list of items"),
         ({"input": [{"type": "item_reference", "id": CANARY}]}, r"input\[0\]: must be a message"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "only functions"),
-        ({"input": "a", "text": {"format": {"type": "json_schema", "name": CANARY}}}, "a schema would leave"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "name": CANARY}}}, "with a schema"),
         ({"input": "a", CANARY: 1}, "unknown field"),
     ],
 )

@@ -90,7 +90,7 @@ def shared(_loaded, sgt):
         ({"stop": [CANARY] * 17}, "at most 16"),
         ({"top_logprobs": 3}, "needs logprobs"),
         ({"logit_bias": {"17": 3}}, "logit_bias: unsupported; token ids would leave"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": CANARY}}}, "a schema would leave"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": CANARY}}}, "with a schema"),
         ({"echo": True}, "echo: unsupported"),
         ({CANARY: 1}, "unknown field"),
         ({"tools": [{"type": "function", "function": {"name": CANARY * 20}}]}, "tokens, at most"),

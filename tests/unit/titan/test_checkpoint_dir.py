@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,28 +150,3 @@ def test_pieces_of_several_ranks_become_whole_tensors(tmp_path):
     read = checkpoint.read_tensors(tmp_path, "sgt.")
     assert list(read) == ["w"]
     assert torch.equal(read["w"], whole)
-
-
-def test_write_durably_replaces_as_a_whole(tmp_path, monkeypatch):
-    file = tmp_path / "x.json"
-    checkpoint.write_durably(file, "old")
-    assert file.read_text() == "old"
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OSError):
-        checkpoint.write_durably(file, "new, and longer")
-    assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_many_writers_of_one_file(tmp_path):
-    """Runs that start together share a cache: each writes its whole text, and the last one stands."""
-    file = tmp_path / "shared.json"
-    texts = [str(n) * 50_000 for n in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda text: checkpoint.write_durably(file, text), texts * 4))
-    assert file.read_text() in texts
-    assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]

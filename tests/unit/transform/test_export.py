@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from sgt_titan import disk
 from sgt_titan.errors import UserError
 from sgt_titan.transform import (
     SGTConfig,
@@ -384,7 +385,7 @@ def test_earlier_export_survives_a_failing_write(written, tokenizer_dir, monkeyp
             raise OSError(errno.EIO, "disk error")
         real_rename(source, target)
 
-    monkeypatch.setattr(export.os, "rename", failing_rename)
+    monkeypatch.setattr(disk.os, "rename", failing_rename)
     with pytest.raises(OSError, match="disk error"):
         write_export(path, config, state, tokenizer_dir=tokenizer_dir, summary={}, overwrite=True)
     assert load_export(path).config.training["steps"] == 1200 and leftovers(path.parent) == []
@@ -404,7 +405,7 @@ def test_disk_and_arguments(tmp_path, tokenizer_dir, monkeypatch):
         write_export(tmp_path / "out", config, state, tokenizer_dir=tokenizer_dir, summary={}, dtype="float16")
     bytes_needed = 4 * sum(tensor.numel() for tensor in state.values())
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: usage(0, 0, bytes_needed))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(0, 0, bytes_needed))
     with pytest.raises(UserError, match="GB free"):
         write_export(tmp_path / "deep" / "out", config, state, tokenizer_dir=tokenizer_dir, summary={})
     assert not (tmp_path / "deep").exists()

@@ -226,6 +226,9 @@ def test_rows_of_another_split_are_said_to_be_so(identity, demo_config, make_exp
         (["--optimizer.lr", "1"], "--optimizer.lr: does not belong"),
         (["--data.prompt_token", "1"], "data.prompt_token"),
         (["--training.seq_len", "100000"], "beyond the trunk's"),
+        (["--training.seq_len", "0"], "training.seq_len must be at least 2, got 0"),
+        (["--data.max_samples", "-5"], "data.max_samples must be 0 or more, got -5"),
+        (["--data.columns.txt", "story"], "data.columns.txt is no field"),
     ],
 )
 def test_options_that_do_not_belong(make_export, words, message):
@@ -256,6 +259,10 @@ def test_options_of_the_run_beside_the_export(make_export):
     config = samples.data_config(export, "demo", "demo")
     assert (config.data.max_samples, config.training.seq_len, config.trunk.path) == (77, 99, str(TRUNK))
     assert samples.data_config(export, "demo", "demo", ["--data.max_samples", "5"]).data.max_samples == 5
+    run.data.columns = {"text": "story"}
+    (export.parent / "config.yaml").write_text(dump(run))
+    both = samples.data_config(export, "demo", "demo", ["--data.columns.output", "end"]).data.columns
+    assert both == {"text": "story", "output": "end"}
     # Another source: nothing of the run's data options applies.
     assert samples.data_config(export, "demo", "rows.jsonl").data.max_samples == 0
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sgt_titan.config.load import dump, load, resolve
+from sgt_titan.config.load import dump, load
+from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import TERMS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.report import plane

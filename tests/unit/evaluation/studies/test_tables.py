@@ -12,7 +12,7 @@ from sgt_titan.evaluation.studies import tables
 @pytest.mark.parametrize("row", tables.ROWS)
 def test_a_row_is_its_terms_and_no_other(row):
     """Also where the config gives a ramp and a denoiser of its own, as the demo does."""
-    from sgt_titan.config.load import resolve
+    from sgt_titan.config.resolve import resolve
 
     config = resolve(load("demo", tables.objective(row)), world_size=None)
     weights = {term: getattr(config.objective, term).weight for term in TERMS}

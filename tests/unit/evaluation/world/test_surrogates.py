@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgt_titan.config.load import resolve
+from sgt_titan.config.resolve import resolve
 from sgt_titan.data.cache import prepare
 from sgt_titan.data.tokenization import load_tokenizer
 from sgt_titan.demo import TRUNK
