@@ -94,6 +94,11 @@ def adapter(path: Path) -> None:
     (path / "adapter_model.safetensors").touch()
 
 
+def with_adapter(path: Path) -> None:
+    write_bare_trunk(path)
+    (path / "adapter_config.json").write_text("{}")
+
+
 def hub_cache(path: Path) -> None:
     write_bare_trunk(path / "snapshots" / "0123abc")
 
@@ -161,6 +166,7 @@ CASES: dict[str, Callable[[Path], object]] = {
     "pytorch_model.bin": lambda path: renamed(path, "pytorch_model.bin"),
     "GGUF": lambda path: renamed(path, "model-Q8_0.gguf"),
     "a LoRA adapter alone": adapter,
+    "a LoRA adapter beside weights": with_adapter,
     "a folder of the hub's cache": hub_cache,
     "a file instead of a folder": lambda path: path.touch(),
     "no tokenizer.json": lambda path: (write_bare_trunk(path), (path / "tokenizer.json").unlink()),

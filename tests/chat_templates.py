@@ -67,16 +67,18 @@ BARE_CALLS = (
     "{% else %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
-# SmolLM3: the template itself says what is generated.
+# The template itself says what is generated.
 GENERATION = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
     "{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As people add marks to ChatML for training: the end of the turn stays outside.
+CONTENT_MARKED = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 ALL = {
     "chatml": CHATML, "dated": DATED, "thinks": THINKS, "opens": OPENS, "closes": CLOSES, "channels": CHANNELS,
-    "bare_calls": BARE_CALLS, "generation": GENERATION,
+    "bare_calls": BARE_CALLS, "generation": GENERATION, "content_marked": CONTENT_MARKED,
 }  # fmt: skip
 
 

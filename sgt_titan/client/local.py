@@ -12,11 +12,12 @@ import torch
 from sgt_titan.client.answer import Answer, Delta, Options, UpstreamError, check_embeddings, gather
 from sgt_titan.client.stops import StopScanner
 from sgt_titan.errors import UserError
-from sgt_titan.transform.tokenizer import decode
+from sgt_titan.transform.tokenizer import decode, load_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only")
 _UNSUPPORTED = ("logprobs", "presence_penalty", "frequency_penalty", "ignore_eos", "stop_token_ids", "json_object")
 
 
@@ -37,12 +38,15 @@ class Transformers:
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: Any) -> Transformers:
         """A checkpoint directory or hub name. Raises UserError if it cannot be loaded."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         try:
-            return cls(AutoModelForCausalLM.from_pretrained(path, **kwargs), AutoTokenizer.from_pretrained(path))
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            folder = tokenizer_folder(path, **{key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be loaded as a causal language model ({type(error).__name__})") from error
+        # Its ids become text as tokenizer.json says, whatever class transformers would take for the model.
+        return cls(model, load_tokenizer(folder))
 
     def generate(self, embeds_TD: torch.Tensor, options: Options | None = None, **changes: Any) -> Answer:
         """As ``Remote.generate``."""

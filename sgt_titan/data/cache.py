@@ -26,7 +26,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,7 +62,7 @@ ARRAYS = ("tokens", "roles", "offsets", "counts", "hashes", "sources", "marks", 
 # Small data sets keep at least nine tenths for training.
 MAX_VALIDATION_SHARE = 0.1
 # Said in the meta.json of a mixture, which runs of other weights share.
-WEIGHTS = "decide no token: see mixture in run.json and data.sources.NAME.weight in config.yaml of a run"
+OF_WHOM = "of the last preparation: weights decide no token, so others share this; run.json has a run's own"
 STALE_SECONDS = 7 * 24 * 3600
 POLL_SECONDS = 0.5
 MANY_ROWS = 2_000  # enough to judge the share of bad ones by
@@ -281,7 +281,8 @@ def prepare(
     final = root / name
     if final.exists():
         try:
-            return _weighted(_open(final, config.data.validation_samples, verify=False), config.data)
+            found_whole = _open(final, config.data.validation_samples, verify=False)
+            return _shown(_weighted(found_whole, config.data))
         except DamagedCache as error:
             logger.warning("%s is damaged (%s); building it again", final, error)
             disk.discard(final)
@@ -291,12 +292,36 @@ def prepare(
         _build(found, tokenizer, tokenizer_dir, name, final, config.data, progress=progress, workers=workers)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror or error}") from error
-    return _weighted(_open_or_fail(final, config.data.validation_samples), config.data)
+    return _shown(_weighted(_open_or_fail(final, config.data.validation_samples), config.data))
 
 
 def _weighted(dataset: TokenizedDataset, data: schema.Data) -> TokenizedDataset:
     """With the weights of a configuration, which decide the order of samples and no token."""
     return replace(dataset, weights={name: t["weight"] for name, t in data.sources.items() if "weight" in t})
+
+
+def _shown(dataset: TokenizedDataset) -> TokenizedDataset:
+    """With the mixture in its meta.json, if it is one. A folder that cannot be written keeps the one of another
+    preparation, and that is said."""
+    if "sources" not in dataset.meta:
+        return dataset
+    meta = dataset.meta | {"mixture": mixture(dataset), "mixture_is": OF_WHOM}
+    if meta != dataset.meta:
+        try:
+            _publish(dataset.directory / "meta.json", meta)
+        except UserError as error:
+            logger.warning("%s: meta.json shows the mixture of another preparation (%s)", dataset.directory, error)
+    return replace(dataset, meta=meta)
+
+
+def mixture(dataset: TokenizedDataset) -> dict[str, dict[str, Any]]:
+    """Of each source that is trained on: samples, weight if it has one, and its share of an epoch's rows."""
+    samples = {name: about["samples"] for name, about in dataset.meta["sources"].items() if not about["held_out"]}
+    sizes: Mapping[str, float] = dataset.weights or samples
+    return {
+        name: {"samples": samples[name], "weight": dataset.weights.get(name), "share": size / sum(sizes.values())}
+        for name, size in sizes.items()
+    }
 
 
 def open_cache(directory: str | Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
@@ -369,10 +394,10 @@ def _session() -> str:
     return json.dumps(found, sort_keys=True) if {"MASTER_PORT", "SLURM_JOB_ID"} & set(found) and not alone else ""
 
 
-def _publish(path: Path, content: dict[str, str]) -> None:
+def _publish(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        disk.write(path, json.dumps(content))
+        disk.write(path, json.dumps(content, indent=1))
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
 
@@ -587,7 +612,7 @@ def _together(about: dict[str, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(about.values()))
     sums = {k: sum(a[k] for a in about.values()) for k, v in first.items() if type(v) is int}
     values = {k: sum(a["marks"][k] for a in about.values()) for k in ("values", "not_found")}
-    return {"source": ", ".join(about), **sums, "marks": values, "weights": WEIGHTS, "sources": about}
+    return {"source": ", ".join(about), **sums, "marks": values, "sources": about}
 
 
 def _check_bad(bad: Counter[str], first: list[str], read: int, most: float) -> None:
@@ -610,11 +635,14 @@ def remarks(meta: dict[str, Any]) -> list[str]:
         lines.append(f"the first of them: {' | '.join(bad['first'])}")
     if dropped := {reason: count for reason, count in meta["dropped"].items() if count}:
         lines.append("samples left out: " + ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
+    if meta["truncated"]:
+        how = f"training.seq_len {meta['options']['seq_len']}, data.truncation {meta['options']['truncation']}"
+        lines.append(f"{meta['truncated']} of {meta['samples']} samples were cut ({how})")
     columns, *rest = meta["not_used"].items()
     if columns[1]:
         lines.append(f"columns not used: {', '.join(columns[1])}")
     if rest:
-        lines.append("not used: " + "; ".join(f"{what} ({count} samples)" for what, count in rest))
+        lines.append("not used, or not as it is: " + "; ".join(f"{what} ({count} samples)" for what, count in rest))
     lines.append(f"{meta['with_response'] / meta['samples']:.1%} of {meta['samples']} samples have a response")
     if marks := meta["marks"]["values"]:
         found = marks - meta["marks"]["not_found"]

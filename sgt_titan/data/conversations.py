@@ -10,6 +10,7 @@ import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from sgt_titan.data.marks import MarkError, private_values
@@ -53,7 +54,11 @@ class Conversation:
         if not kept:
             raise UserError("every answer has weight 0")
         left = ("turns after the last answer",) if kept[-1] < len(self.messages) else ()
-        return (kept if answers == "all" else kept[-1:]), left
+        if answers != "all":
+            return kept[-1:], left
+        if kept[0] == 1 < kept[-1]:
+            return kept[1:], (*left, "a first turn that answers nothing, as an answer")
+        return kept, left
 
 
 def conversation(
@@ -96,13 +101,13 @@ def text_of(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> st
     value = row.get(column) if column else None
     if isinstance(value, str):
         return value
-    if value is None:
+    if value is None or value != value:  # NaN is how tables of numbers say null
         return ""
     if isinstance(value, Written):
         return value.text
     if isinstance(value, bool):
         return json.dumps(value)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Decimal):
         return str(value)
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
@@ -166,7 +171,7 @@ def _chat(
         raise UserError(f"{column!r} must be a list of {{role, content}}, is {type(value).__name__}")
     role_keys = (columns["role"],) if columns.get("role") else ROLE_KEYS
     content_keys = (columns["content"],) if columns.get("content") else CONTENT_KEYS
-    used = {*role_keys, *content_keys, *REASONING_KEYS, *CALL_KEYS, "weight", "tool_call_id"}
+    used = {*role_keys, *content_keys, *REASONING_KEYS, *CALL_KEYS, "weight"}
     for t, turn in enumerate(value):
         turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, Mapping) else {}
         name = next((turn[key] for key in role_keys if key in turn), None)

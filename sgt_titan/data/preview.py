@@ -16,7 +16,7 @@ from sgt_titan.config import schema
 from sgt_titan.data.marks import offsets
 from sgt_titan.data.mixture import Part, parts
 from sgt_titan.data.sources import Rows
-from sgt_titan.data.tokenization import Options, Parts, encode_row, kept, load_tokenizer, private_tokens
+from sgt_titan.data.tokenization import Parts, TokenOptions, encode_row, kept, load_tokenizer, private_tokens
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import RESPONSE, EncodedPrompt, obfuscation_mask
 
@@ -62,7 +62,7 @@ def _about(part: Part, data: schema.Data) -> Iterator[str]:
         yield f"columns not used: {', '.join(rows.unused)}"
 
 
-def _row(rows: Rows, i: int, tokenizer: Any, options: Options, data: schema.Data, color: bool) -> Iterator[str]:
+def _row(rows: Rows, i: int, tokenizer: Any, options: TokenOptions, data: schema.Data, color: bool) -> Iterator[str]:
     try:
         conversation, samples, _ = encode_row(rows, i, tokenizer, options)
     except UserError as error:
@@ -84,7 +84,7 @@ def _row(rows: Rows, i: int, tokenizer: Any, options: Options, data: schema.Data
 
 
 def _sample(
-    encoded: EncodedPrompt, parts: Parts, tokenizer: Any, options: Options, data: schema.Data, color: bool
+    encoded: EncodedPrompt, parts: Parts, tokenizer: Any, options: TokenOptions, data: schema.Data, color: bool
 ) -> Iterator[str]:
     ids_T = np.array(encoded.ids)
     if parts.ids:

@@ -18,7 +18,7 @@ import os
 import re
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +42,16 @@ SPLITS: dict[str, str] = {
 # Left by the datasets library and the hub beside the data.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 _BATCH = 1000
+_BAD = "\0"  # a key that no table has: why a row of one is none
+
+
+def _constant(name: str) -> Written | None:
+    """What Python and pandas write beyond JSON: NaN is a value that is missing."""
+    return None if name == "NaN" else Written(name)
+
+
+# json.loads would make one for every row.
+_DECODER = json.JSONDecoder(parse_float=Written, parse_constant=_constant)
 _MANY_MISSES = 1000
 
 
@@ -65,7 +75,7 @@ def files_of(source: str, data: schema.Data) -> list[Path]:
     if len(parts) > 1:
         found = [file for part in parts for file in files_of(part, data)]
         return _one_kind(found, source.replace("\n", ", "))
-    source = parts[0]
+    source = parts[0].removeprefix("file://")
     if "://" in source:
         _no_split(data, "an address")
         return _one_kind(_fetch(source, data), source)
@@ -204,14 +214,17 @@ class JsonLines:
             self._streams[f] = open(self.files[f], "rb")  # noqa: SIM115 (kept open; closed with the object)
         number = i - int(self.starts[f])
         self._streams[f].seek(int(self.offsets[f][number]))
+        line = self._streams[f].readline()
         try:
-            row = json.loads(self._streams[f].readline(), parse_float=Written)
+            row = _DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
         except (ValueError, RecursionError) as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
             why = "nested too deeply" if isinstance(error, RecursionError) else why
             raise UserError(f"{self.shown[f]}: row {number + 1}: cannot be read as JSON ({why})") from None
         if not isinstance(row, dict):
             raise UserError(f"{self.shown[f]}: row {number + 1}: must be a JSON object, is {type(row).__name__}")
+        if _BAD in row:
+            raise UserError(f"{self.shown[f]}: row {number + 1}: {row[_BAD]}")
         return row
 
     def __getstate__(self) -> dict[str, Any]:
@@ -410,6 +423,10 @@ def _json_lines(stream: IO[bytes]) -> Iterator[str]:
     while True:
         at = space.match(content, at).end()
         if content[at : at + 1] == "]":
+            if content[at + 1 :].strip():
+                raise UserError(
+                    'holds more behind its first array; a row must be an object, such as {"messages": [...]}'
+                )
             return
         _, end = decoder.raw_decode(content, at)
         yield re.sub(r"[\r\n]+", " ", content[at:end])
@@ -424,11 +441,11 @@ def _csv_lines(stream: IO[bytes], delimiter: str) -> Iterator[str]:
         return
     if len(set(header)) < len(header):
         raise UserError(f"column {next(c for c in header if header.count(c) > 1)!r} stands twice in the first line")
-    for number, cells in enumerate(reader, 1):
+    for cells in filter(None, reader):
+        row = dict(zip(header, cells, strict=False))
         if len(cells) > len(header):
-            raise UserError(f"row {number}: has {len(cells)} cells, the first line has {len(header)}")
-        if cells:
-            yield json.dumps(dict(zip(header, cells, strict=False)), ensure_ascii=False)
+            row = {_BAD: f"has {len(cells)} cells, the first line has {len(header)}"}
+        yield json.dumps(row, ensure_ascii=False)
 
 
 def _text_lines(stream: IO[bytes]) -> Iterator[str]:
@@ -445,21 +462,32 @@ _LINES = {
 }
 
 
+# What a web server says of a file that another version of it would not have.
+_OF_A_VERSION = ("ETag", "Last-Modified", "Content-MD5", "Digest")
+
+
 def _fetch(address: str, data: schema.Data) -> list[Path]:
     """Copies of the files at an address (``s3://``, ``hf://``, ``https://``, ...; a glob): fetched once, as long as the
-    store says that they are the same."""
+    store says that they are the same; anew each time where it says nothing of that (some web servers)."""
     import fsspec
 
+    web = address.startswith(("http://", "https://"))
     try:
         store, path = fsspec.core.url_to_fs(address)
-        names = sorted(store.glob(path)) if re.search(r"[*?\[]", path) else [path]
+        is_glob = re.search(r"[*\[]" if web else r"[*?\[]", path)  # a question mark of the web begins a query
+        names = sorted(name for name in store.glob(path) if web or store.isfile(name)) if is_glob else [path]
         if not names:
             raise UserError(f"data.source: no file matches {address}")
+        if not (web or is_glob) and store.isdir(path):
+            raise UserError(
+                f"data.source: {address} is a folder; name its files, such as {address.rstrip('/')}/*.jsonl"
+            )
         found = []
         for name in names:
-            key = hashlib.sha256(f"{store.protocol}\0{name}\0{store.ukey(name)}".encode()).hexdigest()[:32]
-            target = _beside(data, "remote") / key / os.path.basename(name)
-            if not target.exists():
+            version = _version(store.info(name)) if web else store.ukey(name)
+            key = hashlib.sha256(f"{store.protocol}\0{name}\0{version}".encode()).hexdigest()[:32]
+            target = _beside(data, "remote") / key / os.path.basename(name.partition("?")[0] if web else name)
+            if not (version and target.exists()):
                 target.parent.mkdir(exist_ok=True)
                 with disk.replacing(target) as work:
                     store.get_file(name, str(work))
@@ -467,8 +495,19 @@ def _fetch(address: str, data: schema.Data) -> list[Path]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"data.source: {address} cannot be fetched: {reason(error)}") from None
+        raise UserError(f"data.source: {without_query(f'{address} cannot be fetched: {reason(error)}')}") from None
     return found
+
+
+def without_query(text: str) -> str:
+    """Addresses of the web without what may be a signature or a key."""
+    return re.sub(r"(https?://[^\s?]+)\?[^\s,'\"]*", r"\1", text)
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """Which version of a file a web server has; "" if it does not say. fsspec takes such files for unchanging."""
+    said = {key: info[key] for key in _OF_A_VERSION if info.get(key)}
+    return json.dumps(said | {"size": info.get("size")}, sort_keys=True) if said else ""
 
 
 def reason(error: BaseException) -> str:

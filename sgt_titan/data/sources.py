@@ -21,7 +21,7 @@ from sgt_titan.config import schema
 from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Conversation, Messages, conversation
 from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, FIELDS, PRESETS, TURN_FIELDS, USUAL_COLUMNS
-from sgt_titan.data.readers import files_of, hash_files, kind, listing, open_files, reason
+from sgt_titan.data.readers import files_of, hash_files, kind, listing, open_files, reason, without_query
 from sgt_titan.errors import UserError
 
 
@@ -234,7 +234,7 @@ def _open_local(path: str, data: schema.Data) -> tuple[Any, str, str, tuple]:
             raise UserError(f"data.split: {data.split!r}, but {root} is one saved data set without splits")
         return _open_saved(root)
     found, fingerprint, starts = open_files(files_of(path, data), data)
-    return found, path.replace("\n", ", "), fingerprint, starts
+    return found, without_query(path.replace("\n", ", ")), fingerprint, starts
 
 
 def _open_saved(root: Path) -> tuple[Any, str, str, tuple]:

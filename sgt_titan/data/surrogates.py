@@ -10,6 +10,9 @@ from functools import lru_cache
 
 from sgt_titan.data.marks import fold
 from sgt_titan.private import Private
+from sgt_titan.private.tables import VERSION
+
+__all__ = ["VERSION", "finders", "with_surrogates"]
 
 KEY = b"sgt_titan: rows of training data"
 

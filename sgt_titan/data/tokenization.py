@@ -20,9 +20,9 @@ from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Conversation
 from sgt_titan.data.marks import MarkError, Units, fold, forms, mark
 from sgt_titan.data.sources import Rows
-from sgt_titan.data.surrogates import finders, with_surrogates
+from sgt_titan.data.surrogates import VERSION, finders, with_surrogates
 from sgt_titan.errors import UserError
-from sgt_titan.transform.chat_template import look
+from sgt_titan.transform.chat_template import look, marks_answers
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, EncodedPrompt, encode_turns, response_start
 from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 
@@ -30,6 +30,7 @@ from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 COUNTS = ("template", "prompt_template", "prompt", "response", "response_targets", "private")
 
 MARK_FIELDS = 5
+_CANONICAL = json.JSONEncoder(sort_keys=True)
 
 # Samples that are left out: why.
 DROPS = ("too_long", "short_prompt", "response_cut", "no_response")
@@ -41,7 +42,7 @@ MAX_WORKERS = 32
 
 
 @dataclass(frozen=True)
-class Options:
+class TokenOptions:
     """Everything but the rows and the tokenizer that decides the tokens."""
 
     format: str
@@ -61,11 +62,15 @@ class Options:
     private: str = ""  # finders, and the file of a user's own; see surrogates.py
     private_own: str = ""
     private_own_digest: str = ""
+    private_version: str = ""  # of the drawing of surrogates
+    generation_marks: bool = False  # the template says what of an answer is generated
 
     def as_dict(self) -> dict[str, Any]:
         """Without what is not used: rows without surrogates stay the rows they were."""
         found = asdict(self)
         path = found.pop("private_own")  # where a file lies decides nothing
+        if not self.generation_marks:
+            found.pop("generation_marks")
         return found if self.private or path else {k: v for k, v in found.items() if not k.startswith("private")}
 
 
@@ -131,7 +136,7 @@ def choose_template(data_template: str, fmt: str, tokenizer: Any) -> str:
     return data_template
 
 
-def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
+def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> TokenOptions:
     """The options of a configuration, with nothing left to decide.
 
     Raises:
@@ -143,10 +148,11 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
     if data.prompt_tokens and rows.format != "text":
         raise UserError(f"data.prompt_tokens: is for format text; {rows.name} has format {rows.format}; use 0")
     how = look(data.template_kwargs, data.template_date)
-    return Options(
+    template = choose_template(data.template, rows.format, tokenizer)
+    return TokenOptions(
         format=rows.format,
         columns=tuple(sorted(rows.columns.items())),
-        template=choose_template(data.template, rows.format, tokenizer),
+        template=template,
         prompt_tokens=data.prompt_tokens,
         truncation=data.truncation,
         seq_len=seq_len,
@@ -158,6 +164,7 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         roles=rows.roles,
         answers=data.answers,
         need_response=config.objective.utility_positions == "response",
+        generation_marks=template == "chat" and any(marks_answers(tokenizer, tools=t) for t in (False, True)),
         **_private(data),
     )
 
@@ -169,7 +176,7 @@ def _private(data: schema.Data) -> dict[str, str]:
     own = expand(data.private_own, "data.private_own") if data.private_own else ""
     finders(data.private, own)
     digest = hashlib.sha256(Path(own).read_bytes()).hexdigest() if own else ""
-    return {"private": data.private, "private_own": own, "private_own_digest": digest}
+    return {"private": data.private, "private_own": own, "private_own_digest": digest, "private_version": VERSION}
 
 
 def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -218,7 +225,7 @@ def role_counts(roles_T: np.ndarray, private: int = 0) -> tuple[int, ...]:
 
 def content_hash(messages: Any) -> int:
     """64 bits of what a row says, before anything is made of it."""
-    text = json.dumps(messages, sort_keys=True)
+    text = _CANONICAL.encode(messages)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -248,15 +255,24 @@ class Parts:
         self.notes: Counter[str] = Counter()
         self.truncated = self.values = self.values_not_found = 0
 
-    def add(self, encoded: EncodedPrompt, hashed: int, source: int, units: Units, tokenizer: Any, options: Options):
+    def add(
+        self,
+        encoded: EncodedPrompt,
+        hashed: int,
+        source: int,
+        units: Units,
+        tokenizer: Any,
+        options: TokenOptions,
+    ):
         """A sample, or a reason why it is none."""
-        ids, roles = np.array(encoded.ids, dtype=np.uint32), np.array(encoded.roles, dtype=np.uint8)
-        keep = kept(roles, options.seq_len, options.truncation)
+        ids, whole = np.array(encoded.ids, dtype=np.uint32), np.array(encoded.roles, dtype=np.uint8)
+        keep: np.ndarray | slice | None = slice(None)
+        if len(ids) > options.seq_len:
+            keep = kept(whole, options.seq_len, options.truncation)
         if keep is None:
             self.dropped["too_long"] += 1
             return
-        ids, whole = ids[keep], roles
-        roles = label_text(roles[keep], options.prompt_tokens)
+        ids, roles = ids[keep], label_text(whole[keep], options.prompt_tokens)
         count = role_counts(roles)
         # A sample needs two tokens, one to predict from and one to predict.
         if count[COUNTS.index("prompt")] < options.min_prompt_tokens or len(roles) < 2:
@@ -285,7 +301,8 @@ class Parts:
         self.hashes.append(hashed)
         self.sources.append(source)
         self.mark_counts.append(len(here))
-        self.notes.update(set(encoded.notes))
+        if encoded.notes:
+            self.notes.update(set(encoded.notes))
 
     def refuse(self, error: UserError, where: str) -> None:
         """A row that cannot be used. Numbers apart, equal reasons are one."""
@@ -318,7 +335,9 @@ class Parts:
         )
 
 
-def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Conversation, list[EncodedPrompt], int]:
+def encode_row(
+    rows: Rows, i: int, tokenizer: Any, options: TokenOptions
+) -> tuple[Conversation, list[EncodedPrompt], int]:
     """Row i, its samples before truncation, and the hash of its content.
 
     Raises:
@@ -358,7 +377,7 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
     return conversation, samples, hashed
 
 
-def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
+def tokenize_chunk(rows: Rows, tokenizer: Any, options: TokenOptions, start: int, stop: int) -> Chunk:
     """Tokenize rows start..stop-1; what cannot be used is counted.
 
     The hash of a sample is that of its row's content, so that the held-out samples of a data set are the same at every
@@ -382,7 +401,7 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
 
 
 def tokenize_rows(
-    rows: Rows, tokenizer: Any, tokenizer_dir: str, options: Options, *, workers: int | None = None
+    rows: Rows, tokenizer: Any, tokenizer_dir: str, options: TokenOptions, *, workers: int | None = None
 ) -> Iterator[Chunk]:
     """All rows as chunks, in order, holding a few chunks in memory at a time.
 
@@ -429,7 +448,7 @@ def tokenize_rows(
             pipe.close()  # a process that reads the end of its pipe ends
 
 
-def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: Options) -> None:
+def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: TokenOptions) -> None:
     """A process: row ranges come, chunks or errors go, until the pipe is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -31,7 +31,12 @@ THINKING = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK
 _MARK, _REASONING = "\ue000{}\ue001", "\ue002"
 _MARKED = re.compile("\ue000([0-9]{1,9})\ue001")
 # Variables of `apply_chat_template` that a template's own cannot be.
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "conversation")
+_RESERVED = (
+    "messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "conversation",
+    "continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -98,14 +103,30 @@ def apply(
     Raises:
         UserError: the template raises anything.
     """
+    text = _applied(tokenizer, messages, how, tools, private, add_generation_prompt=generation, tokenize=False)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("a turn is not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+def _applied(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    how: Look,
+    tools: Sequence[Any],
+    private: bool,
+    **options: Any,
+) -> Any:
     template = _pinned(source(tokenizer, tools=bool(tools)), how.date)
     try:
-        text: Any = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             [dict(m) for m in messages],
-            tokenize=False,
-            add_generation_prompt=generation,
             chat_template=template,
             tools=list(tools) or None,
+            **options,
             **json.loads(how.variables),
         )
     except Exception as error:  # raise_exception() with the template's own words, jinja's errors, and any other
@@ -113,12 +134,31 @@ def apply(
         if private:
             raise UserError(f"chat template: refuses the content of a turn ({roles})") from None
         raise UserError(f"chat template: refuses turns ({roles}): {_one_line(error)}") from None
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("a turn is not valid Unicode (a lone surrogate)") from None
-    return text
+
+
+def marks_answers(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> bool:
+    """Whether the template says itself which tokens of an answer are generated, by ``{% generation %}``."""
+    return _has_marks(source(tokenizer, tools=tools))
+
+
+@lru_cache(maxsize=16)
+def _has_marks(template: str) -> bool:
+    return _GENERATION.search(template) is not None
+
+
+def marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], how: Look, *, tools: Sequence[Any] = ()
+) -> tuple[list[int], list[int]]:
+    """Ids of turns that are over, and 1 for each that the template marks as generated, else 0.
+
+    Raises:
+        UserError: the template raises anything.
+    """
+    found = _applied(
+        tokenizer, messages, how, tools, True, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )  # fmt: skip
+    return list(found["input_ids"]), list(found["assistant_masks"])
 
 
 @lru_cache(maxsize=16)

@@ -33,6 +33,7 @@ from sgt_titan.transform.chat_template import DATE, Look, Message, Span, look
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE, PROMPT, RESPONSE = 0, 1, 2
@@ -156,24 +157,27 @@ def _encode_plain(
     texts = ["\n".join(filter(None, (m["content"], *_as_json(m.get("tool_calls", ()))))) for m in messages]
     prompt = TURN_SEPARATOR.join(filter(None, texts[:-1] if has_response else texts))
     _check_unicode(*texts)
+    bos, bos_text, eos = _ends(tokenizer)
     ids, roles, at = [], [], []
-    if tokenizer.bos_token_id is not None:
-        ids.append(tokenizer.bos_token_id)
+    if bos is not None:
+        ids.append(bos)
         roles.append(TEMPLATE)
         at.append((0, 0))
-        prompt = prompt.removeprefix(tokenizer.bos_token)  # a text that brings its own has one, and it is template
-    encoding = _tokenize(tokenizer, prompt, return_offsets_mapping=spans)
-    prompt_ids = encoding["input_ids"]
+        prompt = prompt.removeprefix(bos_text)  # a text that brings its own has one, and it is template
+    encoding = _tokenize(tokenizer, prompt)
+    prompt_ids = encoding.ids
+    if not special_ids(tokenizer).isdisjoint(prompt_ids):
+        notes.append(SPECIAL_IN_TEXT)
     ids += prompt_ids
     roles += [PROMPT] * len(prompt_ids)
     if has_response:
-        response_ids = _tokenize(tokenizer, texts[-1])["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            response_ids = [*response_ids, tokenizer.eos_token_id]
+        response_ids = _tokenize(tokenizer, texts[-1]).ids
+        if eos is not None:
+            response_ids = [*response_ids, eos]
         ids += response_ids
         roles += [RESPONSE] * len(response_ids)
     if spans:
-        at += encoding["offset_mapping"]
+        at += encoding.offsets
         at += [(len(prompt), len(prompt))] * (len(ids) - len(at))
     return EncodedPrompt(ids, roles, tuple(notes), prompt, at)
 
@@ -226,8 +230,8 @@ def _encode_chat(
         own += len(before)
         end = own + len(answer)
         text += before + answer + tail
-    encoding = _tokenize(tokenizer, text, return_offsets_mapping=True)
-    ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+    encoding = _tokenize(tokenizer, text)
+    ids, offsets = encoding.ids, encoding.offsets
     content = [True] * len(spans) + [False] * len(brought)
     ordered = sorted(zip([*spans, *brought], content, strict=True))
     owners = _owners(offsets, [span for span, _ in ordered])
@@ -238,17 +242,48 @@ def _encode_chat(
         for t, owner in enumerate(owners):
             if owner >= 0 and not ordered[owner][1] and ids[t] in special:
                 roles[t] = PROMPT if str(tokenizer.convert_ids_to_tokens(ids[t])) in written else TEMPLATE
+    found = [t for t, token in enumerate(ids) if token in special]
+    if any(roles[t] == PROMPT for t in found):
+        notes.append(SPECIAL_IN_TEXT)
     if has_response:
         # The model also generates what ends its turn: all that follows the content, up to and with the first
         # special token (Llama 2 puts a space before it). Without one, nothing is known to end the turn.
         first = next((t for t, (_, stop) in enumerate(offsets) if stop > own), len(ids))
         after = next((t for t in range(first, len(ids)) if offsets[t][0] >= end and offsets[t][1] > end), len(ids))
-        stop = next((t + 1 for t in range(after, len(ids)) if ids[t] in special), after)
+        stop = next((t + 1 for t in found if t >= after), after)
         # A token that also carries the end of the prompt is the prompt's.
         roles[first:stop] = [role if role == PROMPT else RESPONSE for role in roles[first:stop]]
+        if chat_template.marks_answers(tokenizer, tools=bool(tools)):
+            own_ids, mask = chat_template.marked(tokenizer, messages, how, tools=tools)
+            roles, more = _unmarked(ids, roles, own_ids, mask)
+            notes += more
     return EncodedPrompt(ids, roles, tuple(notes), text, offsets)
 
 
+def _unmarked(
+    ids: Sequence[int], roles: Sequence[int], own_ids: Sequence[int], mask: Sequence[int]
+) -> tuple[list[int], list[str]]:
+    """Roles where a template's ``{% generation %}`` marks leave a part of the answer out; notes.
+
+    A template prints the turns as those that are over, which may begin otherwise than what is asked and answered (see
+    ``_answer``): the marks are read from the end backwards, as far as both are the same tokens. Marks before the answer
+    say nothing here: a client sends the prompt, whatever of it the template marks.
+    """
+    same = chat_template.shared(ids[::-1], own_ids[::-1])
+    if same < len(ids):  # a token before the answer may be the same by accident
+        same -= next((k for k, marked in enumerate(mask[len(mask) - same :]) if marked), same)
+    read = range(len(ids) - same, len(ids))
+    is_left_out = [t in read and role == RESPONSE and not mask[t - len(ids)] for t, role in enumerate(roles)]
+    notes = [NOT_MARKED] if any(is_left_out) else []
+    if any(role == RESPONSE for role in roles[: read.start]):
+        notes.append(MARKS_NOT_READ)
+    return [TEMPLATE if out else role for role, out in zip(roles, is_left_out, strict=True)], notes
+
+
+CLOSED_EMPTY = "answers without thoughts, which the prompt has opened: closed empty"
+NOT_MARKED = "what the chat template does not mark as generated in answers: no response"
+MARKS_NOT_READ = "{% generation %} marks on the beginning of answers, which the chat template prints otherwise"
+SPECIAL_IN_TEXT = "special tokens in the text of prompts (is it rendered already?): they are hidden like words"
 TOOLS_NOT_PRINTED = "tools, which the chat template does not print"
 CALLS_NOT_PRINTED = "calls of tools in earlier turns, which the chat template does not print"
 
@@ -296,7 +331,7 @@ def _answer(
                 notes.append("thoughts of answers, which the prompt has closed already")
         elif trimmed.endswith(opening) and closing not in content and not (reasoning and frame.thoughts):
             before = "\n\n"[len(asked) - len(trimmed) :] + closing + "\n\n"
-            notes.append("answers without thoughts, which the prompt has opened: closed empty")
+            notes.append(CLOSED_EMPTY)
     if answer.get("tool_calls"):
         content = _with_calls(tokenizer, messages, how, tools, frame, content)
     return before, lead + content, tail, notes
@@ -326,9 +361,24 @@ def _with_calls(
     return content + calls if found else calls
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs: bool):
-    # verbose=False: the length warning is noise here, samples are truncated later.
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **kwargs)
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
+    """As ``tokenizer(text, add_special_tokens=False)``, cut to no length, without what transformers wraps around the
+    library that does it: a tenth of the time that a row takes."""
+    core: Tokenizer = tokenizer.backend_tokenizer
+    if core.truncation is not None:  # whoever asked for it before
+        core.no_truncation()
+    if core.padding is not None:
+        core.no_padding()
+    if core.encode_special_tokens != tokenizer.split_special_tokens:
+        core.encode_special_tokens = tokenizer.split_special_tokens
+    return core.encode(text, add_special_tokens=False)
+
+
+@lru_cache(maxsize=4)
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, int | None]:
+    """BOS, its text, and EOS. Kept: transformers looks them up anew whenever it is asked, 3 us each."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return bos, "" if bos is None else str(tokenizer.bos_token), eos
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgt_titan.errors import UserError
-from sgt_titan.trunk.tokenizer_files import require_tokenizer
+from sgt_titan.trunk.tokenizer_files import TOKENIZER_FILES, require_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +59,22 @@ def load_tokenizer(directory: str | Path, said: str = "trunk.path") -> Any:
         logging.set_verbosity(level)
     _check_like_file(tokenizer, raw, path)
     return tokenizer
+
+
+def tokenizer_folder(name: str | Path, **where: Any) -> Path:
+    """A directory as it is; of a hub name the directory in which the tokenizer's files are, fetched if need be.
+
+    Args:
+        where: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` of ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        OSError, ValueError: the hub does not deliver it.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name), allow_patterns=[*TOKENIZER_FILES], **where))
 
 
 def _check_like_file(tokenizer: Any, raw: Any, path: Path) -> None:

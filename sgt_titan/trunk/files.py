@@ -17,6 +17,7 @@ from typing import Any
 from sgt_titan.errors import UserError
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # Bytes of an element, by safetensors' name of its type.
 ITEMSIZE = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -93,7 +94,7 @@ def _what_it_is(folder: Path) -> str:
         return f"it is the hub's cache: give a folder below {cached[0].name}/snapshots"
     if (folder / "blobs").is_dir():
         return "it is a folder of the hub's cache without a snapshot: download the model again"
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return "it is a LoRA adapter alone: merge it into its base first (sgt-titan convert-trunk --adapter)"
     if any(folder.glob("*.gguf")):
         return f"it holds GGUF files: {_GGUF}"
@@ -112,6 +113,11 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: none, or two answers to the question; a shard of the index that is missing.
     """
     single, index = folder / SINGLE, folder / INDEX
+    if (single.is_file() or index.is_file()) and (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"trunk.path: {folder} holds weights and {ADAPTER_CONFIG}, which are two models: transformers adds the "
+            "adapter to its base, vLLM does not; merge it (sgt-titan convert-trunk --adapter) or move it away"
+        )
     if single.is_file() and index.is_file():
         raise UserError(
             f"trunk.path: {folder} holds {SINGLE} and {INDEX}, which are two models: transformers reads the first and "
@@ -143,7 +149,7 @@ def _other_weights(folder: Path) -> str:
         return "; its weights are a pickle (.bin), which can run code and is not read: sgt-titan convert-trunk"
     if any(folder.glob("*.gguf")):
         return f"; it holds GGUF files: {_GGUF}"
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return "; it holds a LoRA adapter without its base: sgt-titan convert-trunk --adapter"
     return "; download the weights"
 

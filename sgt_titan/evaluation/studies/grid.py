@@ -21,9 +21,11 @@ from pathlib import Path
 
 from sgt_titan.config.door import read_config
 from sgt_titan.config.keys import get, keys
-from sgt_titan.config.load import HOW_IT_RUNS, load, parse_overrides
+from sgt_titan.config.load import HOW_IT_RUNS, load
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
+from sgt_titan.terminal import clock
 
 RESOLVED = (-1, "auto", "")  # a run chooses for itself
 
@@ -219,9 +221,3 @@ def last(log: Path) -> str:
     """The last line that says something, for whoever does not open the log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]]
     return f"{next((line for line in reversed(lines) if line), '')[:300]} ({log})"
-
-
-def clock(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -14,14 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sgt_titan.config.check import validate
-from sgt_titan.config.load import load, override, parse_overrides
+from sgt_titan.config.load import load, override
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
 from sgt_titan.config.trunk import read_trunk
 from sgt_titan.data.cache import View
 from sgt_titan.data.marks import texts
 from sgt_titan.errors import UserError
-from sgt_titan.transform import StainedGlassTransform, fingerprint_tensor
+from sgt_titan.transform import ExportedTransform, fingerprint_tensor
 from sgt_titan.transform.modeling import read_config
 from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
 from sgt_titan.transform.trunk_files import EMBEDDING, TrunkFiles
@@ -113,7 +114,7 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
     return config
 
 
-def check_fit(transform: StainedGlassTransform, trunk_path: str | Path, export: str) -> tuple[str, ...]:
+def check_fit(transform: ExportedTransform, trunk_path: str | Path, export: str) -> tuple[str, ...]:
     """Refuse an export of another trunk; returns remarks on what differs but can be measured.
 
     Raises:

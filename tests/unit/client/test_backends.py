@@ -3,12 +3,16 @@
 import asyncio
 import base64
 import io
+import json
+import shutil
 import subprocess
 import time
 
 import httpx
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from transformers import AutoTokenizer
 
 from sgt_titan.client import VLLM, Options, SGLang, StainedGlassTransform, Transformers, UpstreamError
 from sgt_titan.errors import UserError
@@ -256,3 +260,16 @@ def test_what_transformers_cannot_do(local, embeds_TD):
     with pytest.raises(UserError, match="cannot be loaded"):
         Transformers.from_pretrained("/nowhere")
     assert "logprobs" in Options.__doc__
+
+
+def test_a_local_model_s_text_is_that_of_tokenizer_json(trunk_dir, tmp_path):
+    """Whatever class transformers takes for its model_type: here one that brings a decoder of its own."""
+    folder = shutil.copytree(trunk_dir("qwen2"), tmp_path / "trunk")
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("a", "b")])
+    core.save(str(folder / "tokenizer.json"))
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"tokenizer_class": "Qwen2Tokenizer"}))
+    ids = core.encode("a cat", add_special_tokens=False).ids
+    assert core.decode(ids) == "b cbt" != AutoTokenizer.from_pretrained(folder).decode(ids)
+    assert Transformers.from_pretrained(str(folder))._tokenizer.decode(ids) == "b cbt"

@@ -17,7 +17,8 @@ from sgt_titan.data.marks import texts
 from sgt_titan.data.sources import load_rows
 from sgt_titan.data.tokenization import COUNTS, load_tokenizer, role_counts
 from sgt_titan.errors import UserError
-from sgt_titan.transform.prompts import PROMPT, encode_turns
+from sgt_titan.transform.prompts import NOT_MARKED, PROMPT, RESPONSE, encode_turns
+from tests import chat_templates as templates
 from tests.chat_templates import DATED
 
 
@@ -458,3 +459,23 @@ def test_what_is_not_used_is_counted(write, make_config, tokenizer_dir):
         "tools, which the chat template does not print": 3,
         "reasoning, for which the chat template has no place": 3,
     }
+
+
+def test_marks_of_a_template_are_honoured_and_counted(write, make_config, make_tokenizer):
+    """``{% generation %}``: another cache than the same template without marks; what is left out is said."""
+    rows = [{"messages": [{"role": "user", "content": f"the cat {i}"}, {"role": "assistant", "content": "sat"}]}
+            for i in range(12)]  # fmt: skip
+    config = make_config(write(rows))
+    config.objective.utility_positions = "response"
+    marked = make_tokenizer("marked", template=templates.CONTENT_MARKED)
+    found = prepare(config, marked, progress=False)
+    assert found.meta["options"]["generation_marks"] and found.meta["not_used"][NOT_MARKED] == 12
+    tokenizer = load_tokenizer(marked)
+    says = [tokenizer.decode(found.train.tokens(i)[found.train.roles(i) == RESPONSE]) for i in range(10)]
+    assert says == ["sat"] * 10
+    bare = prepare(config, make_tokenizer("bare", template=templates.CHATML), progress=False)
+    assert "generation_marks" not in bare.meta["options"] and (bare.tokens == found.tokens).all()
+    assert bare.meta["response_tokens"] == found.meta["response_tokens"] + 12
+    nothing = templates.CONTENT_MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}")
+    with pytest.raises(UserError, match="dropped 12 no_response"):
+        prepare(config, make_tokenizer("nothing", template=nothing), progress=False)

@@ -75,7 +75,9 @@ def test_calls_tools_and_thoughts(arguments):
         "tools": json.dumps([{"name": "f"}]),
     }
     found = conversation(row, "chat", COLUMNS)
-    assert found.tools == [{"name": "f"}] and found.ignored == ("key name of turns", "key score of turns")
+    assert found.tools == [{"name": "f"}] and found.ignored == tuple(
+        f"key {key} of turns" for key in ("tool_call_id", "name", "score")
+    )
     expected = {"role": "assistant", "content": "", "reasoning_content": "hm", "weight": 0}
     assert found.messages[1] == {**expected, "tool_calls": [{**CALL, "id": "c"}]}
     old = {"messages": [{"role": "assistant", "function_call": CALL["function"]}]}

@@ -10,6 +10,7 @@ from sgt_titan.data.surrogates import finders, with_surrogates
 from sgt_titan.data.tokenization import load_tokenizer, make_options, tokenize_chunk
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
+from sgt_titan.private import tables
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,7 @@ def test_training_sees_surrogates(tokenizer):
     clean_options, clean = chunk(tokenizer)
     options, found = chunk(tokenizer, private="patterns")
     assert "private" not in clean_options.as_dict() and options.as_dict()["private"] == "patterns"
+    assert options.as_dict()["private_version"] == tables.VERSION and "private_version" not in clean_options.as_dict()
     text = tokenizer.decode(found.tokens)
     assert tokenizer.decode(clean.tokens) != text and found.hashes.tolist() == clean.hashes.tolist()
     assert 0 < len(found.marks) < len(clean.marks), "names were not looked for and stay marked, the rest is gone"

@@ -66,8 +66,7 @@ def test_every_source_is_tokenized_as_if_it_were_alone(mixed, files, make_config
 def test_weights_decide_the_order_and_no_token(mixed, tokenizer_dir):
     plain = prepare(mixed(), tokenizer_dir, progress=False)
     even = prepare(mixed(chats=1.0, text=1.0), tokenizer_dir, progress=False)
-    assert even.directory == plain.directory and "1.0" not in json.dumps(even.meta)
-    assert even.meta["weights"].startswith("decide no token: see mixture in run.json")
+    assert even.directory == plain.directory
     assert (
         len({plain.fingerprint, even.fingerprint, prepare(mixed(chats=2.0, text=1.0), tokenizer_dir).fingerprint}) == 3
     )
@@ -82,6 +81,35 @@ def test_weights_decide_the_order_and_no_token(mixed, tokenizer_dir):
     assert source.epoch_counts.tokens == round(sum(57 * length.mean() for length in lengths))
     counted = source.token_counts(400).sum().item()
     assert abs(counted - source.epoch_counts.obfuscated_tokens) < 60  # each token's count is rounded
+
+
+def test_meta_json_shows_the_mixture(mixed, files, tokenizer_dir, monkeypatch, caplog):
+    """Of the last preparation, since runs of other weights share the tokens; nothing else of it changes."""
+    shown = {}
+    for name, weights in {
+        "plain": {},
+        "3 to 1": {"chats": 3.0, "text": 1.0},
+        "even": {"chats": 1.0, "text": 1.0},
+    }.items():
+        dataset = prepare(mixed(validation=files[1], **weights), tokenizer_dir, progress=False)
+        meta = json.loads((dataset.directory / "meta.json").read_text())
+        assert meta == dataset.meta and "run.json has a run's own" in meta["mixture_is"]
+        shown[name] = {source: (m["samples"], m["weight"], m["share"]) for source, m in meta["mixture"].items()}
+    assert shown == {
+        "plain": {"chats": (30, None, 0.25), "text": (90, None, 0.75)},
+        "3 to 1": {"chats": (30, 3.0, 0.75), "text": (90, 1.0, 0.25)},
+        "even": {"chats": (30, 1.0, 0.5), "text": (90, 1.0, 0.5)},
+    }
+    before = (dataset.directory / "meta.json").stat().st_mtime_ns
+    prepare(mixed(validation=files[1], chats=1.0, text=1.0), tokenizer_dir, progress=False)
+    assert (dataset.directory / "meta.json").stat().st_mtime_ns == before, "the same mixture writes nothing"
+
+    def read_only(*args):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("sgt_titan.disk.os.replace", read_only)
+    again = prepare(mixed(validation=files[1], chats=2.0, text=1.0), tokenizer_dir, progress=False)
+    assert again.weights == {"chats": 2.0, "text": 1.0} and "shows the mixture of another preparation" in caplog.text
 
 
 def test_packed_rows_are_of_one_source(mixed, tokenizer_dir):

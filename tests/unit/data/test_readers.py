@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import pickle
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -190,6 +192,49 @@ def test_lists_globs_and_addresses(tmp_path, read):
     assert read("memory://bucket/*.jsonl")[0] == [["new"]]
     with pytest.raises(UserError, match=r"data\.source: memory://bucket/z\.jsonl cannot be fetched: FileNotFoundError"):
         read("memory://bucket/z.jsonl")
+    with pytest.raises(UserError, match=r"memory://bucket/ is a folder; name its files, such as memory://bucket/\*"):
+        read("memory://bucket/")
+    store.makedirs("/bucket/b.jsonl", exist_ok=True)
+    assert read("memory://bucket/*.jsonl")[0] == [["new"]], "a folder is no file, whatever its name"
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server of a folder: its address, the folder, and headers that it does not send."""
+    root, silent = tmp_path / "web", set()
+    root.mkdir()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(root))
+
+        def log_message(self, *args):
+            pass
+
+        def send_header(self, name, value):
+            if name not in silent:
+                super().send_header(name, value)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", root, silent
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("silent", [(), ("Last-Modified",)])
+def test_a_file_of_the_web_that_was_replaced_is_another_one(web, read, silent):
+    """Also behind a query, and where the server does not say which version it has."""
+    url, root, left_out = web
+    left_out |= set(silent)
+    for n, text in enumerate(("one", "two")):
+        (root / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        os.utime(root / "a.jsonl", (n, n))
+        assert read(f"{url}/a.jsonl?download=true")[0] == [[text]]
+    with pytest.raises(UserError, match=r"z\.jsonl cannot be fetched: ClientResponseError: 404") as error:
+        read(f"{url}/z.jsonl?signature=secret")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(

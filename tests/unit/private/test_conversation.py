@@ -1,5 +1,6 @@
 """Surrogates: same value same surrogate, no value in what is sent, nothing of it in the choice, all of it back."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -104,6 +105,13 @@ def test_a_kept_key_gives_the_same_surrogates_in_another_process(tmp_path):
     assert out[0] == out[1] and out[0][0] == out[0][1] != out[0][2]
     own = Private.of("patterns", key=bytes.fromhex("ab" * 32)).conversation("c")
     assert " | ".join(one.text for one in own.hide(texts, {0: [Span(5, 19, "name")]})) == out[0][0]
+
+
+def test_who_draws_otherwise_is_another_version():
+    """Conversations that go on after an upgrade find their surrogates again, and token caches are named by it."""
+    sums = "I paid $500.00 and $200.00, together $700.00, from 10.0.0.1 and by https://u:p@site.org/a."
+    found = "\n".join([*sent(ONE)[0], conversation().hide([sums])[0].text])
+    assert (tables.VERSION, hashlib.sha256(found.encode()).hexdigest()[:16]) == ("2", "da5dc73b6a0e5f21"), found
 
 
 def test_a_longer_conversation_keeps_its_surrogates():

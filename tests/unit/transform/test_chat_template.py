@@ -6,7 +6,16 @@ import pytest
 
 from sgt_titan.errors import UserError
 from sgt_titan.transform.chat_template import look
-from sgt_titan.transform.prompts import CALLS_NOT_PRINTED, PROMPT, RESPONSE, TEMPLATE, encode_turns
+from sgt_titan.transform.prompts import (
+    CALLS_NOT_PRINTED,
+    CLOSED_EMPTY,
+    MARKS_NOT_READ,
+    NOT_MARKED,
+    PROMPT,
+    RESPONSE,
+    TEMPLATE,
+    encode_turns,
+)
 from tests import chat_templates as templates
 from tests.chat_templates import bytewise
 
@@ -96,13 +105,69 @@ def test_thoughts_of_earlier_turns_are_left_out_as_the_template_does():
         assert "hm" not in text and (P, "yes") in [(r, t.strip()) for r, t in found] and f"yes{close}" in text
 
 
-def test_a_template_s_own_mask_agrees():
-    """``{% generation %}`` says which tokens are an assistant's; of one answer they are ours."""
-    tokenizer, messages = bytewise(templates.GENERATION), [user("hi, you"), says("yes, I")]
+BEGUN, OVER = "{% generation %}", "{% endgeneration %}"
+MARKED = {
+    # SmolLM3 marks the header of an answer too, and the line break behind its end.
+    "header": templates.GENERATION.replace(BEGUN, "").replace(
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}",
+        "{% if m.role == 'assistant' %}" + BEGUN + "<|im_start|>assistant\n").replace(
+        "{% else %}", "{% else %}<|im_start|>{{ m.role }}\n"),
+    "answer": templates.GENERATION,
+    "content": templates.CONTENT_MARKED,
+    "nothing": templates.GENERATION.replace("{{ m.content }}<|im_end|>" + OVER, OVER + "{{ m.content }}<|im_end|>", 1),
+    # The thoughts that it prints itself are not marked, its own end is.
+    "thoughts": templates.GENERATION.replace(BEGUN, "<think>\n\n</think>\n\n" + BEGUN),
+    # What the prompt has opened is not printed of turns that are over.
+    "opens": templates.OPENS.replace("<A>{{ content }}{{ eos_token }}", f"<A>{BEGUN}{{{{ content }}}}{OVER}</s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("marked", "answer", "expected", "notes"),
+    [
+        ("header", "yes", [HEAD, (P, "hi"), ASK, (R, "yes<|im_end|>"), (T, "\n")], ()),
+        ("answer", "yes", [HEAD, (P, "hi"), ASK, (R, "yes<|im_end|>"), (T, "\n")], ()),
+        ("content", "yes", [HEAD, (P, "hi"), ASK, (R, "yes"), (T, "<|im_end|>\n")], (NOT_MARKED,)),
+        ("nothing", "yes", [HEAD, (P, "hi"), (T, ASK[1] + "yes<|im_end|>\n")], (NOT_MARKED,)),
+        ("thoughts", "yes", [HEAD, (P, "hi"), (T, ASK[1] + "<think>\n\n</think>\n\n"), (R, "yes<|im_end|>"), (T, "\n")],
+         (NOT_MARKED,)),
+        ("opens", "yes", [(T, "<s><U>"), (P, "hi"), (T, "<A><think>\n\n</think>\n\n"), (R, "yes"), (T, "</s>")],
+         (CLOSED_EMPTY, NOT_MARKED)),
+        ("opens", THOUGHT, [(T, "<s><U>"), (P, "hi"), (T, "<A><think>\n"), (R, "hm\n</think>\n\nyes"), (T, "</s>")],
+         (NOT_MARKED, MARKS_NOT_READ)),
+    ],
+)  # fmt: skip
+def test_a_template_s_own_marks_decide(marked, answer, expected, notes):
+    """``{% generation %}``: what the template leaves out of an answer is no response, and that is said."""
+    assert parts(MARKED[marked], [user("hi"), says(answer)]) == expected
+    assert encode_turns(bytewise(MARKED[marked]), [user("hi"), says(answer)], template="chat").notes == notes
+    # A client's prompt is the same with and without marks.
+    bare = MARKED[marked].replace(BEGUN, "").replace(OVER, "")
+    turns = [user("hi"), says("well"), user("so?")]
+    assert parts(MARKED[marked], turns, add_generation_prompt=True) == parts(bare, turns, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("marked", ["header", "answer", "content", "thoughts"])
+@pytest.mark.parametrize("turns", [["hi, you", "yes, I"], ["a", "b", "c", "d"]])
+def test_the_response_is_what_transformers_masks(marked, turns):
+    """Of the last answer, up to its end: earlier answers and the header are sent by the client."""
+    tokenizer, messages = bytewise(MARKED[marked]), [(user, says)[i % 2](text) for i, text in enumerate(turns)]
     own = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     encoded = encode_turns(tokenizer, messages, template="chat")
     assert encoded.ids == own["input_ids"]
-    assert [role == RESPONSE for role in encoded.roles] == [bool(m) for m in own["assistant_masks"]]
+    start = len(encode_turns(tokenizer, messages[:-1], template="chat", add_generation_prompt=True).ids)
+    stop = max(t for t, i in enumerate(encoded.ids) if i == tokenizer.convert_tokens_to_ids("<|im_end|>")) + 1
+    expected = [bool(m) and start <= t < stop for t, m in enumerate(own["assistant_masks"])]
+    assert [role == RESPONSE for role in encoded.roles] == expected and any(expected)
+
+
+def test_marks_on_calls_of_tools():
+    marked = templates.THINKS.replace("{{ content }}{% for call", BEGUN + "{{ content }}{% for call").replace(
+        "</tool_call>{% endfor %}<|im_end|>", "</tool_call>{% endfor %}<|im_end|>" + OVER
+    )
+    found = parts(marked, [user("hi"), says(None, tool_calls=[CALL])], tools=TOOLS)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Lisbon", "days": 2}}\n</tool_call><|im_end|>'
+    assert found[-1] == (R, call) and found[-2][0] == T and found[-2][1].endswith("<think>\n\n</think>\n\n")
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lisbon", "days": 2}}}

@@ -11,7 +11,13 @@ from transformers import AutoTokenizer
 
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig
-from sgt_titan.transform.tokenizer import PROBE, check_ids_fingerprint, fingerprint_ids, load_tokenizer
+from sgt_titan.transform.tokenizer import (
+    PROBE,
+    check_ids_fingerprint,
+    fingerprint_ids,
+    load_tokenizer,
+    tokenizer_folder,
+)
 
 
 @pytest.fixture
@@ -96,3 +102,12 @@ def test_other_ids_than_in_training_are_refused(folder):
     check_ids_fingerprint(tokenizer, SGTConfig(fingerprints={"ids": fingerprint_ids(tokenizer)}), folder)
     with pytest.raises(UserError, match="gives other ids than the one the transform was trained with"):
         check_ids_fingerprint(tokenizer, SGTConfig(fingerprints={"ids": "0" * 64}), folder)
+
+
+def test_the_folder_of_a_hub_name(folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.update(how, name=name) or "/x")
+    assert tokenizer_folder(folder) == folder and not asked
+    assert str(tokenizer_folder("owner/name", revision="v1")) == "/x"
+    assert asked["name"] == "owner/name" and asked["revision"] == "v1"
+    assert {"tokenizer.json", "tokenizer_config.json"} < set(asked["allow_patterns"])
