@@ -166,7 +166,8 @@ def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
     """Layers, a final norm for each body, the heads, what denoiser and prior have besides."""
     norms = len(trained_bodies(config)) * [Weight((trunk["hidden_size"],))]
     layers = [w for layer in estimator_layers(config, trunk) for w in layer]
-    return [*layers, *norms, *head_weights(config, trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
+    others = [*head_weights(config, trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
+    return [*layers, *norms, *others]
 
 
 def denoiser_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:

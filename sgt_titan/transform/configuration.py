@@ -14,8 +14,8 @@ from sgt_titan.transform.chat_template import DATE
 from sgt_titan.transform.gaussian import Bounds
 from sgt_titan.trunk.families import TRAINED, body_fields
 
-# 2: a denoiser or a learned prior. An export without either says 1, so that nobody updates without need; a client that
-# does not know denoisers refuses 2, since without it the answers are ruined. 3: a gate, without which nothing is hidden.
+# 2: a denoiser or a learned prior. 3: a gate. An export without them says 1, so that nobody updates without need. A
+# client that does not know denoisers refuses 2, since without it the answers are ruined; 3, since nothing would be hidden.
 FORMAT_VERSION = 3
 
 # Facts about the trunk's checkpoint that the estimator does not share: where it lay, how it was quantised, which
@@ -110,8 +110,8 @@ def check_config(config: SGTConfig) -> None:
             raise UserError(f"config.json: {key} is {value!r}, must be a whole number, at least {least}")
     if config.format_version < needed_version(config):
         raise UserError(
-            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from 2 on, a gate "
-            "from 3; export again"
+            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from 2 on, "
+            "a gate from 3; export again"
         )
     for key in ("hidden_size", "vocab_size"):
         if getattr(config, key) != trunk.get(key):

@@ -88,8 +88,8 @@ def test_export(trunk, body, make_run, one_process, tmp_path):
 )
 def test_denoiser_and_rate(trunk, prior, make_run, one_process, tmp_path):
     """With training's noise: what is sent, and what it tells, is what training saw."""
-    gate = str(trunk == "llama").lower()
-    options = (f"--estimator.gate={gate}", "--denoiser.layers=2", "--objective.preset=rate", f"--objective.rate.prior={prior}")
+    options = ["--denoiser.layers=2", "--objective.preset=rate", f"--objective.rate.prior={prior}"]
+    options += ["--estimator.gate=true"] if trunk == "llama" else []
     config = make_run(*options, "--objective.rate.tau=1.5", "--objective.rate.context_rank=4", trunk=trunk)
     trainer = to_trainer_config(config).build()
     randomise(trainer.model_parts[0].estimator)
