@@ -15,7 +15,8 @@ from sgt_titan.transform.gaussian import Bounds
 from sgt_titan.trunk.families import TRAINED, body_fields
 
 # 2: a denoiser or a learned prior. 3: a gate. An export without them says 1, so that nobody updates without need. A
-# client that does not know denoisers refuses 2, since without it the answers are ruined; 3, since nothing would be hidden.
+# client that does not know denoisers refuses 2, since without it the answers are ruined; 3, since nothing would be
+# hidden.
 FORMAT_VERSION = 3
 
 # Facts about the trunk's checkpoint that the estimator does not share: where it lay, how it was quantised, which

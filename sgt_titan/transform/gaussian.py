@@ -95,9 +95,10 @@ def gated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mu and log sigma behind a gate: what a token says is scaled as a whole, and its noise grows as it closes.
 
-    ``s = sigmoid(c + raw / 10)``, one a token: ``x + mu`` becomes ``s (x + mu)`` and ``log sigma`` lies ``s`` of the way
-    from ``log closed`` to itself. Closed (s = 0), z is N(0, closed^2) whatever the token, which costs no rate against that
-    prior; open (s = 1), nothing changes. Without it an estimator has to learn mu = -x to the last digit to say nothing.
+    ``s = sigmoid(c + raw / 10)``, one a token: ``x + mu`` becomes ``s (x + mu)``, and ``log sigma`` lies ``s`` of the
+    way from ``log closed`` to itself. Closed (s = 0), z is N(0, closed^2) whatever the token, which costs no rate
+    against that prior; open (s = 1), nothing changes. Without it an estimator has to learn mu = -x to the last digit to
+    say nothing.
     ``raw``: ``(..., 1)``, 0 at the start, where s = 0.95; the others ``(..., D)``, float32 and in embedding units.
     """
     share = torch.sigmoid(_GATE_START + _GATE_PACE * _at_least_fp32(raw))
