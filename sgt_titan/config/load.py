@@ -22,6 +22,8 @@ from sgt_titan.config.schema import Config
 from sgt_titan.config.values import brief, convert, nearest
 from sgt_titan.errors import UserError
 
+RECORDED = "config.yaml"  # in a run's directory
+
 
 def load(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
     """Read a run configuration: a file, then the file it extends underneath, then overrides on top.
@@ -35,6 +37,12 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
         UserError: no such config, invalid YAML, unknown or repeated key, wrong type or choice.
     """
     return _build(_merge(_read(find(name_or_path)), parse_overrides(list(overrides))))
+
+
+def recorded(folder: str | Path) -> Config | None:
+    """The config that a run left in its directory; None where there is none. Raises UserError if it is damaged."""
+    file = Path(folder, RECORDED)
+    return load(str(file)) if file.is_file() else None
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:
@@ -63,7 +71,7 @@ def find(name_or_path: str) -> Path:
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
-    if (own := Path(name_or_path, "config.yaml")).is_file():  # a run's directory: its own config
+    if (own := Path(name_or_path, RECORDED)).is_file():  # a run's directory: its own config
         return own
     configs = available()
     name = name_or_path.removesuffix(".yaml").removeprefix("train_configs/")

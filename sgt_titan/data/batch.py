@@ -224,8 +224,10 @@ class BatchSource:
                 at += length
             positions_BT[b, at:] = np.arange(self.seq_len - at)
             documents.append(found)
-        arrays = (tokens_BT, positions_BT, obfuscate_BT, utility_BT, valid_BT, private_BT)
-        return Batch(*(torch.from_numpy(a) for a in arrays), documents)
+        t = torch.from_numpy
+        return Batch(
+            t(tokens_BT), t(positions_BT), t(obfuscate_BT), t(utility_BT), t(valid_BT), t(private_BT), documents
+        )
 
 
 def local_positions(micro_step: int, dp_rank: int, dp_degree: int, local_batch_size: int) -> range:

@@ -549,7 +549,9 @@ def _write_part(
 
     rows, options = part.rows, part.options
     read, used, truncated, marks_before, tokens_before = 0, 0, 0, arrays.marks, arrays.tokens
-    bad, notes, first_bad = Counter(), Counter(), []
+    bad: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    first_bad: list[str] = []
     values, with_response = {"values": 0, "not_found": 0}, 0
     dropped = dict.fromkeys(DROPS, 0)
     sums = np.zeros(len(COUNTS), dtype=np.int64)
@@ -659,19 +661,19 @@ def _describe(path: Path) -> dict[str, Any]:
 def _appender(path: Path, dtype: type, width: int = 0) -> Iterator[Any]:
     """A function that appends arrays to a .npy file along the first axis."""
     rows = 0
-    dtype = np.dtype(dtype).newbyteorder("<")
+    stored = np.dtype(dtype).newbyteorder("<")
 
     def append(array: np.ndarray) -> None:
         nonlocal rows
         rows += len(array)
-        stream.write(np.ascontiguousarray(array, dtype=dtype).tobytes())
+        stream.write(np.ascontiguousarray(array, dtype=stored).tobytes())
 
     with open(path, "wb") as stream:
-        length = _header(stream, dtype, rows, width)
+        length = _header(stream, stored, rows, width)
         yield append
         stream.seek(0)
         # numpy pads headers so that the first axis may grow without moving the data.
-        assert _header(stream, dtype, rows, width) == length
+        assert _header(stream, stored, rows, width) == length
 
 
 def _header(stream: IO[bytes], dtype: np.dtype, rows: int, width: int) -> int:

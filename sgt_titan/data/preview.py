@@ -54,7 +54,7 @@ def preview(config: schema.Config, row: int, *, color: bool, source: str = "") -
 def _about(part: Part, data: schema.Data) -> Iterator[str]:
     rows, options = part.rows, part.options
     if part.name:
-        weight = data.sources.get(part.name, {}).get("weight")
+        weight = data.sources.get(part.name, schema.Source({})).get("weight")
         yield part.name + (", held out" if part.held_out else f", weight {weight:g}" if weight else "") + ":"
     columns = ", ".join(f"{name}: {column}" for name, column in rows.columns.items())
     yield f"{rows.name}: {len(rows):,} rows, format {rows.format} ({columns}), template {options.template}"
@@ -87,8 +87,8 @@ def _sample(
     encoded: EncodedPrompt, parts: Parts, tokenizer: Any, options: TokenOptions, data: schema.Data, color: bool
 ) -> Iterator[str]:
     ids_T = np.array(encoded.ids)
-    if parts.ids:
-        kept_T = kept(np.array(encoded.roles), options.seq_len, options.truncation)
+    kept_T = kept(np.array(encoded.roles), options.seq_len, options.truncation) if parts.ids else None
+    if kept_T is not None:
         roles_T = np.array(encoded.roles, dtype=np.uint8)
         roles_T[kept_T] = parts.roles[0]
         private_T = np.zeros(len(ids_T), dtype=bool)

@@ -421,7 +421,9 @@ def _json_lines(stream: IO[bytes]) -> Iterator[str]:
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     at = content.index("[") + 1
     while True:
-        at = space.match(content, at).end()
+        between = space.match(content, at)
+        assert between is not None  # it may be empty
+        at = between.end()
         if content[at : at + 1] == "]":
             if content[at + 1 :].strip():
                 raise UserError(

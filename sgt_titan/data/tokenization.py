@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class TokenOptions:
 
     format: str
     columns: tuple[tuple[str, str], ...]
-    template: str
+    template: Literal["chat", "plain"]
     prompt_tokens: int
     truncation: str
     seq_len: int
@@ -121,7 +121,9 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def choose_template(data_template: str, fmt: str, tokenizer: Any) -> str:
+def choose_template(
+    data_template: Literal["auto", "chat", "plain"], fmt: str, tokenizer: Any
+) -> Literal["chat", "plain"]:
     """``chat`` or ``plain`` for a ``data.template`` of auto, chat or plain.
 
     Raises:

@@ -76,7 +76,7 @@ class Evaluation:
         table_VD = setting.trunk.get_input_embeddings().weight.detach().float()
         noise = noise_grid(table_VD, config.scale, (std / config.scale, *SUITES[self.suite].sigmas))
         found = [sgt, nothing()]
-        if any(row.spans for row in setting.rows):
+        if any(row.spans for row in setting.rows) and self.suite != GLANCE:
             found.append(redaction(table_VD[placeholder(setting.tokenizer)]))
         found += [*rotated, *noise, *self._dropping()]
         return {mechanism.name: mechanism for mechanism in found}

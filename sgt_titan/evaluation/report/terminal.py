@@ -77,7 +77,6 @@ def render(results: Results) -> str:
 
 COLUMNS = {
     "none": "no obfuscation",
-    "redaction": "redaction",
     "noise": "constant noise",
     "sgt": "this SGT",
     "no_prompt": "no prompt",
@@ -113,7 +112,7 @@ def _side_by_side(results: Results) -> list[str]:
     return lines
 
 
-_COLUMN = 14
+_COLUMN = 16
 
 
 def _removed(results: Results) -> list[str]:
@@ -214,7 +213,7 @@ def _example(shown: Mapping[str, Any], best: str) -> list[str]:
     texts = {
         "prompt": shown.get("prompt", ""),
         "nearest neighbour reads": guesses.get("nearest_l2", ""),
-        f"best attacker reads ({best})": guesses.get(best, ""),
+        **({f"best attacker reads ({best})": guesses.get(best, "")} if best else {}),
         "answer to the prompt": shown.get("answer_clean", ""),
         "answer to the obfuscated prompt": shown.get("answer_obfuscated", ""),
     }

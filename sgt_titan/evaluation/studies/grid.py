@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sgt_titan.config.door import read_config
 from sgt_titan.config.keys import get, keys
-from sgt_titan.config.load import HOW_IT_RUNS, load
+from sgt_titan.config.load import HOW_IT_RUNS, RECORDED, load
 from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
@@ -53,7 +53,7 @@ class Step:
                 about = json.loads(self.done.read_text(encoding="utf-8")).get("about") or {}
                 return about.get("command") == command(self.words)
             return False
-        home, trained = self.done.parents[2], load(str(self.done.parents[1] / "config.yaml"))
+        home, trained = self.done.parents[2], load(str(self.done.parents[1] / RECORDED))
         for key in keys():
             old, new = get(trained, key), get(self.asked, key)
             if old != new and not key.startswith(HOW_IT_RUNS) and new not in RESOLVED:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sgt_titan.config.check import validate
-from sgt_titan.config.load import load, override
+from sgt_titan.config.load import override, recorded
 from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
@@ -93,11 +93,10 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
     for key in values:
         if not key.startswith("data.") and key != "training.seq_len":
             raise UserError(f"--{key}: does not belong to a report; --data.* and --training.seq_len do")
-    run_file = Path(export_dir).resolve().parent / "config.yaml"
     asked = Config()
     asked.data.source, asked.trunk.path = source, trunk_path
     asked = resolve(asked, world_size=None)
-    config = load(str(run_file)) if run_file.is_file() else asked
+    config = recorded(Path(export_dir).resolve().parent) or asked
     if config.data.source != asked.data.source:
         config = asked
     config.trunk.path = asked.trunk.path

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from sgt_titan.config.schema import Config
 from sgt_titan.demo import TRUNK
+from sgt_titan.evaluation.world.samples import load_trunk
 from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config, table_statistics, write_export
 from sgt_titan.transform.trunk_files import TrunkFiles
 
@@ -46,6 +47,12 @@ def make_export(tmp_path_factory):
         return write_export(out, config, state, tokenizer_dir=TRUNK, summary={})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trunk():
+    """The demo trunk, loaded once."""
+    return load_trunk(TRUNK, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from sgt_titan import cli
 from sgt_titan.client.inspect import best_attacker
@@ -25,11 +24,6 @@ from sgt_titan.evaluation.studies.frontier import measured_before
 from sgt_titan.transform.prompts import PROMPT, RESPONSE
 
 ROWS = 12
-
-
-@pytest.fixture(scope="module")
-def trunk():
-    return AutoModelForCausalLM.from_pretrained(TRUNK, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +74,12 @@ def test_identity_costs_nothing_and_hides_nothing(identity):
     assert shown["answer_obfuscated"] == shown["answer_clean"]
 
 
-def test_noise_hides_everything_and_keeps_nothing(drowned):
+def test_noise_hides_everything_and_keeps_nothing(drowned, trunk):
     privacy, facts = drowned["mechanisms"]["sgt"]["privacy"], drowned["mechanisms"]["sgt"]["facts"]
     # A token is the nearest of V rows by chance; the rows' lengths make some likelier than 1 / V.
     assert privacy["nn_fr"]["value"] > 0.95
     # The estimate is half the mean of eps^2 - 1 over tokens and features: 4 of its standard deviations.
-    width = AutoModelForCausalLM.from_pretrained(TRUNK).config.hidden_size
+    width = trunk.config.hidden_size
     assert privacy["mi"]["value"] == pytest.approx(0, abs=4 * (2 * privacy["nn_fr"]["n"] * width) ** -0.5)
     assert value(drowned, "sgt", "utility", "kl") > 0.5
     assert value(drowned, "sgt", "utility", "kept") < 0.05

@@ -4,21 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from sgt_titan.demo import TRUNK
 from sgt_titan.evaluation.scores import privacy
 from sgt_titan.evaluation.world.mechanisms import Obfuscated, constant_noise, nothing
-from sgt_titan.evaluation.world.samples import generator, load_trunk, padded
+from sgt_titan.evaluation.world.samples import generator, padded
 from sgt_titan.metrics.information import pac_advantage
 from sgt_titan.metrics.interval import Estimate
 from sgt_titan.metrics.ranks import token_ranks
 from tests.unit.evaluation.worlds import random_rows
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def trunk():
-    return load_trunk(TRUNK, CPU)
 
 
 @pytest.fixture(scope="module")

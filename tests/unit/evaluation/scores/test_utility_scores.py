@@ -10,14 +10,9 @@ from sgt_titan.demo import TRUNK
 from sgt_titan.evaluation.scores import utility, zero
 from sgt_titan.evaluation.scores.utility import Reference
 from sgt_titan.evaluation.world.mechanisms import constant_noise, nothing
-from sgt_titan.evaluation.world.samples import Sample, generator, load_trunk, padded, read_samples, shorten
+from sgt_titan.evaluation.world.samples import Sample, generator, padded, read_samples, shorten
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def trunk():
-    return load_trunk(TRUNK, CPU)
 
 
 @pytest.fixture(scope="module")
