@@ -224,8 +224,10 @@ class BatchSource:
                 at += length
             positions_BT[b, at:] = np.arange(self.seq_len - at)
             documents.append(found)
-        arrays = (tokens_BT, positions_BT, obfuscate_BT, utility_BT, valid_BT, private_BT)
-        return Batch(*(torch.from_numpy(a) for a in arrays), documents)
+        of = torch.from_numpy
+        return Batch(
+            of(tokens_BT), of(positions_BT), of(obfuscate_BT), of(utility_BT), of(valid_BT), of(private_BT), documents
+        )
 
 
 def local_positions(micro_step: int, dp_rank: int, dp_degree: int, local_batch_size: int) -> range:

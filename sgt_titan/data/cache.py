@@ -549,7 +549,9 @@ def _write_part(
 
     rows, options = part.rows, part.options
     read, used, truncated, marks_before, tokens_before = 0, 0, 0, arrays.marks, arrays.tokens
-    bad, notes, first_bad = Counter(), Counter(), []
+    bad: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    first_bad: list[str] = []
     values, with_response = {"values": 0, "not_found": 0}, 0
     dropped = dict.fromkeys(DROPS, 0)
     sums = np.zeros(len(COUNTS), dtype=np.int64)
@@ -640,7 +642,7 @@ def remarks(meta: dict[str, Any]) -> list[str]:
         lines.append(f"{meta['truncated']} of {meta['samples']} samples were cut ({how})")
     columns, *rest = meta["not_used"].items()
     if columns[1]:
-        lines.append(f"columns not used: {', '.join(columns[1])}")
+        lines.append(f"columns not used: {', '.join(column or 'one without a name' for column in columns[1])}")
     if rest:
         lines.append("not used, or not as it is: " + "; ".join(f"{what} ({count} samples)" for what, count in rest))
     lines.append(f"{meta['with_response'] / meta['samples']:.1%} of {meta['samples']} samples have a response")
@@ -656,10 +658,10 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _appender(path: Path, dtype: type, width: int = 0) -> Iterator[Any]:
+def _appender(path: Path, kind: type, width: int = 0) -> Iterator[Any]:
     """A function that appends arrays to a .npy file along the first axis."""
     rows = 0
-    dtype = np.dtype(dtype).newbyteorder("<")
+    dtype: np.dtype[Any] = np.dtype(kind).newbyteorder("<")
 
     def append(array: np.ndarray) -> None:
         nonlocal rows

@@ -36,7 +36,7 @@ def _alone(data: schema.Data, table: dict[str, Any] | None) -> schema.Data:
     nothing = schema.Data()
     own = {key: getattr(data, key) for key in schema.SOURCE_KEYS} if table is None else table
     keys = {key: own.get(key, getattr(nothing, key)) for key in schema.SOURCE_KEYS}
-    return replace(data, sources={}, validation_source={}, **keys)
+    return replace(data, sources={}, validation_source=schema.Source({}), **keys)
 
 
 def parts(config: schema.Config, tokenizer: Any) -> list[Part]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 
@@ -45,6 +46,10 @@ def _feistel(x_N: np.ndarray, half_bits: int, key: int) -> np.ndarray:
     return (left_N << shift) | right_N
 
 
+@overload
+def permute(i: int, n: int, key: int) -> int: ...
+@overload
+def permute(i: np.ndarray, n: int, key: int) -> np.ndarray: ...
 def permute(i: int | np.ndarray, n: int, key: int) -> int | np.ndarray:
     """Where position i goes in the permutation of ``range(n)`` that ``key`` (64 bits) selects.
 

@@ -54,12 +54,12 @@ def preview(config: schema.Config, row: int, *, color: bool, source: str = "") -
 def _about(part: Part, data: schema.Data) -> Iterator[str]:
     rows, options = part.rows, part.options
     if part.name:
-        weight = data.sources.get(part.name, {}).get("weight")
+        weight = data.sources.get(part.name, schema.Source({})).get("weight")
         yield part.name + (", held out" if part.held_out else f", weight {weight:g}" if weight else "") + ":"
     columns = ", ".join(f"{name}: {column}" for name, column in rows.columns.items())
     yield f"{rows.name}: {len(rows):,} rows, format {rows.format} ({columns}), template {options.template}"
     if rows.unused:
-        yield f"columns not used: {', '.join(rows.unused)}"
+        yield f"columns not used: {', '.join(column or 'one without a name' for column in rows.unused)}"
 
 
 def _row(rows: Rows, i: int, tokenizer: Any, options: Options, data: schema.Data, color: bool) -> Iterator[str]:
@@ -86,17 +86,15 @@ def _row(rows: Rows, i: int, tokenizer: Any, options: Options, data: schema.Data
 def _sample(
     encoded: EncodedPrompt, parts: Parts, tokenizer: Any, options: Options, data: schema.Data, color: bool
 ) -> Iterator[str]:
-    ids_T = np.array(encoded.ids)
-    if parts.ids:
-        kept_T = kept(np.array(encoded.roles), options.seq_len, options.truncation)
-        roles_T = np.array(encoded.roles, dtype=np.uint8)
+    ids_T, roles_T = np.array(encoded.ids), np.array(encoded.roles, dtype=np.uint8)
+    kept_T = kept(roles_T, options.seq_len, options.truncation) if parts.ids else None
+    private_T = np.zeros(len(ids_T), dtype=bool)
+    if kept_T is None:
+        kept_T = np.zeros(len(ids_T), dtype=bool)
+    else:
         roles_T[kept_T] = parts.roles[0]
-        private_T = np.zeros(len(ids_T), dtype=bool)
         if parts.marks:
             private_T[kept_T] = private_tokens(parts.marks[0], int(kept_T.sum()))
-    else:
-        kept_T, roles_T = np.zeros(len(ids_T), dtype=bool), np.array(encoded.roles)
-        private_T = kept_T
     hidden_T = obfuscation_mask(roles_T, obfuscate=data.obfuscate, obfuscate_template=data.obfuscate_template)
     kinds = np.full(len(ids_T), "clear", dtype=object)
     kinds[roles_T == RESPONSE] = "response"

@@ -237,9 +237,9 @@ class JsonLines:
         for i in range(min(len(self), 100)):
             try:
                 found |= dict.fromkeys(self[i])
-            except UserError:
+            except UserError as error:
                 if i == 0:
-                    raise
+                    raise UserError(f"{error}; rows are objects, one a line, or an array of them") from None
         return list(found)
 
     def has(self, column: str) -> bool:
@@ -421,7 +421,8 @@ def _json_lines(stream: IO[bytes]) -> Iterator[str]:
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     at = content.index("[") + 1
     while True:
-        at = space.match(content, at).end()
+        between = space.match(content, at)
+        at = between.end() if between else at
         if content[at : at + 1] == "]":
             if content[at + 1 :].strip():
                 raise UserError(

@@ -124,7 +124,7 @@ def load_rows(data: schema.Data) -> Rows:
     present = list(found[0]) if isinstance(found, GeneratedRows) else list(found.column_names)
     late = getattr(found, "has", lambda column: False)
     preset_columns = dict(preset.columns) if preset else {}
-    fmt, columns = _fields(data, preset and preset.format, preset_columns, present, name, late)
+    fmt, columns = _fields(data, preset.format if preset else None, preset_columns, present, name, late)
     unused = tuple(column for column in present if column not in columns.values())
     roles = tuple(sorted(data.roles.items()))
     suffix = preset.strip_suffix if preset else ""
@@ -156,27 +156,22 @@ def _fields(
             raise UserError(
                 f"data.columns.{key}: {name} has no column {column!r}; its columns are {', '.join(present)}"
             )
-    columns = {}
+    columns: dict[str, str] = {}
     for key, usual in USUAL_COLUMNS.items():
-        column = given[key] if key in given else next((c for c in usual if c in present), None)
-        if column in present or (column and key in data.columns):
-            columns[key] = column
+        wanted = given[key] if key in given else next((c for c in usual if c in present), "")
+        if wanted and (wanted in present or key in data.columns):
+            columns[key] = wanted
     complete = [f for f in ("chat", "instruction", "text") if all(k in columns for k in FIELDS[f][0])]
-    if data.format != "auto":
-        fmt = data.format
-    elif preset_format:
-        fmt = preset_format
-    elif complete:
-        fmt = complete[0]
-    else:
+    fmt = data.format if data.format != "auto" else preset_format or next(iter(complete), "")
+    if not fmt:
         raise UserError(
             f"data.format: cannot tell the format of {name} from its columns ({', '.join(present)}); set data.format "
             "and data.columns"
         )
     required, optional = FIELDS[fmt]
     for key in optional:  # rows may leave them out, the first hundred too
-        if key not in columns and key not in given and (column := next(filter(late, USUAL_COLUMNS[key]), None)):
-            columns[key] = column
+        if key not in columns and key not in given and (found := next(filter(late, USUAL_COLUMNS[key]), None)):
+            columns[key] = found
     for key in required:
         if key not in columns:
             raise UserError(
