@@ -24,7 +24,7 @@ from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.world.mechanisms import learned
 from sgt_titan.evaluation.world.threat import Table
 from sgt_titan.metrics.ranks import token_ranks
-from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config
+from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config
 
 WIDTH = 128
 
@@ -69,12 +69,12 @@ def ranking() -> None:
         )
 
 
-def make_sgt(vocab: int) -> StainedGlassTransform:
+def make_sgt(vocab: int) -> ExportedTransform:
     config = AutoConfig.for_model(
         "llama", vocab_size=vocab, hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
     )  # fmt: skip
-    return StainedGlassTransform(
+    return ExportedTransform(
         SGTConfig(trunk_config=estimator_config(config, 2), vocab_size=vocab, hidden_size=WIDTH, embeddings=False)
     ).eval()
 

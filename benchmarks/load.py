@@ -34,20 +34,24 @@ KEY = "load-key-0123456789"
 PROMPT = "Dear Anna, your parcel has come. "
 
 
-async def ask(url: str, key: str, model: str, clients: int, requests: int, tokens: int) -> tuple[float, float, int]:
-    """Median seconds of an answer, requests a second, failures."""
-    times, failures, left = [], 0, iter(range(requests))
+async def ask(
+    url: str, key: str, model: str, clients: int, requests: int, tokens: int
+) -> tuple[float, float, list[str]]:
+    """Median seconds of an answer, requests a second, what was no answer."""
+    times: list[float] = []
+    failures: list[str] = []
+    left = iter(range(requests))
     body = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
 
     async def keep(client: httpx.AsyncClient) -> None:
-        nonlocal failures
         for number in left:
             # Each begins otherwise: a server finds what it has seen of text, and nothing of embeddings.
             prompt = f"{number}: {PROMPT * 8}"
             started = time.perf_counter()
             found = await client.post("/v1/completions", json={**body, "prompt": prompt})
             times.append(time.perf_counter() - started)
-            failures += found.status_code != 200
+            if found.status_code != 200:
+                failures.append(f"{found.status_code} {found.text[:300]}")
 
     limits = httpx.Limits(max_connections=clients)
     headers = {"authorization": f"Bearer {key}"}
@@ -98,9 +102,13 @@ def measure(arguments: argparse.Namespace, export: str, upstream: str, key: str,
             how = (clients, requests, arguments.tokens)
             straight = asyncio.run(ask(upstream, key, served, *how))
             proxied = asyncio.run(ask(url, KEY, "m", *how))
+            failed = straight[2] + proxied[2]
             print(
                 f"{clients:>7}{1e3 * straight[0]:>14.0f}{straight[1]:>8.1f}{1e3 * proxied[0]:>11.0f}{proxied[1]:>8.1f}"
-                f"{1e3 * (proxied[0] - straight[0]):>11.0f}{straight[2] + proxied[2]:>9}{memory(process.pid):>12.0f}"
+                f"{1e3 * (proxied[0] - straight[0]):>11.0f}{len(failed):>9}{memory(process.pid):>12.0f}",
+                *sorted(set(failed)),
+                sep="\n    ",
+                flush=True,
             )
     finally:
         process.terminate()

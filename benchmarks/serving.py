@@ -38,7 +38,7 @@ def untrained(width: int, layers: int, heads: int, denoiser: int = 0) -> Path:
     """An export of a Llama-shaped transform with the demo trunk's tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config, write_export
+    from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config, write_export
     from sgt_titan.transform.configuration import needed_version
 
     vocab = len(AutoTokenizer.from_pretrained(DEMO))
@@ -52,7 +52,7 @@ def untrained(width: int, layers: int, heads: int, denoiser: int = 0) -> Path:
     )  # fmt: skip
     config.format_version = needed_version(config)
     torch.manual_seed(0)
-    state = StainedGlassTransform(config).state_dict()
+    state = ExportedTransform(config).state_dict()
     out = Path(tempfile.mkdtemp()) / "export"
     return write_export(out, config, state, tokenizer_dir=DEMO, summary={})
 

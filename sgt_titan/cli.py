@@ -21,11 +21,12 @@ from sgt_titan.errors import UserError, guarded
 
 _CONFIG_COMMANDS = ("train", "prepare", "preview")
 
-# Commands with arguments of their own: module whose main(argv) runs it, and what it does.
-_FORWARDED = {
+# Commands with arguments of their own: module whose main(argv) runs it, what it does, and words before the user's.
+_FORWARDED: Mapping[str, tuple[str, ...]] = {
     "report": (
-        "sgt_titan.evaluation.measure.before_after",
-        "Print what an export costs and hides, in seconds: before and after.",
+        "sgt_titan.evaluation.measure.evaluate",
+        "Print what an export costs and hides, in seconds, before and after: evaluate --suite glance.",
+        *("--suite", "glance"),
     ),
     "evaluate": (
         "sgt_titan.evaluation.measure.evaluate",
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if argv and argv[0] in _FORWARDED:
-        return import_module(_FORWARDED[argv[0]][0]).main(argv[1:]) or 0
+        module, _, *words = _FORWARDED[argv[0]]
+        return import_module(module).main([*words, *argv[1:]]) or 0
     if argv and argv[0] in _RENAMED:
         raise UserError(f"sgt-titan {argv[0]} is now sgt-titan {_RENAMED[argv[0]]}")
     parser, commands = _parser()
@@ -139,7 +141,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     preview.add_argument("--row", type=int, default=1, metavar="N", help="number of the row in the source (default: 1)")
     preview.add_argument("--source", default="", metavar="NAME", help="of several, by name (default: the first)")
 
-    for name, (_, text) in _FORWARDED.items():
+    for name, (_, text, *_words) in _FORWARDED.items():
         command(name, text)
 
     command("configs", "List the configs of train_configs/.")

@@ -49,6 +49,14 @@ def replacing(file: Path, *, sync: bool = True) -> Iterator[Path]:
         _sync(file.parent)
 
 
+def append(file: Path, line: str) -> None:
+    """A line at the end of a file, on disk when this returns; a line of its own also after one that a crash cut off."""
+    with file.open("ab+") as stream:
+        cut_off = stream.tell() and os.pread(stream.fileno(), 1, stream.tell() - 1) != b"\n"
+        stream.write((b"\n" if cut_off else b"") + line.encode() + b"\n")
+    _sync(file)
+
+
 def create(file: Path, text: str) -> None:
     """A new file that only its owner can read, whole for whoever finds it.
 

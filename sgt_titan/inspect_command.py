@@ -12,6 +12,7 @@ from typing import Any
 from sgt_titan.arguments import Parser
 from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.errors import UserError
+from sgt_titan.terminal import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.private is not None or arguments.private_own:
         print(f"{len(replaced)} private values found; what was not found stays. On the way out:\n")
         for kind, value, surrogate in replaced:
-            print(f"  {kind:<9} {_printable(value)}  ->  {_printable(surrogate)}")
+            print(f"  {kind:<9} {printable(value)}  ->  {printable(surrogate)}")
         print()
     if reading.hidden:
         print("What one observation can tell, from dark (nothing) to bright (the token); underlined: sent in clear.\n")
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"(naming a token takes up to {shown.log_vocab:.1f}); on average over the noise\n"
         )
     print("A nearest-neighbour observer reads:\n")
-    print(_printable(reading.text))
+    print(printable(reading.text))
     if reading.hidden:
         print(f"\n{reading.right} of {reading.hidden} obfuscated tokens right ({100 * reading.share:.1f}%)")
     else:
@@ -129,8 +130,3 @@ def _write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html: cannot write {file}: {error.strerror}") from None
-
-
-def _printable(text: str) -> str:
-    """Without control characters: any token may be read, and a terminal obeys some."""
-    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)

@@ -14,6 +14,7 @@ from typing import Any
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
+from sgt_titan.terminal import printable
 
 CHEAP = ("nearest_l2", "known_plaintext")
 CORPUS = 300  # public rows that the linear map is fitted on
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{arguments.file}: cannot be read as text ({type(error).__name__})") from None
     for title, lines in _readings(arguments, overrides, private.conversation(), text):
-        print(f"\n{title}\n  {_printable(lines)}")
+        print(f"\n{title}\n  {printable(lines)}")
     return 0
 
 
@@ -118,7 +119,3 @@ def _best(config: Any, sgt: Any, backend: Any, prompt: Any, seed: int) -> tuple[
         found.append((right, attack.title, recovery.texts(guess.top_NK[:, 0], world, sgt.tokenizer)[0]))
     right, title, read = max(found)
     return title, read, right
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config, table_statistics, write_export
+from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config, table_statistics, write_export
 from tests.stub_servers import Trunk
 
 CHAT_TEMPLATE = (
@@ -52,7 +52,7 @@ def make_export(trunk_dir: Path, out: Path, *, std: float = 1.0, mean: float = 0
         embeddings=embeddings,
         **fields,
     )
-    state = {k: v.detach().clone() for k, v in StainedGlassTransform(config).state_dict().items()}
+    state = {k: v.detach().clone() for k, v in ExportedTransform(config).state_dict().items()}
     torch.manual_seed(3)
     for name, tensor in sorted(state.items()):
         if name != "embed_tokens.weight" and tensor.dim() == 2:

@@ -146,6 +146,8 @@ def check_completion(trunk: Trunk, body: dict) -> torch.Tensor:
         raise Refused("suffix is not supported with prompt_embeds")
     if body.get("echo"):
         raise Refused("Echo is unsupported with prompt embeds.")
+    if body.get("n", 1) > 1 and body.get("temperature", 1.0) < 1e-5:
+        raise Refused(f"n must be 1 when using greedy sampling, got {body['n']}.")
     if body.get("prompt_logprobs") is not None:
         raise Refused("prompt_logprobs is not compatible with prompt embeds.")
     embeds_TD = load_embeds(trunk, body["prompt_embeds"])

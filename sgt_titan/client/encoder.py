@@ -40,7 +40,7 @@ class Abandoned(Exception):
     """Nobody waits for it any more."""
 
 
-class StainedGlassTransform(transform.StainedGlassTransform):
+class StainedGlassTransform(transform.ExportedTransform):
     """An exported transform with tokenizer and embedding table."""
 
     tokenizer: PreTrainedTokenizerBase

@@ -18,6 +18,7 @@ from sgt_titan.client.encoder import StainedGlassTransform
 from sgt_titan.client.prompt import Prompt
 from sgt_titan.errors import UserError
 from sgt_titan.metrics.ranks import token_ranks
+from sgt_titan.terminal import printable
 from sgt_titan.transform import glow
 from sgt_titan.transform.tokenizer import decode
 
@@ -98,10 +99,8 @@ def coloured(shown: Revealed) -> str:
 def named(shown: Revealed) -> str:
     """Where there are no colours: the text, and its brightest tokens by name."""
     known = [(value, piece) for piece, value in zip(shown.pieces, shown.nats, strict=True) if value is not None]
-    most = ", ".join(
-        f"{glow.printable(piece).strip()} {value:.1f}" for value, piece in sorted(known)[: -BRIGHTEST - 1 : -1]
-    )
-    return f"{glow.printable(''.join(shown.pieces))}\n\nmost nats: {most} (--color always shows all)"
+    most = ", ".join(f"{printable(piece).strip()} {value:.1f}" for value, piece in sorted(known)[: -BRIGHTEST - 1 : -1])
+    return f"{printable(''.join(shown.pieces))}\n\nmost nats: {most} (--color always shows all)"
 
 
 def page(shown: Revealed) -> str:
@@ -124,6 +123,8 @@ def best_attacker(path: str | Path | None) -> str:
     try:
         about: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         sgt = about["mechanisms"]["sgt"]
+        if sgt["best"] is None:
+            return f"best attacker: not measured ({path} is of `sgt-titan report`); run `sgt-titan evaluate`"
         attack = sgt["attacks"][sgt["best"]]
         top1 = attack["top1"]
         line = (

@@ -228,6 +228,7 @@ _REFUSALS = (
     ("top_k must be", "top_k is out of its range"),
     ("min_p must be", "min_p is out of its range"),
     ("penalty must be", "a penalty is out of its range"),
+    ("greedy sampling", "n is more than 1 at temperature 0, where all answers would be one"),
     ("n must be", "n is out of its range"),
     ("best_of", "n is out of its range"),
     ("stop_token_ids", "stop_token_ids holds an id that is none"),

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from sgt_titan import disk
 from sgt_titan.checkpoint import latest_committed, step_of
 from sgt_titan.cluster import status
 from sgt_titan.cluster.allocation import NOTHING, Told
@@ -197,5 +198,4 @@ def _job(attempt: str) -> str:
 def _append(output_dir: str | Path, entry: Attempt) -> None:
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(entry)) + "\n")
+    disk.append(folder / FILE, json.dumps(asdict(entry)))

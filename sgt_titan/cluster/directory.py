@@ -13,12 +13,11 @@ from typing import Any
 
 from sgt_titan import checkpoint, disk
 from sgt_titan.cluster import attempts, ownership, preflight, progress, status
-from sgt_titan.config.load import HOW_IT_RUNS, difference, load
+from sgt_titan.config.load import HOW_IT_RUNS, RECORDED, difference, load
 from sgt_titan.config.schema import SOURCE_KEYS, Config, Data
 from sgt_titan.errors import UserError
 
 RUN_FILE = "run.json"
-CONFIG_FILE = "config.yaml"
 
 # Sections and keys in which a resumed run may differ from the one that wrote its checkpoint. Everything else decides
 # what is learned.
@@ -55,7 +54,7 @@ _HARMLESS = {
     "wandb_id.txt",
     "comm_traces",
     "structured_logs",
-    CONFIG_FILE,
+    RECORDED,
 }
 
 
@@ -121,7 +120,7 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
         for key, was in recorded.get("units", {}).items()
         if was != UNITS.get(key, was)
     ]
-    old = load(str(folder / CONFIG_FILE), [])
+    old = load(str(folder / RECORDED))
     found += mixture_difference(old, config)
     excused = (*MAY_DIFFER, *unknown)
     found += [line for line in difference(old, config) if not _is_of(line.partition(":")[0], excused)]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from sgt_titan.config.check import validate
-from sgt_titan.config.load import load, parse_overrides, takes_value
+from sgt_titan.config.load import load
+from sgt_titan.config.overrides import parse_overrides, takes_value
 from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
 from sgt_titan.config.trunk import read_trunk

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sgt_titan.config.keys import get
-from sgt_titan.config.load import available, load
+from sgt_titan.config.load import RECORDED, available, load, recorded
 from sgt_titan.config.paths import expand
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
@@ -52,12 +52,11 @@ def export_of(path: str) -> tuple[str, Config | None]:
         UserError: a run without an export; a config.yaml that is damaged.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
+    if not (folder / "config.json").is_file() and (folder / RECORDED).is_file():
         if not (folder / EXPORT / "config.json").is_file():
             raise UserError(f"{path}: is a run that has not been exported; sgt-titan export {path} {folder / EXPORT}")
         folder = folder / EXPORT
-    file = folder.resolve().parent / "config.yaml"
-    return str(folder) if folder != Path(path) else path, load(str(file)) if file.is_file() else None
+    return str(folder) if folder != Path(path) else path, recorded(folder.resolve().parent)
 
 
 def meant(given: str, key: str) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
+from sgt_titan.terminal import say
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if secret is not None:
             write_client(conversion, client)
-        write_server(conversion, out, shard_bytes=int(arguments.shard_size * 1e9), say=_say)
+        write_server(conversion, out, shard_bytes=int(arguments.shard_size * 1e9), say=say)
     except BaseException:
         if secret is not None and not (out / "config.json").exists():
             shutil.rmtree(client, ignore_errors=True)  # it was missing or empty
@@ -117,7 +117,3 @@ def _checked(arguments: argparse.Namespace, client: Path) -> None:
             raise UserError(f"--client {client}: lies in {out}, which the server gets; choose another directory")
         if file.exists():
             raise UserError(f"--secret {file}: exists; a conversion makes a new secret, choose another file")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -13,8 +13,8 @@ Legend: D width, V vocabulary, h head dimension.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,26 +25,13 @@ from sgt_titan.conjformer.basis import Basis
 from sgt_titan.conjformer.families import Family, Linear, Sizes, family_of, sizes_of
 from sgt_titan.conjformer.secret import Secret
 from sgt_titan.errors import UserError
+from sgt_titan.transform.shards import Planned
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 Norms = Literal["fold", "mean"]
 
 # safetensors' names of what a checkpoint may hold.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to write; ``make()`` computes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
 class Conversion:

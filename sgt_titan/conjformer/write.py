@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from sgt_titan import disk
-from sgt_titan.conjformer.convert import Conversion, Planned
+from sgt_titan.conjformer.convert import Conversion
+from sgt_titan.transform.shards import write_shards
 from sgt_titan.trunk.tokenizer_files import copy_accompanying
 
 CLIENT_FILE, CLIENT_WEIGHTS, CLIENT_FORMAT = "client.json", "client.safetensors", 1
@@ -20,37 +21,18 @@ def write_server(
     conversion: Conversion, out: Path, *, shard_bytes: int, say: Callable[[str], None] | None = None
 ) -> None:
     """The converted checkpoint; no more than a shard and the tensor at hand is in memory."""
-    shards = plan_shards(list(conversion.planned()), shard_bytes)
-    total = sum(planned.bytes for shard in shards for planned in shard)
-    disk.require_room(out, total)
+    planned = list(conversion.planned())
+    disk.require_room(out, sum(tensor.bytes for tensor in planned))
+
+    def done(number: int, count: int, file: str) -> None:
+        conversion.files.close()
+        if say:
+            say(f"[{number}/{count}] {file}")
+
     with disk.whole(out) as work:
-        names: dict[str, str] = {}
-        for i, shard in enumerate(shards, start=1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = {p.name: p.make().detach().to("cpu", p.dtype).contiguous() for p in shard}
-            save_file(tensors, work / file, metadata={"format": "pt"})
-            names |= dict.fromkeys(tensors, file)
-            del tensors
-            conversion.files.close()
-            if say:
-                say(f"[{i}/{len(shards)}] {file}")
-        if len(shards) > 1:
-            _write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+        write_shards(planned, work, shard_bytes, done)
         _write_json(work / "config.json", conversion.server_config())
         copy_accompanying(conversion.files.path, work, tokenizer=conversion.basis is None)
-
-
-def plan_shards(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]:
-    """In order, each at most ``shard_bytes`` unless one tensor alone is larger."""
-    shards: list[list[Planned]] = [[]]
-    used = 0
-    for tensor in planned:
-        if shards[-1] and used + tensor.bytes > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(tensor)
-        used += tensor.bytes
-    return shards
 
 
 def write_client(conversion: Conversion, out: Path) -> None:

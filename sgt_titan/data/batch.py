@@ -224,9 +224,9 @@ class BatchSource:
                 at += length
             positions_BT[b, at:] = np.arange(self.seq_len - at)
             documents.append(found)
-        of = torch.from_numpy
+        t = torch.from_numpy
         return Batch(
-            of(tokens_BT), of(positions_BT), of(obfuscate_BT), of(utility_BT), of(valid_BT), of(private_BT), documents
+            t(tokens_BT), t(positions_BT), t(obfuscate_BT), t(utility_BT), t(valid_BT), t(private_BT), documents
         )
 
 

@@ -658,22 +658,22 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _appender(path: Path, kind: type, width: int = 0) -> Iterator[Any]:
+def _appender(path: Path, dtype: type, width: int = 0) -> Iterator[Any]:
     """A function that appends arrays to a .npy file along the first axis."""
     rows = 0
-    dtype: np.dtype[Any] = np.dtype(kind).newbyteorder("<")
+    stored = np.dtype(dtype).newbyteorder("<")
 
     def append(array: np.ndarray) -> None:
         nonlocal rows
         rows += len(array)
-        stream.write(np.ascontiguousarray(array, dtype=dtype).tobytes())
+        stream.write(np.ascontiguousarray(array, dtype=stored).tobytes())
 
     with open(path, "wb") as stream:
-        length = _header(stream, dtype, rows, width)
+        length = _header(stream, stored, rows, width)
         yield append
         stream.seek(0)
         # numpy pads headers so that the first axis may grow without moving the data.
-        assert _header(stream, dtype, rows, width) == length
+        assert _header(stream, stored, rows, width) == length
 
 
 def _header(stream: IO[bytes], dtype: np.dtype, rows: int, width: int) -> int:

@@ -80,7 +80,7 @@ def _of_span(span: Any, where: str, messages: Sequence[Mapping[str, str]]) -> tu
     message = span.get("message")
     if message is None:
         message = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
-    if type(start) is not int or type(end) is not int or type(message) is not int:
+    if type(start) is not int or type(end) is not int or type(message) is not int:  # True is none either
         raise MarkError(f"{where} (field 'private'): start, end and message must be integers")
     if not 0 <= message < len(messages):
         raise MarkError(

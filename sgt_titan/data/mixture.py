@@ -7,7 +7,7 @@ from typing import Any
 
 from sgt_titan.config import schema
 from sgt_titan.data.sources import Rows, load_rows
-from sgt_titan.data.tokenization import Options, make_options
+from sgt_titan.data.tokenization import TokenOptions, make_options
 from sgt_titan.errors import UserError
 
 VALIDATION = "validation"
@@ -19,7 +19,7 @@ class Part:
 
     name: str
     rows: Rows
-    options: Options
+    options: TokenOptions
     held_out: bool = False
 
 

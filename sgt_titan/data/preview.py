@@ -16,7 +16,7 @@ from sgt_titan.config import schema
 from sgt_titan.data.marks import offsets
 from sgt_titan.data.mixture import Part, parts
 from sgt_titan.data.sources import Rows
-from sgt_titan.data.tokenization import Options, Parts, encode_row, kept, load_tokenizer, private_tokens
+from sgt_titan.data.tokenization import Parts, TokenOptions, encode_row, kept, load_tokenizer, private_tokens
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import RESPONSE, EncodedPrompt, obfuscation_mask
 
@@ -62,7 +62,7 @@ def _about(part: Part, data: schema.Data) -> Iterator[str]:
         yield f"columns not used: {', '.join(column or 'one without a name' for column in rows.unused)}"
 
 
-def _row(rows: Rows, i: int, tokenizer: Any, options: Options, data: schema.Data, color: bool) -> Iterator[str]:
+def _row(rows: Rows, i: int, tokenizer: Any, options: TokenOptions, data: schema.Data, color: bool) -> Iterator[str]:
     try:
         conversation, samples, _ = encode_row(rows, i, tokenizer, options)
     except UserError as error:
@@ -84,17 +84,19 @@ def _row(rows: Rows, i: int, tokenizer: Any, options: Options, data: schema.Data
 
 
 def _sample(
-    encoded: EncodedPrompt, parts: Parts, tokenizer: Any, options: Options, data: schema.Data, color: bool
+    encoded: EncodedPrompt, parts: Parts, tokenizer: Any, options: TokenOptions, data: schema.Data, color: bool
 ) -> Iterator[str]:
-    ids_T, roles_T = np.array(encoded.ids), np.array(encoded.roles, dtype=np.uint8)
-    kept_T = kept(roles_T, options.seq_len, options.truncation) if parts.ids else None
-    private_T = np.zeros(len(ids_T), dtype=bool)
-    if kept_T is None:
-        kept_T = np.zeros(len(ids_T), dtype=bool)
-    else:
+    ids_T = np.array(encoded.ids)
+    kept_T = kept(np.array(encoded.roles), options.seq_len, options.truncation) if parts.ids else None
+    if kept_T is not None:
+        roles_T = np.array(encoded.roles, dtype=np.uint8)
         roles_T[kept_T] = parts.roles[0]
+        private_T = np.zeros(len(ids_T), dtype=bool)
         if parts.marks:
             private_T[kept_T] = private_tokens(parts.marks[0], int(kept_T.sum()))
+    else:
+        kept_T, roles_T = np.zeros(len(ids_T), dtype=bool), np.array(encoded.roles)
+        private_T = kept_T
     hidden_T = obfuscation_mask(roles_T, obfuscate=data.obfuscate, obfuscate_template=data.obfuscate_template)
     kinds = np.full(len(ids_T), "clear", dtype=object)
     kinds[roles_T == RESPONSE] = "response"

@@ -422,7 +422,8 @@ def _json_lines(stream: IO[bytes]) -> Iterator[str]:
     at = content.index("[") + 1
     while True:
         between = space.match(content, at)
-        at = between.end() if between else at
+        assert between is not None  # it may be empty
+        at = between.end()
         if content[at : at + 1] == "]":
             if content[at + 1 :].strip():
                 raise UserError(

@@ -170,8 +170,8 @@ def _fields(
         )
     required, optional = FIELDS[fmt]
     for key in optional:  # rows may leave them out, the first hundred too
-        if key not in columns and key not in given and (found := next(filter(late, USUAL_COLUMNS[key]), None)):
-            columns[key] = found
+        if key not in columns and key not in given and (later := next(filter(late, USUAL_COLUMNS[key]), "")):
+            columns[key] = later
     for key in required:
         if key not in columns:
             raise UserError(

@@ -43,7 +43,7 @@ MAX_WORKERS = 32
 
 
 @dataclass(frozen=True)
-class Options:
+class TokenOptions:
     """Everything but the rows and the tokenizer that decides the tokens."""
 
     format: str
@@ -122,7 +122,9 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def choose_template(data_template: str, fmt: str, tokenizer: Any) -> Literal["chat", "plain"]:
+def choose_template(
+    data_template: Literal["auto", "chat", "plain"], fmt: str, tokenizer: Any
+) -> Literal["chat", "plain"]:
     """``chat`` or ``plain`` for a ``data.template`` of auto, chat or plain.
 
     Raises:
@@ -137,7 +139,7 @@ def choose_template(data_template: str, fmt: str, tokenizer: Any) -> Literal["ch
     return "chat" if data_template == "chat" else "plain"
 
 
-def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
+def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> TokenOptions:
     """The options of a configuration, with nothing left to decide.
 
     Raises:
@@ -150,7 +152,7 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> Options:
         raise UserError(f"data.prompt_tokens: is for format text; {rows.name} has format {rows.format}; use 0")
     how = look(data.template_kwargs, data.template_date)
     template = choose_template(data.template, rows.format, tokenizer)
-    return Options(
+    return TokenOptions(
         format=rows.format,
         columns=tuple(sorted(rows.columns.items())),
         template=template,
@@ -262,7 +264,15 @@ class Parts:
         self.notes: Counter[str] = Counter()
         self.truncated = self.values = self.values_not_found = 0
 
-    def add(self, encoded: EncodedPrompt, hashed: int, source: int, units: Units, tokenizer: Any, options: Options):
+    def add(
+        self,
+        encoded: EncodedPrompt,
+        hashed: int,
+        source: int,
+        units: Units,
+        tokenizer: Any,
+        options: TokenOptions,
+    ):
         """A sample, or a reason why it is none."""
         ids, whole = np.array(encoded.ids, dtype=np.uint32), np.array(encoded.roles, dtype=np.uint8)
         keep: np.ndarray | slice | None = slice(None)
@@ -334,7 +344,9 @@ class Parts:
         )
 
 
-def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Conversation, list[EncodedPrompt], int]:
+def encode_row(
+    rows: Rows, i: int, tokenizer: Any, options: TokenOptions
+) -> tuple[Conversation, list[EncodedPrompt], int]:
     """Row i, its samples before truncation, and the hash of its content.
 
     Raises:
@@ -374,7 +386,7 @@ def encode_row(rows: Rows, i: int, tokenizer: Any, options: Options) -> tuple[Co
     return conversation, samples, hashed
 
 
-def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, stop: int) -> Chunk:
+def tokenize_chunk(rows: Rows, tokenizer: Any, options: TokenOptions, start: int, stop: int) -> Chunk:
     """Tokenize rows start..stop-1; what cannot be used is counted.
 
     The hash of a sample is that of its row's content, so that the held-out samples of a data set are the same at every
@@ -398,7 +410,7 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: Options, start: int, sto
 
 
 def tokenize_rows(
-    rows: Rows, tokenizer: Any, tokenizer_dir: str, options: Options, *, workers: int | None = None
+    rows: Rows, tokenizer: Any, tokenizer_dir: str, options: TokenOptions, *, workers: int | None = None
 ) -> Iterator[Chunk]:
     """All rows as chunks, in order, holding a few chunks in memory at a time.
 
@@ -445,7 +457,7 @@ def tokenize_rows(
             pipe.close()  # a process that reads the end of its pipe ends
 
 
-def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: Options) -> None:
+def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: TokenOptions) -> None:
     """A process: row ranges come, chunks or errors go, until the pipe is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
     tokenizer = load_tokenizer(tokenizer_dir)

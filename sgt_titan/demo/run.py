@@ -74,7 +74,7 @@ def run(out: Path, *, fresh: bool = False, overrides: Sequence[str] = (), execut
     # An interrupted run may have finished training without having exported.
     if not (export / "config.json").is_file() and (code := execute(["export", str(out), str(export)])):
         return code
-    report = ["report", str(export), "--trunk", "demo", "--data", "demo", "--json", str(out / "report.json")]
+    report = ["report", str(export), "--trunk", "demo", "--data", "demo", "--out", str(out / "report")]
     report += ["--zero-steps", str(ZERO_STEPS)]
     if code := execute(report):
         return code
@@ -95,7 +95,7 @@ def closing(out: Path, training: float, reporting: float) -> str:
     return f"""
 Took {training:.0f} s for training and {reporting:.0f} s for the report. Left behind:
   {out}/export         the transform, for a client (README.md there)
-  {out}/report.json    the numbers above
+  {out}/report         the numbers above, as a page (report.html) and for programs (results.json)
   {out}/checkpoints    to go on from
   {out}/tb             TensorBoard logs; look at them with
       {python} -m tensorboard.main --logdir {out}/tb

@@ -6,7 +6,14 @@ import argparse
 
 from sgt_titan.errors import UserError
 
+GLANCE = "glance"  # the suite of the weakest attacker alone: what `sgt-titan report` prints
+SUITES = ("quick", "standard", "full")  # those that attack
 ZERO_STEPS = 600
+
+
+def suite_argument(found: argparse.ArgumentParser, text: str, *, glance: bool = False) -> None:
+    """--suite, of every command that attacks. ``glance``: also the one that does not."""
+    found.add_argument("--suite", choices=(GLANCE,) * glance + SUITES, default="quick", help=text)
 
 
 def zero_argument(found: argparse.ArgumentParser) -> None:

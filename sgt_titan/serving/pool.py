@@ -57,9 +57,16 @@ class Pool:
             await member.upstream.close()
 
     async def describe(self, fresh: bool = False) -> Described:
-        """Of the server that would be asked. Raises UpstreamError if none can say."""
+        """Of the server that would be asked. Raises UpstreamError if none can say, asked as often as for an answer."""
         how = (ASK_AGAIN_S,) if fresh else ()
-        return await self._first(lambda member: member.upstream.describe(*how))
+        for attempt in range(self._retries + 1):
+            try:
+                return await self._first(lambda member: member.upstream.describe(*how))
+            except UpstreamError as error:
+                if attempt == self._retries or error.code not in _PASSING:
+                    raise
+            await asyncio.sleep(self._pause_s * 2**attempt)
+        raise AssertionError("retries are at least 0")
 
     async def prove(self, probe_TD: torch.Tensor) -> None:
         """That one of them answers embeddings. Raises UpstreamError."""

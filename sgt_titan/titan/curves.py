@@ -15,6 +15,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger
 
+from sgt_titan import disk
+
 WANDB_ID = "wandb_id.txt"
 
 
@@ -47,6 +49,6 @@ def same_wandb_run(output_dir: str | Path) -> None:
     file = Path(output_dir) / WANDB_ID
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(6))
+        disk.write(file, secrets.token_hex(6))
     os.environ.setdefault("WANDB_RUN_ID", file.read_text().strip())
     os.environ.setdefault("WANDB_RESUME", "allow")

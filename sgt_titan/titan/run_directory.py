@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 
 from sgt_titan import checkpoint, disk
 from sgt_titan.cluster import directory, status
-from sgt_titan.config.load import dump
+from sgt_titan.config.load import RECORDED, dump
 from sgt_titan.config.schema import Config
 from sgt_titan.export import export_checkpoint
 
@@ -30,7 +30,7 @@ def claim(prepared: Prepared) -> None:
     """Record whose directory this is, and with which config (rank 0)."""
     folder = Path(prepared.config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    disk.write(folder / directory.CONFIG_FILE, dump(prepared.config))
+    disk.write(folder / RECORDED, dump(prepared.config))
     disk.write(folder / directory.RUN_FILE, json.dumps(prepared.identity(), indent=1, default=str))
 
 

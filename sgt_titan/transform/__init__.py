@@ -18,16 +18,16 @@ from sgt_titan.transform.gaussian import (
     obfuscate,
     table_statistics,
 )
-from sgt_titan.transform.modeling import SGTOutput, StainedGlassTransform
+from sgt_titan.transform.modeling import ExportedTransform, SGTOutput
 
 AutoConfig.register(SGTConfig.model_type, SGTConfig, exist_ok=True)
-AutoModel.register(SGTConfig, StainedGlassTransform, exist_ok=True)
+AutoModel.register(SGTConfig, ExportedTransform, exist_ok=True)
 
 __all__ = [
     "Bounds",
+    "ExportedTransform",
     "SGTConfig",
     "SGTOutput",
-    "StainedGlassTransform",
     "TableStatistics",
     "bounded_log_std",
     "bounded_mean",

@@ -32,7 +32,7 @@ _NOT_INHERITED = (
 
 
 class SGTConfig(PretrainedConfig):
-    """Everything needed to rebuild a ``StainedGlassTransform`` and to feed it as it was trained.
+    """Everything needed to rebuild a ``ExportedTransform`` and to feed it as it was trained.
 
     trunk_config: the body's Hugging Face config as a dict, from :func:`estimator_config`.
     body: "shared" (one body, two heads) or "separate" (body 0 feeds the mean, body 1 the std).

@@ -6,7 +6,6 @@ and nothing else.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.errors import UserError
-from sgt_titan.transform.gguf_file import GGUF, SUFFIX
+from sgt_titan.transform.gguf_file import GGUF, SHARD_BYTES, SUFFIX
+from sgt_titan.transform.shards import shard_name, write_index, write_shards
 from sgt_titan.trunk.check import EMBEDDING, HEAD, check_checkpoint
 from sgt_titan.trunk.families import check_config, is_tied
-from sgt_titan.trunk.files import CONFIG, INDEX, SINGLE, check_folder, read_json, weight_files
+from sgt_titan.trunk.files import CONFIG, check_folder, read_json, weight_files
 from sgt_titan.trunk.tokenizer_files import copy_accompanying
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -77,15 +77,17 @@ def convert(trunk: Path, out: Path, adapter: Path | None = None) -> None:
             raise UserError("--adapter: convert the GGUF file first, then merge into the result")
         if not (folder / TOKENIZER).is_file():
             raise UserError(f"TRUNK: {folder} has no {TOKENIZER}; put the original's beside {stored.name}")
-        weights = GGUF(stored, config)
+        planned = list(GGUF(stored, config).planned())
+        disk.require_room(out, sum(tensor.bytes for tensor in planned))
         with _whole(out, folder) as work:
-            weights.write(work)
+            write_shards(planned, work, SHARD_BYTES)
         return
     pickled = (folder / BIN).is_file() or (folder / BIN_INDEX).is_file()
     if not pickled and adapter is None:
         raise UserError(f"TRUNK: {folder} has no {BIN}, and no --adapter is given: there is nothing to convert")
     files = bin_files(folder) if pickled else weight_files(folder)
     lora = Lora(adapter) if adapter is not None else None
+    disk.require_room(out, sum(file.stat().st_size for file in files))
     with _whole(out, folder) as work:
         write(files, work, tied=is_tied(config), lora=lora)
         if lora is not None and lora.left:
@@ -132,15 +134,16 @@ def read(file: Path) -> dict[str, torch.Tensor]:
 def write(files: Sequence[Path], out: Path, *, tied: bool, lora: Lora | None) -> None:
     """One safetensors file for each file, and the index of several."""
     where: dict[str, str] = {}
+    total = 0
     for i, file in enumerate(files, start=1):
-        name = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
+        name = shard_name(i, len(files))
         tensors = dict(_prepared(read(file), tied, lora))
         if twice := where.keys() & tensors.keys():
             raise UserError(f"{file}: {sorted(twice)[0]} stands in another file too")
         save_file(tensors, out / name, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, name)
-    if len(files) > 1:
-        (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=1))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_index(out, where, total)
 
 
 def _prepared(found: dict[str, torch.Tensor], tied: bool, lora: Lora | None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -28,7 +28,7 @@ from sgt_titan.transform.fingerprint import (
     fingerprint_tokenizer,
     fingerprint_weights,
 )
-from sgt_titan.transform.modeling import StainedGlassTransform, check_finite, check_shapes, expected_shapes
+from sgt_titan.transform.modeling import ExportedTransform, check_finite, check_shapes, expected_shapes
 from sgt_titan.transform.tokenizer import check_ids_fingerprint, fingerprint_ids, load_tokenizer
 from sgt_titan.trunk.tokenizer_files import (
     VOCABULARIES,
@@ -42,7 +42,7 @@ SHARD_SIZE = "5GB"
 _WEIGHTS_PATTERN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
-def load_export(path: str | os.PathLike, **kwargs: Any) -> StainedGlassTransform:
+def load_export(path: str | os.PathLike, **kwargs: Any) -> ExportedTransform:
     """The transform in an export directory, in evaluation mode; its configuration is ``.config``.
 
     ``kwargs`` go to ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``). Raises UserError, one
@@ -50,7 +50,7 @@ def load_export(path: str | os.PathLike, **kwargs: Any) -> StainedGlassTransform
     """
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such directory; give the directory of an export")
-    return StainedGlassTransform.from_pretrained(path, **kwargs)
+    return ExportedTransform.from_pretrained(path, **kwargs)
 
 
 def write_export(
@@ -65,7 +65,7 @@ def write_export(
 ) -> Path:
     """Write an export to ``out_dir`` and return its path. ``config`` and ``state_dict`` are not changed.
 
-    ``state_dict``: full tensors under the names and in the shapes of ``StainedGlassTransform`` (see modeling.py),
+    ``state_dict``: full tensors under the names and in the shapes of ``ExportedTransform`` (see modeling.py),
     any float dtype, with ``embed_tokens.weight`` exactly if ``config.embeddings``. ``tokenizer_dir``: the trunk's
     directory, for tokenizer, chat template and licence files. ``dtype``: of the stored weights, float32 or bfloat16.
     ``summary``: for the card and ``config.training``; all keys optional: ``name``, ``trunk``, ``license``, ``steps``,
@@ -103,7 +103,7 @@ def write_export(
 
     with disk.whole(out_dir, overwrite=overwrite) as work_dir:
         with torch.device("meta"):
-            skeleton = StainedGlassTransform(config)
+            skeleton = ExportedTransform(config)
             nn.Module.to(skeleton, dtype)
         # save_original_format would rename tensors to an older layout; our names are the contract.
         skeleton.save_pretrained(work_dir, state_dict=weights, max_shard_size=SHARD_SIZE, save_original_format=False)

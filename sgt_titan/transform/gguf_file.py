@@ -7,17 +7,16 @@ the file says of itself must agree with them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from sgt_titan.errors import UserError
+from sgt_titan.transform.shards import Planned
 from sgt_titan.trunk.families import shapes
-from sgt_titan.trunk.files import INDEX, SINGLE
 
 SUFFIX = ".gguf"
 SHARD_BYTES = 4 << 30  # and so what is in memory, beside one tensor
@@ -108,9 +107,9 @@ class GGUF:
         if more := sorted(there - self.names.keys() - {ROPE_FACTORS}):
             raise UserError(f"{self.file}: holds {more[0]}, which config.json beside it does not describe")
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and values, in the file's order: float16 and bfloat16 as they are, all else in float32."""
-        from gguf import GGMLQuantizationType, dequantize
+    def planned(self) -> Iterator[Planned]:
+        """The tensors in the file's order: float16 and bfloat16 as they are, all else in float32."""
+        from gguf import GGMLQuantizationType
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         types = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
@@ -119,42 +118,18 @@ class GGUF:
         layout = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(
             config={"num_key_value_heads": self.config["num_attention_heads"]} | heads
         )
+        expected = shapes(dict(self.config))
         for stored in self.reader.tensors:
-            if stored.name not in self.names:
-                continue
-            try:
-                values = dequantize(stored.data, stored.tensor_type)
-            except NotImplementedError:
-                kind = stored.tensor_type.name
-                raise UserError(
-                    f"{self.file}: {stored.name} is stored as {kind}, which gguf cannot dequantise"
-                ) from None
-            values = layout.process(weights=values, name=stored.name).weights
-            tensor = torch.from_numpy(values.copy()).to(types.get(stored.tensor_type, torch.float32))
-            yield self.names[stored.name], tensor
+            if name := self.names.get(stored.name):
+                dtype = types.get(stored.tensor_type, torch.float32)
+                yield Planned(name, expected[name], dtype, partial(self._make, stored, layout))
 
-    def write(self, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        """Safetensors files of at most ``shard_bytes`` (or of one tensor), one of them in memory at a time."""
-        where: dict[str, str] = {}
-        shard: dict[str, torch.Tensor] = {}
-        files: list[Path] = []
+    def _make(self, stored: Any, layout: Any) -> torch.Tensor:
+        from gguf import dequantize
 
-        def flush() -> None:
-            files.append(out / f"part-{len(files)}")
-            save_file(shard, files[-1], metadata={"format": "pt"})
-            where.update(dict.fromkeys(shard, str(len(files))))
-            shard.clear()
-
-        for name, tensor in self.tensors():
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
-                flush()
-            shard[name] = tensor
-        flush()
-        if len(files) == 1:
-            files[0].rename(out / SINGLE)
-            return
-        names = {str(n): f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)}
-        for file, name in zip(files, names.values(), strict=True):
-            file.rename(out / name)
-        weight_map = {name: names[n] for name, n in where.items()}
-        (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+        try:
+            values = dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError:
+            kind = stored.tensor_type.name
+            raise UserError(f"{self.file}: {stored.name} is stored as {kind}, which gguf cannot dequantise") from None
+        return torch.from_numpy(layout.process(weights=values, name=stored.name).weights.copy())

@@ -10,6 +10,8 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from sgt_titan.terminal import printable
+
 RAMP = (240, 244, 137, 173, 214, 226)  # of a terminal's 256 colours, grey to yellow
 RESET, BOLD, UNDERLINE = "\x1b[0m", "\x1b[1m", "\x1b[4m"
 
@@ -29,11 +31,6 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         found.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode([ids[stop - 1]]))
         before = whole
     return found
-
-
-def printable(text: str) -> str:
-    """Without control characters: any token may be there, and a terminal obeys some."""
-    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
 
 
 def level(nats: float, log_vocab: float) -> float:

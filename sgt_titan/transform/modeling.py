@@ -69,7 +69,7 @@ class SGTOutput(ModelOutput):
     past_key_values: Caches | None = None
 
 
-class StainedGlassTransform(PreTrainedModel):
+class ExportedTransform(PreTrainedModel):
     """mu(x) and log sigma(x) of Eq. 1, from short decoders of the trunk's family and two linear heads."""
 
     config_class = SGTConfig
@@ -368,7 +368,7 @@ def _noise(like: torch.Tensor, generator: torch.Generator | None, seed: int | No
 def expected_shapes(config: SGTConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint of this configuration; allocates nothing."""
     with torch.device("meta"):
-        model = StainedGlassTransform(config)
+        model = ExportedTransform(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

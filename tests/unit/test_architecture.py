@@ -16,12 +16,13 @@ PACKAGE = Path(sgt_titan.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "arguments": {"errors"},
+    "terminal": set(),
     "disk": {"errors"},
     "trunk": {"errors"},
     "config": {"errors", "trunk"},
     "checkpoint": {"disk"},
     "cluster": {"errors", "disk", "arguments", "checkpoint", "config"},
-    "transform": {"errors", "disk", "arguments", "objectives", "trunk"},
+    "transform": {"errors", "terminal", "disk", "arguments", "objectives", "trunk"},
     "private": {"errors"},
     "objectives": {"errors"},
     "metrics": set(),
@@ -29,10 +30,11 @@ MAY_IMPORT = {
     "data": {"errors", "disk", "config", "transform", "trunk", "demo", "private"},
     "export": {"errors", "disk", "config", "transform", "trunk", "checkpoint"},
     "outgoing": {"errors", "arguments"},
-    "conjformer": {"errors", "disk", "arguments", "outgoing", "transform", "trunk"},
+    "conjformer": {"errors", "terminal", "disk", "arguments", "outgoing", "transform", "trunk"},
     "plan": {"errors", "arguments", "config", "trunk"},
     "evaluation": {
         "errors",
+        "terminal",
         "disk",
         "arguments",
         "outgoing",
@@ -45,7 +47,7 @@ MAY_IMPORT = {
         "conjformer",
         "private",
     },
-    "client": {"errors", "disk", "outgoing", "transform", "metrics", "private"},
+    "client": {"errors", "terminal", "disk", "outgoing", "transform", "metrics", "private"},
     "serving": {"errors", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
@@ -63,8 +65,8 @@ MAY_IMPORT = {
     "train": {"errors", "disk", "config", "cluster", "titan"},
     "doctor": {"errors", "disk", "arguments", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
-    "inspect_command": {"errors", "arguments", "config", "client", "private"},
-    "readings": {"errors", "arguments", "config", "client", "private", "evaluation", "data"},
+    "inspect_command": {"errors", "terminal", "arguments", "config", "client", "private"},
+    "readings": {"errors", "terminal", "arguments", "config", "client", "private", "evaluation", "data"},
     "cli": {
         "errors",
         "arguments",
@@ -80,16 +82,15 @@ MAY_IMPORT = {
     }
     | {"serving", "conjformer", "cluster", "transform"},
 }
-# The same inside the largest area. `options` and `parts` belong to every command of it.
+# The same inside the largest area. `options` belongs to every command of it.
 ROOMS = {
     "options": set(),
-    "parts": set(),
     "world": set(),
-    "attacks": {"world"},
+    "attacks": {"world", "options"},
     "scores": {"world", "attacks", "options"},
     "report": set(),
-    "measure": {"world", "attacks", "scores", "report", "options", "parts"},
-    "studies": {"attacks", "scores", "report", "measure", "options", "parts"},
+    "measure": {"world", "attacks", "scores", "report", "options"},
+    "studies": {"attacks", "scores", "report", "measure", "options"},
 }
 HEAVY = {"torchtitan", "spmd_types", "tyro"}
 
@@ -149,9 +150,9 @@ def test_torchtitan_is_known_in_one_folder(path):
 
 
 # Where a file or folder gets its name, is waited for, or is asked for room. Beside `disk`: the token of a run's
-# directory, a protocol of renames and links of its own; shards in a folder that has no name yet.
+# directory, a protocol of renames and links of its own.
 OF_THE_DISK = {"replace", "rename", "link", "fsync", "fdatasync", "statvfs", "access", "disk_usage", "mkstemp", "move"}
-AT_THE_DISK = {"disk.py", "cluster/ownership.py", "transform/gguf_file.py"}
+AT_THE_DISK = {"disk.py", "cluster/ownership.py"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -196,7 +196,7 @@ def test_what_train_refuses_of_a_trunk_is_known_before(edit, message, here, caps
     report = {"errors": {}}
     monkeypatch.setattr(doctor, "_device", lambda *arguments: None)
     doctor.local(report, resolve(load("mine"), world_size=None), 0)
-    assert report["errors"]["trunk"] == said[:300] and runs == []
+    assert report["errors"]["trunk"] == said.removeprefix("trunk: ")[:300] and runs == []
 
 
 def test_dry_run_prints_a_config_that_loads_to_the_same_run(here, capsys, runs):
@@ -364,12 +364,12 @@ def test_prepare(monkeypatch, capsys):
 def test_export_and_report(monkeypatch, here, capsys):
     seen = []
     fake(monkeypatch, "sgt_titan.export", export_checkpoint=lambda *a, **k: seen.append((a, k)))
-    fake(monkeypatch, "sgt_titan.evaluation.measure.before_after", main=lambda argv: seen.append(argv))
+    fake(monkeypatch, "sgt_titan.evaluation.measure.evaluate", main=lambda argv: seen.append(argv))
     assert cli.main(["export", "trunk", "out", "--overwrite", "--trunk", "moved"]) == 0
     assert cli.main(["report", "out", "--trunk", "trunk", "--data", "demo", "--samples", "64"]) == 0
     assert seen == [
         (("trunk", "out"), {"overwrite": True, "trunk_path": "moved"}),
-        ["out", "--trunk", "trunk", "--data", "demo", "--samples", "64"],
+        ["--suite", "glance", "out", "--trunk", "trunk", "--data", "demo", "--samples", "64"],
     ]
     assert capsys.readouterr().out == "exported to out\n"
 

@@ -82,6 +82,20 @@ def test_a_name_as_long_as_names_may_be(tmp_path):
     assert names(tmp_path / "folder") == ["b" * 255]
 
 
+def test_lines_are_appended_whole(tmp_path, monkeypatch):
+    """What a crash has cut off stays one bad line, and does not take the next one with it."""
+    file = tmp_path / "attempts.jsonl"
+    disk.append(file, "one")
+    disk.append(file, "zwö")
+    assert file.read_text() == "one\nzwö\n"
+    file.write_text("one\ntw")
+    disk.append(file, "three")
+    assert file.read_text().splitlines() == ["one", "tw", "three"]
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        disk.append(file, "four")
+
+
 def test_a_new_file_is_its_owner_s_and_never_half_written(tmp_path, monkeypatch):
     file = tmp_path / "key"
     with monkeypatch.context() as patch:

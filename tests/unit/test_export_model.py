@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgt_titan import checkpoint
+from sgt_titan import checkpoint, disk
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.export import write_model
@@ -45,6 +45,13 @@ def test_a_trunk_that_is_gone_is_one_line(weights, tmp_path, exists):
     with pytest.raises(UserError, match=r"trunk\.path: .*trunk has no tokenizer"):
         write_model(tmp_path, STATE, trunk, tmp_path / "model", overwrite=False)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free", lambda path: 10)
+    with pytest.raises(UserError, match="GB free"):
+        write_model(tmp_path, STATE, TRUNK, tmp_path / "a" / "model", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_model_survives_a_rename_that_fails(weights, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRUNK = ROOT / "sgt_titan/demo/trunk"
 VLLM = Path(os.environ.get("SGT_TITAN_VLLM", ROOT / ".venv-vllm/bin/vllm"))
 KEY = "upstream-key-0123456789"
-START_SECONDS = float(os.environ.get("SGT_TITAN_VLLM_START", "300"))
+START_SECONDS = float(os.environ.get("SGT_TITAN_VLLM_START", "900"))
 
 
 @contextmanager
@@ -54,7 +54,10 @@ def served(log: Path, *words: str, embeds: bool = True) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def vllm(tmp_path_factory) -> Iterator[str]:
-    """URL of a server that takes embeddings."""
+    """URL of a server that takes embeddings; SGT_TITAN_VLLM_URL: of one that runs already, as ``served`` starts it."""
+    if "SGT_TITAN_VLLM_URL" in os.environ:
+        yield os.environ["SGT_TITAN_VLLM_URL"]
+        return
     if not VLLM.is_file():
         pytest.skip(f"no vLLM at {VLLM}; make test-vllm sets it up")
     with served(tmp_path_factory.mktemp("vllm") / "log") as url:

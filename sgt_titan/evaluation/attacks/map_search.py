@@ -34,7 +34,7 @@ from sgt_titan.evaluation.world.threat import (
     Table,
     Transform,
 )
-from sgt_titan.transform import StainedGlassTransform
+from sgt_titan.transform import ExportedTransform
 
 CHUNK = 512  # candidates in one call
 FLOOR = 1e-4  # std of a mechanism without noise, units of the table's std: anything but an exact match is out
@@ -182,7 +182,7 @@ class Causal(ContextFree):
 
     def __init__(self, mechanism, table, x_TD, nearness, candidates):
         super().__init__(mechanism, table, x_TD, nearness, candidates)
-        self.transform: StainedGlassTransform = mechanism.transform
+        self.transform: ExportedTransform = mechanism.transform
         self.caches = self.transform.new_caches()
 
     def gaussian(self, t: int, tokens_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

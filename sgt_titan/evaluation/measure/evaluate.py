@@ -1,4 +1,7 @@
-"""``sgt-titan evaluate``: what every class of attacker recovers from an export, what it costs, and how sure that is."""
+"""``sgt-titan evaluate``: what every class of attacker recovers from an export, what it costs, and how sure that is.
+
+``sgt-titan report`` is this command with ``--suite glance``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from sgt_titan.arguments import Parser, check_seed, http_url
 from sgt_titan.config.door import split_words
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.options import check_zero, zero_argument
+from sgt_titan.evaluation.options import GLANCE, check_zero, suite_argument, zero_argument
+from sgt_titan.terminal import clock, say
 
 FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
 
@@ -41,11 +45,14 @@ def parser() -> argparse.ArgumentParser:
         help="directory of the trunk, or a config's name (default: the run's own)",
     )
     found.add_argument("--data", metavar="SOURCE", help="as data.source, or a config's name (default: the run's)")
-    found.add_argument("--out", metavar="DIR", type=Path, help="default: EXPORT's folder, evaluation-SUITE")
     found.add_argument(
-        "--suite", choices=("quick", "standard", "full"), default="quick", help="how much (default quick: minutes)"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="default: EXPORT's folder, evaluation-SUITE; of a glance: nothing is kept",
     )
-    found.add_argument("--rows", type=int, help="held-out prompts to attack, instead of the suite's number")
+    suite_argument(found, "how much (default quick: minutes); glance: seconds, the weakest attacker", glance=True)
+    found.add_argument("--rows", "--samples", type=int, help="held-out prompts, instead of the suite's number")
     found.add_argument("--seed", type=int, default=0, help="of the noise and of the attacks (default 0)")
     found.add_argument("--attacks", metavar="A,B", default="", help="only these (default: all of the suite)")
     found.add_argument("--no-baselines", action="store_true", help="the export alone, nothing to compare it with")
@@ -86,11 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
     from sgt_titan.evaluation.measure import runner
+    from sgt_titan.evaluation.measure.parts import Parts, open_parts, write
     from sgt_titan.evaluation.measure.setting import fingerprint_export, load_setting
     from sgt_titan.evaluation.measure.suite import SUITES
-    from sgt_titan.evaluation.parts import Parts, open_parts, write
     from sgt_titan.evaluation.report.html import page
     from sgt_titan.evaluation.report.terminal import render
+    from sgt_titan.evaluation.scores.recovery import similarities
     from sgt_titan.evaluation.world.samples import data_config
     from sgt_titan.transform.trunk_files import TrunkFiles
 
@@ -100,12 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = benchmark_names(arguments)
     if benchmarks:  # they run last: the harness that is not installed is missed now
         import sgt_titan.evaluation.scores.harness  # noqa: F401
+    similarities()  # nor is what every score needs missed after the first attack
     suite = SUITES[arguments.suite]
     disable_progress_bar()
     config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
     rows = arguments.rows or suite.rows
     setting = load_setting(arguments.export, config, rows=rows, corpus=suite.corpus, zero_steps=arguments.zero_steps)
-    out = arguments.out or Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
+    out = arguments.out
+    if out is None and arguments.suite != GLANCE:
+        out = Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
     evaluation = runner.Evaluation(
         setting=setting,
         suite=arguments.suite,
@@ -122,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = list(evaluation.jobs())
     seconds, size = runner.check_budget(jobs, minutes=arguments.minutes, memory=arguments.memory)
     say(
-        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {runner.clock(seconds)} (a factor of three "
+        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {clock(seconds)} (a factor of three "
         f"either way) and {size / 2**30:.2f} GiB beside the models"
     )
     if arguments.estimate:
@@ -146,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seq_len": config.training.seq_len,
         "version": __version__,
     }
-    parts = open_parts(out, identity)
+    parts = open_parts(out, identity) if out else Parts(None)
     began = time.monotonic()
     runner.run_jobs(jobs, parts, say)
     found = runner.merged(evaluation, jobs, parts)
@@ -155,10 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "about": about(evaluation, arguments, argv, identity, time.monotonic() - began, parts.get("lm_top1")),
         **found,
     }
-    write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write(out / "report.html", page(results))
+    if out:
+        write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write(out / "report.html", page(results))
     print(render(results))
-    print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
+    if out:
+        print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
     return 0
 
 
@@ -257,7 +270,3 @@ def about(
         "untrained_rows": duplicates.untrained,
         "notes": list(setting.notes),
     }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

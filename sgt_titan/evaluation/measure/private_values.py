@@ -22,11 +22,12 @@ from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.options import check_zero, zero_argument
+from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
+from sgt_titan.terminal import say
 
 if TYPE_CHECKING:  # torch is only for --trunk
+    from sgt_titan.evaluation.measure.parts import Parts
     from sgt_titan.evaluation.measure.setting import Setting
-    from sgt_titan.evaluation.parts import Parts
     from sgt_titan.evaluation.world.mechanisms import Mechanism
 
 ATTACKS = ("nearest_l2", "known_plaintext", "sequence")
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mechanisms", metavar="A,B", default="", help="only these of private.json, and redaction for p*"
     )
-    parser.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="effort of the attacks")
+    suite_argument(parser, "effort of the attacks")
     parser.add_argument("--rows", type=int, help="prompts to measure on (finding: all; mechanisms: 32)")
     parser.add_argument("--corpus", type=int, default=2000, help="public rows that attackers train on (default 2000)")
     zero_argument(parser)
@@ -141,7 +142,7 @@ def _finding(arguments: Any, private: Any, nobody: Any) -> dict[str, Any]:
         rows.append(finding.to_row(conversation.messages, conversation.private, group))
     if not any(row.units for row in rows):
         raise UserError(f"{arguments.data}: none of its first {count} rows marks a private value")
-    _say(f"finding in {count} rows")
+    say(f"finding in {count} rows")
     return {
         "found": finding.measure(rows, private),
         "told": finding.measure(rows, nobody, marks=True),
@@ -164,8 +165,8 @@ def _mechanisms(
 
     from sgt_titan.evaluation.attacks import ATTACKS as KNOWN
     from sgt_titan.evaluation.measure import runner
+    from sgt_titan.evaluation.measure.parts import open_parts
     from sgt_titan.evaluation.measure.setting import fingerprint_export, load_setting
-    from sgt_titan.evaluation.parts import open_parts
     from sgt_titan.evaluation.world.mechanisms import constant_noise, learned, nothing, redaction
     from sgt_titan.evaluation.world.samples import check_fit, data_config
     from sgt_titan.evaluation.world.surrogates import Substitution, surrogates
@@ -277,7 +278,7 @@ def _measured(
         if (part := parts.get(f"{key}/{name}")) is None:
             part = job()
             parts.put(f"{key}/{name}", part)
-            _say(f"{mechanism.title}: {name}, {time.monotonic() - started:.0f} s")
+            say(f"{mechanism.title}: {name}, {time.monotonic() - started:.0f} s")
         found[name] = part
     return {
         "title": mechanism.title,
@@ -436,7 +437,3 @@ def _write(out: Path, results: dict[str, Any]) -> None:
         disk.write(out / "private.svg", drawing(results))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

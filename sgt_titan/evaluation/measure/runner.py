@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ import torch
 from sgt_titan.data.cache import cache_dir
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.attacks import GUESSING, Attack
+from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
-from sgt_titan.evaluation.parts import Parts
+from sgt_titan.evaluation.options import GLANCE
 from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
 from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
@@ -30,6 +30,7 @@ from sgt_titan.evaluation.world.rotated import load_rotation
 from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, generator
 from sgt_titan.evaluation.world.threat import Cost, Guess, Seed, grants, kind_of
 from sgt_titan.metrics.interval import Estimate
+from sgt_titan.terminal import clock, say
 from sgt_titan.transform import glow
 from sgt_titan.transform.chat_template import look
 
@@ -75,7 +76,7 @@ class Evaluation:
         table_VD = setting.trunk.get_input_embeddings().weight.detach().float()
         noise = noise_grid(table_VD, config.scale, (std / config.scale, *SUITES[self.suite].sigmas))
         found = [sgt, nothing()]
-        if any(row.spans for row in setting.rows):
+        if any(row.spans for row in setting.rows) and self.suite != GLANCE:
             found.append(redaction(table_VD[placeholder(setting.tokenizer)]))
         found += [*rotated, *noise, *self._dropping()]
         return {mechanism.name: mechanism for mechanism in found}
@@ -161,9 +162,10 @@ class Evaluation:
     # -- the jobs --
 
     def _no_prompt(self) -> dict[str, Any]:
-        zero = self.setting.zero
+        zero, lost = self.setting.zero, utility.kindest(self.setting.removed)
         return self.reference.as_dict() | {
-            "zero": {"steps": zero.steps, "settled": zero.settled, "nats": list(zero.aside), "note": zero.note()}
+            "utility": utility.described(lost, self.setting.full_batches, self.reference),
+            "zero": {"steps": zero.steps, "settled": zero.settled, "nats": list(zero.aside), "note": zero.note()},
         }
 
     def _lm_top1(self) -> dict[str, Any]:
@@ -381,9 +383,8 @@ def check_budget(jobs: Sequence[Job], *, minutes: float | None, memory: float | 
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] | None = None) -> None:
+def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] = say) -> None:
     """Run what is not yet there, in order."""
-    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     waiting = [job for job in jobs if parts.get(job.name) is None]
     if len(waiting) < len(jobs):
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} parts are there already")
@@ -396,10 +397,6 @@ def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] | Non
         left = elapsed * (total - done) / done if done else math.nan
         remark = f", about {clock(left)} left" if index < len(waiting) else ""
         say(f"[{index}/{len(waiting)}] {job.name}: {time.monotonic() - started:.1f} s{remark}")
-
-
-def clock(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[str, Any]:
@@ -417,7 +414,8 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
             key: {k: v for k, v in part.items() if k != "reads"}
             for key, part in reading.compared(attacks, guess, seed=evaluation.seed).items()
         }
-        entry |= reading.best(attacks)
+        # A glance has met the weakest attacker alone, and nobody may take him for the best.
+        entry |= {"best": None} if evaluation.suite == GLANCE else reading.best(attacks)
         if certified := found.get(f"{name}/certificate"):
             entry["certificate"] = certified
         benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}

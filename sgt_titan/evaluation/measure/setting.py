@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +30,8 @@ from sgt_titan.evaluation.world.samples import (
     read_samples,
     shorten,
 )
-from sgt_titan.transform import StainedGlassTransform, load_export
+from sgt_titan.terminal import say
+from sgt_titan.transform import ExportedTransform, load_export
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 
@@ -43,7 +43,7 @@ class Setting:
 
     export: str
     config: Config
-    transform: StainedGlassTransform
+    transform: ExportedTransform
     trunk: PreTrainedModel = field(repr=False)
     tokenizer: Any = field(repr=False)
     rows: Sequence[Sample] = field(repr=False)
@@ -75,7 +75,7 @@ class Setting:
             trunk_fingerprint=self.trunk_fingerprint,
             data_fingerprint=self.data_fingerprint,
             steps=self.zero_steps,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            say=say,
         )
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sgt_titan.evaluation.attacks import ATTACKS, GUESSING, ROTATION, Attack
+from sgt_titan.evaluation.options import GLANCE
 from sgt_titan.evaluation.world.threat import kind_of
 
 # On baselines whose noise is known and constant these are as strong as any: maximum likelihood, alone and with a prior.
@@ -33,6 +34,7 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {
+    GLANCE: Suite(128, 128, (), (), 0, 50, "seconds: cost, and the nearest neighbour alone", ()),
     "quick": Suite(32, 6_000, (0.25, 1.0, 4.0), (), 16, 50, "minutes: is anything badly wrong?", (0.3,)),
     "standard": Suite(
         128,

@@ -16,6 +16,7 @@ from sgt_titan.evaluation.report.words import (
     CERTIFIED,
     KEPT,
     LEARNING,
+    NUMBERS,
     PRIVACY_ROWS,
     THREATS,
     UTILITY_ROWS,
@@ -24,12 +25,13 @@ from sgt_titan.evaluation.report.words import (
     best_attack,
     bound_text,
     conclusions,
+    glanced,
     number,
     percent,
-    plain,
     sees,
     value,
 )
+from sgt_titan.terminal import printable
 from sgt_titan.transform import glow
 
 STYLE = """
@@ -94,7 +96,7 @@ def document(title: str, sections: Sequence[str]) -> str:
 
 
 def esc(text: object) -> str:
-    return html.escape(plain(str(text)), quote=True)
+    return html.escape(printable(str(text)), quote=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
@@ -125,6 +127,9 @@ def figure(svg: str | None, name: str, caption: str) -> str:
 
 def _headline(results: Results, sgt: Mapping[str, Any]) -> str:
     best, about = best_attack(sgt), results.get("about") or {}
+    if glanced(sgt):
+        read = ((sgt.get("attacks") or {}).get("nearest_l2") or {}).get("top1")
+        return f"<div class='head'><strong>{percent(read)}</strong> of the hidden tokens are read by the nearest neighbour, the weakest attacker; no other was run.</div>"
     if best is None:
         return ""
     attack, least = best[1], ""
@@ -252,10 +257,7 @@ def _utility(results: Results) -> str:
     use = (mechanisms.get("sgt") or {}).get("utility") or {}
     if not use:
         return ""
-    rows = [
-        [esc(label), (number if key in ("perplexity", "kl") else percent)(use.get(key), interval=True)]
-        for key, label in UTILITY_ROWS.items()
-    ]
+    rows = [[esc(label), NUMBERS.get(key, percent)(use.get(key), interval=True)] for key, label in UTILITY_ROWS.items()]
     clean = ((mechanisms.get("none") or {}).get("utility") or {}).get("perplexity")
     rows.append(["perplexity with the clean prompt", number(clean, interval=True)])
     for way, found in ((results.get("no_prompt") or {}).get("ways") or {}).items():

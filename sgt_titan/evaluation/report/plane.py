@@ -13,7 +13,8 @@ from statistics import mean
 from typing import Any
 
 from sgt_titan.evaluation.report import html, plots
-from sgt_titan.evaluation.report.words import KEPT, number, percent, plain, value
+from sgt_titan.evaluation.report.words import KEPT, number, percent, value
+from sgt_titan.terminal import printable
 
 Found = Mapping[str, Any]
 LEFT = -0.25  # of the picture: what keeps less stands at its edge
@@ -116,7 +117,7 @@ def _plane(axes: Any, rows: Mapping[str, Sequence[Found]], found: Found) -> None
             )  # fmt: skip
         if runs:
             x, y = (mean(map(value, part)) for part in ([r["kept"] for r in runs], [read(r) for r in runs]))
-            axes.scatter(max(x, LEFT), y, s=60, color=colour, marker=marker, zorder=4, label=plain(name))
+            axes.scatter(max(x, LEFT), y, s=60, color=colour, marker=marker, zorder=4, label=printable(name))
             priced += [(x, y)] if "rate" in name else []
     if len(priced) > 1:
         axes.plot(*zip(*sorted(priced), strict=True), color=plots.COLOURS[0], linewidth=0.9, alpha=0.6, zorder=2)

@@ -12,6 +12,7 @@ from sgt_titan.evaluation.report.words import (
     ATTACK_COLUMNS,
     CAUTION,
     LEARNING,
+    NUMBERS,
     PRIVACY_ROWS,
     UTILITY_ROWS,
     Results,
@@ -19,12 +20,13 @@ from sgt_titan.evaluation.report.words import (
     best_attack,
     bound_text,
     conclusions,
+    glanced,
     number,
     percent,
-    plain,
     sees,
     value,
 )
+from sgt_titan.terminal import printable
 
 WIDTH = 112
 
@@ -60,12 +62,68 @@ def render(results: Results) -> str:
             )
         lines += [f"  sees {sees(attack)}", ""]
     for sentence in conclusions(results):
-        lines += textwrap.wrap(plain(sentence), WIDTH, initial_indent="* ", subsequent_indent="  ")
-    lines += ["", *_attacks(sgt), "", *_utility(results), "", *_metrics(sgt, about), "", *_mechanisms(mechanisms), ""]
+        lines += textwrap.wrap(printable(sentence), WIDTH, initial_indent="* ", subsequent_indent="  ")
+    if glanced(sgt):
+        lines += ["", *_side_by_side(results), ""]
+    else:
+        lines += ["", *_attacks(sgt), "", *_utility(results), "", *_metrics(sgt, about)]
+        lines += ["", *_mechanisms(mechanisms), ""]
     for shown in (sgt.get("examples") or [])[:1]:
         lines += _example(shown, best[0] if best else "")
-    lines += textwrap.wrap(CAUTION, WIDTH)
+    if not glanced(sgt):  # whose own is above
+        lines += textwrap.wrap(CAUTION, WIDTH)
     return "\n".join(line.rstrip() for line in lines)
+
+
+COLUMNS = {
+    "none": "no obfuscation",
+    "noise": "constant noise",
+    "sgt": "this SGT",
+    "no_prompt": "no prompt",
+}
+
+
+def _side_by_side(results: Results) -> list[str]:
+    """Before and after: cost and nearest neighbour of the transform, of what it has to beat and of no prompt at all."""
+    columns = {**(results.get("mechanisms") or {}), "no_prompt": results.get("no_prompt") or {}}
+    shown = {name: column for name, column in columns.items() if name in COLUMNS}
+    shown = {name: shown[name] for name in COLUMNS if name in shown}
+    lines = [f"{'':<40}" + "".join(f"{COLUMNS[name]:>{_COLUMN}}" for name in shown)]
+    privacy = (columns.get("sgt") or {}).get("privacy") or {}
+
+    def block(title: str, part: str, rows: Mapping[str, str], show: Mapping[str, Any]) -> None:
+        lines.append(title)
+        for key, label in rows.items():
+            values = [(column.get(part) or {}).get(key) for column in shown.values()]
+            if any(found is not None for found in values):
+                cells = "".join(f"{show.get(key, percent)(found):>{_COLUMN}}" for found in values)
+                lines.append(f"  {label:<38}{cells}")
+
+    tokens = ((columns.get("sgt") or {}).get("utility") or {}).get("perplexity") or {}
+    block(f"Utility (N = {tokens.get('n', 0):,} response tokens)", "utility", UTILITY_ROWS, NUMBERS)
+    hidden = (privacy.get("nn_fr") or {}).get("n", 0)
+    block(f"Nearest neighbour in L2 (N = {hidden:,} hidden tokens)", "privacy", PRIVACY_ROWS, NUMBERS)
+    lines.append(f"  {'':<38}the entropy is at most {percent(privacy.get('rank_entropy_ceiling'))} at this N")
+    pairs = (privacy.get("mi") or {}).get("n", 0)
+    limit = number((results.get("about") or {}).get("ln_vocab"))
+    title = f"Mutual information, Algorithm 1 (N = {pairs:,} pairs of rows; ln V = {limit})"
+    block(title, "privacy", {"mi": "nats per feature, an upper bound"}, {"mi": number})
+    lines += _removed(results)
+    return lines
+
+
+_COLUMN = 16
+
+
+def _removed(results: Results) -> list[str]:
+    """What the response costs with and without the prompt."""
+    clean = (((results.get("mechanisms") or {}).get("none") or {}).get("utility") or {}).get("perplexity")
+    ways = (results.get("no_prompt") or {}).get("ways") or {}
+    removed = ", ".join(f"{number(found)} {way}" for way, found in ways.items())
+    said = f"perplexity with the clean prompt {number(clean)}; without its tokens: {removed or '-'}"
+    if zero := ((results.get("no_prompt") or {}).get("zero") or {}).get("note"):
+        said += f"; {zero}"
+    return textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
 def _attacks(sgt: Mapping[str, Any]) -> list[str]:
@@ -91,14 +149,8 @@ def _utility(results: Results) -> list[str]:
     n = (sgt.get("perplexity") or {}).get("n", 0)
     lines = [f"Utility (N = {n:,} response tokens)"]
     for key, label in UTILITY_ROWS.items():
-        show = number if key in ("perplexity", "kl") else percent
-        lines.append(f"  {label:<44}{show(sgt.get(key), interval=True):>26}")
-    clean = (((results.get("mechanisms") or {}).get("none") or {}).get("utility") or {}).get("perplexity")
-    ways = (results.get("no_prompt") or {}).get("ways") or {}
-    removed = ", ".join(f"{number(found)} {way}" for way, found in ways.items())
-    said = f"perplexity with the clean prompt {number(clean)}; without its tokens: {removed or '-'}"
-    lines += textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="    ")
-    return lines
+        lines.append(f"  {label:<44}{NUMBERS.get(key, percent)(sgt.get(key), interval=True):>26}")
+    return lines + _removed(results)
 
 
 def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
@@ -161,12 +213,12 @@ def _example(shown: Mapping[str, Any], best: str) -> list[str]:
     texts = {
         "prompt": shown.get("prompt", ""),
         "nearest neighbour reads": guesses.get("nearest_l2", ""),
-        f"best attacker reads ({best})": guesses.get(best, ""),
+        **({f"best attacker reads ({best})": guesses.get(best, "")} if best else {}),
         "answer to the prompt": shown.get("answer_clean", ""),
         "answer to the obfuscated prompt": shown.get("answer_obfuscated", ""),
     }
     for title, text in texts.items():
         lines.append(f"{title}:")
-        flat = " ".join(plain(text).split())
+        flat = " ".join(printable(text).split())
         lines += textwrap.wrap(flat, WIDTH - 4, initial_indent="    ", subsequent_indent="    ")[:6]
     return [*lines, ""]

@@ -87,6 +87,9 @@ def number(estimate: Mapping[str, Any] | float | None, *, interval: bool = False
     return f"{text} [{_bounds(estimate, 1, '.3g')}]" if interval and _has_interval(estimate) else text
 
 
+NUMBERS = {"perplexity": number, "kl": number}  # of ``UTILITY_ROWS``; the others are shares
+
+
 def bound_text(bound: float | None) -> str:
     return "no bound" if bound is None else f"at most {percent(bound)}"
 
@@ -99,16 +102,18 @@ def _bounds(estimate: Mapping[str, Any], factor: float, form: str) -> str:
     return f"{factor * estimate['low']:{form}}, {factor * estimate['high']:{form}}"
 
 
-def plain(text: str) -> str:
-    """Without control characters: an attacker may read any token, and a terminal obeys some."""
-    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
-
-
 def best_attack(mechanism: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """The attack with the highest top-1 recovery."""
+    """The attack with the highest top-1 recovery; None at a glance, which has met the weakest alone."""
     attacks = mechanism.get("attacks") or {}
+    if glanced(mechanism):
+        return None
     name = mechanism.get("best") or max(attacks, key=lambda key: value(attacks[key].get("top1")), default=None)
     return (name, attacks[name]) if name in attacks else None
+
+
+def glanced(mechanism: Mapping[str, Any]) -> bool:
+    """Whether the evaluation was a glance: no best attacker is named."""
+    return "best" in mechanism and mechanism["best"] is None
 
 
 def sees(attack: Mapping[str, Any]) -> str:
@@ -120,6 +125,11 @@ def at_least(attack: Mapping[str, Any]) -> str:
     return "at least " if any(_warnings(attack)) else ""
 
 
+GLANCE = (
+    "Nearest neighbour is the weakest attacker, and no other was run. Whoever has the transform can make pairs of tokens and "
+    "obfuscated embeddings without limit and train a model to invert it; such an attacker can read most of a prompt that a "
+    "nearest neighbour cannot read at all. These numbers are no security statement: `sgt-titan evaluate` attacks."
+)
 LEARNING = (
     "He was still learning when his budget ended and reads more with more of it: on the demo trunk the quick suite's read "
     "45%, the standard suite's 72% of the same kind of transform (docs/RESULTS.md)."
@@ -129,7 +139,7 @@ LEARNING = (
 def conclusions(results: Results) -> list[str]:
     """What the numbers say in words; never kinder than they are."""
     sgt = (results.get("mechanisms") or {}).get("sgt") or {}
-    found, best = [], best_attack(sgt)
+    found, best = [GLANCE] if glanced(sgt) else [], best_attack(sgt)
     if best is not None:
         _, attack = best
         share = value(attack.get("top1"))
@@ -181,9 +191,7 @@ def conclusions(results: Results) -> list[str]:
                 f"from a maximum-likelihood decoder only well below ln V / D = {scale:.2g}."
             )
     found += [f"{a.get('title')}: {note}." for a in (sgt.get("attacks") or {}).values() for note in _warnings(a)]
-    if about.get("held_out") is False:
-        found.append("The rows are not the ones its training held out, so it may have been trained on some of them.")
-    return found
+    return found + [f"{note[:1].upper()}{note[1:]}." for note in about.get("notes") or ()]
 
 
 def _warnings(attack: Mapping[str, Any]) -> Iterable[str]:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from sgt_titan.evaluation.world.samples import Padded
 from sgt_titan.metrics.information import pac_advantage
 from sgt_titan.metrics.interval import Estimate, ratio
-from sgt_titan.transform import StainedGlassTransform
+from sgt_titan.transform import ExportedTransform
 
 CHUNK = 256  # tokens whose distributions exist at a time
 SLOPES = tuple(0.25 * 1.35**i for i in range(16))  # values of s, 0.25 to 22
@@ -207,7 +207,7 @@ def measure_source(trunk: PreTrainedModel, batches: Sequence[Padded]) -> Source:
 
 @torch.no_grad()
 def measure_rates(
-    transform: StainedGlassTransform, batches: Sequence[Padded], random: torch.Generator
+    transform: ExportedTransform, batches: Sequence[Padded], random: torch.Generator
 ) -> tuple[list[float], list[int]]:
     """Nats of each prompt by the export's own rate, and its hidden tokens."""
     rates, tokens = [], []

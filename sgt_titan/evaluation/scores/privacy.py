@@ -19,21 +19,11 @@ from sgt_titan.metrics.information import log_mean_exp_information, pac_advantag
 from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
 from sgt_titan.metrics.ranks import most_probable_rank, rank_histogram_entropy, token_ranks
 from sgt_titan.objectives.mutual_information import MI_OFFSET, common_positions, group_loss, shifts
-from sgt_titan.transform import StainedGlassTransform
-
-
-class Leakage(NamedTuple):
-    """``rank_N`` int64 per obfuscated token; ``mi`` nats per feature, the mean over ``pairs`` pairs of rows."""
-
-    rank_N: torch.Tensor
-    mi: float
-    pairs: int
+from sgt_titan.transform import ExportedTransform
 
 
 @torch.no_grad()
-def statistics(
-    transform: StainedGlassTransform, trunk: PreTrainedModel, batches: Sequence[Padded]
-) -> tuple[float, float]:
+def statistics(transform: ExportedTransform, trunk: PreTrainedModel, batches: Sequence[Padded]) -> tuple[float, float]:
     """Mean sigma and mean |mu| over the obfuscated tokens, in embedding units."""
     std, norm, tokens = 0.0, 0.0, 0
     for batch in batches:
@@ -43,24 +33,6 @@ def statistics(
         norm += out.mean_BTD[batch.obfuscate_BT].double().norm(dim=-1).sum().item()
         tokens += int(batch.obfuscate_BT.sum())
     return std / tokens, norm / tokens
-
-
-@torch.no_grad()
-def leakage(
-    trunk: PreTrainedModel, batches: Sequence[Padded], mechanism: Mechanism, random: torch.Generator
-) -> Leakage:
-    """Ranks and mutual information of a mechanism."""
-    table_VD = trunk.get_input_embeddings().weight
-    ranks, mi, pairs, noisy = [], 0.0, 0, True
-    for batch in batches:
-        sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)
-        hidden_BT = batch.obfuscate_BT
-        ranks.append(token_ranks(sent.x_tilde_BTD[hidden_BT], table_VD, batch.tokens_BT[hidden_BT]).rank_N)
-        noisy = sent.log_std_BTD is not None
-        if noisy:
-            mi_BB, is_pair_BB = pair_information(sent, hidden_BT)
-            mi, pairs = mi + float(mi_BB.sum()), pairs + int(is_pair_BB.sum())
-    return Leakage(torch.cat(ranks), mi / pairs if pairs else math.nan if noisy else math.inf, pairs)
 
 
 def pair_information(sent: Obfuscated, mask_BT: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -186,12 +186,18 @@ def _spans(top1_N: np.ndarray, world: World) -> dict[str, Any]:
     return ratio(np.array(hits), np.array(counts), share=True, seed=world.seed).as_dict()
 
 
-def _text_scores(top_N: torch.Tensor, world: World, tokenizer: Any) -> dict[str, Any]:
+def similarities() -> tuple[Any, Any]:
+    """rapidfuzz's fuzz and sacrebleu's CHRF. Raises UserError where they are not installed."""
     try:
         from rapidfuzz import fuzz
         from sacrebleu.metrics import CHRF
     except ImportError:
         raise UserError("text similarity needs rapidfuzz and sacrebleu: pip install 'sgt-titan[eval]'") from None
+    return fuzz, CHRF
+
+
+def _text_scores(top_N: torch.Tensor, world: World, tokenizer: Any) -> dict[str, Any]:
+    fuzz, CHRF = similarities()
     truth, read = hidden_texts(world.truth_N, world, tokenizer), hidden_texts(top_N, world, tokenizer)
     chrf, ones = CHRF(), np.ones(len(truth))
     similarity = np.array([fuzz.ratio(a, b) / 100 for a, b in zip(truth, read, strict=True)])

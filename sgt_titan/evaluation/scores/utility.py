@@ -213,19 +213,7 @@ def measure_utility(
     the greedy answers to the obfuscated and the clean prompt, by position; an early difference changes all that follow.
     """
     values = measured(trunk, batches, mechanism, random)
-    row_N, tokens_B = _rows(batches), reference.tokens_B
-
-    def mean(value_N: torch.Tensor, *, share: bool = False) -> Estimate:
-        return ratio(_sums(value_N, row_N, batches), tokens_B, share=share)
-
-    nll_B = row_nats(values, batches)
-    found = {
-        "perplexity": _exp(ratio(nll_B, tokens_B)).as_dict(),
-        "kept": kept(reference, nll_B).as_dict(),
-        "cross_entropy": mean(values.cross_entropy_N).as_dict(),
-        "kl": mean(values.cross_entropy_N - values.teacher_entropy_N).as_dict(),
-        "agreement": mean(values.agree_N, share=True).as_dict(),
-    }
+    found = described(values, batches, reference)
     prompts = [prompt for prompt in (row.prompt() for row in rows) if prompt.obfuscate.any()][:greedy_prompts]
     if prompts:
         pairs = [
@@ -235,6 +223,23 @@ def measure_utility(
         longest = [max(len(clean), len(other), 1) for clean, other in pairs]
         found["greedy_agreement"] = ratio(np.array(same), np.array(longest), share=True).as_dict()
     return found
+
+
+def described(values: Utility, batches: Sequence[Padded], reference: Reference) -> dict[str, Any]:
+    """perplexity, kept, cross_entropy, kl and agreement as ``measure_utility`` has them."""
+    row_N, tokens_B = _rows(batches), reference.tokens_B
+
+    def mean(value_N: torch.Tensor, *, share: bool = False) -> Estimate:
+        return ratio(_sums(value_N, row_N, batches), tokens_B, share=share)
+
+    nll_B = row_nats(values, batches)
+    return {
+        "perplexity": _exp(ratio(nll_B, tokens_B)).as_dict(),
+        "kept": kept(reference, nll_B).as_dict(),
+        "cross_entropy": mean(values.cross_entropy_N).as_dict(),
+        "kl": mean(values.cross_entropy_N - values.teacher_entropy_N).as_dict(),
+        "agreement": mean(values.agree_N, share=True).as_dict(),
+    }
 
 
 def kept(reference: Reference, nll_B: np.ndarray) -> Estimate:

@@ -55,6 +55,7 @@ from sgt_titan.evaluation.world.samples import (
     shorten,
 )
 from sgt_titan.objectives.utility import soft_cross_entropy
+from sgt_titan.terminal import say
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 VERSION = 1  # of what a fit is: part of a cached one's name
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trunk_fingerprint=TrunkFiles(config.trunk.path).fingerprint(),
         data_fingerprint=dataset.fingerprint,
         steps=arguments.zero_steps,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=say,
     )
     vocab, rows = trunk.get_input_embeddings().weight.shape[0], read_samples(dataset.validation, config, arguments.rows)
     batches = [padded(part, 0, device) for part in batched(rows, vocab)]

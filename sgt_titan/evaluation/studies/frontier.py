@@ -21,13 +21,15 @@ from typing import Any
 from sgt_titan import __version__, disk
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.door import read_config, split_words
-from sgt_titan.config.load import dump, parse_overrides
+from sgt_titan.config.load import dump
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import PRESETS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import FORMAT as EVALUATION_FORMAT
-from sgt_titan.evaluation.options import check_zero, zero_argument
-from sgt_titan.evaluation.parts import write
+from sgt_titan.evaluation.measure.parts import write
+from sgt_titan.evaluation.options import GLANCE, check_zero, suite_argument, zero_argument
 from sgt_titan.evaluation.studies.grid import Chain, Pool, Step, command, cores, objective, shared_cache, training
+from sgt_titan.terminal import say
 
 FORMAT = 1
 WEIGHTS = "0.02,0.05,0.1,0.2"
@@ -169,6 +171,8 @@ def measured_before(words: Sequence[str]) -> list[tuple[str, int, Path]]:
             raise UserError(
                 f"--measured {folder}: of an earlier version, whose `kept` counts from another zero; run it again"
             )
+        if (results.get("about") or {}).get("suite") == GLANCE:
+            raise UserError(f"--measured {folder}: a glance, which has met no attacker but the weakest; run evaluate")
         row = name or folder.name
         found.append((row, sum(known == row for known, _, _ in found), file))
     return found
@@ -264,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/frontier-NAME")
     found.add_argument("--jobs", type=int, help="commands at a time (default: one for every two cores)")
-    found.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="of each evaluation")
+    suite_argument(found, "of each evaluation")
     found.add_argument("--prompts", type=int, metavar="N", help="held-out prompts to attack, instead of the suite's")
     found.add_argument(
         "--attacks", metavar="A,B", default="", help="only these, and guessing (default: all of the suite)"
@@ -377,7 +381,3 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
 
 def _interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

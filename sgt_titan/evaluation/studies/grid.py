@@ -21,9 +21,11 @@ from pathlib import Path
 
 from sgt_titan.config.door import read_config
 from sgt_titan.config.keys import get, keys
-from sgt_titan.config.load import HOW_IT_RUNS, load, parse_overrides
+from sgt_titan.config.load import HOW_IT_RUNS, RECORDED, load
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import PRESETS, TERMS, Config
 from sgt_titan.errors import UserError
+from sgt_titan.terminal import clock
 
 RESOLVED = (-1, "auto", "")  # a run chooses for itself
 
@@ -51,7 +53,7 @@ class Step:
                 about = json.loads(self.done.read_text(encoding="utf-8")).get("about") or {}
                 return about.get("command") == command(self.words)
             return False
-        home, trained = self.done.parents[2], load(str(self.done.parents[1] / "config.yaml"))
+        home, trained = self.done.parents[2], load(str(self.done.parents[1] / RECORDED))
         for key in keys():
             old, new = get(trained, key), get(self.asked, key)
             if old != new and not key.startswith(HOW_IT_RUNS) and new not in RESOLVED:
@@ -219,9 +221,3 @@ def last(log: Path) -> str:
     """The last line that says something, for whoever does not open the log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]]
     return f"{next((line for line in reversed(lines) if line), '')[:300]} ({log})"
-
-
-def clock(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -16,12 +16,13 @@ from typing import Any
 from sgt_titan import disk
 from sgt_titan.arguments import Parser
 from sgt_titan.config.door import read_config, split_words
-from sgt_titan.config.load import dump, load, parse_overrides
+from sgt_titan.config.load import dump, load
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import PRESETS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import benchmark_names
-from sgt_titan.evaluation.options import check_zero, zero_argument
-from sgt_titan.evaluation.parts import write
+from sgt_titan.evaluation.measure.parts import write
+from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
 from sgt_titan.evaluation.studies.grid import Execute, Step, command, execute, objective, shared_cache, training
 
 ROWS = tuple(PRESETS)
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--rows", metavar="A,B", default=",".join(PAPER_ROWS), help=f"presets (default Table I: {','.join(PAPER_ROWS)})"
     )
-    found.add_argument("--suite", choices=("quick", "standard", "full"), default="quick", help="of each evaluation")
+    suite_argument(found, "of each evaluation")
     found.add_argument("--prompts", type=int, help="held-out prompts to attack, instead of the suite's number")
     found.add_argument("--pii", metavar="SOURCE", help="data with marked private values for Table III (pupa, demo)")
     found.add_argument("--pii-seq-len", type=int, metavar="N", help="tokens of its rows (default: as in training)")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sgt_titan.evaluation.world.samples import Padded, Sample
-from sgt_titan.transform import StainedGlassTransform
+from sgt_titan.transform import ExportedTransform
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 
@@ -85,7 +85,7 @@ class Mechanism:
     name: str
     title: str
     obfuscate: Callable[[Padded, torch.Tensor, torch.Generator], Obfuscated] = field(repr=False)
-    transform: StainedGlassTransform | None = field(default=None, repr=False)
+    transform: ExportedTransform | None = field(default=None, repr=False)
     rotation: Rotation | None = field(default=None, repr=False)
     std: float = 0.0
     denoises: bool = False
@@ -111,7 +111,7 @@ def constant_noise(std: float, name: str = "noise", title: str = "constant noise
     return Mechanism(name, title, obfuscate, std=std)
 
 
-def learned(transform: StainedGlassTransform) -> Mechanism:
+def learned(transform: ExportedTransform) -> Mechanism:
     """The export, called as a client calls it."""
 
     def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:

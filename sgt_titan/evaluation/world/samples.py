@@ -14,14 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sgt_titan.config.check import validate
-from sgt_titan.config.load import load, override, parse_overrides
+from sgt_titan.config.load import override, recorded
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.resolve import resolve
 from sgt_titan.config.schema import Config
 from sgt_titan.config.trunk import read_trunk
 from sgt_titan.data.cache import View
 from sgt_titan.data.marks import texts
 from sgt_titan.errors import UserError
-from sgt_titan.transform import StainedGlassTransform, fingerprint_tensor
+from sgt_titan.transform import ExportedTransform, fingerprint_tensor
 from sgt_titan.transform.modeling import read_config
 from sgt_titan.transform.prompts import RESPONSE, obfuscation_mask
 from sgt_titan.transform.trunk_files import EMBEDDING, TrunkFiles
@@ -92,11 +93,10 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
     for key in values:
         if not key.startswith("data.") and key != "training.seq_len":
             raise UserError(f"--{key}: does not belong to a report; --data.* and --training.seq_len do")
-    run_file = Path(export_dir).resolve().parent / "config.yaml"
     asked = Config()
     asked.data.source, asked.trunk.path = source, trunk_path
     asked = resolve(asked, world_size=None)
-    config = load(str(run_file)) if run_file.is_file() else asked
+    config = recorded(Path(export_dir).resolve().parent) or asked
     if config.data.source != asked.data.source:
         config = asked
     config.trunk.path = asked.trunk.path
@@ -113,7 +113,7 @@ def data_config(export_dir: str | Path, trunk_path: str, source: str, overrides:
     return config
 
 
-def check_fit(transform: StainedGlassTransform, trunk_path: str | Path, export: str) -> tuple[str, ...]:
+def check_fit(transform: ExportedTransform, trunk_path: str | Path, export: str) -> tuple[str, ...]:
     """Refuse an export of another trunk; returns remarks on what differs but can be measured.
 
     Raises:

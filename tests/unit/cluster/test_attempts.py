@@ -161,6 +161,8 @@ def test_a_cut_off_line_is_left_out(tmp_path):
     with (tmp_path / attempts.FILE).open("a") as file:
         file.write('{"attempt": "slurm-1.')
     assert [a.attempt for a in attempts.read(tmp_path)] == ["slurm-1.0"]
+    begin(tmp_path, "slurm-1.1", 4)  # and does not take the next one with it
+    assert [a.attempt for a in attempts.read(tmp_path)] == ["slurm-1.0", "slurm-1.1"]
 
 
 def test_a_new_job_begins_to_count_anew(tmp_path):

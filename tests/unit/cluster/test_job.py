@@ -17,7 +17,7 @@ from sgt_titan import checkpoint
 from sgt_titan.cluster import attempts, directory, job, notice, preflight, progress, status
 from sgt_titan.cluster.ownership import Ownership, read_owner
 from sgt_titan.config.door import read_config
-from sgt_titan.config.load import dump
+from sgt_titan.config.load import RECORDED, dump
 from sgt_titan.errors import UserError
 
 REPO = Path(__file__).resolve().parents[3]
@@ -81,7 +81,7 @@ def test_another_config_is_refused_before_anything(begin, tmp_path):
     stored, _ = read_config("demo", ["--run.output_dir", str(out)], world_size=1)
     stored.data.template = "chat"  # what the data have decided since
     out.mkdir()
-    (out / directory.CONFIG_FILE).write_text(dump(stored))
+    (out / RECORDED).write_text(dump(stored))
     (out / directory.RUN_FILE).write_text(json.dumps({"fingerprints": {"data": "ab"}}))
     assert begin()[0] == 0
     Ownership(out, "slurm-7.0").drop()

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from sgt_titan.config.keys import choices, get, inner, is_optional, keys, sections
-from sgt_titan.config.load import available, difference, dump, find, load, parse_overrides
+from sgt_titan.config.load import available, difference, dump, find, load
+from sgt_titan.config.overrides import parse_overrides
 from sgt_titan.config.schema import Config, Source
 from sgt_titan.errors import UserError
 

@@ -221,7 +221,7 @@ def test_a_server_that_cannot_be_written_leaves_nothing(trunk_of, tmp_path, monk
     """Neither the secret nor the client's directory, which the next attempt would stumble over."""
     out, secret, client = tmp_path / "out", tmp_path / "s", tmp_path / "out-client"
     out.mkdir()  # an empty one may be there
-    monkeypatch.setattr("sgt_titan.conjformer.write.plan_shards", lambda *_: 1 / 0)
+    monkeypatch.setattr("sgt_titan.transform.shards.plan_shards", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main([str(trunk_of("llama")), str(out), "--secret", str(secret)])
     assert not secret.exists() and not client.exists() and not list(out.iterdir())

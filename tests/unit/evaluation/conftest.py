@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from sgt_titan.config.schema import Config
 from sgt_titan.demo import TRUNK
-from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config, table_statistics, write_export
+from sgt_titan.evaluation.world.samples import load_trunk
+from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config, table_statistics, write_export
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 torch.set_num_threads(1)
@@ -37,7 +38,7 @@ def make_export(tmp_path_factory):
             fingerprints={"trunk": files.fingerprint()},
         )
         torch.manual_seed(0)
-        state = StainedGlassTransform(config).state_dict()
+        state = ExportedTransform(config).state_dict()
         if embeddings:
             state["embed_tokens.weight"] = table_VD + table_change
         if mean_bias:
@@ -46,6 +47,12 @@ def make_export(tmp_path_factory):
         return write_export(out, config, state, tokenizer_dir=TRUNK, summary={})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trunk():
+    """The demo trunk, loaded once."""
+    return load_trunk(TRUNK, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -96,6 +96,26 @@ def test_one_server_is_asked_again_only_for_what_may_pass(fresh, trunks):
         assert len(calls) == times and len(set(calls)) == 1
 
 
+def test_a_server_that_does_not_answer_at_first_loses_no_request(fresh):
+    """Nothing has been sent when it is asked what it serves, so that may be asked again too."""
+    calls = []
+
+    def respond(request):
+        calls.append(request.method)
+        if len(calls) < 3:
+            raise httpx.ConnectError("not yet") if len(calls) == 1 else httpx.ConnectTimeout("not yet")
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "t"}]})
+        return httpx.Response(200, content=b'data: {"choices":[{"index":0,"text":"a","finish_reason":"stop"}]}\n\n')
+
+    settings = Settings("http://u", served_name="m", retry_pause_s=0.01)
+    with running(create_app(settings, fresh, httpx.MockTransport(respond))) as url:
+        assert ask(url).status_code == 200 and calls == ["GET"] * 3 + ["POST"]
+    calls.clear()
+    with running(create_app(replace(settings, retries=1), fresh, httpx.MockTransport(respond))) as url:
+        assert ask(url).status_code == 504 and calls == ["GET"] * 2
+
+
 def test_several_models_and_whose_keys_may_ask_them(fresh, trunks, tmp_path):
     keys = tmp_path / "keys.toml"
     keys.write_text(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgt_titan import checkpoint
-from sgt_titan.cluster.directory import CONFIG_FILE, MAY_DIFFER, RUN_FILE
+from sgt_titan.cluster.directory import MAY_DIFFER, RUN_FILE
 from sgt_titan.config.keys import keys
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
@@ -172,10 +172,10 @@ def test_what_must_not_differ():
 def test_claim_records_config_and_identity(prepared):
     from pathlib import Path
 
-    from sgt_titan.config.load import load
+    from sgt_titan.config.load import RECORDED, load
 
     folder = Path(prepared.config.run.output_dir)
-    assert load(str(folder / CONFIG_FILE)) == prepared.config
+    assert load(str(folder / RECORDED)) == prepared.config
     recorded = json.loads((folder / RUN_FILE).read_text())
     assert recorded["fingerprints"] == prepared.fingerprints
     assert recorded["versions"]["torchtitan"] == "0.3.0"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sgt_titan import disk
 from sgt_titan.errors import UserError
 from sgt_titan.transform.convert_trunk import convert, main
 from sgt_titan.transform.trunk_files import TrunkFiles
@@ -48,6 +49,13 @@ def test_pickles(pickled, trunk_dir, tmp_path, name, files):
     before, after = TrunkFiles(trunk_dir(name)), TrunkFiles(out)
     assert after.fingerprint() == before.fingerprint() and len(list(out.glob("*.safetensors"))) == files
     assert (out / "tokenizer.json").is_file()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(pickled, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free", lambda path: 1000)
+    with pytest.raises(UserError, match=r"0\.000 GB free, .* GB needed"):
+        convert(pickled("llama"), tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
 
 
 class Evil:

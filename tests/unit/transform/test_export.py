@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from sgt_titan import disk
 from sgt_titan.errors import UserError
 from sgt_titan.transform import (
+    ExportedTransform,
     SGTConfig,
-    StainedGlassTransform,
     estimator_config,
     export,
     fingerprint_tensor,
@@ -59,7 +59,7 @@ def make_config(family="llama", **fields):
 
 def make_state(config):
     generator = torch.Generator().manual_seed(0)
-    shapes = {name: t.shape for name, t in StainedGlassTransform(config).state_dict().items()}
+    shapes = {name: t.shape for name, t in ExportedTransform(config).state_dict().items()}
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
 
 
@@ -109,7 +109,7 @@ def leftovers(folder):
 def test_round_trip(tmp_path, tokenizer_dir, family, body):
     config = make_config(family, body=body)
     state = make_state(config)
-    reference = StainedGlassTransform(config).eval()
+    reference = ExportedTransform(config).eval()
     reference.load_state_dict(state)
     path = write_export(tmp_path / "a" / "out", config, state, tokenizer_dir=tokenizer_dir, summary=SUMMARY)
     assert load_file(path / "model.safetensors").keys() == state.keys()
@@ -148,7 +148,7 @@ def test_directory(written, tokenizer_dir):
     assert tokenizer("b a").input_ids == [2, 1]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False)
     assert chat == "b"
-    assert type(AutoModel.from_pretrained(path)) is StainedGlassTransform
+    assert type(AutoModel.from_pretrained(path)) is ExportedTransform
 
 
 def test_card(written):
@@ -260,7 +260,7 @@ def test_refuses_to_write_bad_tensors(tmp_path, tokenizer_dir, damage, message):
     assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("load", [load_export, StainedGlassTransform.from_pretrained, AutoModel.from_pretrained])
+@pytest.mark.parametrize("load", [load_export, ExportedTransform.from_pretrained, AutoModel.from_pretrained])
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
 def test_refuses_to_load_bad_tensors(written, damage, message, load):
     path, _, state = written
@@ -334,10 +334,10 @@ def test_loading_arguments(written, tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(modeling, "_download", lambda repo, hub: asked.append((repo, hub)) or path)
-    assert StainedGlassTransform.from_pretrained("someone/sgt", revision="abc").config.scale == 0.03
+    assert ExportedTransform.from_pretrained("someone/sgt", revision="abc").config.scale == 0.03
     assert asked == [("someone/sgt", {"revision": "abc"})]
     with pytest.raises(UserError, match="no such directory"):
-        StainedGlassTransform.from_pretrained(tmp_path / "nowhere" / "else")
+        ExportedTransform.from_pretrained(tmp_path / "nowhere" / "else")
 
 
 def test_target_directory(written, tmp_path, tokenizer_dir):
@@ -428,7 +428,7 @@ def test_real_trunk(tmp_path):
         vocab_size=4096,
         std_init=0.01,
     )
-    state = StainedGlassTransform(config).state_dict()
+    state = ExportedTransform(config).state_dict()
     state["embed_tokens.weight"] = table
     state |= {
         f"bodies.0.{name}": tensor for name, tensor in trunk.model.state_dict().items() if f"bodies.0.{name}" in state

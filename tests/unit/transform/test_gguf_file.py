@@ -13,6 +13,7 @@ import torch
 from sgt_titan.errors import UserError
 from sgt_titan.transform.convert_trunk import convert, main
 from sgt_titan.transform.gguf_file import GGUF, ROPE_FACTORS
+from sgt_titan.transform.shards import write_shards
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -87,7 +88,7 @@ def test_a_shard_at_a_time(written, tmp_path):
     config = json.loads((file.parent / "config.json").read_text())
     out = tmp_path / "parts"
     out.mkdir()
-    GGUF(file, config).write(out, shard_bytes=20_000)
+    write_shards(list(GGUF(file, config).planned()), out, 20_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(list(out.glob("model-*.safetensors"))) == len(set(index.values())) > 2
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):

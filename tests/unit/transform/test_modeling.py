@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from sgt_titan.errors import UserError
-from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config, fingerprint_tensor
+from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config, fingerprint_tensor
 from sgt_titan.trunk.families import TRAINED
 
 WIDTH, VOCABULARY, LAYERS = 32, 50, 2
@@ -77,7 +77,7 @@ def sgt_config(family="llama", layers=LAYERS, **fields):
 
 def make_transform(family="llama", *, random_heads=True, **fields):
     torch.manual_seed(0)
-    model = StainedGlassTransform(sgt_config(family, **fields)).eval()
+    model = ExportedTransform(sgt_config(family, **fields)).eval()
     if random_heads:
         for head in (model.mean_head, model.log_std_head):
             torch.nn.init.normal_(head.weight, std=0.1)
@@ -390,9 +390,9 @@ def test_estimator_config_refuses():
 )
 def test_bad_configs(fields, message):
     with pytest.raises(UserError, match=message):
-        StainedGlassTransform(sgt_config(**fields))
+        ExportedTransform(sgt_config(**fields))
     with pytest.raises(UserError, match="model_type is None"):
-        StainedGlassTransform(SGTConfig())
+        ExportedTransform(SGTConfig())
 
 
 def test_config_round_trip(tmp_path):
@@ -445,11 +445,11 @@ def test_works_without_the_training_dependencies(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "StainedGlassTransform (1, 8, 32)"
+    assert result.stdout.strip() == "ExportedTransform (1, 8, 32)"
 
 
 def test_auto_model_from_config():
-    assert type(AutoModel.from_config(sgt_config())) is StainedGlassTransform
+    assert type(AutoModel.from_config(sgt_config())) is ExportedTransform
 
 
 def with_denoiser(family="llama", **fields):
@@ -512,7 +512,7 @@ def test_an_export_with_denoiser_and_prior_comes_back(prior, tmp_path):
     context = {"context_layers": 1, "context_rank": 4} if prior == "context" else {}
     model, ids = with_denoiser(rate_prior=prior, **context), token_ids()
     model.save_pretrained(tmp_path)
-    again = StainedGlassTransform.from_pretrained(tmp_path)
+    again = ExportedTransform.from_pretrained(tmp_path)
     mask = torch.ones_like(ids, dtype=torch.bool)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
@@ -527,11 +527,11 @@ def test_a_prior_of_other_tokens_is_refused(tmp_path):
     model.prior.log_frequency += 0.5
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"prior\.log_frequency is no distribution over the 50 tokens"):
-        StainedGlassTransform.from_pretrained(tmp_path)
+        ExportedTransform.from_pretrained(tmp_path)
 
 
 def test_an_older_client_refuses_a_denoiser(tmp_path, monkeypatch):
     with_denoiser().save_pretrained(tmp_path)
     monkeypatch.setattr("sgt_titan.transform.configuration.FORMAT_VERSION", 1)
     with pytest.raises(UserError, match="format_version is 2, this sgt_titan reads up to 1; update"):
-        StainedGlassTransform.from_pretrained(tmp_path)
+        ExportedTransform.from_pretrained(tmp_path)

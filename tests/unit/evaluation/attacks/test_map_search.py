@@ -16,7 +16,7 @@ from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constant_noise, learned
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Table, kind_of
-from sgt_titan.transform import SGTConfig, StainedGlassTransform, estimator_config
+from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config
 from tests.unit.evaluation.worlds import linear, random_rows, tiny_trunk, top1, world
 
 
@@ -25,7 +25,7 @@ def trunk(trunk_dir):
     return tiny_trunk(trunk_dir)
 
 
-def random_sgt(model, *, mean: float, std: float) -> StainedGlassTransform:
+def random_sgt(model, *, mean: float, std: float) -> ExportedTransform:
     """A causal SGT with random heads: a mean of about ``mean`` table stds that depends on the whole prefix."""
     table = model.get_input_embeddings().weight.detach()
     config = SGTConfig(
@@ -34,7 +34,7 @@ def random_sgt(model, *, mean: float, std: float) -> StainedGlassTransform:
         vocab_size=table.shape[0], hidden_size=table.shape[1], embeddings=False,
     )  # fmt: skip
     torch.manual_seed(3)
-    transform = StainedGlassTransform(config).eval().requires_grad_(False)
+    transform = ExportedTransform(config).eval().requires_grad_(False)
     transform.mean_head.weight.normal_(0, mean * table.std().item() / table.shape[1] ** 0.5)
     transform.log_std_head.weight.normal_(0, 0.3 / table.shape[1] ** 0.5)
     return transform

@@ -199,6 +199,7 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         (["--seed", "-1"], "--seed must be from 0 to 2147483647"),
         (["--seed", "2147483648"], "--seed must be from 0 to 2147483647"),
         (["--rows", "1"], "--rows must be at least 2"),
+        (["--examples", "-1"], "--examples must be at least 0, got -1"),
         (["--attacks", "nearest_l2,telepathy"], "'telepathy' is unknown; there are nearest_l2"),
         (["--judge", "http://x"], "--judge and --judge-model"),
         (["--judge", "localhost:8000/v1", "--judge-model", "m"], "--judge: give http://HOST/v1"),
@@ -258,7 +259,11 @@ def test_a_budget_names_what_does_not_fit():
     assert runner.check_budget([], minutes=1, memory=1) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+def test_a_glance_meets_the_nearest_neighbour_alone():
+    assert list(battery("glance", "sgt", denoises=True)) == list(battery("glance", "noise")) == ["nearest_l2"]
+
+
+@pytest.mark.parametrize("suite", [suite for suite in SUITES if suite != "glance"])
 def test_suites(suite):
     """The SGT meets every attack; what is left out on baselines leaves the exact ones."""
     here = {name for name, attack in ATTACKS.items() if suite in attack.effort}

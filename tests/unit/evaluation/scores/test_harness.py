@@ -17,16 +17,10 @@ from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.scores.benchmarks import BENCHMARKS, run_benchmarks, utility_pp
 from sgt_titan.evaluation.world.mechanisms import Mechanism, constant_noise, nothing
-from sgt_titan.evaluation.world.samples import load_trunk
 
 ASSETS = os.environ.get("SGT_TITAN_ASSETS", "")
 CONTEXTS = ["Hello, my card", "Please help me with order AB-123456 from last week, it", "I"]
 ANSWERS = [" was stolen", " has not arrived", " am"]
-
-
-@pytest.fixture(scope="module")
-def trunk():
-    return load_trunk(TRUNK, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from sgt_titan.demo import TRUNK
 from sgt_titan.evaluation.scores import privacy
 from sgt_titan.evaluation.world.mechanisms import Obfuscated, constant_noise, nothing
-from sgt_titan.evaluation.world.samples import generator, load_trunk, padded
+from sgt_titan.evaluation.world.samples import generator, padded
 from sgt_titan.metrics.information import pac_advantage
 from sgt_titan.metrics.interval import Estimate
 from sgt_titan.metrics.ranks import token_ranks
 from tests.unit.evaluation.worlds import random_rows
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def trunk():
-    return load_trunk(TRUNK, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +61,26 @@ def test_noise_against_the_parts(trunk, batches, calibration):
     assert 0 <= found["mi_log_mean_exp"]["value"] <= found["mi_log_mean_exp_ceiling"] == pytest.approx(math.log(4))
     for name in ("nn_fr", "mrp_fr", "rank_entropy", "mi"):
         assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
+
+
+def test_mutual_information_against_a_loop_over_pairs():
+    torch.manual_seed(0)
+    B, T, D = 3, 5, 4
+    center, log_std, eps = torch.randn(3, B, T, D, dtype=torch.float64).unbind(0)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    x_tilde = center + log_std.exp() * eps
+    values = []
+    for i in range(B):
+        for j in range(B):
+            common = mask[i] & mask[j]
+            if i == j or not common.any():
+                continue
+            own = log_std[i][common] + 0.5  # conditional entropy, and -log p(x~|y), without the log 2 pi of both
+            other = log_std[j][common] + 0.5 * ((x_tilde[i] - center[j])[common] / log_std[j][common].exp()) ** 2
+            values.append((other - own).mean().item())
+    found, is_pair = privacy.pair_information(Obfuscated(x_tilde, center, log_std), mask)
+    assert is_pair.tolist() == [[False, True, False], [True, False, False], [False, False, False]]
+    assert found[is_pair] == pytest.approx(values, rel=1e-5) and not found[~is_pair].any()
 
 
 def rows_that_differ(random: np.random.Generator, rows: int, size: int, T: int = 6, D: int = 8):

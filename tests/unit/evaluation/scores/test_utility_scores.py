@@ -10,14 +10,9 @@ from sgt_titan.demo import TRUNK
 from sgt_titan.evaluation.scores import utility, zero
 from sgt_titan.evaluation.scores.utility import Reference
 from sgt_titan.evaluation.world.mechanisms import constant_noise, nothing
-from sgt_titan.evaluation.world.samples import generator, load_trunk, padded, read_samples, shorten
+from sgt_titan.evaluation.world.samples import Sample, generator, padded, read_samples, shorten
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def trunk():
-    return load_trunk(TRUNK, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +96,23 @@ def test_kept_in_closed_form():
     assert utility.kept(reference, np.array([15.0, 25.0])).value == pytest.approx(0.75)
     useless = Reference(np.array([10.0]), np.array([5.0]), np.array([5.0]), {})
     assert math.isnan(utility.kept(useless, np.array([5.0])).value)
+
+
+def test_described_in_closed_form():
+    values = utility.Utility(
+        nll_N=torch.tensor([1.0, 2.0], dtype=torch.float64),
+        cross_entropy_N=torch.tensor([2.0, 3.0], dtype=torch.float64),
+        teacher_entropy_N=torch.tensor([0.5, 0.5], dtype=torch.float64),
+        agree_N=torch.tensor([1.0, 0.0], dtype=torch.float64),
+    )
+    row = Sample(np.array([1, 2, 3]), np.array([True, False, False]), np.array([False, True, True]))
+    reference = Reference(np.array([2.0]), np.array([2.0]), np.array([6.0]), {})
+    found = utility.described(values, [padded([row], 0, CPU)], reference)
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(1.5))
+    assert {key: found[key]["value"] for key in ("kept", "cross_entropy", "kl", "agreement")} == pytest.approx(
+        {"kept": 0.75, "cross_entropy": 2.5, "kl": 2.0, "agreement": 0.5}
+    )
+    assert all(estimate["n"] == 2 for estimate in found.values())
 
 
 def test_answers_end_where_the_model_ends(trunk, rows):

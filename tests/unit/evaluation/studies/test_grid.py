@@ -132,8 +132,3 @@ def test_a_real_process_writes_to_its_log(tmp_path, monkeypatch):
     assert Pool(2, lambda text: None).run([chain(tmp_path, "a", "configs")]) == 0
     assert (tmp_path / "a" / "log.txt").read_text().splitlines()[-1] == "here"
     assert seen["OMP_NUM_THREADS"] == "4"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")])
-def test_clock(seconds, text):
-    assert grid.clock(seconds) == text

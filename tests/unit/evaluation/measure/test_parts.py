@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.parts import ABOUT, open_parts
+from sgt_titan.evaluation.measure.parts import ABOUT, open_parts
 
 IDENTITY = {"suite": "quick", "seed": 0, "attacks": ("a", "b")}
 

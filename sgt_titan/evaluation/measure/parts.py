@@ -64,20 +64,28 @@ def write(path: Path, text: str) -> None:
 
 
 class Parts:
-    """Finished parts by name (``sgt/attacks/nearest_l2``)."""
+    """Finished parts by name (``sgt/attacks/nearest_l2``); without a directory they live as long as this object."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path | None):
         self.directory = directory
+        self._held: dict[str, dict[str, Any]] = {}
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The part, or None where it is not there or was damaged."""
+        if self.directory is None:
+            return self._held.get(name)
         try:
-            return json.loads(self._path(name).read_text(encoding="utf-8"))
+            return json.loads(self._path(self.directory, name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
     def put(self, name: str, part: Mapping[str, Any]) -> None:
-        write(self._path(name), json.dumps(part, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(part, ensure_ascii=False, allow_nan=False) + "\n"
+        if self.directory is None:
+            self._held[name] = json.loads(text)  # as a file would give it back
+        else:
+            write(self._path(self.directory, name), text)
 
-    def _path(self, name: str) -> Path:
-        return self.directory / "parts" / (name.replace("/", "--") + ".json")
+    @staticmethod
+    def _path(directory: Path, name: str) -> Path:
+        return directory / "parts" / (name.replace("/", "--") + ".json")

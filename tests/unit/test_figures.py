@@ -1,0 +1,120 @@
+"""The figures of the pages are those of the files they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests import figures
+
+PARTS = [(page, part) for page, parts in figures.quotes().items() for part in parts]
+FILES = sorted(figures.RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize(("page", "part"), PARTS, ids=[f"{page}: {part['section']}" for page, part in PARTS])
+def test_a_page_says_what_its_files_say(page, part):
+    found = list(figures.wrong(page, part))
+    assert not found, "\n".join(found)
+
+
+def test_every_file_is_quoted():
+    quoted = figures.RESULTS.joinpath("quotes.yaml").read_text(encoding="utf-8")
+    assert FILES and [file.stem for file in FILES if file.stem not in quoted] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_files_hold_no_text_and_no_path(file):
+    text = file.read_text(encoding="utf-8")
+    found = json.loads(text)
+    assert figures.cut(found) == found
+    assert not re.search(r'"(examples|prompt|guesses_text|answer\w*|pieces)"', text) and not re.search(
+        r"[ \"=]/\w", text
+    )
+    assert {"command", "date", "versions", "export_fingerprint"} <= found["about"].keys()
+
+
+RESULTS = {
+    "about": {
+        "rows": 7,
+        "command": "sgt-titan evaluate /home/me/run/export --out=/tmp/x",
+        "export": "/home/me/run/export",
+    },
+    "no_prompt": {"rows": {"clean": [1.0]}, "stake": {"value": 2.0, "low": 1.0, "high": 3.0, "n": 7}},
+    "mechanisms": {
+        "sgt": {
+            "examples": [{"prompt": "secret"}],
+            "utility": {"kept": {"value": 0.8948, "low": 0.876, "high": 0.912, "n": 4758}},
+            "attacks": {"a": {"curve": {"top1": [{"value": 0.5}]}, "counts": {"top1": [[1], [2]]}}},
+        }
+    },
+}
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A page and a folder of results of its own."""
+    monkeypatch.setattr(figures, "REPO", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    assert figures.main([str(tmp_path / "results.json"), str(tmp_path / "one.json")]) == 0
+    text = (
+        "# Page\n\nno figure\n\n## Figures\n\nIt keeps\n89.5% [88, 91], N = 4,758; wanted were 90%.\n\n## After\n\n7%\n"
+    )
+    (tmp_path / "page.md").write_text(text)
+    return tmp_path / "page.md"
+
+
+PART = {
+    "section": "Figures",
+    "file": "one",
+    "quotes": ["It keeps {utility.kept:%1[0]}, N = {utility.kept.n:n}"],
+    "own": {"wanted were 90%": "an aim"},
+}
+
+
+def test_what_is_kept_of_an_evaluation(page):
+    assert json.loads(page.with_name("one.json").read_text()) == {
+        "about": {"rows": 7, "command": "sgt-titan evaluate export --out=x", "export": "export"},
+        "no_prompt": {"stake": RESULTS["no_prompt"]["stake"]},
+        "mechanisms": {
+            "sgt": {
+                "utility": RESULTS["mechanisms"]["sgt"]["utility"],
+                "attacks": {"a": {"curve": {"top1": [{"value": 0.5}]}}},
+            }
+        },
+    }
+
+
+def test_a_section_is_held_to_its_file(page):
+    assert list(figures.wrong("page.md", PART)) == []
+    for changed, said in (
+        (("89.5%", "89.6%"), "its files say: It keeps 89.5% [88, 91], N = 4,758"),
+        (("4,758", "4,759"), "its files say: It keeps"),
+        (("no figure", "no figure, 5%"), None),
+        (("wanted were 90%", "wanted were 91%"), "'wanted were 90%' is not there any more"),
+        (("## After", "and 12% more\n\n## After"), "12% is of no file"),
+    ):
+        before = page.read_text()
+        page.write_text(before.replace(*changed))
+        found = list(figures.wrong("page.md", PART))
+        assert any(said in line for line in found) if said else not found
+        page.write_text(before)
+    with pytest.raises(LookupError, match="no heading 'Gone'"):
+        list(figures.wrong("page.md", {"section": "Gone", "quotes": []}))
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("{utility.kept:%0}", "89%"),
+        ("{utility.kept:x1[]}", "89.5 [87.6, 91.2]"),
+        ("{utility.kept:I1}", "[87.6, 91.2]"),
+        ("{no_prompt.stake:f1} {no_prompt.stake:i0}", "2.0 [1, 3]"),
+        ("{one/attacks.a.curve.top1.0:%1}", "50.0%"),
+        ("{about.rows:n}", "7"),
+    ],
+)
+def test_forms(page, form, text):
+    assert figures.filled(form, "one") == text
