@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--export")
     parser.add_argument("--upstream")
     parser.add_argument("--vllm", action="store_true")
-    parser.add_argument("--key", default="")
+    parser.add_argument("--key", default="unused")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--requests", type=int, default=8, help="of every client, at most 256 in all (default 8)")
     parser.add_argument("--tokens", type=int, default=8)

@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, float]] = {
 
 # Keys of `data` that describe one source, and so may stand in a table of `data.sources`, where `weight` may stand too.
 SOURCE_KEYS = ("source", "subset", "split", "format", "columns", "roles", "answers", "prompt_tokens", "max_samples")
-Source = NewType("Source", dict)
+Source = NewType("Source", dict[str, Any])
 """A table of such keys; ``load.py`` checks them as it checks those of `data`."""
 
 
