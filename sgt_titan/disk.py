@@ -174,6 +174,8 @@ def check_target(
         return
     if folder.is_symlink() or not folder.is_dir():
         raise UserError(f"{said}: {folder} exists and is not a directory; choose another output directory")
+    if os.path.ismount(folder):
+        raise UserError(f"{said}: {folder} is a mount point, whose place nothing can take; name a folder in it")
     names = sorted(entry.name for entry in folder.iterdir())
     if names and not earlier(folder):
         raise UserError(f"{said}: {folder} exists and is not an empty directory; choose another output directory")

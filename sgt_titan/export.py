@@ -118,6 +118,7 @@ def sgt_config(config: Config, state: dict) -> SGTConfig:
         std_max=options.std_max,
         std_init=options.std_init,
         mean_bound=options.mean_bound,
+        gate=options.gate,
         scale=state["statistics"]["scale"],
         median_norm=state["statistics"]["median_norm"],
         hidden_size=state["hf_config"]["hidden_size"],

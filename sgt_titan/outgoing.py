@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import httpx
 
 PROXY_VARIABLE = "SGT_TITAN_PROXY"
+KEEP_ALIVE_SECONDS = 2.0
 HEADERS = {"User-Agent": "sgt-titan", "Accept-Encoding": "identity"}
 
 
@@ -44,7 +45,10 @@ def async_client(
     """As :func:`client`, for at most so many ``connections``."""
     httpx = require_httpx()
     if transport is None:
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        # Shorter than servers keep theirs (vLLM: 5 s): a request sent in the moment of closing is lost.
+        limits = httpx.Limits(
+            max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEP_ALIVE_SECONDS
+        )
         transport = httpx.AsyncHTTPTransport(limits=limits, proxy=_proxy())
     return httpx.AsyncClient(**_options(timeout, connect, key), transport=transport)
 

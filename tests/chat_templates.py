@@ -33,6 +33,9 @@ THINKS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# Qwen3 thinking: the generation prompt opens thoughts, which turns that are over hold, empty ones too.
+THINKS_OPENED = THINKS.replace("<think>\n\n</think>\n\n{% endif %}{% endif %}",
+                               "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}")  # fmt: skip
 # DeepSeek-R1 distilled: thoughts are opened by the generation prompt and cut out of every turn that is over.
 OPENS = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}"
@@ -50,12 +53,14 @@ CLOSES = (
     "{% if add_generation_prompt %}<A>"
     "{% if thinking is defined and thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
 )
-# gpt-oss: an answer names its channel first; thoughts are a message of their own in another one.
+# gpt-oss: an answer names its channel first; thoughts are a message of their own in another one; a call ends otherwise.
 CHANNELS = (
     "<|im_start|>system\nCurrent date: {{ strftime_now('%Y-%m-%d') }}<|im_end|>"
     "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
     "<|im_start|>assistant analysis: {{ m.thinking }}<|im_end|>{% endif %}"
-    "<|im_start|>assistant final: {{ m.content }}<|im_end|>"
+    "{% if m.tool_calls %}<|im_start|>assistant to={{ m.tool_calls[0].function.name }}: "
+    "{{ m.tool_calls[0].function.arguments | tojson }}</s>"
+    "{% else %}<|im_start|>assistant final: {{ m.content }}<|im_end|>{% endif %}"
     "{% else %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
@@ -77,7 +82,8 @@ GENERATION = (
 # As people add marks to ChatML for training: the end of the turn stays outside.
 CONTENT_MARKED = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 ALL = {
-    "chatml": CHATML, "dated": DATED, "thinks": THINKS, "opens": OPENS, "closes": CLOSES, "channels": CHANNELS,
+    "chatml": CHATML, "dated": DATED, "thinks": THINKS,
+    "thinks_opened": THINKS_OPENED, "opens": OPENS, "closes": CLOSES, "channels": CHANNELS,
     "bare_calls": BARE_CALLS, "generation": GENERATION, "content_marked": CONTENT_MARKED,
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ REPORTS = "preflight"
 EXCLUDED_SECONDS = 24 * 3600.0  # by then somebody has mended it, or it is found again
 
 SLOW = 0.6  # of the group's median, for products and for links: a throttled or degraded device, beyond any noise
-SLOW_CPU = 0.25  # CPUs of test machines share their cores with anything
+SLOW_CPU = 0.1  # CPUs of test machines share their cores with anything
 CLOCK_SECONDS = 60.0  # of skew; less is told, not punished
 TMP_BYTES = 1 << 30
 

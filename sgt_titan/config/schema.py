@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, float]] = {
 
 # Keys of `data` that describe one source, and so may stand in a table of `data.sources`, where `weight` may stand too.
 SOURCE_KEYS = ("source", "subset", "split", "format", "columns", "roles", "answers", "prompt_tokens", "max_samples")
-Source = NewType("Source", dict)
+Source = NewType("Source", dict[str, Any])
 """A table of such keys; ``load.py`` checks them as it checks those of `data`."""
 
 
@@ -133,6 +133,8 @@ class Estimator:
                                "gradient fades.")  # fmt: skip
     std_init: float = opt(0.1, "Sigma at the start, same units. Heads start at zero, so training starts at the "
                                "identity plus this noise.")  # fmt: skip
+    gate: bool = opt(False, "A gate a token, learned: x + mu is scaled by s in (0, 1) and sigma moves to objective.rate.tau as s "
+                            "goes to 0, so that a token that the answer does not need can be silent.")  # fmt: skip
     mean_bound: float = opt(0.0, "Bound of |mu| per feature, same units, by bound * tanh(mu / bound); 0: unbounded. "
                                  "Behind RMSNorm the gradient on a large mean vanishes and it drifts.", must=least(0))  # fmt: skip
 

@@ -642,7 +642,7 @@ def remarks(meta: dict[str, Any]) -> list[str]:
         lines.append(f"{meta['truncated']} of {meta['samples']} samples were cut ({how})")
     columns, *rest = meta["not_used"].items()
     if columns[1]:
-        lines.append(f"columns not used: {', '.join(columns[1])}")
+        lines.append(f"columns not used: {', '.join(column or 'one without a name' for column in columns[1])}")
     if rest:
         lines.append("not used, or not as it is: " + "; ".join(f"{what} ({count} samples)" for what, count in rest))
     lines.append(f"{meta['with_response'] / meta['samples']:.1%} of {meta['samples']} samples have a response")

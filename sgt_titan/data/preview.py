@@ -59,7 +59,7 @@ def _about(part: Part, data: schema.Data) -> Iterator[str]:
     columns = ", ".join(f"{name}: {column}" for name, column in rows.columns.items())
     yield f"{rows.name}: {len(rows):,} rows, format {rows.format} ({columns}), template {options.template}"
     if rows.unused:
-        yield f"columns not used: {', '.join(rows.unused)}"
+        yield f"columns not used: {', '.join(column or 'one without a name' for column in rows.unused)}"
 
 
 def _row(rows: Rows, i: int, tokenizer: Any, options: TokenOptions, data: schema.Data, color: bool) -> Iterator[str]:

@@ -237,9 +237,9 @@ class JsonLines:
         for i in range(min(len(self), 100)):
             try:
                 found |= dict.fromkeys(self[i])
-            except UserError:
+            except UserError as error:
                 if i == 0:
-                    raise
+                    raise UserError(f"{error}; rows are objects, one a line, or an array of them") from None
         return list(found)
 
     def has(self, column: str) -> bool:

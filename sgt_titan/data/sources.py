@@ -158,9 +158,9 @@ def _fields(
             )
     columns: dict[str, str] = {}
     for key, usual in USUAL_COLUMNS.items():
-        taken = given[key] if key in given else next((c for c in usual if c in present), None)
-        if taken is not None and (taken in present or (taken and key in data.columns)):
-            columns[key] = taken
+        wanted = given[key] if key in given else next((c for c in usual if c in present), "")
+        if wanted and (wanted in present or key in data.columns):
+            columns[key] = wanted
     complete = [f for f in ("chat", "instruction", "text") if all(k in columns for k in FIELDS[f][0])]
     fmt = data.format if data.format != "auto" else preset_format or next(iter(complete), "")
     if not fmt:

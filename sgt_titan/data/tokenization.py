@@ -22,7 +22,7 @@ from sgt_titan.data.marks import MarkError, Units, fold, forms, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.data.surrogates import VERSION, finders, with_surrogates
 from sgt_titan.errors import UserError
-from sgt_titan.transform.chat_template import look, marks_answers
+from sgt_titan.transform.chat_template import look, marks_answers, source, thinking
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, EncodedPrompt, encode_turns, response_start
 from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 
@@ -35,6 +35,7 @@ _CANONICAL = json.JSONEncoder(sort_keys=True)
 # Samples that are left out: why.
 DROPS = ("too_long", "short_prompt", "response_cut", "no_response")
 MAX_REASONS, FIRST_BAD = 30, 10
+ANSWERS_VERSION = 2  # 2: thoughts that a template closes itself, and calls, stand there once
 TOO_DEEP = "is nested too deeply"  # JSON that can be read, and that nobody who walks through it can
 PARALLEL_ROWS = 50_000
 CHUNK_ROWS = 1_000
@@ -64,13 +65,13 @@ class TokenOptions:
     private_own_digest: str = ""
     private_version: str = ""  # of the drawing of surrogates
     generation_marks: bool = False  # the template says what of an answer is generated
+    answers_version: int = 0  # of answers with thoughts or calls, behind templates that print such
 
     def as_dict(self) -> dict[str, Any]:
         """Without what is not used: rows without surrogates stay the rows they were."""
         found = asdict(self)
         path = found.pop("private_own")  # where a file lies decides nothing
-        if not self.generation_marks:
-            found.pop("generation_marks")
+        found = {k: v for k, v in found.items() if v or k not in ("generation_marks", "answers_version")}
         return found if self.private or path else {k: v for k, v in found.items() if not k.startswith("private")}
 
 
@@ -135,7 +136,7 @@ def choose_template(
         raise UserError("data.template: chat needs turns and format text has none; use auto or plain")
     if data_template == "chat" and not tokenizer.chat_template:
         raise UserError("data.template: chat, but the trunk's tokenizer has no chat template; use auto or plain")
-    return data_template
+    return "chat" if data_template == "chat" else "plain"
 
 
 def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> TokenOptions:
@@ -167,8 +168,14 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> TokenOpti
         answers=data.answers,
         need_response=config.objective.utility_positions == "response",
         generation_marks=template == "chat" and any(marks_answers(tokenizer, tools=t) for t in (False, True)),
+        answers_version=ANSWERS_VERSION if template == "chat" and _has_more_than_words(tokenizer) else 0,
         **_private(data),
     )
+
+
+def _has_more_than_words(tokenizer: Any) -> bool:
+    """Whether the template prints thoughts or calls of tools."""
+    return thinking(tokenizer) is not None or any("tool_calls" in source(tokenizer, tools=t) for t in (False, True))
 
 
 def _private(data: schema.Data) -> dict[str, str]:

@@ -88,7 +88,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
     group = max(config.objective.mi_group, training.local_batch_size)
     pairs = PAIR_COPIES * group * own_tokens // training.local_batch_size
     copies = TRANSFORM_COPIES + (DENOISER_COPIES if config.denoiser.layers else 0)
-    heads = [*head_weights(trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
+    heads = [*head_weights(config, trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
     norm, lm_head = end_weights(trunk)
     # A tied table is gathered from the embedding to the loss, an lm_head of its own during the loss alone.
     tied = bool(trunk.get("tie_word_embeddings"))

@@ -140,10 +140,11 @@ def embedding_weights(trunk: dict[str, Any]) -> list[Weight]:
     return [Weight((trunk["vocab_size"], trunk["hidden_size"]), tp_dim=0, matmul=False)]
 
 
-def head_weights(trunk: dict[str, Any]) -> list[Weight]:
-    """The two heads: whole on every tensor-parallel rank."""
+def head_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
+    """Those of mean, std and gate: whole on every tensor-parallel rank."""
     width = trunk["hidden_size"]
-    return 2 * [Weight((width, width)), Weight((width,))]
+    gate = [Weight((1, width)), Weight((1,))] if config.estimator.gate else []
+    return [*2 * [Weight((width, width)), Weight((width,))], *gate]
 
 
 def trained_bodies(config: Config) -> list[int]:
@@ -165,7 +166,8 @@ def estimator_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:
     """Layers, a final norm for each body, the heads, what denoiser and prior have besides."""
     norms = len(trained_bodies(config)) * [Weight((trunk["hidden_size"],))]
     layers = [w for layer in estimator_layers(config, trunk) for w in layer]
-    return [*layers, *norms, *head_weights(trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
+    others = [*head_weights(config, trunk), *denoiser_weights(config, trunk), *prior_weights(config, trunk)]
+    return [*layers, *norms, *others]
 
 
 def denoiser_weights(config: Config, trunk: dict[str, Any]) -> list[Weight]:

@@ -1,7 +1,9 @@
 """HTTP as uvicorn speaks it, for clients that do not finish: a connection without a whole request's head is closed.
 
 uvicorn closes a connection that is idle between requests, but waits for ever for one that sends nothing, or a byte a
-minute. The body's time is bounded where it is read.
+minute. The body's time is bounded where it is read. An idle connection is kept longer than clients keep theirs: httpx,
+and so OpenAI's client, reuses one for 5 s, which is uvicorn's own time, and a request sent in the moment of closing is
+lost.
 """
 
 from __future__ import annotations
@@ -12,13 +14,19 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 20.0
+KEEP_ALIVE_SECONDS = 75
 
 
 class PatientProtocol(H11Protocol):
-    """``head_seconds`` for the head of the first request; later ones have uvicorn's ``timeout_keep_alive``."""
+    """``head_seconds`` for the head of a request that is first or has begun; ``keep_alive_seconds`` between two."""
 
     head_seconds = HEAD_SECONDS
+    keep_alive_seconds: float = KEEP_ALIVE_SECONDS
     _deadline: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = self.keep_alive_seconds  # type: ignore[assignment]  # floats are as good
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

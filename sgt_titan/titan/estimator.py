@@ -34,7 +34,7 @@ class Denoiser(Module):
 
 class Estimator(Module):
     """What is trained: mu(x) and log sigma(x) of Eq. 1 before their bounds, from one or two bodies and two linear
-    heads; the denoiser and the rate's prior, where there are such.
+    heads; the gate, the denoiser and the rate's prior, where there are such.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -42,6 +42,7 @@ class Estimator(Module):
         bodies: list[Body.Config]
         mean_head: Linear.Config
         log_std_head: Linear.Config
+        gate_head: Linear.Config | None = None  # D -> 1
         denoiser: Denoiser.Config | None = None
         prior: Prior.Config | None = None
 
@@ -50,6 +51,7 @@ class Estimator(Module):
         self.bodies = ModuleList(body.build() for body in config.bodies)
         self.mean_head = config.mean_head.build()
         self.log_std_head = config.log_std_head.build()
+        self.gate_head = config.gate_head.build() if config.gate_head is not None else None
         self.denoiser = config.denoiser.build() if config.denoiser is not None else None
         self.prior = config.prior.build() if config.prior is not None else None
 
@@ -60,4 +62,5 @@ class Estimator(Module):
 
     def forward(self, x_BTD, attention_masks, positions):
         features = [body(x_BTD, attention_masks, positions) for body in self.bodies]
-        return self.mean_head(features[0]), self.log_std_head(features[-1])
+        gate = None if self.gate_head is None else self.gate_head(features[-1])
+        return self.mean_head(features[0]), self.log_std_head(features[-1]), gate

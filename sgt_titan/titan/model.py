@@ -23,7 +23,7 @@ from sgt_titan.config.schema import Rate
 from sgt_titan.objectives.distillation import Distilled, attach
 from sgt_titan.objectives.top_k import Targets
 from sgt_titan.objectives.utility import SoftCrossEntropy
-from sgt_titan.transform.gaussian import Bounds, bounded_log_std, bounded_mean, obfuscate
+from sgt_titan.transform.gaussian import Bounds, bounded_log_std, bounded_mean, gated, obfuscate
 
 from .body import Body
 from .estimator import Denoiser, Estimator
@@ -101,10 +101,10 @@ class SGTModel(BaseModel):
         def estimator(self) -> Estimator.Config:
             width, scale = self.trunk.dim, self.bounds.scale
 
-            def head(inputs: int = width, bias: bool = True) -> Linear.Config:
+            def head(inputs: int = width, bias: bool = True, outputs: int = width) -> Linear.Config:
                 return Linear.Config(
                     in_features=inputs,
-                    out_features=width,
+                    out_features=outputs,
                     bias=bias,
                     sharding_config=head_sharding(self.enable_sp, bias),
                 )
@@ -130,6 +130,7 @@ class SGTModel(BaseModel):
                 bodies=[body(self.body)] * (2 if self.separate_bodies else 1),
                 mean_head=head(),
                 log_std_head=head(),
+                gate_head=head(outputs=1) if self.bounds.closed else None,
                 denoiser=denoiser,
                 prior=prior,
             )
@@ -206,11 +207,13 @@ class SGTModel(BaseModel):
         trunk = self.trunk
         with torch.no_grad():
             embedded = trunk.tok_embeddings(tokens_BT)
-        mean, log_std = self.estimator(embedded, attention_masks, positions_BT)
+        mean, log_std, gate = self.estimator(embedded, attention_masks, positions_BT)
 
         x_BTD = local(embedded).float()
         mean_BTD = bounded_mean(local(mean).float(), self.bounds)
         log_std_BTD = bounded_log_std(local(log_std).float(), self.bounds)
+        if gate is not None:
+            mean_BTD, log_std_BTD = gated(x_BTD, mean_BTD, log_std_BTD, local(gate), self.bounds)
         part = self.sequence_slice(obfuscate_BT.shape[1])
         mask_BT = obfuscate_BT[:, part]
         z_BTD = obfuscate(x_BTD, mean_BTD, log_std_BTD, noise_BTD, mask_BT)

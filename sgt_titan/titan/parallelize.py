@@ -112,6 +112,8 @@ def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> Non
         for layer in body.layers.values():
             shard(layer, dtype=dtype, reshard_after_forward=reshard)
     heads = [*(body.norm for body in estimator.bodies), estimator.mean_head, estimator.log_std_head]
+    if estimator.gate_head is not None:
+        heads.append(estimator.gate_head)
     shard(heads, dtype=dtype, reshard_after_forward=keep)
     if (denoiser := estimator.denoiser) is not None:
         shard([denoiser.body.norm, denoiser.mark, denoiser.head], dtype=dtype, reshard_after_forward=keep)

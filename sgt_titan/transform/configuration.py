@@ -14,9 +14,10 @@ from sgt_titan.transform.chat_template import DATE
 from sgt_titan.transform.gaussian import Bounds
 from sgt_titan.trunk.families import TRAINED, body_fields
 
-# 2: a denoiser or a learned prior. An export without either says 1, so that nobody updates without need; a client that
-# does not know denoisers refuses 2, since without it the answers are ruined.
-FORMAT_VERSION = 2
+# 2: a denoiser or a learned prior. 3: a gate. An export without them says 1, so that nobody updates without need. A
+# client that does not know denoisers refuses 2, since without it the answers are ruined; 3, since nothing would be
+# hidden.
+FORMAT_VERSION = 3
 
 # Facts about the trunk's checkpoint that the estimator does not share: where it lay, how it was quantised, which
 # remote code it wanted, which type it was stored in.
@@ -37,6 +38,7 @@ class SGTConfig(PretrainedConfig):
     trunk_config: the body's Hugging Face config as a dict, from :func:`estimator_config`.
     body: "shared" (one body, two heads) or "separate" (body 0 feeds the mean, body 1 the std).
     std_min, std_max, std_init, mean_bound: units of ``scale``; see :class:`sgt_titan.transform.gaussian.Bounds`.
+    gate: a gate a token (:func:`sgt_titan.transform.gaussian.gated`), closed at rate_tau.
     denoiser_layers: decoder layers between noise and wire; 0: none.
     rate_prior, rate_tau, context_layers, context_rank: the prior of the rate (``schema.Rate``); broad for a transform
         that was trained without one, whose rate it bounds as well.
@@ -57,6 +59,7 @@ class SGTConfig(PretrainedConfig):
     std_max: float = 10.0
     std_init: float = 0.1
     mean_bound: float = 0.0
+    gate: bool = False
     denoiser_layers: int = 0
     rate_prior: str = "broad"
     rate_tau: float = 1.0
@@ -79,7 +82,8 @@ class SGTConfig(PretrainedConfig):
     @property
     def bounds(self) -> Bounds:
         """The bounds as the Gaussian functions take them. Raises UserError when they are not a range."""
-        return Bounds(self.std_min, self.std_max, self.std_init, self.mean_bound, self.scale)
+        closed = self.rate_tau if self.gate else 0.0
+        return Bounds(self.std_min, self.std_max, self.std_init, self.mean_bound, self.scale, closed)
 
 
 def check_config(config: SGTConfig) -> None:
@@ -107,8 +111,8 @@ def check_config(config: SGTConfig) -> None:
             raise UserError(f"config.json: {key} is {value!r}, must be a whole number, at least {least}")
     if config.format_version < needed_version(config):
         raise UserError(
-            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from 2 on; "
-            "export again"
+            f"config.json: format_version is {config.format_version}, but a denoiser or a learned prior is from 2 on, "
+            "a gate from 3; export again"
         )
     for key in ("hidden_size", "vocab_size"):
         if getattr(config, key) != trunk.get(key):
@@ -118,6 +122,8 @@ def check_config(config: SGTConfig) -> None:
 
 def needed_version(config: SGTConfig) -> int:
     """The oldest format version whose readers understand this configuration."""
+    if config.gate:
+        return 3
     return 2 if config.denoiser_layers or config.rate_prior != "broad" else 1
 
 

@@ -16,6 +16,8 @@ import torch
 
 from sgt_titan.errors import UserError
 
+_GATE_START = 3.0  # logit of a gate whose head is zero
+_GATE_PACE = 0.1  # of its logit to its head: at 1, gates close before the trunk's needs are learned, and stay closed
 _CHUNK_ELEMENTS = 1 << 22  # 32 MB of float64 scratch at a time, whatever the size of the table
 
 
@@ -23,8 +25,9 @@ _CHUNK_ELEMENTS = 1 << 22  # 32 MB of float64 scratch at a time, whatever the si
 class Bounds:
     """Range of sigma and of |mu|, in units of ``scale``, the embedding table's per-feature std.
 
-    ``scale`` is in embedding units; ``mean_bound`` 0 means no bound. Raises UserError when the values do not make a
-    range: 0 < std_min < std_init < std_max, mean_bound >= 0, scale > 0, all finite.
+    ``scale`` is in embedding units; ``mean_bound`` 0 means no bound. ``closed``: sigma behind a closed gate
+    (:func:`gated`), same units; 0: no gate. Raises UserError when the values do not make a range:
+    0 < std_min < std_init < std_max, mean_bound >= 0, scale > 0, closed 0 or between std_min and std_max, all finite.
     """
 
     std_min: float
@@ -32,6 +35,7 @@ class Bounds:
     std_init: float
     mean_bound: float
     scale: float
+    closed: float = 0.0
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in vars(self).values()):
@@ -43,6 +47,11 @@ class Bounds:
             )
         if self.mean_bound < 0:
             raise UserError(f"estimator.mean_bound: {self.mean_bound:g} is negative; use 0 for no bound")
+        if self.closed and not self.std_min <= self.closed <= self.std_max:
+            raise UserError(
+                f"objective.rate.tau: {self.closed:g} is what sigma is behind a closed gate, and lies outside of "
+                f"estimator.std_min={self.std_min:g} to std_max={self.std_max:g}"
+            )
         if self.scale <= 0:
             raise UserError(f"estimator: scale (per-feature std of the embedding table) is {self.scale:g}, must be > 0")
 
@@ -79,6 +88,23 @@ def bounded_mean(raw: torch.Tensor, bounds: Bounds) -> torch.Tensor:
     raw = _at_least_fp32(raw)
     bound = bounds.mean_bound * bounds.scale
     return raw if bound == 0 else bound * torch.tanh(raw / bound)
+
+
+def gated(
+    x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, raw: torch.Tensor, bounds: Bounds
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mu and log sigma behind a gate: what a token says is scaled as a whole, and its noise grows as it closes.
+
+    ``s = sigmoid(c + raw / 10)``, one a token: ``x + mu`` becomes ``s (x + mu)``, and ``log sigma`` lies ``s`` of the
+    way from ``log closed`` to itself. Closed (s = 0), z is N(0, closed^2) whatever the token, which costs no rate
+    against that prior; open (s = 1), nothing changes. Without it an estimator has to learn mu = -x to the last digit to
+    say nothing.
+    ``raw``: ``(..., 1)``, 0 at the start, where s = 0.95; the others ``(..., D)``, float32 and in embedding units.
+    """
+    share = torch.sigmoid(_GATE_START + _GATE_PACE * _at_least_fp32(raw))
+    closed = math.log(bounds.closed * bounds.scale)
+    x = _at_least_fp32(x)
+    return share * (x + mean) - x, closed + share * (log_std - closed)
 
 
 def obfuscate(

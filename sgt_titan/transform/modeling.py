@@ -7,6 +7,7 @@ the state dict are a contract with the training side, which writes them from its
     bodies.{0|1}.layers.{i}.<HF layer names>   Hugging Face layouts
     bodies.{0|1}.norm.weight (D,)
     mean_head.{weight,bias}, log_std_head.{weight,bias}   (D, D) and (D,)
+    gate_head.{weight,bias}                     (1, D) and (1,), with a gate
     denoiser.body..., denoiser.mark.weight (D, 1), denoiser.head.{weight,bias}  with denoiser_layers
     prior...                                    with a learned rate_prior (prior.py)
 
@@ -39,7 +40,7 @@ from sgt_titan.transform.fingerprint import (
     fingerprint_tensor,
     fingerprint_weights,
 )
-from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, obfuscate, secure_noise
+from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, gated, obfuscate, secure_noise
 from sgt_titan.transform.prior import Prior
 
 Caches = tuple[DynamicCache, ...]
@@ -88,6 +89,7 @@ class ExportedTransform(PreTrainedModel):
         self.bodies = nn.ModuleList(decoder(config) for _ in range(1 if config.body == "shared" else 2))
         self.mean_head = nn.Linear(width, width)
         self.log_std_head = nn.Linear(width, width)
+        self.gate_head = nn.Linear(width, 1) if config.gate else None
         self.denoiser = Denoiser(config) if config.denoiser_layers else None
         self.prior = Prior(config, decoder) if config.rate_prior != "broad" else None
         self.post_init()
@@ -139,11 +141,11 @@ class ExportedTransform(PreTrainedModel):
             for index, body in enumerate(self.bodies)
         ]
         bounds = self.config.bounds
-        return SGTOutput(
-            mean_BTD=bounded_mean(self.mean_head(hidden[0]), bounds),
-            log_std_BTD=bounded_log_std(self.log_std_head(hidden[-1]), bounds),
-            past_key_values=past_key_values,
-        )
+        mean_BTD = bounded_mean(self.mean_head(hidden[0]), bounds)
+        log_std_BTD = bounded_log_std(self.log_std_head(hidden[-1]), bounds)
+        if self.gate_head is not None:
+            mean_BTD, log_std_BTD = gated(x_BTD, mean_BTD, log_std_BTD, self.gate_head(hidden[-1]), bounds)
+        return SGTOutput(mean_BTD=mean_BTD, log_std_BTD=log_std_BTD, past_key_values=past_key_values)
 
     def transform(self, inputs: torch.Tensor, mask_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         """What may be sent, ``(B, T, D)``, in the dtype of the embeddings (Eq. 1, then the denoiser if there is one).

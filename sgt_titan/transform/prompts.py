@@ -22,7 +22,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -284,6 +284,7 @@ CLOSED_EMPTY = "answers without thoughts, which the prompt has opened: closed em
 NOT_MARKED = "what the chat template does not mark as generated in answers: no response"
 MARKS_NOT_READ = "{% generation %} marks on the beginning of answers, which the chat template prints otherwise"
 SPECIAL_IN_TEXT = "special tokens in the text of prompts (is it rendered already?): they are hidden like words"
+CONTENT_NOT_PRINTED = "words of answers beside calls of tools, which the chat template does not print"
 TOOLS_NOT_PRINTED = "tools, which the chat template does not print"
 CALLS_NOT_PRINTED = "calls of tools in earlier turns, which the chat template does not print"
 
@@ -329,36 +330,61 @@ def _answer(
             elif trimmed.endswith(closing):
                 content = content.partition(closing)[2].lstrip()
                 notes.append("thoughts of answers, which the prompt has closed already")
-        elif trimmed.endswith(opening) and closing not in content and not (reasoning and frame.thoughts):
+        elif trimmed.endswith(opening) and closing in content:
+            lead = "" if closing in lead else lead  # data of a prompt that opened them, before one that does
+        elif trimmed.endswith(opening) and not (reasoning and frame.thoughts):
             before = "\n\n"[len(asked) - len(trimmed) :] + closing + "\n\n"
+            if closing in lead:  # the template closes them itself
+                before, lead = lead, ""
             notes.append(CLOSED_EMPTY)
     if answer.get("tool_calls"):
-        content = _with_calls(tokenizer, messages, how, tools, frame, content)
+        found = _calls(tokenizer, messages, how, tools, frame, bool(content))
+        if found.lead != frame.lead and lead not in ("", frame.lead):
+            raise UserError("chat template: prints thoughts otherwise where calls of tools follow")
+        lead = lead if found.lead == frame.lead else found.lead
+        if content and not found.behind_content:
+            notes.append(CONTENT_NOT_PRINTED)
+        return before, lead + (content if found.behind_content else "") + found.calls, found.tail, notes
     return before, lead + content, tail, notes
 
 
-def _with_calls(
+class _Calls(NamedTuple):
+    """As a template prints an answer's calls: what stands before them, and what ends the turn behind them."""
+
+    lead: str
+    behind_content: bool
+    calls: str
+    tail: str
+
+
+def _calls(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     how: Look,
     tools: Sequence[Any],
     frame: chat_template.Frame,
-    content: str,
-) -> str:
-    """The answer's content and its calls, as the template prints them."""
+    with_content: bool,
+) -> _Calls:
+    """Where a turn with calls ends otherwise than others (gpt-oss, GLM), its end is a part of the calls."""
     *turns, last = messages
     mark = "\ue003"
-    shown = {**last, "content": mark if content else ""}
+    shown = {**last, "content": mark if with_content else ""}
     shown.pop("reasoning_content", None)
-    asked = chat_template.apply(tokenizer, turns, how, generation=True, tools=tools, private=True)
-    text = chat_template.apply(tokenizer, [*turns, shown], how, generation=False, tools=tools, private=True)
-    text = text[chat_template.shared(asked, text) :].removeprefix(frame.lead)
-    left, found, calls = text.rpartition(mark)
-    end = chat_template.shared(calls[::-1], frame.tail[::-1])
-    calls = calls[: len(calls) - end]
-    if not calls.strip() or left:
+
+    def rendered(*last: Message, generation: bool = False) -> str:
+        return chat_template.apply(tokenizer, [*turns, *last], how, generation=generation, tools=tools, private=True)
+
+    text, lead = rendered(shown), frame.lead
+    before = rendered({"role": last["role"], "content": mark}).rpartition(mark)[0]
+    if not text.startswith(before):
+        before, lead = rendered(generation=True), ""
+    left, found, calls = text.removeprefix(before).rpartition(mark)
+    tail = frame.tail if calls.endswith(frame.tail) else ""
+    calls = calls.removesuffix(tail)
+    names = [call["function"]["name"] for call in last["tool_calls"] if _is_named(call)]
+    if left or not text.startswith(before) or not calls.strip() or not all(name in calls for name in names):
         raise UserError("chat template: does not print the tool calls of an answer behind its generation prompt")
-    return content + calls if found else calls
+    return _Calls(lead, bool(found), calls, tail)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:

@@ -15,7 +15,7 @@ import sgt_titan
 # weight, one of them with a ramp, so that each of their gradients counts.
 CONFIG = {
     "run": {"name": "small"},
-    "estimator": {"layers": 1, "std_init": 0.5},
+    "estimator": {"layers": 1, "std_init": 0.5, "gate": True},
     "denoiser": {"layers": 1},
     "objective": {
         "mi_group": 2,

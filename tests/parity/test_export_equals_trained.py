@@ -88,7 +88,8 @@ def test_export(trunk, body, make_run, one_process, tmp_path):
 )
 def test_denoiser_and_rate(trunk, prior, make_run, one_process, tmp_path):
     """With training's noise: what is sent, and what it tells, is what training saw."""
-    options = ("--denoiser.layers=2", "--objective.preset=rate", f"--objective.rate.prior={prior}")
+    options = ["--denoiser.layers=2", "--objective.preset=rate", f"--objective.rate.prior={prior}"]
+    options += ["--estimator.gate=true"] if trunk == "llama" else []
     config = make_run(*options, "--objective.rate.tau=1.5", "--objective.rate.context_rank=4", trunk=trunk)
     trainer = to_trainer_config(config).build()
     randomise(trainer.model_parts[0].estimator)
@@ -100,7 +101,7 @@ def test_denoiser_and_rate(trunk, prior, make_run, one_process, tmp_path):
     trainer.close()
 
     transform = load_export(export_checkpoint(config.run.output_dir, tmp_path / "export"))
-    assert transform.config.format_version == 2
+    assert transform.config.format_version == (3 if trunk == "llama" else 2)
     noise_BTD = (trained.z_BTD - trained.x_BTD - trained.mean_BTD) / trained.log_std_BTD.exp()
     noise_BTD = noise_BTD.masked_fill(~batch["obfuscate_BT"][..., None], 0.0)
     total = 0.0

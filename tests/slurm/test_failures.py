@@ -242,7 +242,7 @@ def test_a_node_that_does_not_answer_is_left_out(cluster, submit, whole):
     assert decisions(run) == ["requeue", "done"]
     assert run.attempts[0].reason == "without bad nodes: sgt1: did not report"  # and not the node that waited for it
     assert "sgt1" not in cluster.call("scontrol", "show", "hostnames", cluster.job(run.jobs[0])["NodeList"]).split()
-    assert "preflight: 2 nodes fit" in run.log
+    assert "preflight: 2 nodes fit" in run.log, run.log
     assert_same(run, whole)
 
 
@@ -269,4 +269,4 @@ def test_too_few_good_nodes_is_a_clear_end(submit):
 
 def test_nodes_that_are_fit(submit):
     run = submit(nodes=2, bad_node="nobody").finish()
-    assert decisions(run) == ["done"] and "preflight: 2 nodes fit" in run.log
+    assert decisions(run) == ["done"] and "preflight: 2 nodes fit" in run.log, run.log

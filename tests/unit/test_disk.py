@@ -227,6 +227,9 @@ def test_targets(tmp_path, monkeypatch):
     refused(used, lost, overwrite=True, **kind)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(new, f" cannot be written: no permission in {tmp_path}")
+    with monkeypatch.context() as patch:  # as a container's volume
+        patch.setattr(os.path, "ismount", lambda path: path == empty)
+        refused(empty, " is a mount point, whose place nothing can take; name a folder in it")
     with pytest.raises(UserError, match="no permission"):  # also where it is there: it is renamed in its parent
         disk.check_target(empty, "OUT")
 

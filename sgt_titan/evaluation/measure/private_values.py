@@ -401,7 +401,9 @@ def drawing(results: dict[str, Any]) -> str:
         for name in ["none", *(name for name in rows if f"surrogates+{name}" in rows)]:
             way = [name, f"surrogates+{name}", f"marked+{name}"] if name != "none" else ["none", "surrogates", "marked"]
             way = [one for one in way if one in rows]
-            (line,) = axes.plot(*zip(*map(at, way), strict=True), "-", lw=1, label=rows[name]["title"] if way else None)
+            if not way:  # not asked for
+                continue
+            (line,) = axes.plot(*zip(*map(at, way), strict=True), "-", lw=1, label=rows[way[0]]["title"])
             for one, marker in zip(way, "osD", strict=False):
                 axes.plot(*at(one), marker, color=line.get_color(), markersize=5)
             done |= set(way)

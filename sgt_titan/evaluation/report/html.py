@@ -193,7 +193,7 @@ def _attack_table(sgt: Mapping[str, Any]) -> str:
     legend = (
         "Touch an attack's name for what it sees; \u26a0: more training would read more. beyond guessing: what the same "
         "attacker does not get right without what was sent. content: tokens with letters or digits that are not frequent. "
-        "private: tokens of marked values. values: marked values read whole. text: edit similarity. PII: share of the "
+        "private: tokens of marked values. values: marked values read whole; unneeded: of those that the answer does not hold. text: edit similarity. PII: share of the "
         "values in the prompt that still occur in what was read."
     )
     return (

@@ -17,6 +17,7 @@ ATTACK_COLUMNS = {
     "content_top1": "content",
     "marked_top1": "private",
     "span_exact": "values",
+    "unneeded_span_exact": "unneeded",
     "similarity": "text",
 }
 PRIVACY_ROWS = {
@@ -162,7 +163,9 @@ def conclusions(results: Results) -> list[str]:
                 f"{share / max(nearest, 1e-3):.0f} times safer than it is."
             )
         if value(attack.get("span_exact")) > 0:
-            found.append(f"{percent(attack['span_exact'])} of the marked private values are read whole.")
+            unneeded = attack.get("unneeded_span_exact")
+            also = f", {percent(unneeded)} of those that the answer does not hold" if unneeded else ""
+            found.append(f"{percent(attack['span_exact'])} of the marked private values are read whole{also}.")
     without_secret = [
         (key, a)
         for key, a in (sgt.get("attacks") or {}).items()

@@ -14,13 +14,13 @@ import torch
 
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.world.granted import World
-from sgt_titan.evaluation.world.samples import Sample
+from sgt_titan.evaluation.world.samples import Sample, Span
 from sgt_titan.evaluation.world.threat import UNKNOWN
 from sgt_titan.metrics.interval import Estimate, ratio
 
 FREQUENT = 100  # tokens that make up most of any text and tell nothing about it
 UNREADABLE = "\ufffd"
-GROUPS = ("marked", "content", "repeated", "unrepeated")  # overlap each other and the kinds of token
+GROUPS = ("marked", "content", "repeated", "unrepeated", "unneeded")  # overlap each other and the kinds of token
 
 
 def frequent_tokens(corpus: Sequence[Sample], count: int = FREQUENT) -> set[int]:
@@ -36,7 +36,8 @@ def score(top_NK: torch.Tensor, world: World, tokenizer: Any, *, frequent: set[i
 
     top1, top10; content_top1: tokens with a letter or digit that are not frequent; marked_top1: of private values;
     repeated_top1, unrepeated_top1: of tokens whose text the answer holds, and of the others; span_exact: private values
-    of which every token is right; classes: top-1 by kind of token; similarity: rapidfuzz's normalised edit similarity
+    of which every token is right; unneeded_top1, unneeded_span_exact: of private values that the answer does not hold;
+    classes: top-1 by kind of token; similarity: rapidfuzz's normalised edit similarity
     of each prompt's hidden text to what was read, mean over prompts; chrf: sacrebleu's. counts: hits and tokens of each
     prompt by group, for what compares two attacks.
     """
@@ -65,7 +66,9 @@ def score(top_NK: torch.Tensor, world: World, tokenizer: Any, *, frequent: set[i
         **_text_scores(top_NK[:, 0], world, tokenizer),
     }
     if kinds["marked"].any():
-        found["span_exact"] = _spans(top1_N, world)
+        found["span_exact"] = _spans(top1_N, world, [row.spans for row in world.rows])
+        if len(world.answers):
+            found["unneeded_span_exact"] = _spans(top1_N, world, unneeded_spans(world, tokenizer))
     return found
 
 
@@ -108,7 +111,7 @@ def classes(world: World, tokenizer: Any, frequent: set[int]) -> dict[str, np.nd
     repeats = {}
     if len(world.answers):
         repeated = repeated_tokens(world, plain, tokenizer)
-        repeats = {"repeated": repeated, "unrepeated": ~repeated}
+        repeats = {"repeated": repeated, "unrepeated": ~repeated, "unneeded": _unneeded_tokens(world, tokenizer)}
     return {
         "frequent": often,
         "word": word & starts & ~often,
@@ -135,6 +138,25 @@ def repeated_tokens(world: World, plain: dict[int, str], tokenizer: Any) -> np.n
         said = {key(token) for token in answer.tolist()}
         found += [key(token) in said for token in row.ids[row.obfuscate].tolist()]
     return np.array(found, dtype=bool)
+
+
+def unneeded_spans(world: World, tokenizer: Any) -> list[list[Span]]:
+    """Each prompt's private values whose text, in whatever case, does not stand in its answer: what no answer gives
+    anybody a reason to send.
+    """
+    said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).casefold() for answer in world.answers]
+    return [
+        [span for span in row.spans if span.text.strip().casefold() not in text]
+        for row, text in zip(world.rows, said, strict=True)
+    ]
+
+
+def _unneeded_tokens(world: World, tokenizer: Any) -> np.ndarray:
+    kept = [
+        row._replace(spans=tuple(spans))
+        for row, spans in zip(world.rows, unneeded_spans(world, tokenizer), strict=True)
+    ]
+    return np.concatenate([row.marked[row.obfuscate] for row in kept])
 
 
 def texts(top_N: torch.Tensor, world: World, tokenizer: Any) -> list[str]:
@@ -173,14 +195,14 @@ def _by_row(hit_N: np.ndarray, among_N: np.ndarray, row_N: np.ndarray, rows: int
     return ratio(hits, counts, share=True, seed=seed)
 
 
-def _spans(top1_N: np.ndarray, world: World) -> dict[str, Any]:
+def _spans(top1_N: np.ndarray, world: World, spans: Sequence[Sequence[Span]]) -> dict[str, Any]:
     hits, counts, at = [], [], 0
-    for row in world.rows:
+    for row, own in zip(world.rows, spans, strict=True):
         right_T = np.ones(len(row.ids), dtype=bool)
         right_T[row.obfuscate] = top1_N[at : at + int(row.obfuscate.sum())]
         at += int(row.obfuscate.sum())
         # A value that no obfuscated token carries was never hidden.
-        hidden = [span for span in row.spans if row.obfuscate[span.start : span.stop].any()]
+        hidden = [span for span in own if row.obfuscate[span.start : span.stop].any()]
         hits.append(sum(bool(right_T[span.start : span.stop].all()) for span in hidden))
         counts.append(len(hidden))
     return ratio(np.array(hits), np.array(counts), share=True, seed=world.seed).as_dict()

@@ -95,6 +95,16 @@ def test_which_answers():
         conversation({"messages": row["messages"][2:4]}, "chat", COLUMNS).ends("last")
 
 
+def test_a_first_turn_answers_nothing():
+    """As many of ShareGPT begin: part of the prompt of what follows, and no sample of its own."""
+    turns = [{"from": who, "value": str(i)} for i, who in enumerate(("gpt", "human", "gpt"))]
+    found = conversation({"messages": turns}, "chat", COLUMNS)
+    assert found.ends("all") == ([3], ("a first turn that answers nothing, as an answer",)) and found.ends("last") == (
+        [3],
+        (),
+    )
+
+
 def test_a_weight_where_there_is_no_answer_is_named():
     turns = [{"role": role, "content": "x", "weight": weight} for role, weight in (("user", 0.5), ("assistant", 1))]
     assert conversation({"messages": turns}, "chat", COLUMNS).ignored == ("weight of turns that are no answers",)

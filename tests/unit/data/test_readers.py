@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import threading
+from decimal import Decimal
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
@@ -241,7 +242,6 @@ def test_a_file_of_the_web_that_was_replaced_is_another_one(web, read, silent):
     ("content", "words"),
     [
         ("a,a\n1,2\n", "column 'a' stands twice in the first line"),
-        ("text\n1,2\n", "row 1: has 2 cells, the first line has 1"),
         ('text\n"1\n', "cannot be read as csv: Error: unexpected end of data"),
     ],
 )
@@ -250,6 +250,47 @@ def test_csv_that_is_none(tmp_path, read, content, words):
     with pytest.raises(UserError) as error:
         read(tmp_path / "a.csv")
     assert str(error.value) == f"{tmp_path}/a.csv: {words}"
+
+
+def test_a_row_of_too_many_cells_is_one_bad_row(tmp_path):
+    (tmp_path / "a.csv").write_text("text\none\n1,2\nthree\n")
+    rows = load_rows(Data(source=str(tmp_path / "a.csv"), cache_dir=str(tmp_path / "cache")))
+    assert [rows.messages(i)[0]["content"] for i in (0, 2)] == ["one", "three"]
+    with pytest.raises(UserError, match=r"a\.csv: row 2: has 2 cells, the first line has 1$"):
+        rows.messages(1)
+
+
+def test_what_pandas_writes(tmp_path, read):
+    """NaN is a value that is missing, the column of its index has no name."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"instruction": "x", "output": NaN}\n{"instruction": -Infinity, "output": "y"}\n'
+    )
+    assert read(tmp_path / "a.jsonl")[0] == [["x"], ["-Infinity", "y"]]
+    (tmp_path / "a.csv").write_text(",instruction,output\n0,x,y\n")
+    assert read(f"file://{tmp_path}/a.csv")[0] == [["x", "y"]]
+    table = pa.table(
+        {"instruction": ["x", "z"], "output": pa.array([float("nan"), 2.5]), "input": [None, Decimal("1.50")]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == [["x"], ["z\n\n1.50", "2.5"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        # Turns without a row around them: the first line's would be rows, and the rest be gone.
+        ("a.jsonl", '[{"content": "x"}]\n[{"content": "y"}]\n', "holds more behind its first array"),
+        (
+            "a.json",
+            '{\n "data": []\n}',
+            "row 1: cannot be read as JSON .* rows are objects, one a line, or an array of them",
+        ),
+    ],
+)
+def test_json_that_is_no_rows(tmp_path, read, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
 
 
 def test_names():

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+from sgt_titan import outgoing
 from sgt_titan.client import VLLM, StainedGlassTransform, UpstreamError
+from sgt_titan.serving import protocol
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.protocol import PatientProtocol
 from sgt_titan.serving.settings import Settings
@@ -151,14 +153,30 @@ def test_two_lengths_are_none(url):
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he"])
 def test_a_request_that_is_never_finished_is_hung_up_on(trunk, sgt, sent, monkeypatch):
     monkeypatch.setattr(PatientProtocol, "head_seconds", 0.2)
+    monkeypatch.setattr(PatientProtocol, "keep_alive_seconds", 0.2)
     app = create_app(Settings("http://127.0.0.1:9"), sgt)
     with (
-        running(app, http=PatientProtocol, timeout_keep_alive=1) as url,
+        running(app, http=PatientProtocol) as url,
         socket.create_connection(url.removeprefix("http://").split(":"), timeout=5) as client,
     ):
         client.sendall(sent)
         while client.recv(1 << 16):  # until it hangs up; a timeout is an error
             pass
+
+
+def test_an_idle_connection_outlives_what_clients_keep(trunk, sgt):
+    """Else a request that is sent while it is being closed is lost: httpx reuses one for 5 s."""
+    assert 5 * httpx.Limits().keepalive_expiry < protocol.KEEP_ALIVE_SECONDS
+    assert outgoing.KEEP_ALIVE_SECONDS < 5, "and ours is given up before vLLM's uvicorn closes it"
+    options = {"http": PatientProtocol, "timeout_keep_alive": 0}
+    with running(create_app(Settings("http://u"), sgt), **options) as url, httpx.Client(base_url=url) as client:
+        ports = set()
+        for _ in range(3):
+            with client.stream("GET", "/healthz") as found:
+                ports.add(found.extensions["network_stream"].get_extra_info("client_addr"))
+                found.read()
+            time.sleep(0.05)
+        assert len(ports) == 1
 
 
 def test_a_body_that_never_comes(trunk, sgt):

@@ -9,6 +9,7 @@ from sgt_titan.transform.chat_template import look
 from sgt_titan.transform.prompts import (
     CALLS_NOT_PRINTED,
     CLOSED_EMPTY,
+    CONTENT_NOT_PRINTED,
     MARKS_NOT_READ,
     NOT_MARKED,
     PROMPT,
@@ -59,6 +60,12 @@ THOUGHT = "<think>\nhm\n</think>\n\nyes"
          [HEAD, (P, "hi"), (T, ASK[1] + "<think>\n\n</think>\n\n"), (R, "yes<|im_end|>"), (T, "\n")]),
         ("thinks", {"variables": {"enable_thinking": False}}, says("yes"),
          [HEAD, (P, "hi"), (T, ASK[1] + "<think>\n\n</think>\n\n"), (R, "yes<|im_end|>"), (T, "\n")]),
+        # The prompt has opened them, and turns that are over hold them, empty ones too.
+        ("thinks_opened", {}, says("yes"),
+         [HEAD, (P, "hi"), (T, ASK[1] + "<think>\n\n</think>\n\n"), (R, "yes<|im_end|>"), (T, "\n")]),
+        *(("thinks_opened", {}, answer,
+           [HEAD, (P, "hi"), (T, ASK[1] + "<think>\n"), (R, "hm\n</think>\n\nyes<|im_end|>"), (T, "\n")])
+          for answer in (says(THOUGHT), says("hm\n</think>\n\nyes"), says("yes", reasoning_content="hm"))),
         # The prompt has opened them.
         ("opens", {}, says(THOUGHT),
          [(T, "<s><U>"), (P, "hi"), (T, "<A><think>\n"), (R, "hm\n</think>\n\nyes</s>")]),
@@ -202,6 +209,26 @@ def test_calls_that_are_a_whole_turn():
     assert prompt == ["hi", 'weather", "parameters": {"city": "Lisbon", "days": 2', 'say \\"20\\"\\n']
     found = parts(templates.BARE_CALLS, messages[:2])
     assert found[-1] == (R, '{"name": "weather", "parameters": {"city": "Lisbon", "days": 2}}<|im_end|>')
+
+
+def test_calls_that_end_their_turn_or_begin_it_in_a_way_of_their_own():
+    ask = [user("hi"), says(None, tool_calls=[CALL])]
+    assert parts(templates.CHANNELS, ask)[-1] == (R, ' to=weather: {"city": "Lisbon", "days": 2}</s>')
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Lisbon", "days": 2}}\n</tool_call><|im_end|>'
+    *_, asked, answer, end = parts(templates.THINKS_OPENED, ask)
+    assert asked[1].endswith("assistant\n<think>\n\n</think>\n\n") and (answer, end) == ((R, call), (T, "\n"))
+    *_, asked, answer, end = parts(templates.THINKS_OPENED, [user("hi"), {**ask[1], "reasoning_content": "hm"}])
+    assert asked[1].endswith("assistant\n<think>\n") and answer == (R, f"hm\n</think>\n\n{call}")
+    # A begin that both share by accident is no call: "<" of the end of this turn, and of the thoughts.
+    for template in (templates.OPENS, templates.CHATML):
+        with pytest.raises(UserError, match="does not print the tool calls of an answer"):
+            parts(template, ask)
+    cut = templates.OPENS.replace("<A>{{ content }}", "<A>{{ content }}{% if m.tool_calls %}<two>"
+                                  "{{ m.tool_calls[0].function.name }}{% endif %}")  # fmt: skip
+    assert parts(cut, ask)[-1] == (R, "<two>weather</s>")
+    both = [user("hi"), says("Let me see.", tool_calls=[CALL])]
+    encoded = encode_turns(bytewise(templates.BARE_CALLS), both, template="chat")
+    assert encoded.notes == (CONTENT_NOT_PRINTED,)
 
 
 def test_what_has_no_place_is_said():

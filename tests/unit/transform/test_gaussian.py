@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from sgt_titan.errors import UserError
+from sgt_titan.objectives.rate import broad_rate
 from sgt_titan.transform import gaussian
 from sgt_titan.transform.gaussian import (
     Bounds,
     bounded_log_std,
     bounded_mean,
+    gated,
     obfuscate,
     secure_noise,
     table_statistics,
@@ -50,6 +52,43 @@ def test_mean_bound():
     raw = torch.tensor([-100.0, 1e-6, 100.0], dtype=torch.float64)
     assert torch.allclose(bounded_mean(raw, BOUNDS), torch.tensor([-0.06, 1e-6, 0.06], dtype=torch.float64), atol=1e-12)
     assert torch.equal(bounded_mean(raw, Bounds(1e-4, 10.0, 0.1, 0.0, 0.03)), raw)
+
+
+GATED = Bounds(std_min=1e-4, std_max=10.0, std_init=0.1, mean_bound=2.0, scale=0.03, closed=1.5)
+
+
+def drawn(seed=0):
+    """x, mu and log sigma of 5 tokens of 4 features, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+
+
+def test_an_open_gate_changes_nothing_and_a_closed_one_says_nothing():
+    x, mean, log_std = drawn()
+    opened = gated(x, mean, log_std, torch.full((5, 1), 600.0, dtype=torch.float64), GATED)
+    assert torch.allclose(opened[0], mean) and torch.allclose(opened[1], log_std)
+    center, closed_log_std = gated(x, mean, log_std, torch.full((5, 1), -600.0, dtype=torch.float64), GATED)
+    assert torch.allclose(x + center, torch.zeros_like(x), atol=1e-12)
+    assert torch.allclose(closed_log_std.exp(), torch.full_like(x, 1.5 * 0.03))
+    assert broad_rate(x + center, closed_log_std, 1.5 * 0.03).abs().max() < 1e-12
+
+
+def test_a_gate_is_of_a_token_and_starts_nearly_open():
+    x, mean, log_std = drawn()
+    raw = torch.zeros(5, 1, dtype=torch.float64)
+    raw[2] = -600.0
+    shifted, _ = gated(x, mean, log_std, raw, GATED)
+    share = (x + shifted) / (x + mean)
+    assert torch.allclose(share[[0, 1, 3, 4]], torch.sigmoid(torch.tensor(3.0, dtype=torch.float64)))
+    assert share[2].abs().max() < 1e-12
+    closing = [broad_rate(x + m, s, 0.045) for m, s in (gated(x, mean, log_std, raw - k, GATED) for k in (0, 30, 60))]
+    assert (closing[0] >= closing[1]).all() and (closing[1] >= closing[2]).all()
+
+
+def test_a_gates_gradient():
+    x, mean, log_std = drawn()
+    raw = torch.randn(5, 1, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(lambda r: gated(x, mean, log_std, r, GATED), raw)
 
 
 def test_bfloat16_heads_give_float32():

@@ -79,7 +79,7 @@ def make_transform(family="llama", *, random_heads=True, **fields):
     torch.manual_seed(0)
     model = ExportedTransform(sgt_config(family, **fields)).eval()
     if random_heads:
-        for head in (model.mean_head, model.log_std_head):
+        for head in filter(None, (model.mean_head, model.log_std_head, model.gate_head)):
             torch.nn.init.normal_(head.weight, std=0.1)
             torch.nn.init.normal_(head.bias, std=0.1)
     return model
@@ -381,7 +381,9 @@ def test_estimator_config_refuses():
         ({"vocab_size": 51}, "trunk_config.vocab_size is 50"),
         ({"obfuscate": "some"}, "obfuscate is 'some'"),
         ({"std_init": 100.0}, "std_init=100"),
-        ({"format_version": 3}, "format_version is 3"),
+        ({"format_version": 4}, "format_version is 4"),
+        ({"gate": True, "format_version": 2}, "format_version is 2, but .* a gate from 3"),
+        ({"gate": True, "rate_tau": 20, "format_version": 3}, "tau: 20 is what sigma is behind a closed gate"),
         ({"denoiser_layers": 1}, "format_version is 1, but a denoiser"),
         ({"rate_prior": "narrow"}, "rate_prior is .narrow."),
         ({"rate_prior": "context", "format_version": 2}, "context_layers is 0"),

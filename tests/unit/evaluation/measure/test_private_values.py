@@ -51,6 +51,8 @@ def test_mechanisms(tmp_path, make_export, monkeypatch):
     assert json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"] == found
     assert main([*again, "--mechanisms", "x"]) == 0
     assert json.loads((tmp_path / "out" / "private.json").read_text())["mechanisms"].keys() == {"redaction", "x"}
+    assert main([*again, "--mechanisms", "marked,surrogates+x"]) == 0  # nothing to begin a line with, and half of one
+    assert (tmp_path / "out" / "private.svg").read_text().startswith("<svg")
     with pytest.raises(UserError, match="--mechanisms: 'y' is none; known: none, redaction"):
         main([*again, "--mechanisms", "y"])
     with pytest.raises(UserError, match="of another configuration"):

@@ -61,6 +61,23 @@ def test_a_value_is_read_whole_or_not_at_all(demo, tokenizer):
     assert half * 2 == len(guess)
 
 
+def test_what_the_answer_does_not_hold_is_told_apart(demo, tokenizer):
+    """The first prompt's answer repeats the order number, the second's does not: reading the first alone reads nothing
+    that nobody needed."""
+    answers = [
+        np.array(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("is BX-204519 it?", "Yes.")
+    ]
+    here = World(demo.rows, demo.corpus, nothing(), demo.trunk, answers=answers)
+    half = len(here.truth_N) // 2
+    for read, unneeded in ((slice(0, half), 0.0), (slice(half, None), 1.0)):
+        guess = torch.full_like(here.truth_N, UNKNOWN)
+        guess[read] = here.truth_N[read]
+        found = recovery.score(guess[:, None], here, tokenizer, frequent=set())
+        assert found["span_exact"]["value"] == 0.5 and found["unneeded_span_exact"]["value"] == unneeded
+        assert found["unneeded_top1"]["value"] == unneeded and found["unneeded_span_exact"]["n"] == 1
+    assert "unneeded_span_exact" not in recovery.score(guess[:, None], demo, tokenizer, frequent=set())
+
+
 def test_kinds_part_the_tokens(demo, tokenizer):
     kinds = recovery.classes(demo, tokenizer, {int(demo.truth_N[1])})
     parts = [kinds[name] for name in ("frequent", "word", "piece", "number", "punctuation")]
