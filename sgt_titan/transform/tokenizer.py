@@ -80,13 +80,14 @@ def tokenizer_folder(name: str | Path, **where: Any) -> Path:
 def _check_like_file(tokenizer: Any, raw: Any, path: Path) -> None:
     raw.no_truncation()
     raw.no_padding()
+    probe = PROBE + " ".join(f"a{token.content}b" for token in raw.get_added_tokens_decoder().values())
     if (
-        tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
-        != raw.encode(PROBE, add_special_tokens=False).ids
+        tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+        != raw.encode(probe, add_special_tokens=False).ids
     ):
         raise UserError(
-            f"{path}: tokenizer_config.json changes the ids that tokenizer.json gives (added_tokens_decoder?); "
-            "remove what it changes, or save the tokenizer again"
+            f"{path}: tokenizer_config.json changes the ids that tokenizer.json gives (added_tokens_decoder, "
+            "split_special_tokens?); remove what it changes, or save the tokenizer again"
         )
     known = tokenizer.get_vocab()
     for number, token in raw.get_added_tokens_decoder().items():

@@ -108,6 +108,13 @@ WITHOUT_ROW = {
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
+# What scales rotary frequencies, and the numbers that it needs.
+ROPES: dict[str, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}  # fmt: skip
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The row of a config.json.
 
@@ -137,13 +144,15 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     if (found := config.get("hidden_act") or "silu") != "silu":
         raise UserError(f"trunk: config.json has hidden_act {found!r}; only 'silu' is supported")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind in ("dynamic", "longrope", "su"):
+    if kind not in ROPES:
+        why = "depends on the sequence length and " if kind in ("dynamic", "longrope", "su") else ""
         raise UserError(
-            f"trunk: rope_type {kind!r} depends on the sequence length and is not supported; use a checkpoint with "
-            "rope_type default, linear, llama3 or yarn"
+            f"trunk: rope_type {kind!r} {why}is not supported; use a checkpoint with rope_type {', '.join(ROPES)}"
         )
+    if lacking := [key for key in ROPES[kind] if rope.get(key) is None]:
+        raise UserError(f"trunk: config.json has rope_type {kind!r} without its {lacking[0]}")
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

@@ -65,6 +65,13 @@ def test_settings_that_change_ids_are_refused(folder):
         load_tokenizer(folder)
 
 
+def test_special_tokens_that_would_be_text_are_refused(folder):
+    """They stand in every chat template; read as text they are other ids than the model knows."""
+    edit(folder / "tokenizer_config.json", split_special_tokens=True)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json changes the ids .* split_special_tokens"):
+        load_tokenizer(folder)
+
+
 def test_the_probe_is_made_of_what_tokenizers_differ_in():
     kinds = {"digits": "4111", "capitals": "HELLO", "spaces": "  ", "newlines": "\n\n", "CJK": "你好", "RTL": "שלום"}
     assert all(text in PROBE for text in kinds.values())

@@ -72,6 +72,13 @@ def test_a_window_shorter_than_the_context():
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        (
+            {"rope_scaling": {"type": "mrope"}},
+            "rope_type 'mrope' is not supported; use a checkpoint with rope_type def",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' without its factor"),
+        # Of both, transformers takes the older one.
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic"}}, "rope_type 'dynamic'"),
     ],
 )
 def test_what_a_row_cannot_express(change, message):
