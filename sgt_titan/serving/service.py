@@ -151,8 +151,10 @@ class Service:
                 for index, (prompt, options) in enumerate(checked):
                     one = _Turn(model, request, asked[index], prompt, options, caller, deadline)
                     self._count(tally, one)
-                    whole = promise is not None and (promise.told or not options.json_object)
-                    answer = self._kept(promise, one, tally) if whole and promise is not None else self._restored(one)
+                    if promise is None or (options.json_object and not promise.told):  # or the server holds to it
+                        answer = self._restored(one)
+                    else:
+                        answer = self._kept(promise, one, tally)
                     async with aclosing(answer) as stream:
                         async for delta in stream:
                             at = (index, delta.index)

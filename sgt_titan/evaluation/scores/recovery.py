@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from sgt_titan.errors import UserError
+from sgt_titan.evaluation.scores.pii import is_in
 from sgt_titan.evaluation.world.granted import World
-from sgt_titan.evaluation.world.samples import Sample, Span
+from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import UNKNOWN
 from sgt_titan.metrics.interval import Estimate, ratio
 
@@ -43,7 +44,9 @@ def score(top_NK: torch.Tensor, world: World, tokenizer: Any, *, frequent: set[i
     """
     right_NK = correct(top_NK, world)
     top1_N = right_NK[:, 0].numpy()
-    kinds = classes(world, tokenizer, frequent)
+    kinds, unneeded = classes(world, tokenizer, frequent), with_unneeded(world, tokenizer)
+    if unneeded:
+        kinds["unneeded"] = _marked(unneeded)
     rows = world.observation.row_N.numpy()
 
     def rate(hit_N: np.ndarray, among_N: np.ndarray) -> dict[str, Any]:
@@ -66,9 +69,9 @@ def score(top_NK: torch.Tensor, world: World, tokenizer: Any, *, frequent: set[i
         **_text_scores(top_NK[:, 0], world, tokenizer),
     }
     if kinds["marked"].any():
-        found["span_exact"] = _spans(top1_N, world, [row.spans for row in world.rows])
-        if len(world.answers):
-            found["unneeded_span_exact"] = _spans(top1_N, world, unneeded_spans(world, tokenizer))
+        found["span_exact"] = _spans(top1_N, world.rows, world.seed)
+        if unneeded:
+            found["unneeded_span_exact"] = _spans(top1_N, unneeded, world.seed)
     return found
 
 
@@ -111,14 +114,14 @@ def classes(world: World, tokenizer: Any, frequent: set[int]) -> dict[str, np.nd
     repeats = {}
     if len(world.answers):
         repeated = repeated_tokens(world, plain, tokenizer)
-        repeats = {"repeated": repeated, "unrepeated": ~repeated, "unneeded": _unneeded_tokens(world, tokenizer)}
+        repeats = {"repeated": repeated, "unrepeated": ~repeated}
     return {
         "frequent": often,
         "word": word & starts & ~often,
         "piece": word & ~starts & ~often,
         "number": number & ~often,
         "punctuation": ~letters & ~number & ~often,
-        "marked": np.concatenate([row.marked[row.obfuscate] for row in world.rows]),
+        "marked": _marked(world.rows),
         "content": (letters | number) & ~often,
         **repeats,
     }
@@ -140,23 +143,20 @@ def repeated_tokens(world: World, plain: dict[int, str], tokenizer: Any) -> np.n
     return np.array(found, dtype=bool)
 
 
-def unneeded_spans(world: World, tokenizer: Any) -> list[list[Span]]:
-    """Each prompt's private values whose text, in whatever case, does not stand in its answer: what no answer gives
-    anybody a reason to send.
+def with_unneeded(world: World, tokenizer: Any) -> list[Sample]:
+    """The prompts with those of their private values alone that do not stand in the answer: what no answer gives
+    anybody a reason to send. Nothing where the answers are not known.
     """
-    said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True).casefold() for answer in world.answers]
+    said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in world.answers]
     return [
-        [span for span in row.spans if span.text.strip().casefold() not in text]
-        for row, text in zip(world.rows, said, strict=True)
+        row._replace(spans=tuple(span for span in row.spans if not is_in(span.text, text)))
+        for row, text in zip(world.rows if said else (), said, strict=True)
     ]
 
 
-def _unneeded_tokens(world: World, tokenizer: Any) -> np.ndarray:
-    kept = [
-        row._replace(spans=tuple(spans))
-        for row, spans in zip(world.rows, unneeded_spans(world, tokenizer), strict=True)
-    ]
-    return np.concatenate([row.marked[row.obfuscate] for row in kept])
+def _marked(rows: Sequence[Sample]) -> np.ndarray:
+    """bool (N,): the hidden tokens of private values."""
+    return np.concatenate([row.marked[row.obfuscate] for row in rows])
 
 
 def texts(top_N: torch.Tensor, world: World, tokenizer: Any) -> list[str]:
@@ -195,17 +195,17 @@ def _by_row(hit_N: np.ndarray, among_N: np.ndarray, row_N: np.ndarray, rows: int
     return ratio(hits, counts, share=True, seed=seed)
 
 
-def _spans(top1_N: np.ndarray, world: World, spans: Sequence[Sequence[Span]]) -> dict[str, Any]:
+def _spans(top1_N: np.ndarray, rows: Sequence[Sample], seed: int) -> dict[str, Any]:
     hits, counts, at = [], [], 0
-    for row, own in zip(world.rows, spans, strict=True):
+    for row in rows:
         right_T = np.ones(len(row.ids), dtype=bool)
         right_T[row.obfuscate] = top1_N[at : at + int(row.obfuscate.sum())]
         at += int(row.obfuscate.sum())
         # A value that no obfuscated token carries was never hidden.
-        hidden = [span for span in own if row.obfuscate[span.start : span.stop].any()]
+        hidden = [span for span in row.spans if row.obfuscate[span.start : span.stop].any()]
         hits.append(sum(bool(right_T[span.start : span.stop].all()) for span in hidden))
         counts.append(len(hidden))
-    return ratio(np.array(hits), np.array(counts), share=True, seed=world.seed).as_dict()
+    return ratio(np.array(hits), np.array(counts), share=True, seed=seed).as_dict()
 
 
 def similarities() -> tuple[Any, Any]:
