@@ -23,7 +23,7 @@ from sgt_titan.config.schema import Rate
 from sgt_titan.objectives.distillation import Distilled, attach
 from sgt_titan.objectives.top_k import Targets
 from sgt_titan.objectives.utility import SoftCrossEntropy
-from sgt_titan.transform.gaussian import Bounds, bounded_log_std, bounded_mean, gated, obfuscate
+from sgt_titan.transform.gaussian import Bounds, moments, obfuscate
 
 from .body import Body
 from .estimator import Denoiser, Estimator
@@ -210,10 +210,9 @@ class SGTModel(BaseModel):
         mean, log_std, gate = self.estimator(embedded, attention_masks, positions_BT)
 
         x_BTD = local(embedded).float()
-        mean_BTD = bounded_mean(local(mean).float(), self.bounds)
-        log_std_BTD = bounded_log_std(local(log_std).float(), self.bounds)
-        if gate is not None:
-            mean_BTD, log_std_BTD = gated(x_BTD, mean_BTD, log_std_BTD, local(gate), self.bounds)
+        mean_BTD, log_std_BTD = moments(
+            x_BTD, local(mean), local(log_std), None if gate is None else local(gate), self.bounds
+        )
         part = self.sequence_slice(obfuscate_BT.shape[1])
         mask_BT = obfuscate_BT[:, part]
         z_BTD = obfuscate(x_BTD, mean_BTD, log_std_BTD, noise_BTD, mask_BT)

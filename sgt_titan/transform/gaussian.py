@@ -90,6 +90,16 @@ def bounded_mean(raw: torch.Tensor, bounds: Bounds) -> torch.Tensor:
     return raw if bound == 0 else bound * torch.tanh(raw / bound)
 
 
+def moments(
+    x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, gate: torch.Tensor | None, bounds: Bounds
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mu and log sigma of Eq. 1 from what the heads say: bounded, and behind the gate if there is one. Float32 (float64
+    stays), ``(..., D)``; ``gate``: ``(..., 1)``.
+    """
+    mu, log_sigma = bounded_mean(mean, bounds), bounded_log_std(log_std, bounds)
+    return (mu, log_sigma) if gate is None else gated(x, mu, log_sigma, gate, bounds)
+
+
 def gated(
     x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, raw: torch.Tensor, bounds: Bounds
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,7 +40,7 @@ from sgt_titan.transform.fingerprint import (
     fingerprint_tensor,
     fingerprint_weights,
 )
-from sgt_titan.transform.gaussian import bounded_log_std, bounded_mean, gated, obfuscate, secure_noise
+from sgt_titan.transform.gaussian import moments, obfuscate, secure_noise
 from sgt_titan.transform.prior import Prior
 
 Caches = tuple[DynamicCache, ...]
@@ -140,11 +140,10 @@ class ExportedTransform(PreTrainedModel):
             run_body(body, x_BTD, attention_mask, position_ids, past_key_values[index] if past_key_values else None)
             for index, body in enumerate(self.bodies)
         ]
-        bounds = self.config.bounds
-        mean_BTD = bounded_mean(self.mean_head(hidden[0]), bounds)
-        log_std_BTD = bounded_log_std(self.log_std_head(hidden[-1]), bounds)
-        if self.gate_head is not None:
-            mean_BTD, log_std_BTD = gated(x_BTD, mean_BTD, log_std_BTD, self.gate_head(hidden[-1]), bounds)
+        gate = None if self.gate_head is None else self.gate_head(hidden[-1])
+        mean_BTD, log_std_BTD = moments(
+            x_BTD, self.mean_head(hidden[0]), self.log_std_head(hidden[-1]), gate, self.config.bounds
+        )
         return SGTOutput(mean_BTD=mean_BTD, log_std_BTD=log_std_BTD, past_key_values=past_key_values)
 
     def transform(self, inputs: torch.Tensor, mask_BT: torch.Tensor, **options: Any) -> torch.Tensor:
