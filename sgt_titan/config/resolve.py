@@ -15,7 +15,10 @@ from sgt_titan.config.keys import get
 from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 
-_PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
+_PATHS = (
+    "run.output_dir", "trunk.path", "trunk.architecture", "finetune.teacher", "data.source", "data.cache_dir",
+    "teacher_cache.dir",
+)  # fmt: skip
 
 
 def resolve(config: Config, *, world_size: int | None, home: str = "outputs") -> Config:

@@ -23,6 +23,7 @@ import torch
 
 from sgt_titan.conjformer.basis import Basis
 from sgt_titan.conjformer.families import Family, Linear, Sizes, family_of, sizes_of
+from sgt_titan.conjformer.mark import MARK
 from sgt_titan.conjformer.secret import Secret
 from sgt_titan.errors import UserError
 from sgt_titan.transform.shards import Planned
@@ -50,6 +51,7 @@ class Conversion:
         dtype: torch.dtype | None = None,
         compute: torch.dtype = torch.float64,
         device: str = "cpu",
+        shake: float = 0.0,
     ):
         self.files = TrunkFiles(trunk)
         self.config: dict[str, Any] = json.loads((self.files.path / "config.json").read_text(encoding="utf-8"))
@@ -58,6 +60,7 @@ class Conversion:
             self.family = replace(self.family, prefix="")  # saved without its head, as the first GPT-2 checkpoints
         self.sizes: Sizes = sizes_of(self.config)
         self.norms, self.dtype, self.compute, self.device = norms, dtype, compute, device
+        self.shake, self.noise = shake, Secret.fresh() if shake else None
         self.secret = secret
         self.basis = Basis(secret, self.family, self.sizes, self._free_planes, compute, device) if secret else None
         self._check()
@@ -74,7 +77,7 @@ class Conversion:
             dtype = self.dtype or DTYPES[entry.dtype]
             if local in family.ignored or (self.basis and name in (self._embed, self._positions, "lm_head.weight")):
                 continue
-            yield Planned(out, entry.shape, dtype, partial(self._make, name, layer, local, module))
+            yield Planned(out, entry.shape, dtype, partial(self._shaken, name, layer, local, module))
         stored = self.dtype or DTYPES[self.files.entries[self._embed].dtype]
         if self.basis:
             # The server embeds no token and names none: its "vocabulary" are the D features, its logits the output.
@@ -87,9 +90,12 @@ class Conversion:
     def server_config(self) -> dict[str, Any]:
         """config.json of the result."""
         config = dict(self.config)
-        if self.basis:
+        if self.secret is not None:
             config |= {"vocab_size": self.sizes.width, "tie_word_embeddings": False}
             config |= {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            config[MARK] = {"secret": self.secret.name}
+        if self.shake:
+            config[MARK] = {"drift": self.shake}
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -128,6 +134,15 @@ class Conversion:
         return f"{self.family.prefix}{self.family.positions}.weight" if self.family.positions else ""
 
     # -- one tensor ----------------------------------------------------------------------------------------------------
+
+    def _shaken(self, name: str, layer: int | None, local: str, module: str) -> torch.Tensor:
+        """A matrix with the share ``shake`` of its variance replaced by noise that nobody can repeat."""
+        x = self._make(name, layer, local, module)
+        if self.noise is None or x.dim() != 2:
+            return x
+        x = x.to(self.compute)
+        std = x.std()
+        return (1 - self.shake) ** 0.5 * x + self.shake**0.5 * std * self.noise.normal(name, *x.shape).to(x)
 
     def _make(self, name: str, layer: int | None, local: str, module: str) -> torch.Tensor:
         family = self.family
