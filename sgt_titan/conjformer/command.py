@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
         default="fold",
         help="gains folded into the next linears, exact (default); or their mean, as published, to be fine-tuned",
     )
+    found.add_argument(
+        "--symmetries", default="all", metavar="NAMES",
+        help="maps beside the rotation that change no output: all that the family has (default), none, or some of "
+        "values, units, queries, heads",
+    )  # fmt: skip
     found.add_argument("--plain", action="store_true", help="scalar norms but no rotation: the start of a fine-tuning")
     found.add_argument(
         "--shake", type=float, default=0.0, metavar="SHARE",
@@ -84,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         compute=getattr(torch, arguments.compute),
         device=arguments.device,
+        symmetries=arguments.symmetries,
         shake=arguments.shake,
     )
     if secret is not None:
@@ -108,6 +114,8 @@ def _checked(arguments: argparse.Namespace, client: Path) -> None:
     out, file = arguments.out, arguments.secret
     if arguments.plain == (file is not None):
         raise UserError("give --secret FILE to rotate, or --plain for scalar norms without a rotation")
+    if arguments.plain and arguments.symmetries != "all":
+        raise UserError("--symmetries belongs to a rotation, not to --plain")
     if arguments.plain and arguments.client:
         raise UserError("--client belongs to a rotation, not to --plain")
     if arguments.shake and not arguments.plain:

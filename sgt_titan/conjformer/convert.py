@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from sgt_titan.conjformer.basis import Basis
-from sgt_titan.conjformer.families import Family, Linear, Sizes, family_of, sizes_of
+from sgt_titan.conjformer.families import Family, Linear, Sizes, chosen_symmetries, family_of, sizes_of
 from sgt_titan.conjformer.mark import MARK
 from sgt_titan.conjformer.secret import Secret
 from sgt_titan.errors import UserError
@@ -51,6 +51,7 @@ class Conversion:
         dtype: torch.dtype | None = None,
         compute: torch.dtype = torch.float64,
         device: str = "cpu",
+        symmetries: str = "all",
         shake: float = 0.0,
     ):
         self.files = TrunkFiles(trunk)
@@ -62,7 +63,12 @@ class Conversion:
         self.norms, self.dtype, self.compute, self.device = norms, dtype, compute, device
         self.shake, self.noise = shake, Secret.fresh() if shake else None
         self.secret = secret
-        self.basis = Basis(secret, self.family, self.sizes, self._free_planes, compute, device) if secret else None
+        self.symmetries = chosen_symmetries(symmetries, self.family, self.config["model_type"])
+        self.basis = (
+            Basis(secret, self.family, self.sizes, self._free_planes, compute, device, self.symmetries)
+            if secret
+            else None
+        )
         self._check()
 
     def planned(self) -> Iterator[Planned]:
@@ -180,10 +186,12 @@ class Conversion:
         if self.basis is not None:
             if rule.out == ("residual",):
                 x = self._centred(x, 0)
-            parts = x.split(self._widths(rule), 0)
-            x = torch.cat([self.basis.change(s, layer, p) for s, p in zip(rule.out, parts, strict=True)])
+            parts = x.split(self.widths(rule), 0)
+            x = torch.cat(
+                [self.basis.change(s, layer, p, dual=s == "key") for s, p in zip(rule.out, parts, strict=True)]
+            )
             if not bias:
-                x = self.basis.change(rule.reads, layer, x.T).T
+                x = self.basis.change(rule.reads, layer, x.T, dual=True).T
         return x
 
     def _weight(self, name: str) -> torch.Tensor:
@@ -191,10 +199,11 @@ class Conversion:
         weight = self._read(f"{name}.weight")
         return weight.T if self.family.transposed else weight
 
-    def _widths(self, rule: Linear) -> list[int]:
+    def widths(self, rule: Linear) -> list[int]:
+        """Rows of each projection that a tensor holds."""
         s = self.sizes
         width = {"residual": s.width, "query": s.heads * s.head, "key": s.kv_heads * s.head,
-                 "value": s.kv_heads * s.head, "unit": s.units}  # fmt: skip
+                 "value": s.kv_heads * s.head, "unit": s.units, "scaled": s.units}  # fmt: skip
         return [width[space] for space in rule.out]
 
     def _centred(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -229,8 +238,8 @@ class Conversion:
         for index in range(s.layers):
             start = f"{family.prefix}{family.layer.format(index)}"
             for module, rule in family.linears.items():
-                width = {"residual": s.width, "heads": s.heads * s.head, "unit": s.units}[rule.reads]
-                shape = (sum(self._widths(rule)), width)
+                width = {"residual": s.width, "heads": s.heads * s.head, "unit": s.units, "scaled": s.units}[rule.reads]
+                shape = (sum(self.widths(rule)), width)
                 expected[f"{start}{module}.weight"] = shape[::-1] if family.transposed else shape
             expected |= {f"{start}{norm}.weight": (s.width,) for norm in family.norms}
             expected |= {f"{start}{norm}.weight": (s.head,) for norm in family.qk_norm}
