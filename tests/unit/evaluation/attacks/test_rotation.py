@@ -131,6 +131,7 @@ def test_fingerprints_are_invariant_and_rows_differ(converted, trunk_dir):
         found = Client.load(client, load(secret), dtype=torch.float64)
         plain = self_scores(TrunkFiles(trunk_dir(name)), found.embed_VD)
         served = self_scores(TrunkFiles(server), found.rotate(found.embed_VD))
+        served, plain = served.sort(-1).values, plain.sort(-1).values  # heads have changed places
         torch.testing.assert_close(served, plain, atol=1e-3, rtol=1e-4)
         assert plain.std(0).min() > 1e-3
 
