@@ -176,7 +176,9 @@ class Rate(Term):
 
 @dataclass(kw_only=True)
 class Finetune:
-    teacher: str = opt("", "Directory of the original checkpoint, for `distil` and `drift`. Environment variables are expanded.")
+    teacher: str = opt(
+        "", "Directory of the original checkpoint, for `distil` and `drift`. Environment variables are expanded."
+    )
     distil: float = opt(0.0, "Share of the loss that is the KL to the teacher's next-token distribution; the rest is the "
                              "cross-entropy of the next token. 1: the model as it was, whatever the data says.", must=share())  # fmt: skip
     drift: float = opt(0.0, "Weight of a term that moves the weights away from the teacher's: the mean squared cosine between "

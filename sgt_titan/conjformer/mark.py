@@ -1,7 +1,7 @@
 """What config.json says of a checkpoint that this project changed: whose server it is, and that it is no original.
 
-    "sgt_titan_conjformer": {"secret": "3f0c..."}    a server's; a hash of the secret, the same in its client's directory
-    "sgt_titan_conjformer": {"drift": 0.5}           moved away from its original on purpose
+"sgt_titan_conjformer": {"secret": "3f0c..."}    a server's: a hash of the secret, as in its client's half
+"sgt_titan_conjformer": {"drift": 0.5}           moved away from its original on purpose
 """
 
 from __future__ import annotations

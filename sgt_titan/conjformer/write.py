@@ -36,7 +36,7 @@ def write_server(
 
 
 def write_client(conversion: Conversion, out: Path) -> None:
-    """What a client needs beside the secret: embeddings, head, tokenizer. Nothing in it depends on the secret but its name, a hash."""
+    """What a client needs beside the secret: embeddings, head, tokenizer. Of the secret it holds the name, a hash."""
     tensors = {name: tensor.contiguous() for name, tensor in conversion.client_tensors().items()}
     disk.require_room(out, sum(tensor.nbytes for tensor in tensors.values()))
     about: dict[str, Any] = {

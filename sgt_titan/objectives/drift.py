@@ -22,7 +22,7 @@ def gram_cosine(ours: torch.Tensor, public: torch.Tensor, *, reads: bool) -> tor
 
 
 def table_cosine(ours_SD: torch.Tensor, public_SD: torch.Tensor) -> torch.Tensor:
-    """Cosine of the products between rows of both tables, (S, S) each less its mean: what norm and Gram matching see."""
+    """Cosine of the products between rows of both tables, (S, S) each less its mean: what Gram matching sees."""
     return _cosine(*(gram - gram.mean() for gram in (ours_SD @ ours_SD.T, public_SD @ public_SD.T)))
 
 

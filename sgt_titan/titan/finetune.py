@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sgt_titan.config.load import dump
 from sgt_titan.config.schema import Config
-from sgt_titan.conjformer.mark import MARK, require_original
 from sgt_titan.config.trunk import read_trunk
+from sgt_titan.conjformer.mark import MARK, require_original
 from sgt_titan.data.tokenization import check_vocabulary, load_tokenizer
 from sgt_titan.errors import UserError
 from sgt_titan.export import MODEL
@@ -212,10 +212,15 @@ def _teacher(config: Config, hf: PretrainedConfig) -> tuple[TrunkFiles | None, P
         theirs = startup.load_hf_config(files.path)
         for name in _SAME:
             if getattr(theirs, name, None) != getattr(hf, name, None):
-                raise UserError(f"{path}: {name} is {getattr(theirs, name, None)}, {getattr(hf, name, None)} in trunk.path")
+                raise UserError(
+                    f"{path}: {name} is {getattr(theirs, name, None)}, {getattr(hf, name, None)} in trunk.path"
+                )
         require_original(files.path, theirs.to_dict())
         with torch.device("meta"):
-            shapes = {name: tuple(t.shape) for name, t in weights_once(FinetuneModel(FinetuneModel.Config(hf=theirs)).lm).items()}
+            shapes = {
+                name: tuple(t.shape)
+                for name, t in weights_once(FinetuneModel(FinetuneModel.Config(hf=theirs)).lm).items()
+            }
         files.check(shapes)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None

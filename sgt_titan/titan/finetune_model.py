@@ -18,13 +18,13 @@ from typing import Annotated, NamedTuple
 import torch
 import tyro
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import disable_fsdp_gradient_division, get_fsdp_reshard_after_forward_policy
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from torchtitan.protocols.model import BaseModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 

@@ -93,7 +93,7 @@ def spectral_inverter(
 
 
 def recover(served: TrunkFiles, public: TrunkFiles) -> Recovered:
-    """The rotation between two checkpoints; of the two conversions, with and without free symmetries, what fits best."""
+    """The rotation between two checkpoints; of both conversions, with and without symmetries, what fits best."""
     theirs = Conversion(served.path, None)
     best = None
     for norms in ("fold", "mean"):
@@ -130,9 +130,7 @@ def _by_eigenvectors(
     return (turned_DD * signs_D) @ plain_DD.T
 
 
-def _by_sums(
-    theirs: Conversion, ours: Conversion, secret_KDD: torch.Tensor, known_KDD: torch.Tensor
-) -> torch.Tensor:
+def _by_sums(theirs: Conversion, ours: Conversion, secret_KDD: torch.Tensor, known_KDD: torch.Tensor) -> torch.Tensor:
     """Known pairs without a known token: the sum of each gate's rows, u' = U u, and its images M' u' = U M u. Where
     these span no basis the rest of U is arbitrary."""
     found = []
