@@ -103,7 +103,7 @@ class FinetuneTrainer(Loop):
 
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
-        """Held-out loss of the next token, nats, perplexity, and KL to the teacher; the same on every rank. Collective."""
+        """Held-out loss in nats, perplexity, and KL to the teacher; the same on every rank. Collective."""
         found = self.metrics_processor.reduced(torch.stack([terms for _, _, terms in self.probed()]).sum(0))
         kl = {"KL": found["kl"]} if self.run.finetune.teacher else {}
         return {"held-out loss": found["next"], "perplexity": _exp(found["next"]), **kl}

@@ -88,7 +88,11 @@ P = "parallelism"
             1,
             "trunk.float8: run.task finetune trains the trunk, which needs its own type; set it to none",
         ),
-        (["finetune.distil=0.5"], 1, "finetune.distil: belongs to run.task finetune, this is run.task sgt; leave it out"),
+        (
+            ["finetune.distil=0.5"],
+            1,
+            "finetune.distil: belongs to run.task finetune, this is run.task sgt; leave it out",
+        ),
         (
             ["run.task=finetune", "finetune.drift=1"],
             1,
