@@ -48,7 +48,9 @@ def test_data_parallel_ranks_train_what_one_trains(small, options, two_ranks):
     a, b = (load_file(run.output_dir / "export" / "model.safetensors") for run in (one, two_ranks))
     assert a.keys() == b.keys() and "lm_head.weight" not in a
     for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], atol=1e-4, rtol=0)
+        # AdamW moves a weight by its gradient's sign, and of the smallest gradients rounding decides that.
+        far = (tensor - b[name]).abs()
+        assert far.max() < 1e-3 and (far > 1e-4).double().mean() < 1e-4, name
 
 
 def test_torchtitans_own_launcher_gets_all_that_a_run_needs(small, options):

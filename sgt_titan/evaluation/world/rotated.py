@@ -36,12 +36,13 @@ class Answering:
 
 def load_rotation(
     before: Mechanism, server: str | Path, client: str | Path, secret: str | Path, public: str | Path,
-    *, wire: torch.dtype = torch.float32, name: str = "", title: str = "",
+    *, wire: torch.dtype = torch.float32, name: str = "", title: str = "", own: bool = False,
 ) -> Mechanism:  # fmt: skip
     """``before``, then the secret basis.
 
     Args:
-        public: the checkpoint that the server's was made from, as the world knows it.
+        public: the checkpoint that the server's was made from, as the world knows it. With ``own`` one that the
+            attacker made himself the same way, which need not be the original.
         wire: type in which embeddings are sent.
 
     Raises:
@@ -52,7 +53,8 @@ def load_rotation(
         raise UserError(f"{client}: positions are added to these embeddings, which the attacks here do not know of")
     files, original = TrunkFiles(server), TrunkFiles(public)
     require_same_secret(server, read_json(files.path / CONFIG), load_secret(Path(secret)).name)
-    require_original(public, read_json(original.path / CONFIG))
+    if not own:
+        require_original(public, read_json(original.path / CONFIG))
     width = files.entries[EMBEDDING].shape[1] if EMBEDDING in files else None
     if width != found.U_DD.shape[0]:
         raise UserError(f"{server}: is not the server of {client} (their widths differ)")
