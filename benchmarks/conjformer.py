@@ -225,9 +225,8 @@ def main() -> None:
         sub.add_argument("--corpus", type=int, default=2000)
     arguments = parser.parse_args()
     disable_progress_bar()
-    {"equivalence": equivalence, "perplexity": perplexity, "attacks": attacks, "gains": gains, "gpt2": gpt2}[
-        arguments.part
-    ](arguments)
+    run = {f.__name__: f for f in (equivalence, perplexity, attacks, gains, gpt2)}[arguments.part]
+    run(arguments)
 
 
 if __name__ == "__main__":
