@@ -114,7 +114,7 @@ def test_no_tokens():
 
 @pytest.mark.parametrize(
     ("vocabulary", "tokens", "on_cpu"),
-    [(128_256, 512, 64), (152_064, 256, 64), (16_032, 4096, 128), (32_000, 2048, 64), (10**7, 64, 64)],
+    [(128_256, 512, 128), (152_064, 256, 128), (16_032, 4096, 256), (32_000, 2048, 128), (10**7, 64, 128)],
 )
 def test_chunk_size(vocabulary, tokens, on_cpu):
     assert (chunk_size(vocabulary, "cuda"), chunk_size(vocabulary, "cpu")) == (tokens, on_cpu)
