@@ -113,5 +113,5 @@ def keep_code() -> None:
         found = folder.stat()
     except OSError:
         return
-    if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK):
+    if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         os.environ[CACHE] = str(folder)

@@ -74,11 +74,11 @@ def trained(make_run, *options):
 def test_a_long_run_is_compiled_on_its_way(make_run, one_process, monkeypatch, caplog):
     """After two steps: the same weights at its end, and a line that says so. A deterministic one never is."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     monkeypatch.setattr(compilation, "WATCHED", 1)
     monkeypatch.setattr(compilation, "missing_compiler", lambda device: "")
     monkeypatch.setitem(compilation.PRICES, "cpu", Price(0.0, 0.5))
-    weights, compiled = trained(make_run, "--compile.enable=auto")
+    with torch._dynamo.config.patch(suppress_errors=False):  # and put back what the run sets
+        weights, compiled = trained(make_run, "--compile.enable=auto")
     assert all(compiled)
     (said,) = [r.message for r in caplog.records if r.message.startswith("compile.enable auto")]
     assert "compiled from the next step on: 3 steps" in said
@@ -90,7 +90,8 @@ def test_a_long_run_is_compiled_on_its_way(make_run, one_process, monkeypatch, c
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_what_cannot_be_compiled_stays_as_it_is(monkeypatch):
+@torch._dynamo.config.patch(suppress_errors=True)
+def test_what_cannot_be_compiled_stays_as_it_is():
     """``auto`` was not asked for by name: a backend that fails ends no run."""
 
     def broken(graph, inputs):
@@ -98,7 +99,6 @@ def test_what_cannot_be_compiled_stays_as_it_is(monkeypatch):
 
     block = nn.Linear(3, 3)
     expected = block(torch.ones(1, 3))
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
     compilation.compile_blocks([block], broken, fullgraph=False)
     assert torch.equal(block(torch.ones(1, 3)), expected)
     torch._dynamo.reset()
