@@ -1,7 +1,8 @@
 """How time and memory of a step grow with each dimension, ours beside the naive way: ``python benchmarks/growth.py``.
 
 From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is
-what torch holds at most during a step beyond what it holds between steps.
+what torch holds at most during a step beyond what it holds between steps. Both ways keep the memory that they free
+(``timing.keep_memory``), and alternate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arms import Arm, Size, device, naive, ours
-from benchmarks.timing import clock, machine, peak_bytes
+from benchmarks.timing import Watched, doubts, keep_memory, machine, peak_bytes, watched
 
 BASE = Size(width=128, layers=4, hidden=344, heads=4, kv_heads=2, vocab=16_000, rows=4, length=128)
 AXES: dict[str, tuple[str, list[int]]] = {
@@ -38,15 +39,16 @@ def at(axis: str, value: int) -> Size:
     return replace(BASE, **{{"T": "length", "V": "vocab", "layers": "layers", "B": "rows"}[axis]: value})
 
 
-def measure(arm: Arm, repeats: int) -> tuple[list[float], float]:
-    """Seconds of each step, and the peak above what is held between steps, MiB."""
-    arm.step()
-    seconds = []
-    for _ in range(repeats):
-        started = clock()
+def measure(arms: dict[str, Arm], repeats: int) -> dict[str, tuple[list[Watched], float]]:
+    """Every step of each, in turn, and the peak above what is held between steps, MiB."""
+    for arm in arms.values():
         arm.step()
-        seconds.append(clock() - started)
-    return seconds, peak_bytes(arm.step) / 2**20
+        arm.step()
+    calls = {way: [] for way in arms}
+    for _ in range(repeats):
+        for way, arm in arms.items():
+            calls[way].append(watched(arm.step))
+    return {way: (calls[way], peak_bytes(arm.step) / 2**20) for way, arm in arms.items()}
 
 
 def draw(found: dict, folder: Path) -> None:
@@ -84,13 +86,17 @@ def main() -> None:
         draw(json.loads(file.read_text())["axes"], Path(words.plots))
         return
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    keep_memory()
     print(machine())
     found: dict[str, dict] = {}
     for axis, (about, values) in AXES.items():
         print(f"\n| {axis}: {about} | way | s a step, median (spread) | peak MiB |\n|---:|---|---:|---:|")
         for value in values:
-            for way, build in WAYS.items():
-                seconds, peak = measure(build(at(axis, value)), words.repeats)
+            found_here = measure({way: build(at(axis, value)) for way, build in WAYS.items()}, words.repeats)
+            for doubt in doubts({way: calls for way, (calls, _) in found_here.items()}):
+                print(f"NOT TO BE TRUSTED, {axis} {value:,}: {doubt}")
+            for way, (calls, peak) in found_here.items():
+                seconds = [call.seconds for call in calls]
                 figures = {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
                 figures["peak"] = peak
                 found.setdefault(axis, {}).setdefault(str(value), {})[way] = figures

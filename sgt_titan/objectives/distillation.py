@@ -41,16 +41,26 @@ class Distilled(NamedTuple):
     """What to store of the teacher, where it was asked for."""
 
 
-def asked(student_CV, teacher_CV, group: dist.ProcessGroup | None, vocab_start: int, replace: bool):
+def by_parts(student_CV, teacher_CV, group: dist.ProcessGroup | None, vocab_start: int, replace: bool):
     """Against the teacher's own logits; ``replace``: the student's make room for the difference of probabilities."""
-    if group is None and not torch.compiler.is_compiling():  # a compiler fuses the passes of the other by itself
-        return replace_by_difference(student_CV, teacher_CV, replace=replace)
     return difference(student_CV, teacher_CV, group, vocab_start, student_CV if replace else None, finite=True)
+
+
+def asked(student_CV, teacher_CV, group: dist.ProcessGroup | None, vocab_start: int, replace: bool):
+    """The same by the quicker way where no other rank has a part of the vocabulary."""
+    if group is None:
+        return replace_by_difference(student_CV, teacher_CV, replace=replace)
+    return by_parts(student_CV, teacher_CV, group, vocab_start, replace)
 
 
 def stored(student_CV, targets: Targets, group: dist.ProcessGroup | None, vocab_start: int, replace: bool):
     """Against stored targets."""
     return difference_from(student_CV, targets, group, vocab_start, student_CV if replace else None)
+
+
+def in_blocks(logits_CV: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether ``asked`` works in blocks that a CPU's cache holds."""
+    return group is None and logits_CV.device.type == "cpu"
 
 
 class Kernels(NamedTuple):
@@ -65,21 +75,27 @@ EAGER = Kernels()
 
 @cache
 def compiled_kernels(backend: str = "inductor") -> Kernels:
-    """``Kernels`` by torch.compile: the same arithmetic in a few passes over the logits instead of 15."""
+    """``Kernels`` by torch.compile: the same arithmetic in a few passes over the logits instead of 15.
+
+    Not where a CPU has the whole vocabulary: there compiled passes over a chunk are slower than eager ones over blocks
+    that stay in its cache.
+    """
 
     def compiled(function: Callable) -> Callable:
         fused = torch.compile(function, backend=backend)
 
-        def call(student_NV: torch.Tensor, *others, **options):
-            for tensor in (student_NV, *others):  # the last chunk of a step has a size of its own
+        def call(student_NV: torch.Tensor, other, group, *rest):
+            if function is by_parts and in_blocks(student_NV, group):
+                return asked(student_NV, other, group, *rest)
+            for tensor in (student_NV, other):  # the last chunk of a step has a size of its own
                 for part in tensor if isinstance(tensor, tuple) else (tensor,):
                     if isinstance(part, torch.Tensor):
                         torch._dynamo.maybe_mark_dynamic(part, 0)
-            return fused(student_NV, *others, **options)
+            return fused(student_NV, other, group, *rest)
 
         return call
 
-    return Kernels(*map(compiled, EAGER))
+    return Kernels(compiled(by_parts), compiled(stored))
 
 
 def chunk_size(vocabulary: int, device: str) -> int:
