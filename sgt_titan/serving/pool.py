@@ -81,7 +81,8 @@ class Pool:
         """That one of them answers embeddings. Raises UpstreamError."""
 
         async def proved(member: Member) -> AsyncGenerator[None, None]:
-            yield await member.upstream.prove(probe_TD)
+            await member.upstream.prove(probe_TD)
+            yield
 
         await _only(self._first(proved, len(self.members)))
 
