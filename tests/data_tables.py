@@ -32,6 +32,10 @@ from tests.chat_templates import ALL, bytewise
 ROWS = [{"instruction": "hi", "output": "007"}, {"instruction": "ho", "output": "1.50"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 USER, CALL = {"role": "user", "content": "hi"}, {"name": "find", "arguments": {"who": "Ann"}}
+CALL_ID = "call_" + "7" * 24  # as long as OpenAI's
+CALLING = {
+    "role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": CALL_ID, "function": CALL}]
+}  # fmt: skip
 TALK = {"messages": [USER, {"role": "assistant", "content": "yes"}]}
 
 
@@ -126,8 +130,9 @@ CONVERSATIONS: dict[str, tuple[Sequence[Mapping[str, Any]], Sequence[Any], dict[
     "thoughts": ([USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}], (), {}),
     "thinking off": (TALK["messages"], (), {"enable_thinking": False, "thinking": False}),
     "an earlier answer": ([USER, TALK["messages"][1], USER, {"role": "assistant", "content": "no"}], (), {}),
-    "a call": ([USER, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
-                {"role": "tool", "content": "Bonn"}, TALK["messages"][1]], (), {}),
+    "a call": ([USER, CALLING, {"role": "tool", "content": "Bonn", "tool_call_id": CALL_ID}, TALK["messages"][1]],
+               (), {}),
+    "a call as the answer": ([USER, CALLING], (), {}),
 }  # fmt: skip
 
 

@@ -310,8 +310,8 @@ class Parts:
         self.hashes.append(hashed)
         self.sources.append(source)
         self.mark_counts.append(len(here))
-        if encoded.notes:
-            self.notes.update(set(encoded.notes))
+        for note in set(encoded.notes):
+            take_note(self.notes, note)
 
     def refuse(self, error: UserError, where: str) -> None:
         """A row that cannot be used. Numbers apart, equal reasons are one."""
@@ -342,6 +342,11 @@ class Parts:
             marked_values=self.values,
             values_not_found=self.values_not_found,
         )
+
+
+def take_note(notes: Counter[str], note: str, count: int = 1) -> None:
+    """Count what was not used. Keys of rows may be any words: of many, the first are named."""
+    notes[note if note in notes or len(notes) < MAX_REASONS else "other keys and columns"] += count
 
 
 def encode_row(

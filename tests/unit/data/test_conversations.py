@@ -75,9 +75,8 @@ def test_calls_tools_and_thoughts(arguments):
         "tools": json.dumps([{"name": "f"}]),
     }
     found = conversation(row, "chat", COLUMNS)
-    assert found.tools == [{"name": "f"}] and found.ignored == tuple(
-        f"key {key} of turns" for key in ("tool_call_id", "name", "score")
-    )
+    assert found.tools == [{"name": "f"}] and found.ignored == ("key score of turns",)
+    assert found.messages[2] == {"role": "tool", "content": "3", "tool_call_id": "c", "name": "f"}
     expected = {"role": "assistant", "content": "", "reasoning_content": "hm", "weight": 0}
     assert found.messages[1] == {**expected, "tool_calls": [{**CALL, "id": "c"}]}
     old = {"messages": [{"role": "assistant", "function_call": CALL["function"]}]}
