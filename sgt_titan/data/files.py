@@ -304,6 +304,8 @@ def _fetch(address: str, data: schema.Data) -> list[Path]:
             found.append(target)
     except UserError:
         raise
+    except ImportError as error:  # the outer one says what to install
+        raise UserError(f"data.source: {without_query(address)} needs another package: {error}") from None
     except Exception as error:
         raise UserError(f"data.source: {without_query(f'{address} cannot be fetched: {reason(error)}')}") from None
     return found

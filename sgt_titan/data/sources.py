@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan.config import schema
+from sgt_titan.config.fields import FIELDS, TURN_FIELDS, USUAL_COLUMNS
 from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Conversation, Messages, conversation
 from sgt_titan.data.files import files_of, kind, listing, reason, some, without_query
-from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, FIELDS, PRESETS, TURN_FIELDS, USUAL_COLUMNS
+from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, PRESETS
 from sgt_titan.data.readers import hash_files, open_files
 from sgt_titan.errors import UserError
 

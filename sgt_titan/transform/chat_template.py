@@ -124,7 +124,7 @@ def _applied(
 ) -> Any:
     template = _pinned(source(tokenizer, tools=bool(tools)), how.date)
     calls = [call for m in messages for call in m.get("tool_calls") or ()]
-    style = _call_style(tokenizer, template) if calls or any("tool_call_id" in m for m in messages) else None
+    style = call_style(tokenizer, template) if calls or any("tool_call_id" in m for m in messages) else None
     try:
         return tokenizer.apply_chat_template(
             [dict(m) if style is None else style.of(m) for m in messages],
@@ -173,7 +173,7 @@ def short_id(name: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def _call_style(tokenizer: PreTrainedTokenizerBase, template: str) -> CallStyle:
+def call_style(tokenizer: PreTrainedTokenizerBase, template: str) -> CallStyle:
     """The first of the styles in which the template prints a call; the plain one if it prints none."""
     function = {"name": "named", "arguments": {"argued": 1}}
     call = {"type": "function", "id": "call_" + "a" * 24, "function": function}

@@ -125,6 +125,14 @@ def test_a_row_of_too_many_cells_is_one_bad_row(tmp_path):
         rows.messages(1)
 
 
+def test_a_row_of_too_few_cells_is_one_bad_row_and_a_blank_line_is_none(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output\na,b\n\n  \nc\nd,\n")
+    rows = load_rows(Data(source=str(tmp_path / "a.csv"), cache_dir=str(tmp_path / "cache")))
+    assert len(rows) == 3 and [m["content"] for m in rows.messages(2)] == ["d"]
+    with pytest.raises(UserError, match=r"a\.csv: row 2: has 1 cells, the first line has 2$"):
+        rows.messages(1)
+
+
 def test_what_pandas_writes(tmp_path, read):
     """NaN is a value that is missing, the column of its index has no name."""
     (tmp_path / "a.jsonl").write_text(
@@ -156,3 +164,116 @@ def test_json_that_is_no_rows(tmp_path, read, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=words):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_numbers_that_python_does_not_read_are_text(tmp_path, read, name):
+    rows = [
+        '{"instruction": %s, "output": -0}' % ("7" * 5000),
+        '{"instruction": 1e999, "output": 12345678901234567890}',
+    ]
+    text = f"[{', '.join(rows)}]" if name == "a.json" else "\n".join(rows)
+    (tmp_path / name).write_bytes(compressed(text, "gz") if name.endswith("gz") else text.encode())
+    assert read(tmp_path / name)[0] == [["7" * 5000, "-0"], ["1e999", "12345678901234567890"]]
+
+
+def test_a_key_that_stands_twice_is_a_bad_row(tmp_path):
+    """Readers of JSON disagree on which of the two counts; wherever it stands."""
+    turns = '[{"role": "user", "content": "a", "content": "b"}]'
+    (tmp_path / "a.jsonl").write_text(
+        f'{{"messages": []}}\n{{"messages": {turns}}}\n{{"messages": [], "messages": []}}\n'
+    )
+    rows = load_rows(Data(source=str(tmp_path / "a.jsonl")))
+    for i in (1, 2):
+        with pytest.raises(
+            UserError, match=rf"row {i + 1}: cannot be read as JSON \(a key stands twice in one object\)"
+        ):
+            rows.messages(i)
+
+
+def test_a_first_row_that_is_none_is_one_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xe9"}\n{"text": "a"}\n')
+    rows = load_rows(Data(source=str(tmp_path / "a.jsonl")))
+    assert rows.messages(1)[0]["content"] == "a"
+    with pytest.raises(UserError, match=r"row 1: cannot be read as JSON \(not UTF-8\)"):
+        rows.messages(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is no UTF-8 text (UTF-16, or binary); save it as UTF-8"),
+        ("a.csv", "text\na\n".encode("utf-16-be"), "is no UTF-8 text"),
+        ("a.txt", "a\nb\n".encode("utf-16-le"), "is no UTF-8 text"),
+        ("a.txt", "\xe9\n".encode("latin-1"), "is not UTF-8 text"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git LFS"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git LFS"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 500, mtime=0)[:-9], "cannot be read as json: OSError: Truncated"),
+        ("a.jsonl.zst", compressed(LINES * 500, "zst")[:-9], "cannot be read as json: OSError: Truncated"),
+        ("a.json", b'[{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}]", "cannot be read as json: nested too deeply"),
+        ("a.parquet", b"", "cannot be read as parquet: ArrowInvalid"),
+        ("a.csv", b"", "no usable rows: the source is empty"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(tmp_path, read, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / name)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_marks_at_the_beginning_and_several_streams_in_a_file(tmp_path, read):
+    """A byte order mark; what `cat a.gz b.gz` and parallel compressors write."""
+    bom = "\ufeff".encode()
+    (tmp_path / "a.jsonl").write_bytes(bom + b'{"text": "one"}\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.txt").write_bytes(bom + b"one\r\ntwo\r\n")
+    (tmp_path / "c.csv").write_bytes(bom + b"text\rone\rtwo\r")
+    for how in ("gz", "bz2", "zst"):
+        parts = [compressed(json.dumps({"text": text}) + "\n", how) for text in ("one", "two")]
+        (tmp_path / f"d.jsonl.{how}").write_bytes(b"".join(parts))
+    for file in sorted(tmp_path.glob("*.*")):
+        assert read(file)[0] == [["one"], ["two"]], file
+
+
+def test_columns_of_other_types(tmp_path):
+    """Lists, bytes and durations are no text; a list of structs is a list of turns, an absent key a null."""
+    import datetime
+
+    table = {
+        "instruction": [["a"], ["b"]],
+        "output": [b"a", b"b"],
+        "text": [datetime.timedelta(1)] * 2,
+        "messages": [[{"role": "user", "content": "a", "name": None}], [{"role": "user", "content": "b", "name": "c"}]],
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    rows = load_rows(Data(source=str(tmp_path / "a.parquet")))
+    assert rows.format == "chat" and rows.unused == ("instruction", "output", "text")
+    assert rows.conversation(0).ignored == () and rows.conversation(1).ignored == ("key name of turns",)
+    for fmt, columns, kind in (("text", {}, "timedelta"), ("instruction", {}, "list"),
+                               ("instruction", {"instruction": "output"}, "bytes")):  # fmt: skip
+        with pytest.raises(UserError, match=f"must be text, is {kind}"):
+            load_rows(Data(source=str(tmp_path / "a.parquet"), format=fmt, columns=columns)).messages(0)
+
+
+def test_columns_that_stand_twice_and_feather(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    for name, new in (("b.arrow", pa.ipc.new_stream), ("c.arrow", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, new(sink, twice.schema) as writer:
+            writer.write_table(twice)
+    for name, words in (
+        ("a.parquet", "column 'text' stands in it twice"),
+        ("b.arrow", "cannot be read as arrow: "),
+        ("c.arrow", "is in Arrow's file format (Feather); write a stream, or Parquet"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_rows(Data(source=str(tmp_path / name)))
+        assert words in str(error.value)
+
+
+def test_columns_that_no_early_row_has_are_said(tmp_path):
+    rows = [{"text": "a"}] * 120 + [{"text": "b", "note": "c", "nothing": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_rows(Data(source=str(tmp_path / "a.jsonl")))
+    assert found.conversation(0).ignored == ()
+    assert found.conversation(120).ignored == ("column note, which no early row has",)
