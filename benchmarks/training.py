@@ -1,7 +1,7 @@
 """A training step: the naive way, ours with each optimisation added, torchtitan's pretraining, and the bound.
 
     python benchmarks/training.py                         sizes for any CPU, minutes
-    python benchmarks/training.py --gpu --json FILE       Llama 1B and 8B shapes in bf16 on one GPU
+    python benchmarks/training.py --gpu --out FILE        Llama 1B and 8B shapes in bf16 on one GPU
 
 Each arm lives in a process of its own, which steps when told to, so that arms alternate step by step and memory is an
 arm's own. On a GPU the processes take turns instead: two 8B trunks do not fit. HFU is the work of an arm's matrix
@@ -17,7 +17,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, device  # noqa: E402
+from benchmarks.tables import Tables, add_out, written  # noqa: E402
 from benchmarks.timing import clock, machine, peak_bytes  # noqa: E402
 
 SIZES = {
@@ -158,19 +158,26 @@ def run(family: str, name: str, wanted: list[str], repeats: int, warmup: int) ->
     return {arm: results[arm] for arm in [*wanted, "(d) ceiling"]}
 
 
-def show(name: str, results: dict[str, dict]) -> None:
-    print(f"\n{name}: matmul ceiling {results['(d) ceiling']['tflops']:.3g} Tflop/s\n")
-    print("| arm | s a step, median (spread) | bound, s | tokens/s | HFU | peak above the weights, MiB |")
-    print("|---|---:|---:|---:|---:|---:|")
+COLUMNS = {
+    "arm": "",
+    "s a step, median (spread)": ".3f",
+    "bound, s": ".3f",
+    "tokens/s": ",.0f",
+    "HFU": ".0%",
+    "peak above the weights, MiB": ",.0f",
+}
+
+
+def show(tables: Tables, name: str, results: dict[str, dict]) -> None:
+    tables.start(name, COLUMNS)
     for arm, r in results.items():
         if "error" in r:
-            print(f"| {arm} | {r['error'][:80]} | | | | |")
+            tables.row(arm, r["error"][:80], *[None] * 4)
         elif "seconds" in r:
-            print(
-                f"| {arm} | {r['seconds']:.3f} ({r['low']:.3f} to {r['high']:.3f}) | {r['bound_seconds']:.3f} | "
-                f"{r['tokens_per_second']:,.0f} | {r['hfu']:.0%} | {r['peak_mib']:,.0f} |"
-            )
-    sys.stdout.flush()
+            figures = (r[name] for name in ("bound_seconds", "tokens_per_second", "hfu", "peak_mib"))
+            tables.row(arm, (r["seconds"], r["low"], r["high"]), *figures)
+        else:
+            tables.row(f"{arm} of matrix products, {r['tflops']:.3g} Tflop/s", *[None] * 5)
 
 
 def main() -> int:
@@ -180,7 +187,7 @@ def main() -> int:
     parser.add_argument("--arms", default="", help="only arms that this regular expression is found in")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--json", help="write the figures here")
+    add_out(parser)
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.serve:
@@ -191,14 +198,9 @@ def main() -> int:
     sizes = [name for name in SIZES[family] if words.sizes in name]
     if not wanted or not sizes:
         parser.error(f"nothing to run; sizes are {', '.join(SIZES[family])}; arms are {', '.join(ARMS)}")
-    about = f"{machine()}; {time.strftime('%Y-%m-%d')}"
-    print(about)
-    everything = {}
-    for name in sizes:
-        everything[name] = run(family, name, wanted, words.repeats, words.warmup)
-        show(name, everything[name])
-    if words.json:
-        Path(words.json).write_text(json.dumps({"machine": about, "sizes": everything}, indent=1))
+    with written(words.out, machine()) as tables:
+        for name in sizes:
+            show(tables, name, run(family, name, wanted, words.repeats, words.warmup))
     return 0
 
 
