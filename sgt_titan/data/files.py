@@ -284,6 +284,7 @@ def _fetch(address: str, data: schema.Data) -> list[Path]:
     web = address.startswith(("http://", "https://"))
     try:
         store, path = fsspec.core.url_to_fs(address)
+        store.invalidate_cache()  # listings of an earlier call in this process
         is_glob = re.search(r"[*\[]" if web else r"[*?\[]", path)  # a question mark of the web begins a query
         names = sorted(name for name in store.glob(path) if web or store.isfile(name)) if is_glob else [path]
         if not names:

@@ -177,7 +177,10 @@ def call_style(tokenizer: PreTrainedTokenizerBase, template: str) -> CallStyle:
     """The first of the styles in which the template prints a call; the plain one if it prints none."""
     function = {"name": "named", "arguments": {"argued": 1}}
     call = {"type": "function", "id": "call_" + "a" * 24, "function": function}
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns: list[Message] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
     if "tool_call" in template:
         for choices in product((False, True), repeat=2):
             style = CallStyle(*choices)

@@ -148,7 +148,7 @@ REGISTRY = importlib.import_module("fsspec.registry")  # the attribute of that n
 class Bucket(AbstractFileSystem):
     """A store as s3fs and the hub's are: a file has a tag of its version, and listings are kept until they are told."""
 
-    root_marker, cachable = "", False
+    root_marker = ""
     files: ClassVar[dict[str, bytes]] = {}
     denied: ClassVar[bool] = False
     fetched: ClassVar[list[str]] = []
