@@ -293,7 +293,7 @@ def prepare(
         _build(found, tokenizer, tokenizer_dir, name, final, config.data, progress=progress, workers=workers)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror or error}") from error
-    return _shown(_weighted(_open_or_fail(final, config.data.validation_samples), config.data))
+    return _shown(_weighted(open_cache(final, config.data.validation_samples), config.data))
 
 
 def _as_it_lies(dataset: TokenizedDataset, found: list[Part]) -> TokenizedDataset:
@@ -331,15 +331,6 @@ def mixture(dataset: TokenizedDataset) -> dict[str, dict[str, Any]]:
         name: {"samples": samples[name], "weight": dataset.weights.get(name), "share": size / sum(sizes.values())}
         for name, size in sizes.items()
     }
-
-
-def open_cache(directory: str | Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
-    """Memory-map a finished cache. Sizes are always checked, with ``verify`` also the sha256 of every array.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    return _open_or_fail(Path(directory), validation_samples, verify=verify)
 
 
 def wait_or_prepare(
@@ -411,7 +402,12 @@ def _publish(path: Path, content: Mapping[str, Any]) -> None:
         raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
 
 
-def _open_or_fail(directory: Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
+def open_cache(directory: Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
+    """Memory-map a finished cache. Sizes are always checked, with ``verify`` also the sha256 of every array.
+
+    Raises:
+        UserError: missing or damaged.
+    """
     try:
         return _open(directory, validation_samples, verify=verify)
     except DamagedCache as error:

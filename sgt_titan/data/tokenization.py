@@ -194,20 +194,12 @@ def _private(data: schema.Data) -> dict[str, str]:
     return {"private": data.private, "private_own": own, "private_own_digest": digest, "private_version": versions}
 
 
-def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """At most ``seq_len`` tokens, or None if the sample is to be dropped.
+def kept(roles_T: np.ndarray, seq_len: int, how: str) -> np.ndarray | None:
+    """Which tokens stay, at most ``seq_len``: bool (T,), or None if the sample is to be dropped.
 
     ``right`` cuts the end. ``left`` takes out the first prompt tokens, as many as needed: the template around
     them stays whole, and so does the response; None if the prompt is not long enough for that.
     """
-    if len(ids_T) <= seq_len:
-        return ids_T, roles_T
-    keep = kept(roles_T, seq_len, how)
-    return None if keep is None else (ids_T[keep], roles_T[keep])
-
-
-def kept(roles_T: np.ndarray, seq_len: int, how: str) -> np.ndarray | None:
-    """Which tokens ``truncate`` keeps: bool (T,)."""
     keep, excess = np.ones(len(roles_T), dtype=bool), len(roles_T) - seq_len
     if excess <= 0:
         return keep

@@ -52,7 +52,7 @@ TOGETHER = {
     "evaluation.report.terminal evaluation.report.words",
     "unit/evaluation/scores/test_harness.py": "evaluation.scores.benchmarks",
     "unit/evaluation/studies/test_frontier.py": "evaluation.report.plane",
-    "unit/evaluation/test_readings.py": "client.quiet readings",
+    "unit/evaluation/test_readings.py": "readings",
     "unit/plan/test_time_and_command.py": "plan.arithmetic plan.interval plan.report plan.traffic plan.weights",
     "unit/private/test_conversation.py": "private.amounts private.dates private.surrogates",
     "unit/private/test_finders.py": "private.detectors private.draws private.names private.own private.policy "

@@ -181,7 +181,7 @@ def test_r1_distill_qwen_is_qwen2_5_32b():
 
 def test_memory_page_is_current():
     page = (REPO / "docs" / "MEMORY.md").read_text()
-    assert summary(SHIPPED) in page, "docs/MEMORY.md: replace its tables by the output of `python -m sgt_titan.plan`"
+    assert summary(SHIPPED) in page, "docs/MEMORY.md: replace its tables by the output of `sgt-titan plan`"
 
 
 def test_plan_of_one_config_by_hand():

@@ -224,7 +224,7 @@ def grants(attack: Callable[..., Guess]) -> dict[str, typing.Any]:
     hints = typing.get_type_hints(attack)
     found = {}
     for name, parameter in inspect.signature(attack).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             continue
         if hints.get(name) not in typing.get_args(Grant):
             raise TypeError(f"{attack.__module__}.{attack.__name__}: {name} is no grant of threat.py")

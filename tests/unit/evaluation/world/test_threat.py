@@ -121,10 +121,14 @@ def test_every_attack_declares_what_it_sees_and_costs(name):
     assert any(kind in (Observation, Noisy, Unseen) for kind in grants(attack.run).values())
     assert attack.title and attack.source
     assert set(attack.effort) - {GLANCE} <= set(SUITES) and attack.effort
+    # What an attack takes beside its grants, or hands on to another: then its cost knows the names.
     keywords = {k for k, p in inspect.signature(attack.run).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if hands_on := any(p.kind is p.VAR_KEYWORD for p in inspect.signature(attack.run).parameters.values()):
+        with pytest.raises(TypeError):
+            attack.cost(SMALL, nonsense=1)
     for suite in attack.effort:
         arguments = attack.arguments(suite)
-        assert set(arguments) <= keywords
+        assert hands_on or set(arguments) <= keywords
         small, large = attack.cost(SMALL, **arguments), attack.cost(LARGE, **arguments)
         assert 0 < small.flops < large.flops and 0 < small.bytes <= large.bytes
 
