@@ -5,6 +5,8 @@
     python benchmarks/conjformer.py attacks EXPORT --trunk TRUNK --data tinystories \
         --server NAME=SERVER,CLIENT,SECRET ... [--sgt] [--own MODEL] [--wire bfloat16] [--only a,b] [--rows 32]
     python benchmarks/conjformer.py gains MODEL...            # how much the gains of each norm differ
+    python benchmarks/conjformer.py between --trunk TRUNK --export EXPORT --data tinystories
+                    # perplexity with scalar norms whose linears have made up a part of what averaging the gains took
 
     python benchmarks/conjformer.py gpt2 OUT --steps 400      # a GPT-2 pretrained on the demo corpus, to convert
 
@@ -26,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sgt_titan.conjformer.client import Client
+from sgt_titan.conjformer.families import FAMILIES
 from sgt_titan.conjformer.secret import load
 from sgt_titan.demo import TRUNK
 from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
@@ -73,15 +76,35 @@ def perplexity(arguments: argparse.Namespace) -> None:
     """Over all tokens of the held-out rows."""
     setting = _setting(arguments)
     for path in arguments.models:
-        model, nats, count = model_of(path), 0.0, 0
-        for batch in setting.full_batches:
-            logits = model(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long()).logits[:, :-1].float()
-            keep = batch.valid_BT[:, 1:]
-            nats += torch.nn.functional.cross_entropy(
-                logits[keep], batch.tokens_BT[:, 1:][keep], reduction="sum"
-            ).item()
-            count += int(keep.sum())
-        print(f"{path}: perplexity {math.exp(nats / count):.3f}, {nats / count:.4f} nats, N = {count}", flush=True)
+        _say_perplexity(path, model_of(path), setting)
+
+
+def _say_perplexity(name: str, model, setting) -> None:
+    nats, count = 0.0, 0
+    for batch in setting.full_batches:
+        logits = model(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long()).logits[:, :-1].float()
+        keep = batch.valid_BT[:, 1:]
+        nats += torch.nn.functional.cross_entropy(logits[keep], batch.tokens_BT[:, 1:][keep], reduction="sum").item()
+        count += int(keep.sum())
+    print(f"{name}: perplexity {math.exp(nats / count):.3f}, {nats / count:.4f} nats, N = {count}", flush=True)
+
+
+@torch.no_grad()
+def between(arguments: argparse.Namespace) -> None:
+    """Every gain is its mean, and the linears behind are times (g / mean)^s: 0 the averaged gains, 1 the exact fold.
+    Llama's names."""
+    setting = _setting(arguments)
+    for share in (0.0, 0.5, 0.75, 0.9, 0.95, 1.0):
+        model = model_of(arguments.trunk)
+        family = FAMILIES[model.config.model_type]
+        for layer in model.base_model.layers:
+            for norm in family.norms:
+                gain_D = layer.get_submodule(norm).weight
+                for module, rule in family.linears.items():
+                    if rule.norm == norm:
+                        layer.get_submodule(module).weight.mul_((gain_D / gain_D.mean()).abs() ** share)
+                gain_D.fill_(gain_D.mean())
+        _say_perplexity(f"{share:.0%} made up", model, setting)
 
 
 def attacks(arguments: argparse.Namespace) -> None:
@@ -214,10 +237,11 @@ def main() -> None:
     three.add_argument("--seed", type=int, default=0)
     five = parts.add_parser("gains")
     five.add_argument("models", nargs="+")
+    six = parts.add_parser("between")
     four = parts.add_parser("gpt2")
     four.add_argument("out")
     four.add_argument("--steps", type=int, default=400)
-    for sub in (two, three):
+    for sub in (two, three, six):
         sub.add_argument("--export", required=True)
         sub.add_argument("--trunk", required=True)
         sub.add_argument("--data", required=True)
@@ -225,7 +249,7 @@ def main() -> None:
         sub.add_argument("--corpus", type=int, default=2000)
     arguments = parser.parse_args()
     disable_progress_bar()
-    run = {f.__name__: f for f in (equivalence, perplexity, attacks, gains, gpt2)}[arguments.part]
+    run = {f.__name__: f for f in (equivalence, perplexity, between, attacks, gains, gpt2)}[arguments.part]
     run(arguments)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tables import add_out, written
 from benchmarks.timing import machine
 from sgt_titan.titan import cpu_support
 
@@ -74,21 +75,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trunk", required=True)
     parser.add_argument("--data", required=True, help='JSONL with a "text" column')
+    add_out(parser)
     words = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(words.trunk, local_files_only=True)
     lines = Path(words.data).read_text().splitlines()[:32]
     rows = [tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :128] for line in lines]
-    print(f"{machine()}; {sum(ids.shape[1] for ids in rows):,} tokens")
-    print("\n| trunk | relative error of a weight | KL to the trunk in float32, nats | top-1 agreement |")
-    print("|---|---:|---:|---:|")
+    columns = {
+        "trunk": "",
+        "relative error of a weight": ".2%",
+        "KL to the trunk in float32, nats": ".5f",
+        "top-1 agreement": ".2%",
+    }
     reference = trunk(words.trunk, torch.float32, "none")
     exact, weights = log_probabilities(reference, rows), named_weights(reference)
-    for name, (dtype, float8) in WAYS.items():
-        model = trunk(words.trunk, dtype, float8)
-        found = log_probabilities(model, rows)
-        kl = torch.cat([(e.exp() * (e - f)).sum(-1) for e, f in zip(exact, found, strict=True)])
-        agree = torch.cat([e.argmax(-1) == f.argmax(-1) for e, f in zip(exact, found, strict=True)])
-        print(f"| {name} | {weight_error(model, weights):.2%} | {kl.mean():.5f} | {agree.float().mean():.2%} |")
+    with written(words.out, machine()) as tables:
+        tables.start(f"{sum(ids.shape[1] for ids in rows):,} tokens", columns)
+        for name, (dtype, float8) in WAYS.items():
+            model = trunk(words.trunk, dtype, float8)
+            found = log_probabilities(model, rows)
+            kl = torch.cat([(e.exp() * (e - f)).sum(-1) for e, f in zip(exact, found, strict=True)])
+            agree = torch.cat([e.argmax(-1) == f.argmax(-1) for e, f in zip(exact, found, strict=True)])
+            tables.row(name, weight_error(model, weights), kl.mean().item(), agree.float().mean().item())
 
 
 if __name__ == "__main__":

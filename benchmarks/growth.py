@@ -1,13 +1,13 @@
 """How time and memory of a step grow with each dimension, ours beside the naive way: ``python benchmarks/growth.py``.
 
 From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is
-what torch holds at most during a step beyond what it holds between steps.
+what torch holds at most during a step beyond what it holds between steps. Both ways keep the memory that they free
+(``timing.keep_memory``), and alternate.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import replace
@@ -18,7 +18,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arms import Arm, Size, device, naive, ours
-from benchmarks.timing import clock, machine, peak_bytes
+from benchmarks.tables import add_out, written
+from benchmarks.timing import Watched, doubts, keep_memory, machine, peak_bytes, watched
 
 BASE = Size(width=128, layers=4, hidden=344, heads=4, kv_heads=2, vocab=16_000, rows=4, length=128)
 AXES: dict[str, tuple[str, list[int]]] = {
@@ -38,15 +39,21 @@ def at(axis: str, value: int) -> Size:
     return replace(BASE, **{{"T": "length", "V": "vocab", "layers": "layers", "B": "rows"}[axis]: value})
 
 
-def measure(arm: Arm, repeats: int) -> tuple[list[float], float]:
-    """Seconds of each step, and the peak above what is held between steps, MiB."""
-    arm.step()
-    seconds = []
-    for _ in range(repeats):
-        started = clock()
+def measure(arms: dict[str, Arm], repeats: int) -> dict[str, tuple[list[Watched], float]]:
+    """Every step of each, in turn, and the peak above what is held between steps, MiB."""
+    for arm in arms.values():
         arm.step()
-        seconds.append(clock() - started)
-    return seconds, peak_bytes(arm.step) / 2**20
+        arm.step()
+    calls: dict[str, list[Watched]] = {way: [] for way in arms}
+    for _ in range(repeats):
+        for way, arm in arms.items():
+            calls[way].append(watched(arm.step))
+    return {way: (calls[way], peak_bytes(arm.step) / 2**20) for way, arm in arms.items()}
+
+
+def summary(of: dict[str, dict[str, dict]], what: str, form: str) -> str:
+    """``ours ... / naive ...`` along an axis."""
+    return " / ".join(", ".join(format(ways[way][what], form) for ways in of.values()) for way in WAYS)
 
 
 def draw(found: dict, folder: Path) -> None:
@@ -76,28 +83,29 @@ def draw(found: dict, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", help="write the figures here, or draw those that are there")
+    add_out(parser)
     parser.add_argument("--plots", help="draw into this folder")
     words = parser.parse_args()
-    file = Path(words.json) if words.json else None
-    if words.plots and file and file.exists():
-        draw(json.loads(file.read_text())["axes"], Path(words.plots))
-        return
+    keep_memory()
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    print(machine())
     found: dict[str, dict] = {}
-    for axis, (about, values) in AXES.items():
-        print(f"\n| {axis}: {about} | way | s a step, median (spread) | peak MiB |\n|---:|---|---:|---:|")
-        for value in values:
-            for way, build in WAYS.items():
-                seconds, peak = measure(build(at(axis, value)), words.repeats)
-                figures = {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
-                figures["peak"] = peak
-                found.setdefault(axis, {}).setdefault(str(value), {})[way] = figures
-                spread = f"({figures['low']:.3f} to {figures['high']:.3f})"
-                print(f"| {value:,} | {way} | {figures['seconds']:.3f} {spread} | {peak:,.0f} |", flush=True)
-    if file:
-        file.write_text(json.dumps({"machine": machine(), "axes": found}, indent=1))
+    with written(words.out, machine()) as tables:
+        for axis, (about, values) in AXES.items():
+            columns = {f"{axis}: {about}": ",d", "way": "", "s a step, median (spread)": ".3f", "peak MiB": ",.0f"}
+            tables.start("", columns)
+            for value in values:
+                measured = measure({way: build(at(axis, value)) for way, build in WAYS.items()}, words.repeats)
+                for way, (calls, peak) in measured.items():
+                    seconds = [call.seconds for call in calls]
+                    figures = {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+                    found.setdefault(axis, {}).setdefault(str(value), {})[way] = figures | {"peak": peak}
+                    tables.row(value, way, tuple(figures.values()), peak)
+                for doubt in doubts({way: calls for way, (calls, _) in measured.items()}):
+                    print(f"NOT TO BE TRUSTED: {doubt}", flush=True)
+        tables.start("", {"": "", "peak MiB, ours / naive": "", "seconds, ours / naive": ""})
+        for axis, of in found.items():
+            points = ", ".join(value if axis != "V" else f"{int(value) // 1000}k" for value in of)
+            tables.row(f"{axis} {points}", summary(of, "peak", ".0f"), summary(of, "seconds", ".2f"))
     if words.plots:
         draw(found, Path(words.plots))
 

@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tables import Tables, add_out, written
 from benchmarks.timing import clock, compare, machine, peak_bytes
 from sgt_titan.objectives.distillation import EAGER, attach, chunk_size, compiled_kernels, distil
 from sgt_titan.objectives.mutual_information import group_loss, shifts
@@ -62,31 +63,31 @@ def compared(cases: dict, shapes: list[tuple[int, ...]], repeats: int) -> dict:
     return {name: (*times[name], peak_bytes(call) / 2**20) for name, call in calls.items()}
 
 
-def table(title: str, rows: dict[str, dict]) -> None:
-    print(f"\n{title}\n\n| size | way | s, median (spread) | peak MiB |\n|---|---|---:|---:|")
-    for size, found in rows.items():
-        for way, (median, low, high, peak) in found.items():
-            print(f"| {size} | {way} | {median:.3f} ({low:.3f} to {high:.3f}) | {peak:,.0f} |", flush=True)
+COLUMNS = {"size": "", "way": "", "s, median (spread)": ".3f", "peak MiB": ",.0f"}
 
 
-def main() -> None:
-    print(machine())
-    rows = {}
+def show(tables: Tables, size: str, found: dict) -> None:
+    for way, (*times, peak) in found.items():
+        tables.row(size, way, tuple(times), peak)
+
+
+def main(tables: Tables) -> None:
+    tables.start(f"loss: {N} tokens, D {D}, float32", COLUMNS)
     fused = compiled_kernels()
     for vocab in (32_000, 128_256, 152_064):
         cases = {"whole logits": whole_logits}
         for chunk in (chunk_size(vocab, "cuda"), chunk_size(vocab, "cpu")):
             cases[f"chunks of {chunk}"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk)
             cases[f"chunks of {chunk}, compiled"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk, fused)
-        rows[f"V {vocab:,}"] = compared(cases, [(N, D), (N, D), (vocab, D)], 3)
-    table(f"loss: {N} tokens, D {D}, float32", rows)
-    rows = {}
+        show(tables, f"V {vocab:,}", compared(cases, [(N, D), (N, D), (vocab, D)], 3))
+    tables.start("pairs: T 256, D 256, float32", COLUMNS)
     for count in (4, 8, 16):
         cases = {"(B, B, T, D)": all_pairs, "shift by shift": by_shifts}
-        rows[f"B {count}"] = compared(cases, [(count, 256, 256)] * 3, 5)
-    table("pairs: T 256, D 256, float32", rows)
+        show(tables, f"B {count}", compared(cases, [(count, 256, 256)] * 3, 5))
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_out(parser)
+    with written(parser.parse_args().out, machine()) as found:
+        main(found)

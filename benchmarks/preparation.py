@@ -1,6 +1,6 @@
 """Speed of preparing rows: with and without marks of private values, against the tokenizer alone, in one run.
 
-    python benchmarks/preparation.py [--against CHECKOUT] [--rows N]
+    python benchmarks/preparation.py [--against CHECKOUT] [--rows N] [--out FILE]
 
 Microseconds of CPU a row on one core, the smallest of several rounds, which alternate between what is compared; memory
 is what the process has held at most. ``tokenizer alone``: the same texts through the same fast tokenizer with offsets,
@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tables import add_out, written  # beside this file: PYTHONPATH may name another checkout
 
 HERE = Path(__file__).resolve().parents[1]
 ROUNDS = 2
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="another checkout of this project")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    add_out(parser)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.rows)))
@@ -85,18 +89,16 @@ def main() -> None:
             for key, value in json.loads(said.splitlines()[-1]).items():
                 best[name][key] = min(value, best[name].get(key, value))
     here, other = best["here"], best.get("against", {})
-    print(
-        f"{'us a row':<16}{'here':>8}{'tokenizer alone':>17}{'ratio':>7}" + f"{'against':>9}{'ratio':>7}" * bool(other)
-    )
-    for case in CASES:
-        if case in here:
-            alone = here[f"{case}: tokenizer alone"]
-            line = f"{case:<16}{here[case]:>8.0f}{alone:>17.0f}{here[case] / alone:>7.2f}"
-            print(line + (f"{other[case]:>9.0f}{here[case] / other[case]:>7.2f}" if other else ""))
-    print(
-        f"{'peak MiB':<16}{here['MiB']:>8.0f}{'':>24}"
-        + (f"{other['MiB']:>9.0f}{here['MiB'] / other['MiB']:>7.2f}" if other else "")
-    )
+    columns = {"us a row": "", "now": ",.0f", "before": ",.0f", "ratio": ".2f", "tokenizer alone": ",.0f"}
+    machine = f"{os.cpu_count()} x {platform.machine()} CPU, Python {platform.python_version()}"
+    with written(arguments.out, machine) as tables:
+        tables.start("", columns)
+        for case in [*(case for case in CASES if case in here), "MiB"]:
+            before = other.get(case)
+            ratio = here[case] / before if before else None
+            tables.row(
+                case if case != "MiB" else "peak MiB", here[case], before, ratio, here.get(f"{case}: tokenizer alone")
+            )
 
 
 if __name__ == "__main__":

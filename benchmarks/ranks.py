@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import arms
+from benchmarks.tables import Tables, add_out, written
 from benchmarks.timing import clock, compare, machine, peak_bytes
 
 SIZE = replace(arms.CPU, layers=8, vocab=16_000)  # two rows a rank: a pair needs two
@@ -179,35 +180,46 @@ def draw(found: dict[str, dict[int, tuple]], naive: float, folder: Path) -> None
     figure.savefig(folder / "growth-ranks.png", dpi=110)
 
 
-def gathers(_) -> None:
-    print("\n| ranks | way | gathers a step | gathered, MB | s a step, median (spread) |\n|---:|---|---:|---:|---:|")
+GATHERS = {
+    "ranks": "d",
+    "way": "",
+    "gathers a step": "d",
+    "gathered, MB": ".0f",
+    "s a step, median (spread)": ".3f",
+}
+PAIRS = {"ranks": "d", "pairs exchanged": "", "s a step, median (spread)": ".3f"}
+GROWTH = {
+    "ranks": "d",
+    "layers": "",
+    "gathers a step": "d",
+    "received a rank, MB": ".0f",
+    "frozen shard, MiB": ".0f",
+    "peak above rest, MiB": ".0f",
+    "s of a rank's own work, median (spread)": ".3f",
+}
+
+
+def gathers(tables: Tables, _) -> None:
+    tables.start("", GATHERS)
     for world in (2, 4):
-        for name, (count, size, median, low, high) in on_ranks(gather_once_or_twice, world).items():
-            spread = f"({low:.3f} to {high:.3f})"
-            print(f"| {world} | {name} | {count} | {size / 1e6:.0f} | {median:.3f} {spread} |", flush=True)
+        for name, (count, size, *times) in on_ranks(gather_once_or_twice, world).items():
+            tables.row(world, name, count, size / 1e6, tuple(times))
 
 
-def pairs(_) -> None:
-    print("\n| ranks | pairs exchanged | s a step, median (spread) |\n|---:|---|---:|")
-    for name, (median, low, high) in on_ranks(exchange_behind_or_before, 2).items():
-        print(f"| 2 | {name} | {median:.3f} ({low:.3f} to {high:.3f}) |", flush=True)
+def pairs(tables: Tables, _) -> None:
+    tables.start("", PAIRS)
+    for name, times in on_ranks(exchange_behind_or_before, 2).items():
+        tables.row(2, name, tuple(times))
 
 
-def growth(plots: str | None) -> None:
-    print(
-        "\n| ranks | layers | gathers a step | received a rank, MB | frozen shard, MiB | peak above rest, MiB | "
-        "s of a rank's own work, median (spread) |\n|---:|---|---:|---:|---:|---:|---:|"
-    )
+def growth(tables: Tables, plots: str | None) -> None:
+    tables.start("", GROWTH)
     found: dict[str, dict[int, tuple]] = {}
     for float8, name in (("none", "float32"), ("weights", "float8")):
         for world in RANKS:
             row = found.setdefault(name, {})[world] = on_ranks(step_of, world, float8)
-            count, size, kept, peak, median, low, high = row
-            print(
-                f"| {world} | {name} | {count} | {size * (world - 1) / world / 1e6:.0f} | {kept:.0f} | {peak:.0f} | "
-                f"{median:.3f} ({low:.3f} to {high:.3f}) |",
-                flush=True,
-            )
+            count, size, kept, peak, *times = row
+            tables.row(world, name, count, size * (world - 1) / world / 1e6, kept, peak, tuple(times))
     if plots:
         draw(found, found["float32"][1][2], Path(plots))
 
@@ -219,10 +231,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=list(PARTS), help="default: all")
     parser.add_argument("--plots", help="draw into this folder")
+    add_out(parser)
     words = parser.parse_args()
-    print(machine())
-    for part in words.parts or PARTS:
-        PARTS[part](words.plots)
+    with written(words.out, machine()) as tables:
+        for part in words.parts or PARTS:
+            PARTS[part](tables, words.plots)
 
 
 if __name__ == "__main__":

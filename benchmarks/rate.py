@@ -17,6 +17,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import arms
+from benchmarks.tables import add_out, written
 from benchmarks.timing import clock, compare, machine
 
 WAYS = {
@@ -45,6 +46,7 @@ def without(step):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
+    add_out(parser)
     words = parser.parse_args()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -53,9 +55,10 @@ def main() -> None:
     times = compare(steps, words.repeats, now=clock)
     dist.destroy_process_group()
     base = times["no rate at all"].median
-    print(f"{machine()}\n\n| step | s, median (spread) | against no rate |\n|---|---:|---:|")
-    for name, (median, low, high) in times.items():
-        print(f"| {name} | {median:.3f} ({low:.3f} to {high:.3f}) | {median / base - 1:+.1%} |")
+    with written(words.out, machine()) as tables:
+        tables.start("", {"step": "", "s, median (spread)": ".3f", "against no rate": "+.1%"})
+        for name, timing in times.items():
+            tables.row(name, tuple(timing), timing.median / base - 1 if name != "no rate at all" else None)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What a start reads of the trunk, and for how long, with HSDP: each replica its own, and once for all replicas.
 
-    python benchmarks/start.py [--ranks 8] [--replicas 4] [--megabytes 200] [--rate 100] [--repeats 3]
+    python benchmarks/start.py [--ranks 8] [--replicas 4] [--megabytes 200] [--rates 100 0] [--repeats 3]
 
-The ways are in the same gloo processes and alternate. Storage is a file server that gives ``--rate`` MB/s to all ranks
-together, as many nodes share one: a rank that reads waits for its turn at a lock that all have. With ``--rate 0`` files
-come from this machine's memory, and what is left is the work on both sides.
+The ways are in the same gloo processes and alternate. Storage is a file server that gives ``--rates`` MB/s to all ranks
+together, as many nodes share one: a rank that reads waits for its turn at a lock that all have. With 0 files come from
+this machine's memory, and what is left is the work on both sides.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.distributed.tensor import init_device_mesh
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ranks import join
+from benchmarks.tables import add_out, written
 from benchmarks.timing import machine
 
 WIDTH, LAYERS = 512, 8
@@ -80,23 +81,24 @@ def start(rank: int, world: int, port: int, options: argparse.Namespace, folder:
         try:
             before = files.bytes_read
             found = read(name, region)
-            if options.rate:
-                time.sleep((files.bytes_read - before) / options.rate / 1e6)
+            if rate:
+                time.sleep((files.bytes_read - before) / rate / 1e6)
             return found
         finally:
             fcntl.flock(server, fcntl.LOCK_UN)
 
     files.read = from_the_server
     ways = {"each": None, "once": mesh.get_group("replicate")}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[tuple[str, float], list[float]] = {}
     tallies = {}
-    for _ in range(options.repeats):
-        for way, group in ways.items():
-            dist.barrier()
-            began = time.perf_counter()
-            tallies[way] = load_trunk(trunk, family_of(hf), files, group)
-            dist.barrier()
-            seconds[way].append(time.perf_counter() - began)
+    for rate in options.rates:
+        for _ in range(options.repeats):
+            for way, group in ways.items():
+                dist.barrier()
+                began = time.perf_counter()
+                tallies[way] = load_trunk(trunk, family_of(hf), files, group)
+                dist.barrier()
+                seconds.setdefault((way, rate), []).append(time.perf_counter() - began)
     everyone: list = [None] * world
     dist.all_gather_object(everyone, tallies)
     if rank == 0:
@@ -109,8 +111,11 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=100.0, help="MB/s of storage for all ranks together; 0: no limit")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[100, 0], help="MB/s of storage for all ranks together; 0: no limit"
+    )
     parser.add_argument("--repeats", type=int, default=3)
+    add_out(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_trunk(Path(folder), options.megabytes)
@@ -121,19 +126,26 @@ def main() -> int:
             port = probe.getsockname()[1]
         mp.spawn(start, (options.ranks, port, options, folder, queue), nprocs=options.ranks)
         seconds, tallies = queue.get()
-    print(machine())
-    storage = f"{options.rate:g} MB/s" if options.rate else "unlimited"
+    columns = {
+        "`trunk.read`": "",
+        "read, MB": ",.1f",
+        "a rank": ".1f",
+        "received, MB": ",.1f",
+        **{f"s at {rate:g} MB/s (spread)" if rate else "s from memory (spread)": ".2f" for rate in options.rates},
+    }
     layout = f"HSDP {options.replicas} x {options.ranks // options.replicas}"
-    print(f"trunk {size / 1e6:.0f} MB, {options.ranks} gloo ranks, {layout}, storage {storage}")
-    for way, times in seconds.items():
-        read = [tally[way].read / 1e6 for tally in tallies]
-        received = sum(tally[way].received for tally in tallies) / 1e6
-        spread = f"{statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
-        share = f"{min(read):.1f} to {max(read):.1f} a rank"
-        print(f"  {way}: read {sum(read):.1f} MB ({share}), received {received:.1f} MB, {spread}")
-    ratio = statistics.median(seconds["each"]) / statistics.median(seconds["once"])
-    bytes_ = sum(t["each"].read for t in tallies) / sum(t["once"].read for t in tallies)
-    print(f"  once reads {bytes_:.2f} times less, in {ratio:.2f} times less time")
+    with written(options.out, machine()) as tables:
+        tables.start(f"trunk of {size / 1e6:.0f} MB, {options.ranks} gloo ranks, {layout}", columns)
+        for way in tallies[0]:
+            read = [tally[way].read / 1e6 for tally in tallies]
+            times = [seconds[way, rate] for rate in options.rates]
+            tables.row(
+                way,
+                sum(read),
+                (statistics.median(read), min(read), max(read)),
+                sum(tally[way].received for tally in tallies) / 1e6,
+                *((statistics.median(s), min(s), max(s)) for s in times),
+            )
     return 0
 
 

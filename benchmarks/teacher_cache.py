@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tables import Tables, add_out, written
 from benchmarks.timing import clock, machine
 from sgt_titan.objectives.distillation import distil
 from sgt_titan.transform import load_export
@@ -50,14 +51,29 @@ def main() -> None:
     for name in ("trunk", "export", "data"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--rows", type=int, default=32)
+    add_out(parser)
     words = parser.parse_args()
+    with written(words.out, machine()) as tables:
+        measure(tables, words)
+
+
+COLUMNS = {
+    "k": ",d",
+    "bytes a token": ",d",
+    "mass in the tail": ".2%",
+    "KL, nats": ".4f",
+    "of the full KL": ".2%",
+    "gradient: relative error": ".2e",
+    "cosine": ".6f",
+}
+
+
+def measure(tables: Tables, words: argparse.Namespace) -> None:
     student, teacher, weight = hidden_states(words.trunk, words.export, words.data, words.rows)
     exact = distil(student, teacher, weight)
     full_kl = (exact.cross_entropy_N - exact.teacher_entropy_N).mean().item()
     vocabulary = weight.shape[0]
-    print(f"{machine()}\n{len(student)} positions, V {vocabulary:,}, KL {full_kl:.4f} nats\n")
-    print("| k | bytes a token | mass in the tail | KL, nats | of the full KL | gradient: relative error | cosine |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
+    tables.start(f"{len(student)} positions, V {vocabulary:,}, KL {full_kl:.4f} nats", COLUMNS)
     for k in (1, 8, 64, 512, vocabulary):
         targets = distil(student, teacher, weight, keep=k).targets
         found = distil(student, None, weight, targets=targets)
@@ -65,10 +81,7 @@ def main() -> None:
         a, b = found.gradient_ND.flatten().double(), exact.gradient_ND.flatten().double()
         error, cosine = ((a - b).norm() / b.norm()).item(), torch.cosine_similarity(a, b, dim=0).item()
         size = k * (4 + (2 if vocabulary <= 2**16 else 4)) + 4
-        print(
-            f"| {k:,} | {size:,} | {targets.tail_N.mean():.2%} | {kl:.4f} | {kl / full_kl:.2%} | {error:.2e} | "
-            f"{cosine:.6f} |"
-        )
+        tables.row(k, size, targets.tail_N.mean().item(), kl, kl / full_kl, error, cosine)
     started = clock()
     distil(student, teacher, weight)
     asked = clock() - started

@@ -1,12 +1,17 @@
 """The figures of the pages, and the files they come from.
 
-    python tests/figures.py DIR/results.json docs/results/NAME.json   # keeps what a page may quote of an evaluation
+    python tests/figures.py DIR/results.json docs/results/NAME.json   # keeps what a page may quote of an evaluation,
+                                                                      # of private.json, of a benchmark's --out FILE
     python tests/figures.py                                           # says which page does not say what its file says
+    python tests/figures.py --write                                   # puts the files' tables into the pages
 
 ``docs/results/quotes.yaml`` lists, by page and section, sentences with places for figures: ``{path:form}`` of the
 section's ``file``, ``{NAME/path:form}`` of another. A test fills them in and looks for the sentence in the section, so
-a figure cannot change on one side alone. Every percentage of such a section is in a sentence, or among its ``own`` with
-the reason why there is no file.
+a figure cannot change on one side alone. Every percentage of a section with ``quotes`` is in a sentence, or among its
+``own`` with the reason why there is no file.
+
+``tables`` names files whose tables stand in the section as the command prints them: those with the same first line, in
+the same order. A section that has this key has no table but those, and those whose first line is among its ``own``.
 
 Forms: ``%1`` is a share in percent with one decimal, ``x1`` the same without the sign, ``f3`` a number, ``n`` a count;
 ``[]`` behind a form adds the 95% interval, ``[0]`` with so many decimals; ``i1`` is an interval alone, ``I1`` that of a
@@ -25,6 +30,10 @@ from typing import Any
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from benchmarks.tables import markdown  # noqa: E402
+
 RESULTS = REPO / "docs" / "results"
 PERCENT = re.compile(r"-?\d[\d,]*(?:\.\d+)?%")
 _PLACE = re.compile(r"\{(?:([\w.-]+)/)?([^:/{}]+):([%xfniI])(\d?)(\[(\d?)\])?\}")
@@ -43,9 +52,13 @@ def cut(results: Any) -> Any:
     return results
 
 
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def look_up(name: str, path: str) -> Any:
     """A value of ``docs/results/NAME.json``."""
-    file = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    file = _read(name)
     keys = path.split(".")
     found = file if keys[0] in file else file["mechanisms"]["sgt"]
     for key in keys:
@@ -87,6 +100,39 @@ def section(page: str, title: str) -> str:
     return "\n".join(lines[at : next(end, len(lines))])
 
 
+_TABLE = re.compile(r"^\|.*\n\|[-:| ]+\|(?:\n\|.*)*", re.M)
+
+
+def first_line(table: str) -> str:
+    return table.split("\n")[0]
+
+
+def tables_of(name: str) -> list[str]:
+    """Those of ``docs/results/NAME.json``, as the command that wrote it prints them."""
+    file = _read(name)
+    if "tables" in file:
+        return [markdown(table) for table in file["tables"]]
+    from sgt_titan.evaluation.measure.private_values import table
+
+    return _TABLE.findall(table(file))
+
+
+def with_tables(text: str, names: list[str]) -> tuple[str, list[str]]:
+    """A text with the files' tables in place of those with the same first line, and the first lines of all others."""
+    wanted = [table for name in names for table in tables_of(name)]
+    others = []
+
+    def new(old: re.Match[str]) -> str:
+        head = first_line(old.group())
+        if (table := next((table for table in wanted if first_line(table) == head), None)) is None:
+            others.append(head)
+            return old.group()
+        wanted.remove(table)
+        return table
+
+    return _TABLE.sub(new, text), others
+
+
 def flat(text: str) -> str:
     """Without line breaks, which are no part of a sentence."""
     return " ".join(text.split())
@@ -94,8 +140,20 @@ def flat(text: str) -> str:
 
 def wrong(page: str, part: Mapping[str, Any]) -> Iterator[str]:
     """What a section does not say that its files do, and the percentages it says of no file."""
-    left = text = flat(section(page, part["section"]))
-    for sentence in part["quotes"]:
+    bare = section(page, part["section"])
+    if (names := part.get("tables")) is not None:
+        meant, others = with_tables(bare, names)
+        if meant != bare:
+            yield f"{page}, {part['section']}: a table is not as its file has it; --write puts it right"
+        for head in others:
+            if head not in part.get("own", {}):
+                yield f"{page}, {part['section']}: of no file; list one in tables, or give the reason in own: {head}"
+        for name in names:
+            if not any(table in meant for table in tables_of(name)):
+                yield f"{page}, {part['section']}: has no table of {name}"
+        bare = _TABLE.sub(lambda table: first_line(table.group()), meant)
+    left = text = flat(bare)
+    for sentence in part.get("quotes", []):
         wanted = flat(filled(sentence, part.get("file", "")))
         if wanted not in text:
             yield f"{page}, {part['section']}: its files say: {wanted}"
@@ -104,7 +162,7 @@ def wrong(page: str, part: Mapping[str, Any]) -> Iterator[str]:
         if flat(own) not in text:
             yield f"{page}, {part['section']}: {own!r} is not there any more; take it out of quotes.yaml"
         left = left.replace(flat(own), " ")
-    for figure in PERCENT.findall(left):
+    for figure in PERCENT.findall(left) if "quotes" in part else []:
         yield f"{page}, {part['section']}: {figure} is of no file; quote it in quotes.yaml, or give the reason in own"
 
 
@@ -113,9 +171,19 @@ def quotes() -> dict[str, list[dict[str, Any]]]:
 
 
 def main(argv: list[str]) -> int:
-    if argv:
+    if argv == ["--write"]:
+        for page, parts in quotes().items():
+            text = (REPO / page).read_text(encoding="utf-8")
+            for part in parts:
+                old = section(page, part["section"])
+                text = text.replace(old, with_tables(old, part.get("tables", []))[0])
+            (REPO / page).write_text(text, encoding="utf-8")
+    elif argv:
         source, target = map(Path, argv)
-        target.write_text(json.dumps(cut(json.loads(source.read_text(encoding="utf-8"))), indent=1) + "\n")
+        text = json.dumps(cut(json.loads(source.read_text(encoding="utf-8"))), indent=1)
+        # A figure with its interval on one line.
+        text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: " ".join(found.group().split()), text)
+        target.write_text(text + "\n", encoding="utf-8")
         return 0
     found = [line for page, parts in quotes().items() for part in parts for line in wrong(page, part)]
     print("\n".join(found) or "every figure is its file's")

@@ -136,9 +136,9 @@ class StainedGlassTransform(transform.ExportedTransform):
         rendering = Rendering(tools, arguments or {}, continued)
         return make_prompt(self.tokenizer, self.config, what, rendering=rendering, limit=limit)
 
-    def check_size(self, what: Any, *, most: int | None = None) -> None:
+    def check_size(self, what: Any, *, tools: Any = (), most: int | None = None) -> None:
         """Raise TooLong (a UserError) for a prompt that cannot fit whatever its tokens are; no work is done on it."""
-        check_size(self.tokenizer, what, min((n for n in (most, self.limit) if n is not None), default=None))
+        check_size(self.tokenizer, what, min((n for n in (most, self.limit) if n is not None), default=None), tools)
 
     def encode(
         self,

@@ -87,7 +87,7 @@ def make_prompt(
     Raises:
         UserError: empty, too long (TooLong), not text, unknown roles, tools the template cannot render.
     """
-    check_size(tokenizer, what, limit)
+    check_size(tokenizer, what, limit, rendering.tools)
     if isinstance(what, str):
         encoded = _text(tokenizer, what)
     elif isinstance(what, Sequence) and what and all(type(item) is int for item in what):
@@ -108,16 +108,19 @@ def _check_count(tokens: int, limit: int | None) -> None:
         raise TooLong(f"prompt: {tokens} tokens, at most {limit} fit; shorten it")
 
 
-def check_size(tokenizer: PreTrainedTokenizerBase, what: Any, limit: int | None) -> None:
-    """Raise TooLong for what no tokenizer could make fit, since a turn is a token at least and no token is longer than
-    the longest. Costs next to nothing, so it comes before any work."""
+def check_size(tokenizer: PreTrainedTokenizerBase, what: Any, limit: int | None, tools: Any = ()) -> None:
+    """Raise TooLong for what no tokenizer could make fit, since a turn and a tool are a token each at least and no
+    token is longer than the longest. Costs next to nothing, so it comes before any work."""
     if limit is None or not isinstance(what, str | Sequence):
         return
     turns = [item for item in what if isinstance(item, dict)] if not isinstance(what, str) else []
-    characters = len(what) if isinstance(what, str) else sum(_characters(item.get("content")) for item in turns)
+    characters = len(what) if isinstance(what, str) else sum(map(_characters, turns))
+    characters += _in_json(tools)
     if not isinstance(what, str) and len(what) > limit:
         things = "messages" if turns else "tokens"
         raise TooLong(f"prompt: {len(what)} {things}, at most {limit} tokens fit; shorten it")
+    if isinstance(tools, list | tuple) and len(tools) > limit:
+        raise TooLong(f"tools: {len(tools)}, at most {limit} tokens fit; leave some out")
     if characters > limit * _longest_token(tokenizer):
         raise TooLong(f"prompt: {characters} characters are more than {limit} tokens can hold; shorten it")
 
@@ -128,10 +131,26 @@ def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 4 * max(map(len, tokenizer.get_vocab()), default=1)
 
 
-def _characters(content: Any) -> int:
-    if isinstance(content, list):
-        return sum(len(p["text"]) for p in content if isinstance(p, dict) and isinstance(p.get("text"), str))
-    return len(content) if isinstance(content, str) else 0
+def _characters(turn: Mapping[str, Any]) -> int:
+    """Of what a template prints of a turn; it may leave thoughts out."""
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = (part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return sum(map(len, texts)) + _in_json(turn.get("tool_calls"))
+
+
+def _in_json(value: Any) -> int:
+    """Characters of names and texts in a JSON value."""
+    total, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            total += len(one)
+        elif isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, list | tuple):
+            left += one
+    return total
 
 
 def _as_prompt(roles: Sequence[int]) -> np.ndarray:
@@ -209,21 +228,11 @@ def _turns(
 
 
 def _variants(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
-    """As given, and as templates that know less of chats want them: developers as system, arguments as text."""
+    """As given, and as templates that know less of chats want them: developers as system."""
     yield turns
     as_system = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
     if as_system != turns:
         yield as_system
-    with_text = [t | {"tool_calls": _as_text(t["tool_calls"])} if "tool_calls" in t else t for t in as_system]
-    if with_text != as_system:  # DeepSeek's template adds a text to them
-        yield with_text
-
-
-def _as_text(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    dumped = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
-    return [
-        {**call, "function": {**call["function"], "arguments": text}} for call, text in zip(calls, dumped, strict=True)
-    ]
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -213,13 +213,13 @@ def explain(wire: Wire, status: int, payload: Any) -> UpstreamError:
         )
     if 400 <= status < 500:
         # Not its words: an upstream's refusal may repeat the request. What is known by them is named here.
-        known = next((ours for theirs, ours in _REFUSALS if theirs in lower), "its own log says why")
+        known = next((ours for theirs, ours in REFUSALS if theirs in lower), "its own log says why")
         return UpstreamError(f"the upstream refuses the request: {known}", status=400, code="upstream_refused")
     return UpstreamError(f"the upstream failed with status {status}", code="upstream_error")
 
 
 # What a refusal contains, in lower case, and what it means.
-_REFUSALS = (
+REFUSALS = (
     ("max_tokens must be at least", "max_tokens is too small"),
     ("min_tokens must be", "min_tokens is not between 0 and max_tokens"),
     ("logprobs", "it gives fewer log probabilities than asked for; lower logprobs"),
@@ -230,7 +230,6 @@ _REFUSALS = (
     ("penalty must be", "a penalty is out of its range"),
     ("greedy sampling", "n is more than 1 at temperature 0, where all answers would be one"),
     ("n must be", "n is out of its range"),
-    ("best_of", "n is out of its range"),
     ("stop_token_ids", "stop_token_ids holds an id that is none"),
     ("could not be deserialized", "it cannot read the embeddings"),
     ("2d tensor", "it cannot read the embeddings"),

@@ -256,7 +256,7 @@ async def _inspect(service: Service, caller: Caller, body: Any) -> dict[str, Any
     model = service.models[0] if name is None else await service.model(name, caller.key)
     what = body.get("messages") or body.get("prompt")
     async with service.admission.slot(caller.turn):
-        model.sgt.check_size(what, most=service.settings.max_prompt_tokens)
+        model.sgt.check_size(what, tools=body.get("tools"), most=service.settings.max_prompt_tokens)
         (asked,) = await service.workers.run(caller.turn, ask, service.settings.private, body.get("private"), [what])
         prompt = await service.prompt(model, asked.what, caller, tools=asked.tools(body.get("tools") or ()))
         embeds_TD = await service.workers.run(caller.turn, model.sgt.encode, prompt)

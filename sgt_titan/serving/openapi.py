@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sgt_titan.serving.responses import FIELDS as RESPONSES_FIELDS
 from sgt_titan.serving.schema import ChatRequest, CompletionRequest
 
 _ERROR = {
@@ -22,37 +23,48 @@ _ERROR = {
         }
     },
 }
-_INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+_OBJECT = {"type": "object"}
+# Of /v1/responses, beside what a chat has under the same name.
 _RESPONSES = {
-    "type": "object",
-    "required": ["model", "input"],
-    "properties": {
-        "model": {"type": "string"},
-        "input": _INPUT,
-        "instructions": {"type": "string"},
-        "max_output_tokens": {"type": "integer"},
-        "temperature": {"type": "number"},
-        "top_p": {"type": "number"},
-        "stream": {"type": "boolean"},
-        "tools": {"type": "array", "items": {"type": "object"}},
-    },
+    "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": _OBJECT}]},
+    "instructions": {"type": "string"},
+    "max_output_tokens": {"type": "integer"},
+    "tools": {"type": "array", "items": _OBJECT},
+    "text": {"type": "object", "properties": {"format": _OBJECT}},
+    "reasoning": {"type": "object", "properties": {"effort": {"type": "string"}}},
+    "store": {"const": False},
+    "truncation": {"const": "disabled"},
+    "background": {"const": False},
+    "include": {"const": []},
+    "service_tier": {"enum": ["auto", "default"]},
+    **{name: {"type": "string"} for name in ("user", "safety_identifier", "prompt_cache_key")},
+    "metadata": _OBJECT,
 }
 _INSPECT = {
     "type": "object",
-    "properties": {"prompt": {"type": "string"}, "messages": {"type": "array", "items": {"type": "object"}}},
+    "properties": {
+        "model": {"type": "string"},
+        "prompt": {"type": "string"},
+        "messages": {"type": "array", "items": _OBJECT},
+        "tools": {"type": "array", "items": _OBJECT},
+        "private": {"anyOf": [{"type": "boolean"}, _OBJECT]},
+    },
 }
 
 
 def document(inspect: bool) -> dict[str, Any]:
     """The document. Every route answers an error in OpenAI's form."""
+    chat = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    properties = {name: _RESPONSES.get(name) or chat["properties"][name] for name in RESPONSES_FIELDS}
+    responses = {"type": "object", "required": ["model", "input"], "properties": properties}
     posts = {
-        "/v1/chat/completions": ("Chat", ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")),
+        "/v1/chat/completions": ("Chat", chat),
         "/v1/completions": (
             "Completion",
             CompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}"),
         ),
-        "/v1/responses": ("Responses", _RESPONSES),
-        "/v1/embeddings": ("Embeddings", {"type": "object"}),
+        "/v1/responses": ("Responses", responses),
+        "/v1/embeddings": ("Embeddings", _OBJECT),
         **({"/v1/inspect": ("Inspect", _INSPECT)} if inspect else {}),
     }
     schemas: dict[str, Any] = {"Error": _ERROR}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -43,73 +43,82 @@ class Member:
 
 
 class Pool:
-    """``stream`` sends to the least busy server that is up; ``retries`` more are tried while no answer has begun.
+    """Asks the least busy server that is up, and while no answer has begun, another, or the same one again.
 
     What is sent again are the same embeddings: a second sample of a prompt would be a second chance for an observer.
     """
 
     def __init__(self, upstreams: list[Upstream], retries: int, pause_s: float):
         self.members = [Member(upstream) for upstream in upstreams]
-        self._retries, self._pause_s = retries, pause_s
+        self._tries, self._pause_s = retries + 1, pause_s
 
     async def close(self) -> None:
         for member in self.members:
             await member.upstream.close()
 
+    def stream(self, send: Callable[[Upstream], Awaitable[Deltas]]) -> Deltas:
+        """The deltas of the first server whose answer begins. ``send``: asks one of them. Raises UpstreamError."""
+
+        async def answer(member: Member) -> Deltas:
+            async with aclosing(await send(member.upstream)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            member.answered()
+
+        return self._first(answer, self._tries)
+
     async def describe(self, fresh: bool = False) -> Described:
-        """Of the server that would be asked. Raises UpstreamError if none can say, asked as often as for an answer."""
+        """Of the server that would be asked. Raises UpstreamError if none can say."""
         how = (ASK_AGAIN_S,) if fresh else ()
-        for attempt in range(self._retries + 1):
-            try:
-                return await self._first(lambda member: member.upstream.describe(*how))
-            except UpstreamError as error:
-                if attempt == self._retries or error.code not in _PASSING:
-                    raise
-            await asyncio.sleep(self._pause_s * 2**attempt)
-        raise AssertionError("retries are at least 0")
+
+        async def say(member: Member) -> AsyncGenerator[Described, None]:
+            yield await member.upstream.describe(*how)
+
+        # Nothing is sent for it, so all of them may be asked.
+        return await _only(self._first(say, max(self._tries, len(self.members))))
 
     async def prove(self, probe_TD: torch.Tensor) -> None:
         """That one of them answers embeddings. Raises UpstreamError."""
-        await self._first(lambda member: member.upstream.prove(probe_TD))
 
-    async def _first(self, ask: Callable[[Member], Awaitable[T]]) -> T:
-        error = None
-        for member in self._order():
-            try:
-                return await ask(member)
-            except UpstreamError as failure:
-                error = error or failure
-                if len(self.members) > 1:
-                    member.failed()
-        raise error or AssertionError("no upstream")
+        async def proved(member: Member) -> AsyncGenerator[None, None]:
+            await member.upstream.prove(probe_TD)
+            yield
 
-    def _order(self, not_first: Member | None = None) -> list[Member]:
-        now = time.monotonic()
-        rank = lambda m: (m is not_first, m.rests_until > now, max(m.rests_until - now, 0), m.busy)  # noqa: E731
-        return sorted(self.members, key=rank)
+        await _only(self._first(proved, len(self.members)))
 
-    async def stream(self, send: Callable[[Upstream], Awaitable[Deltas]]) -> Deltas:
-        """The deltas of the first server whose answer begins. ``send``: asks one of them. Raises UpstreamError."""
-        last: Member | None = None
-        for attempt in range(self._retries + 1):
-            member = last = self._order(last)[0]
+    async def _first(self, ask: Callable[[Member], AsyncGenerator[T, None]], tries: int) -> AsyncGenerator[T, None]:
+        """What ``ask`` yields of the first server that yields anything. Whoever fails before that rests, and the next
+        is asked; one that was asked already only for what may pass, after a pause. Raises UpstreamError: the last."""
+        asked: list[Member] = []
+        while True:
+            member = self._next(asked)
+            asked.append(member)
             member.busy += 1
             begun = False
             try:
-                async with aclosing(await send(member.upstream)) as deltas:
-                    async for delta in deltas:
+                async with aclosing(ask(member)) as found:
+                    async for item in found:
                         begun = True
-                        yield delta
-                member.answered()
+                        yield item
                 return
             except UpstreamError as error:
-                if error.code in _THE_CLIENTS or begun:
+                if begun or error.code in _THE_CLIENTS:
                     raise
                 member.failed()
-                another = len(self.members) > 1
-                if attempt == self._retries or not (another or error.code in _PASSING):
+                again = len(asked) - len(self.members) + 1  # the how-manieth time that somebody is asked again, if next
+                if len(asked) == tries or (again > 0 and error.code not in _PASSING):
                     raise
             finally:
                 member.busy -= 1
-            if len(self.members) == 1:
-                await asyncio.sleep(self._pause_s * 2**attempt)
+            if again > 0:
+                await asyncio.sleep(self._pause_s * 2 ** (again - 1))
+
+    def _next(self, asked: Sequence[Member]) -> Member:
+        """Whoever was asked least often; of these the first to be up again; of these the least busy."""
+        now = time.monotonic()
+        return min(self.members, key=lambda m: (asked.count(m), max(m.rests_until - now, 0), m.busy))
+
+
+async def _only(found: AsyncGenerator[T, None]) -> T:
+    async with aclosing(found):
+        return await anext(found)

@@ -29,6 +29,7 @@ _STATE = {
     "prompt": "nothing is stored here; send the text itself",
 }
 _IGNORED = ("store", "stream_options")  # store: false is what happens here
+FIELDS = (*_SAME, *_IGNORED, "input", "instructions", "max_output_tokens", "tools", "text", "reasoning")
 
 
 def chat_body(body: Any, *, drop: bool = False) -> dict[str, Any]:
@@ -47,15 +48,24 @@ def chat_body(body: Any, *, drop: bool = False) -> dict[str, Any]:
         chat["max_completion_tokens"] = body["max_output_tokens"]
     if "tools" in body:
         chat["tools"] = _tools(body["tools"])
-    if "text" in body:
-        form = body["text"].get("format") if isinstance(body["text"], dict) else None
-        chat["response_format"] = _form(form)
+    text, reasoning = _object(body, "text"), _object(body, "reasoning")
+    if "format" in text:
+        chat["response_format"] = _form(text.pop("format"))
     if isinstance(chat.get("tool_choice"), dict):  # here the name stands beside the type
         chat["tool_choice"] = {"type": chat["tool_choice"].get("type"), "function": chat["tool_choice"]}
-    if "reasoning" in body and isinstance(body["reasoning"], dict) and body["reasoning"].get("effort"):
-        chat["reasoning_effort"] = body["reasoning"]["effort"]
-    ours = {*_SAME, *_IGNORED, "input", "instructions", "max_output_tokens", "tools", "text", "reasoning"}
-    return chat | {key: value for key, value in body.items() if key not in ours}  # to be refused by name
+    if "effort" in reasoning:
+        chat["reasoning_effort"] = reasoning.pop("effort")
+    # What is left has to be refused by its name, or dropped and said.
+    left = {f"text.{key}": value for key, value in text.items()}
+    left |= {f"reasoning.{key}": value for key, value in reasoning.items()}
+    return chat | left | {key: value for key, value in body.items() if key not in FIELDS}
+
+
+def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
+    given = body.get(name, {})
+    if not isinstance(given, dict):
+        raise RequestError(f"{name}: must be an object", param=name)
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _form(form: Any) -> Any:
@@ -88,8 +98,12 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
             messages.append(result)
         elif kind == "reasoning":
             parts = item.get("content") or []
-            thought = "".join(p.get("text") or "" for p in parts if isinstance(p, dict))
-            if thought:
+            if not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
+                raise RequestError(f"input[{i}].content: must be a list of parts", param="input")
+            texts = [p.get("text", "") for p in parts]
+            if not all(isinstance(text, str) for text in texts):
+                raise RequestError(f"input[{i}].content: must be text", param="input")
+            if thought := "".join(texts):
                 messages.append({"role": "assistant", "content": None, "reasoning_content": thought})
         else:
             raise RequestError(

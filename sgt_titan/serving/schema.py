@@ -56,6 +56,7 @@ _KNOWN = {
     *("prompt_cache_retention", "extra_body", "extra_headers", "extra_query", "timeout", "typical_p", "repeat_penalty"),
     *("logits_processors", "include_reasoning", "guided_decoding_backend", "guided_whitespace_pattern", "num_ctx"),
     *("max_output_tokens", "instructions", "input", "text", "reasoning", "previous_response_id", "conversation"),
+    *("text.verbosity", "reasoning.summary", "reasoning.generate_summary"),
     *(
         "background",
         "include",
@@ -91,6 +92,8 @@ _HARMLESS = {
     "documents": ([],),
     "length_penalty": (1, 1.0),
     "use_beam_search": (False,),
+    "text.verbosity": ("medium",),
+    "reasoning.summary": ("auto",),  # thoughts themselves are in the answer
 }
 # Meant for the provider's books: accepted, and sent nowhere.
 _BOOKS = ("user", "metadata", "safety_identifier", "prompt_cache_key")

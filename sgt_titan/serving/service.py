@@ -282,9 +282,9 @@ class Service:
 
     def _ask(self, model: Model, request: ChatRequest | CompletionRequest) -> list[Asked]:
         """The prompts with surrogates, once it is clear that they may fit."""
-        whats = request.prompts()
+        whats, tools = request.prompts(), request.rendering().get("tools", ())
         for what in whats:
-            model.sgt.check_size(what, most=self.settings.max_prompt_tokens)
+            model.sgt.check_size(what, tools=tools, most=self.settings.max_prompt_tokens)
         asked = ask(self.settings.private, request.private, whats, logprobs=request.logprobs_wanted)
         for one in asked:
             self.metrics.replaced(one.hidden)

@@ -45,6 +45,9 @@ class Scores(NamedTuple):
     right: torch.Tensor
 
 
+from .compilation import compile_blocks
+
+
 class FinetuneModel(BaseModel):
     """``lm`` is the transformers model; everything but its norms is trained. ``teacher``: frozen, or None."""
 
@@ -95,6 +98,10 @@ class FinetuneModel(BaseModel):
                     raise NotImplementedError(f"{name}: {type(module).__name__} has buffers that cannot be made anew")
                 device = module.inv_freq.device
                 model.set_submodule(name, type(module)(model.config).to(device))
+
+    def compile_blocks(self, backend: str, *, whole: bool = False) -> None:
+        """Every layer by torch.compile, from its next call on."""
+        compile_blocks(self.layers, backend, fullgraph=whole)
 
     def forward(self, tokens_BT: torch.Tensor, chosen_BT: torch.Tensor, chunk: int = 0) -> Scores:
         """Scores of the tokens behind the chosen positions. Rows are padded on the right, which causal attention never
@@ -187,8 +194,7 @@ def parallelize_finetune(
         for index, layer in enumerate(model.layers):
             model.layers[index] = policy._wrap_block(layer, base_fqn=f"layers.{index}")
     if compile_config.enable:
-        for layer in model.layers:
-            layer.compile(backend=compile_config.backend)
+        model.compile_blocks(compile_config.backend)
     replicated = parallel_dims.dp_replicate_enabled
     mesh = parallel_dims.get_mesh(["dp_replicate", "fsdp"] if replicated else ["fsdp"])
     reshard = get_fsdp_reshard_after_forward_policy(parallelism.fsdp_reshard_after_forward, pp_enabled=False)

@@ -125,7 +125,8 @@ class ExportedTransform(PreTrainedModel):
         Raises ValueError unless exactly one input is given and the mask covers past and present, UserError for ids when
         no table was shipped.
         """
-        x_BTD = self._embed(input_ids, inputs_embeds).to(self.mean_head.weight.dtype)
+        embeds_BTD = self._embed(input_ids, inputs_embeds)
+        x_BTD = embeds_BTD.to(self.mean_head.weight.dtype)
         if past_key_values is None and use_cache:
             past_key_values = self.new_caches()
         wanted = len(self.bodies) + (self.denoiser is not None)
@@ -141,8 +142,9 @@ class ExportedTransform(PreTrainedModel):
             for index, body in enumerate(self.bodies)
         ]
         gate = None if self.gate_head is None else self.gate_head(hidden[-1])
+        # Of the embeddings as they were given: a closed gate takes them away, and would leave what a cast rounds off.
         mean_BTD, log_std_BTD = moments(
-            x_BTD, self.mean_head(hidden[0]), self.log_std_head(hidden[-1]), gate, self.config.bounds
+            embeds_BTD, self.mean_head(hidden[0]), self.log_std_head(hidden[-1]), gate, self.config.bounds
         )
         return SGTOutput(mean_BTD=mean_BTD, log_std_BTD=log_std_BTD, past_key_values=past_key_values)
 

@@ -497,6 +497,7 @@ def instructor() -> dict[str, Feature | str]:
         try:
             made(instructor.Mode.JSON, messages=[{"role": "user", "content": LONG}])
         except Exception as error:
+            assert judged(error)[0] == "refused" and "at most" in str(error), error
             return type(error).__name__
         raise AssertionError("was answered")
 

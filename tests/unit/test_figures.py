@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 
+from benchmarks import tables
 from tests import figures
 
 PARTS = [(page, part) for page, parts in figures.quotes().items() for part in parts]
@@ -24,15 +26,23 @@ def test_every_file_is_quoted():
     assert FILES and [file.stem for file in FILES if file.stem not in quoted] == []
 
 
+def test_no_table_of_measurements_is_left_out():
+    page = "docs/PERFORMANCE.md"
+    titles = re.findall(r"^## (.*)$", figures.REPO.joinpath(page).read_text(encoding="utf-8"), re.M)
+    with_tables = [title for title in titles if "\n|" in figures.section(page, title)]
+    assert with_tables == [part["section"] for part in figures.quotes()[page]]
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_files_hold_no_text_and_no_path(file):
     text = file.read_text(encoding="utf-8")
     found = json.loads(text)
     assert figures.cut(found) == found
-    assert not re.search(r'"(examples|prompt|guesses_text|answer\w*|pieces)"', text) and not re.search(
-        r"[ \"=]/\w", text
-    )
-    assert {"command", "date", "versions", "export_fingerprint"} <= found["about"].keys()
+    assert not re.search(r'"(examples|prompt|guesses_text|pieces|answer\w*": ["[])', text)
+    assert not re.search(r"[ \"=]/\w", text)
+    assert {"command", "date"} <= found["about"].keys()
+    if "mechanisms" in found and "finding" not in found:
+        assert {"versions", "export_fingerprint"} <= found["about"].keys()
 
 
 RESULTS = {
@@ -118,3 +128,47 @@ def test_a_section_is_held_to_its_file(page):
 )
 def test_forms(page, form, text):
     assert figures.filled(form, "one") == text
+
+
+@pytest.fixture
+def benchmark(page, monkeypatch, capsys):
+    """A page with the table that a benchmark has printed, and the benchmark's file."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks/steps.py", "--out", "steps.json"])
+    out = page.with_name("steps.json")
+    with tables.written(out, "2 x CPU") as found:
+        found.start("ignored", {"way": "", "s (spread)": ".2f", "share": ".0%"})
+        found.row("ours", (0.5, 0.4, 0.625), 0.65)
+        found.row("naive", 1.25, None)
+    assert figures.main([str(out), str(out)]) == 0
+    printed = capsys.readouterr().out
+    page.write_text("# Page\n\n## Speed\n" + printed[printed.index("\n|") :] + "\n## After\n")
+    return page
+
+
+def test_a_table_is_what_the_benchmark_printed(benchmark):
+    part = {"section": "Speed", "tables": ["steps"], "quotes": []}
+    rows = "| way | s (spread) | share |\n|---|---:|---:|\n| ours | 0.50 (0.40 to 0.62) | 65% |\n| naive | 1.25 | |"
+    assert rows in figures.section("page.md", "Speed")
+    assert list(figures.wrong("page.md", part)) == []
+    benchmark.write_text(benchmark.read_text().replace("1.25", "1.2"))
+    assert list(figures.wrong("page.md", part)) == [
+        "page.md, Speed: a table is not as its file has it; --write puts it right"
+    ]
+
+
+def test_tables_are_put_into_the_page(benchmark, monkeypatch):
+    parts = {"page.md": [{"section": "Speed", "tables": ["steps"]}]}
+    monkeypatch.setattr(figures, "quotes", lambda: parts)
+    whole = benchmark.read_text()
+    benchmark.write_text(whole.replace("| ours | 0.50 (0.40 to 0.62) | 65% |", "| ours | 9 | 9% |\n| old | 9 | 9% |"))
+    assert figures.main([]) == 1 and figures.main(["--write"]) == 0
+    assert benchmark.read_text() == whole
+
+
+def test_a_table_of_no_file_needs_a_reason(benchmark):
+    head = "| way | s (spread) | share |"
+    (found,) = figures.wrong("page.md", {"section": "Speed", "tables": []})
+    assert "of no file" in found and head in found
+    assert list(figures.wrong("page.md", {"section": "Speed", "tables": [], "own": {head: "by hand"}})) == []
+    (found,) = figures.wrong("page.md", {"section": "After", "tables": ["steps"]})
+    assert "no table of steps" in found

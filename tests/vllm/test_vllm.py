@@ -1,9 +1,12 @@
 """Client and proxy against a real vLLM, and the stub against it: the same requests, the same events."""
 
 import asyncio
+import base64
+import io
 import json
 import re
 import time
+from dataclasses import fields
 
 import httpx
 import openai
@@ -12,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sgt_titan.client import VLLM, Options, StainedGlassTransform, UpstreamError
-from sgt_titan.client.wire import WIRES, explain
+from sgt_titan.client.wire import REFUSALS, WIRES, explain
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
 from tests.serving_kit import make_export
@@ -52,10 +55,14 @@ def client(proxy):
         yield client
 
 
+def greedy(model, ids, tokens):
+    """The ids that transformers answers to the clean prompt."""
+    return model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :].tolist()
+
+
 def bare(model, ids, tokens):
-    """What transformers answers to the clean prompt."""
-    out = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
-    return AutoTokenizer.from_pretrained(TRUNK).decode(out[0, len(ids) :], skip_special_tokens=True)
+    """Their text."""
+    return AutoTokenizer.from_pretrained(TRUNK).decode(greedy(model, ids, tokens), skip_special_tokens=True)
 
 
 def test_answers_are_those_of_transformers_token_for_token(vllm, identity, trunk_model, client):
@@ -65,8 +72,12 @@ def test_answers_are_those_of_transformers_token_for_token(vllm, identity, trunk
         [*CHAT, {"role": "assistant", "content": "Dear"}, {"role": "user", "content": "go on"}],
     ):
         prompt = identity.prompt(what)
-        wanted = bare(trunk_model, prompt.ids, 24)
-        assert VLLM(vllm, api_key=KEY).generate(identity.encode(prompt), **GREEDY).text == wanted
+        wanted = [identity.tokenizer.decode([i]) for i in greedy(trunk_model, prompt.ids, 24)]
+        found = VLLM(vllm, api_key=KEY).generate(identity.encode(prompt), **GREEDY, logprobs=0)
+        assert [one.token for one in found.choices[0].logprobs] == wanted and found.completion_tokens == len(wanted)
+        assert VLLM(vllm, api_key=KEY).generate(identity.encode(prompt), **GREEDY).text == bare(
+            trunk_model, prompt.ids, 24
+        )
     assert client.chat.completions.create(model="trunk", messages=CHAT, **GREEDY).choices[0].message.content == bare(
         trunk_model, identity.prompt(CHAT).ids, 24
     )
@@ -97,6 +108,28 @@ def test_every_option(client, identity):
     assert [c.index for c in many.choices] == [0, 1]
 
 
+# Of the client library; each must be an option that vLLM knows, and do what it says where that can be seen.
+ASKED = {
+    **{"max_tokens": 3, "n": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 0.5},
+    **{"frequency_penalty": 0.5, "repetition_penalty": 1.1, "seed": 3, "logprobs": 1, "min_tokens": 2},
+    **{"ignore_eos": True, "skip_special_tokens": False, "stop_token_ids": (2,), "json_object": True, "stop": ("e",)},
+}
+
+
+def test_every_option_of_the_client(vllm, identity):
+    assert ASKED.keys() == {field.name for field in fields(Options)}
+    backend, embeds_TD = VLLM(vllm, api_key=KEY), identity.encode("Dear Anna,")
+    for name, value in ASKED.items():
+        found = backend.generate(embeds_TD, **{"max_tokens": 12, "temperature": 1.0, name: value})
+        assert found.choices and all(choice.finish_reason for choice in found.choices), name
+        assert len(found.choices) == (2 if name == "n" else 1)
+        assert found.completion_tokens <= (3 if name == "max_tokens" else 12 * len(found.choices))
+        assert bool(found.choices[0].logprobs) == (name == "logprobs")
+        assert name != "stop" or "e" not in found.text
+    everything = backend.generate(embeds_TD, **{**ASKED, "json_object": False, "stop": ()})
+    assert len(everything.choices) == 2 and 4 <= everything.completion_tokens <= 6
+
+
 def test_every_refusal_that_is_explained(vllm, identity, trunk_dir):
     embeds_TD = identity.encode("hello")
     cases = [
@@ -112,6 +145,50 @@ def test_every_refusal_that_is_explained(vllm, identity, trunk_dir):
         with pytest.raises(UpstreamError) as refused:
             backend.generate(sent, **options)
         assert refused.value.code == code, (str(refused.value), code)
+
+
+def as_sent(tensor):
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+# What is no request, and what of it is said: every row of the table that explains refusals, caused.
+REFUSED = [
+    ({"max_tokens": 0}, "max_tokens is too small"),
+    ({"min_tokens": 99}, "min_tokens is not between"),
+    ({"min_tokens": -1}, "min_tokens is not between"),
+    ({"logprobs": 99}, "fewer log probabilities"),
+    ({"temperature": -1.0}, "temperature is out"),
+    ({"temperature": 9.0}, "temperature is out"),
+    ({"top_p": 0.0}, "top_p is out"),
+    ({"top_k": -5}, "top_k is out"),
+    ({"min_p": 2.0}, "min_p is out"),
+    ({"presence_penalty": 9.0}, "a penalty is out"),
+    ({"frequency_penalty": 9.0}, "a penalty is out"),
+    ({"repetition_penalty": 0.0}, "a penalty is out"),
+    ({"n": 2, "temperature": 0.0}, "n is more than 1 at temperature 0"),
+    ({"n": 0}, "n is out"),
+    ({"stop_token_ids": ["x"]}, "stop_token_ids holds an id that is none"),
+    ({"prompt_embeds": base64.b64encode(b"no tensor").decode()}, "cannot read the embeddings"),
+    ({"prompt_embeds": as_sent(torch.zeros(8))}, "cannot read the embeddings"),
+    ({"prompt_embeds": as_sent(torch.zeros(4, 128, dtype=torch.int8))}, "another --wire-dtype"),
+]
+
+
+def test_every_refusal_that_is_known_by_its_words(vllm, identity):
+    wire = WIRES["vllm"]
+    good = wire.body(identity.encode("Dear Anna,"), Options(max_tokens=4, temperature=1.0), "trunk")
+    unknown, said = [], set()
+    for change, meaning in REFUSED:
+        status, payload = events_of(vllm, good | change)
+        assert status == 400, (change.keys(), status, payload)
+        error = explain(wire, status, payload)
+        said.add(next((ours for _, ours in REFUSALS if str(error).endswith(ours)), None))
+        if error.code != "upstream_refused" or meaning not in str(error):
+            unknown.append((change.keys(), str(error), payload))
+    assert not unknown, unknown
+    assert said == {ours for _, ours in REFUSALS}, "a row that nothing has caused"
 
 
 def test_embeddings_switched_off_and_a_server_that_goes_in_the_middle(start_vllm, identity):

@@ -5,9 +5,11 @@ Legend: N hidden tokens flat, D width, V vocabulary, K guesses, C candidates, A 
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from sgt_titan.conjformer.convert import Conversion
+from sgt_titan.conjformer.convert import Conversion, Norms
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
 from sgt_titan.evaluation.world.threat import Cost, Guess, Observation, Public, Served, Size, Table
@@ -68,7 +70,7 @@ def fingerprints(observation: Observation, served: Served, public: Public, table
     says: how much nearer the first row is than the second."""
     seen_NH = self_scores(served.files, observation.x_tilde_ND)
     found = []
-    for norms in ("fold", "mean"):
+    for norms in get_args(Norms):
         known_VH = self_scores(public.files, table.rows_VD, norms)
         for ours_NH, theirs_VH in ((seen_NH, known_VH), (seen_NH.sort(-1).values, known_VH.sort(-1).values)):
             scale_H = theirs_VH.std(0).clamp_min(1e-12)
@@ -80,7 +82,7 @@ def fingerprints(observation: Observation, served: Served, public: Public, table
     return Guess(top_NK.cpu(), flops=6.0 * size * table.rows_VD.shape[1] ** 2)
 
 
-def self_scores(files: TrunkFiles, x_ND: torch.Tensor, norms: str = "fold") -> torch.Tensor:
+def self_scores(files: TrunkFiles, x_ND: torch.Tensor, norms: Norms = "fold") -> torch.Tensor:
     """q_h(x) k_h(x) / sqrt(d) of the first layer at distance 0, where RoPE does nothing: (N, H) float64.
 
     Raises ValueError for a family whose positions are added to the embeddings.

@@ -24,11 +24,11 @@ Legend: D width, F units of an MLP, N hidden tokens flat, K matrices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
-from sgt_titan.conjformer.convert import Conversion
+from sgt_titan.conjformer.convert import Conversion, Norms
 from sgt_titan.evaluation.attacks import inverter as learned
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
@@ -96,7 +96,7 @@ def recover(served: TrunkFiles, public: TrunkFiles) -> Recovered:
     """The rotation between two checkpoints; of both conversions, with and without symmetries, what fits best."""
     theirs = Conversion(served.path, None)
     best = None
-    for norms in ("fold", "mean"):
+    for norms in get_args(Norms):
         ours = Conversion(public.path, None, norms=norms)
         for invariants in (products, grams):
             found = _recover(theirs, ours, invariants)
@@ -170,7 +170,7 @@ def _polished(theirs: Conversion, ours: Conversion, U_DD: torch.Tensor) -> Recov
         if turn == 0 and sum(c.max(-1).values.sum() + c.min(-1).values.sum() for c in cosines) < 0:
             U_DD, cosines = -U_DD, [-c for c in cosines]
         matches = [c.argmax(-1) for c in cosines]
-        U_DD = orthogonal(sum(s.T @ k[m] for (s, k), m in zip(rows, matches, strict=True)))
+        U_DD = orthogonal(sum((s.T @ k[m] for (s, k), m in zip(rows, matches, strict=True)), torch.zeros_like(U_DD)))
     agreement = torch.cat([(s @ U_DD * k[m]).sum(-1) for (s, k), m in zip(rows, matches, strict=True)]).mean().item()
     return Recovered(U_DD, agreement)
 

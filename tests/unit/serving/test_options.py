@@ -5,9 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from sgt_titan.errors import UserError
 from sgt_titan.serving.options import DEFAULTS, parser, read_options
@@ -111,17 +115,49 @@ def test_the_example_that_is_shipped(tmp_path):
     assert len(options.models) == 2 and options.noise_key and options.api_key_file
 
 
-def test_the_unit_and_the_container_start_what_there_is():
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_unit_starts_what_there_is():
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str
     unit.read(ROOT / "examples/sgt-titan.service")
-    words = unit["Service"]["ExecStart"].split()
-    assert words[0].endswith("/sgt-titan") and words[1:4] == ["serve", "--config", "/etc/sgt-titan/serve.toml"]
+    service = unit["Service"]
+    program, command, *flags = service["ExecStart"].split()
+    assert Path(program).name in project()["scripts"] and command == "serve"
+    assert vars(parser().parse_args(flags)) == {"config": "/etc/sgt-titan/serve.toml"}
+    assert service["WorkingDirectory"] == f"/var/lib/{service['StateDirectory']}", (
+        "where keys and exports are looked for"
+    )
+    assert int(service["TimeoutStopSec"]) > DEFAULTS["shutdown_timeout"], "answers under way would be cut off"
     for name in ("NoNewPrivileges", "ProtectSystem", "PrivateTmp", "LimitCORE"):
-        assert name in unit["Service"], name
-    lines = (ROOT / "examples/Dockerfile").read_text().splitlines()
-    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
-    assert re.findall(r'"([^"]+)"', entry)[:2] == ["sgt-titan", "serve"] and any(x.startswith("USER ") for x in lines)
+        assert name in service, name
+
+
+def test_the_container_starts_what_there_is():
+    text = (ROOT / "examples/Dockerfile").read_text()
+    does = defaultdict(list)
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        if line and not line.startswith("#"):
+            does[line.split()[0]].append(line.split(maxsplit=1)[1])
+    (python,) = re.findall(r"^python:(\d+\.\d+)", does["FROM"][0])
+    assert Version(python) in SpecifierSet(project()["requires-python"])
+    for *files, target in map(str.split, does["COPY"]):
+        assert target.startswith("/src/") and all((ROOT / file).exists() for file in files), files
+    (pip,) = does["RUN"]
+    assert "-c /src/constraints.txt" in pip
+    (extras,) = re.findall(r"/src\[([a-z,]+)\]", pip)
+    assert set(extras.split(",")) <= project()["optional-dependencies"].keys()
+    name, command = re.findall(r'"([^"]+)"', does["ENTRYPOINT"][0])
+    assert name in project()["scripts"] and command == "serve"
+    assert does["USER"][0] != "0" and does["WORKDIR"] == ["/state"]
+    # The command that the comment shows.
+    shown = re.sub(r"\\\n#", " ", text).partition("docker run ")[2].splitlines()[0]
+    flags = shown.partition(" sgt-titan ")[2].split()
+    assert vars(parser().parse_args(flags)) == {"config": "/state/serve.toml", "host": "0.0.0.0"}
+    port = re.search(r"-p \S+:(\d+) ", shown)[1]
+    assert port == does["EXPOSE"][0] == str(DEFAULTS["port"]) and ":/state " in shown
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")

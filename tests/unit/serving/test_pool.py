@@ -61,6 +61,33 @@ def test_a_server_that_is_gone(fresh, trunks):
         assert httpx.get(url + "/readyz").status_code == 200
 
 
+def test_without_retries_all_are_still_asked_what_they_serve(fresh, trunks):
+    gone = [f"http://127.0.0.1:{port}" for port in (9, 10, 11)]
+    with running(vllm_app(trunks[0])) as one, serve(fresh, [*gone, one], retries=0) as url:
+        assert ask(url).status_code == 200 and httpx.get(url + "/readyz").status_code == 200
+
+
+def test_who_was_asked_is_asked_again_only_for_what_may_pass(fresh):
+    """Both refuse our key: each is asked once, whatever --retries says. Both are overloaded: they take turns."""
+    calls = []
+
+    def answer(status):
+        def respond(request):
+            if request.method == "GET":
+                return httpx.Response(200, json={"data": [{"id": "t"}]})
+            calls.append(request.url.host)
+            return httpx.Response(status, json={"error": "no"})
+
+        return httpx.MockTransport(respond)
+
+    served = [Served(fresh, (Target("http://a"), Target("http://b")), "m")]
+    for status, hosts in ((401, ["a", "b"]), (503, ["a", "b", "a", "b"])):
+        calls.clear()
+        with running(create_app(Settings(retry_pause_s=0.01, retries=3), served, answer(status))) as url:
+            assert ask(url).status_code in (502, 503)
+        assert calls == hosts
+
+
 def test_an_answer_that_has_begun_is_not_answered_twice(fresh, trunks):
     bad, good = trunks
     bad.break_after = 1

@@ -190,6 +190,8 @@ def test_responses(shared, shared_model):
     found = shared.responses.create(model="m", input="how?", instructions="be brief", store=False, max_output_tokens=9)
     assert found.output_text == "yes" and [item.type for item in found.output] == ["reasoning", "message"]
     assert found.usage.input_tokens > 10 and found.status == "completed"
+    asked = {"reasoning": {"summary": "auto"}, "text": {"verbosity": "medium", "format": {"type": "text"}}}
+    assert shared.responses.create(model="m", input="how?", **asked).output_text == "yes"
     shared_model.says = CALL
     tool = {"type": "function", **TOOL["function"]}
     first = shared.responses.create(model="m", input="how is Rome?", tools=[tool])
@@ -233,6 +235,13 @@ def test_streamed_responses(shared, shared_model):
         ({"input": "a", "tools": [{"type": "web_search"}]}, "only functions"),
         ({"input": "a", "text": {"format": {"type": "json_schema", "name": CANARY}}}, "with a schema"),
         ({"input": "a", CANARY: 1}, "unknown field"),
+        ({"input": "a", "text": CANARY}, "text: must be an object"),
+        ({"input": "a", "text": {"verbosity": "low"}}, "text.verbosity: unsupported"),
+        ({"input": "a", "text": {CANARY: "low"}}, "unknown field"),
+        ({"input": "a", "reasoning": [CANARY]}, "reasoning: must be an object"),
+        ({"input": "a", "reasoning": {"summary": "detailed"}}, "reasoning.summary: unsupported"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, r"input\[0\].content: must be a list"),
+        ({"input": [{"type": "reasoning", "content": [{"text": [CANARY]}]}]}, r"input\[0\].content: must be text"),
     ],
 )
 def test_responses_that_are_refused(shared, body, message):

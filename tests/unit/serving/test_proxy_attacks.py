@@ -46,17 +46,20 @@ def test_a_request_that_cannot_fit_is_refused_before_work(url, sgt, monkeypatch)
         raise AssertionError("it was rendered")
 
     monkeypatch.setattr("sgt_titan.client.prompt.encode_turns", never)
-    turns = [{"role": "user", "content": "x"}] * 40_000
-    for messages, prompt in (
-        (turns, None),
-        ([{"role": "user", "content": "x" * 1_000_000}], None),
-        (None, "x" * 10**6),
+    turn, tool = {"role": "user", "content": "x"}, {"type": "function", "function": {"name": "f"}}
+    wordy = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x" * 500_000: {}}}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": json.dumps({"x": "x" * 1_000_000})}}
+    for path, body in (
+        ("chat/completions", {"messages": [turn] * 40_000}),
+        ("chat/completions", {"messages": [turn | {"content": "x" * 1_000_000}]}),
+        ("chat/completions", {"messages": [turn, {"role": "assistant", "content": None, "tool_calls": [call]}]}),
+        ("chat/completions", {"messages": [turn], "tools": [tool] * 10_000}),
+        ("chat/completions", {"messages": [turn], "tools": [wordy]}),
+        ("inspect", {"messages": [turn], "tools": [wordy]}),
+        ("completions", {"prompt": "x" * 10**6}),
     ):
-        path, body = (
-            ("/v1/chat/completions", {"messages": messages}) if messages else ("/v1/completions", {"prompt": prompt})
-        )
-        found = httpx.post(url + path, json={"model": "trunk", **body}, timeout=20)
-        assert found.status_code == 400 and found.json()["error"]["code"] == "context_length_exceeded"
+        found = httpx.post(f"{url}/v1/{path}", json={"model": "trunk", **body}, timeout=20)
+        assert found.status_code == 400 and found.json()["error"]["code"] == "context_length_exceeded", found.text
 
 
 def test_many_turns_are_linear_work():

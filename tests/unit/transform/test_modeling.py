@@ -291,6 +291,17 @@ def test_transform_keeps_the_dtype_of_the_embeddings():
     assert out.dtype == torch.bfloat16 and torch.equal(out[~mask], x[~mask])
 
 
+def test_a_closed_gate_in_half_precision_takes_the_embedding_away_whole():
+    """The estimator sees it rounded; what is taken away must be what was given, or z would keep the rounding."""
+    model, ids = make_transform(gate=True, format_version=3), token_ids()
+    torch.nn.init.constant_(model.gate_head.bias, -1e4)
+    x = model.embed_tokens(ids).detach() + 1e-4
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        mean_BTD = model(inputs_embeds=x).mean_BTD
+    assert not torch.equal(x, x.bfloat16().float()) and torch.equal(mean_BTD, -x)
+
+
 def test_bad_calls():
     model, ids = make_transform(), token_ids()
     mask = torch.ones_like(ids, dtype=torch.bool)
