@@ -33,6 +33,8 @@ from sgt_titan.objectives.distillation import chunk_size
 from sgt_titan.objectives.drift import gram_cosine, table_cosine
 from sgt_titan.objectives.utility import soft_cross_entropy
 
+from .compilation import compile_blocks
+
 PAIRS, ROWS = 8, 512  # of the drift's estimate: weights, and rows of the table
 
 
@@ -43,9 +45,6 @@ class Scores(NamedTuple):
     next: torch.Tensor
     kl: torch.Tensor
     right: torch.Tensor
-
-
-from .compilation import compile_blocks
 
 
 class FinetuneModel(BaseModel):
@@ -151,7 +150,9 @@ class FinetuneModel(BaseModel):
             ours, theirs = (projection(model, family, index, module, rule) for model in (self.lm, self.teacher))
             found.append(gram_cosine(ours, theirs, reads=rule.reads == "residual"))
         rows_S = draw.sample(range(self.lm.config.vocab_size), min(ROWS, self.lm.config.vocab_size))
-        ours_SD, theirs_SD = (whole(model.get_input_embeddings().weight)[rows_S] for model in self._models())
+        ours_SD, theirs_SD = (
+            whole(model.get_input_embeddings().get_parameter("weight"))[rows_S] for model in self._models()
+        )
         found.append(table_cosine(ours_SD, theirs_SD))
         return torch.stack(found).square().mean()
 
@@ -173,9 +174,9 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
 def projection(lm: PreTrainedModel, family: Family, index: int, module: str, rule: Linear) -> torch.Tensor:
     """(out, in), with the gain of the norm before it."""
     layer = layers_of(lm)[index]
-    weight = whole(layer.get_submodule(module).weight)
+    weight = whole(layer.get_submodule(module).get_parameter("weight"))
     weight = weight.T if family.transposed else weight
-    return weight * whole(layer.get_submodule(rule.norm).weight) if rule.norm else weight
+    return weight * whole(layer.get_submodule(rule.norm).get_parameter("weight")) if rule.norm else weight
 
 
 def parallelize_finetune(

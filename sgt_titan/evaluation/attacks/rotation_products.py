@@ -53,8 +53,7 @@ def sides(c: Conversion, layer: int) -> dict[str, torch.Tensor]:
     for module, rule in c.family.linears.items():
         weight = c.linear(layer, module)
         if rule.out == ("residual",):
-            centre = weight.mean(0, keepdim=True) if c.family.centred else 0.0
-            found[f"{rule.reads}>"] = weight - centre
+            found[f"{rule.reads}>"] = weight - weight.mean(0, keepdim=True) if c.family.centred else weight
             continue
         for space, part in zip(rule.out, weight.split(c.widths(rule), 0), strict=True):
             found[space] = part

@@ -95,7 +95,7 @@ def spectral_inverter(
 def recover(served: TrunkFiles, public: TrunkFiles) -> Recovered:
     """The rotation between two checkpoints; of both conversions, with and without symmetries, what fits best."""
     theirs = Conversion(served.path, None)
-    best = None
+    best: Recovered | None = None
     for norms in get_args(Norms):
         ours = Conversion(public.path, None, norms=norms)
         for invariants in (products, grams):
