@@ -58,8 +58,8 @@ class FinetuneModel(BaseModel):
         def update_from_config(self, *, config, **kwargs) -> None: ...
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            count = sum(p.numel() for p in model.lm.parameters())
-            teacher = sum(p.numel() for p in model.teacher.parameters()) if model.teacher else 0
+            assert isinstance(model, FinetuneModel)
+            count, teacher = (0 if m is None else m.num_parameters() for m in (model.lm, model.teacher))
             return count, 6 * count + 2 * teacher
 
     def __init__(self, config: Config):
@@ -163,7 +163,9 @@ def _bare(hf: PretrainedConfig) -> PreTrainedModel:
 
 def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
     body = lm.base_model
-    return body.layers if hasattr(body, "layers") else body.h
+    found = body.layers if hasattr(body, "layers") else body.h
+    assert isinstance(found, nn.ModuleList)
+    return found
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
