@@ -212,7 +212,7 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),
         (["--zero-steps", "0"], "--zero-steps must be at least 1, got 0"),
         (["--zero-steps", "11"], "another configuration .zero_steps is 10 there, 11 here"),
-        (["--minutes", "-1"], "--minutes must be positive"),
+        (["--minutes", "-1"], "--minutes must be above 0, got -1"),
         (["--optimizer.lr", "1"], "does not belong"),
     ],
 )
