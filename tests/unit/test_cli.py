@@ -72,7 +72,7 @@ NAMES = "run.name must be a name that is not empty, without / and not . or .. (r
         ("train --training.step mine", "unknown option --training.step; did you mean --training.steps?"),
         ("train mine --training.steps x", "--training.steps must be an integer, got 'x'"),
         ("train mine yours", "unrecognized arguments: yours (see sgt-titan train --help)"),
-        ("train mine --nproc x", "argument --nproc: invalid int value: 'x' (see sgt-titan train --help)"),
+        ("train mine --nproc x", "--nproc must be a whole number, got 'x'"),
         ("train mine --nproc 0", "--nproc must be at least 1, got 0"),
         ("train mine --training.seq_len 512", "training.seq_len 512 exceeds the trunk's max_position_embeddings 256"),
         (

@@ -14,11 +14,6 @@ TOOL = {"type": "function", "function": {"name": "find_" + CANARY, "parameters":
 
 
 @pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
-
-
-@pytest.fixture(scope="module")
 def plain(chat_trunk, tmp_path_factory):
     path = make_export(chat_trunk, tmp_path_factory.mktemp("plain") / "export", template="plain")
     return StainedGlassTransform.from_pretrained(path)

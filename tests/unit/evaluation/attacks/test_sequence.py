@@ -16,16 +16,11 @@ from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constant_noise, nothing
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Table, Transform, Trunk
-from tests.unit.evaluation.worlds import linear, pure_noise, tiny_trunk, top1
+from tests.unit.evaluation.worlds import linear, pure_noise, top1
 
 LENGTH = 8
 STATES = 5  # of the Markov source: tokens 20..24
 SMALL = {"layers": 1, "width": 64, "batch_rows": 64, "lr": 6e-3}
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_dir):
-    return tiny_trunk(trunk_dir)
 
 
 def sample(ids) -> Sample:
