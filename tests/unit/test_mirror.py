@@ -29,6 +29,7 @@ TOGETHER = {
     "unit/client/test_vllm_real.py": "",
     "unit/client/test_wire.py": "client.sse client.stops",
     "unit/cluster/test_job.py": "cluster.directory cluster.notice cluster.progress cluster.status",
+    "unit/config/test_check.py": "config.fields",
     "unit/config/test_load.py": "config.keys config.overrides config.schema config.values",
     "unit/conjformer/test_configs.py": "",
     "unit/conjformer/test_convert.py": "conjformer.command conjformer.families conjformer.write",
