@@ -171,7 +171,7 @@ class Reader(nn.Module):
         hidden_BT: torch.Tensor,
         valid_BT: torch.Tensor,
     ) -> torch.Tensor:
-        """Log probabilities (N, V): ``marginal`` and the clean tokens of the row that each hidden one looks at, mixed."""
+        """Log probabilities (N, V): ``marginal``'s, mixed with the clean tokens that each hidden one looks at."""
         if not self.points:
             return logits_NV
         row_N = hidden_BT.nonzero()[:, 0]
