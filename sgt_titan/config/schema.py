@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, float]] = {
 SOURCE_KEYS = ("source", "subset", "split", "format", "columns", "roles", "answers", "prompt_tokens", "max_samples")
 Source = NewType("Source", dict[str, Any])
 """A table of such keys; ``load.py`` checks them as it checks those of `data`."""
+Auto = NewType("Auto", object)
+"""True, False or "auto"."""
 
 
 class Must(NamedTuple):
@@ -172,6 +174,18 @@ class Rate(Term):
         "prior context: width of the bottleneck before its logits; D x V weights would cost a second lm_head.",
         must=least(1),
     )
+
+
+@dataclass(kw_only=True)
+class Finetune:
+    teacher: str = opt(
+        "", "Directory of the original checkpoint, for `distil` and `drift`. Environment variables are expanded."
+    )
+    distil: float = opt(0.0, "Share of the loss that is the KL to the teacher's next-token distribution; the rest is the "
+                             "cross-entropy of the next token. 1: the model as it was, whatever the data says.", must=share())  # fmt: skip
+    drift: float = opt(0.0, "Weight of a term that moves the weights away from the teacher's: the mean squared cosine between "
+                            "what a rotation leaves of both, Gram matrices of projections and of the table "
+                            "(docs/CONJFORMER.md says how little that hides).", must=least(0))  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -344,8 +358,8 @@ class ActivationCheckpoint:
 
 @dataclass(kw_only=True)
 class Compile:
-    enable: bool = opt(False, "torch.compile every block and the loss. The first step takes longer, by seconds on a GPU and "
-                              "half a minute on a CPU; the others less.")  # fmt: skip
+    enable: Auto = opt(False, "torch.compile every block and the loss. The first step takes longer, by about a minute; the "
+                              "others less. `auto`: after a few steps, where those that are left earn it back; the log says so.")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -400,6 +414,7 @@ class Config:
     estimator: Estimator = section(Estimator, "The trainable Stained Glass Transform (METHOD: a short trunk).")
     denoiser: Denoiser = section(Denoiser, "Cleaning up on the client, after the noise.")
     objective: Objective = section(Objective, "Utility and obfuscation losses (Eq. 3 and 11).")
+    finetune: Finetune = section(Finetune, "The loss of run.task finetune.")
     data: Data = section(Data, "Samples, and which of their tokens are obfuscated.")
     teacher_cache: TeacherCache = section(TeacherCache, "The teacher's output on disk, for runs of several epochs.")
     training: Training = section(Training, "Batch, length, duration.")
