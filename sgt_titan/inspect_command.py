@@ -12,7 +12,7 @@ from typing import Any
 from sgt_titan.arguments import Parser
 from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.errors import UserError
-from sgt_titan.terminal import printable
+from sgt_titan.terminal import printable, quiet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         what, hidden = hide(private.conversation(), what)
         replaced = [(item.span.kind, item.value, item.surrogate) for text in hidden for item in text.replaced]
     from sgt_titan.client.encoder import StainedGlassTransform
-    from sgt_titan.client.quiet import quiet
 
     with quiet(lambda text: print(f"sgt-titan: {text}", file=sys.stderr)):
         sgt = StainedGlassTransform.from_pretrained(arguments.export, trunk=trunk, hold_noise=False)  # nothing is sent

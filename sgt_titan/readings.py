@@ -14,7 +14,7 @@ from typing import Any
 from sgt_titan.arguments import Parser, check_seed
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
-from sgt_titan.terminal import printable
+from sgt_titan.terminal import printable, quiet
 
 CHEAP = ("nearest_l2", "known_plaintext")
 CORPUS = 300  # public rows that the linear map is fitted on
@@ -65,7 +65,6 @@ def _readings(arguments: Any, overrides: Sequence[str], talk: Any, text: str) ->
 
     from sgt_titan.client import StainedGlassTransform, Transformers, read_nearest
     from sgt_titan.client.private import hide
-    from sgt_titan.client.quiet import quiet
     from sgt_titan.evaluation.world.samples import data_config
 
     disable_progress_bar()

@@ -72,6 +72,32 @@ BARE_CALLS = (
     "{% else %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
+# DeepSeek-V3: the arguments of a call are added to a text; what tools say ends only where an answer follows.
+TEXT_CALLS = (
+    "{{ bos_token }}{% set was = namespace(tool=false) %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{% set was.tool = true %}<|im_start|>tool {{ m.content }}"
+    "{% elif m.role == 'assistant' %}{% if was.tool %}<|im_end|>{% else %}<A>{% endif %}{% set was.tool = false %}"
+    "{% if m.tool_calls %}{{ m.content or '' }}{% for call in m.tool_calls %}"
+    "{{ '<|im_start|>' + call.type + ' ' + call.function.name + '\n' + call.function.arguments + '<|im_end|>' }}"
+    "{% endfor %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
+    "{% else %}<U>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{% if was.tool %}<|im_end|>{% else %}<A>{% endif %}{% endif %}"
+)
+# Mistral 7B v0.3: ids of nine letters and digits, which stand in the prompt; users and answers without calls in turns.
+NUMBERED_CALLS = (
+    "{{ bos_token }}{% set turn = namespace(count=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls) %}"
+    "{% if (m.role == 'user') != (turn.count % 2 == 0) %}{{ raise_exception('whose turn') }}{% endif %}"
+    "{% set turn.count = turn.count + 1 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}</U>"
+    "{% elif m.tool_calls %}<CALLS>[{% for call in m.tool_calls %}"
+    "{% if call.id is not defined or call.id | length != 9 %}{{ raise_exception('ids have nine letters') }}{% endif %}"
+    '{{ (call.function | tojson)[:-1] }}, "id": "{{ call.id }}"}{% endfor %}]{{ eos_token }}'
+    "{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id is not defined or m.tool_call_id | length != 9 %}{{ raise_exception('no id') }}{% endif %}"
+    '<TOOL>{"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}</TOOL>'
+    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 # The template itself says what is generated.
 GENERATION = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
@@ -84,7 +110,8 @@ CONTENT_MARKED = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgene
 ALL = {
     "chatml": CHATML, "dated": DATED, "thinks": THINKS,
     "thinks_opened": THINKS_OPENED, "opens": OPENS, "closes": CLOSES, "channels": CHANNELS,
-    "bare_calls": BARE_CALLS, "generation": GENERATION, "content_marked": CONTENT_MARKED,
+    "bare_calls": BARE_CALLS, "text_calls": TEXT_CALLS, "numbered_calls": NUMBERED_CALLS,
+    "generation": GENERATION, "content_marked": CONTENT_MARKED,
 }  # fmt: skip
 
 

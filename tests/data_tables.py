@@ -32,6 +32,13 @@ from tests.chat_templates import ALL, bytewise
 ROWS = [{"instruction": "hi", "output": "007"}, {"instruction": "ho", "output": "1.50"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 USER, CALL = {"role": "user", "content": "hi"}, {"name": "find", "arguments": {"who": "Ann"}}
+CARD = "---\nconfigs:\n" + "".join(
+    f"- config_name: {name}\n  data_files: x/{n}.jsonl\n" for n, name in ((1, "en"), (2, "de"))
+) + "---\n"  # fmt: skip
+CALL_ID = "call_" + "7" * 24  # as long as OpenAI's
+CALLING = {
+    "role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": CALL_ID, "function": CALL}]
+}  # fmt: skip
 TALK = {"messages": [USER, {"role": "assistant", "content": "yes"}]}
 
 
@@ -91,6 +98,18 @@ FORMATS: dict[str, tuple[Callable[[Path], Any], str, dict[str, Any]]] = {
     "a name with brackets": (files("a[1].jsonl", "a1.jsonl"), "a[1].jsonl", {}),
     "JSON lines and CSV in a folder": (lambda path: (files("a.jsonl")(path), text("b.csv", "x\n")(path)), "", {}),
     "`split: test` of a file": (lines(*ROWS), "x.jsonl", {"split": "test"}),
+    "the same named twice": (files("a.jsonl"), "[ab].jsonl\n{}/a.jsonl", {}),
+    "a link to nothing": (lambda path: (path / "x.jsonl").symlink_to("y.jsonl"), "*", {}),
+    "a folder with files of other kinds": (
+        lambda path: (files("a.jsonl")(path), text("b.jsonl.xz", "?")(path)), "", {}),
+    "subsets that README.md declares": (
+        lambda path: (files("x/1.jsonl", "x/2.jsonl")(path), text("README.md", CARD)(path)), "", {}),
+    "the same, `subset: en`": (
+        lambda path: (files("x/1.jsonl", "x/2.jsonl")(path), text("README.md", CARD)(path)), "", {"subset": "en"}),
+    "UTF-16": (text("x.csv", "text\nhi\n".encode("utf-16")), "x.csv", {}),
+    "a pointer of Git LFS": (text("x.txt", "version https://git-lfs.github.com/spec/v1\n"), "x.txt", {}),
+    "a key that stands twice": (text("x.jsonl", LINES + '{"instruction": "a", "instruction": "b"}\n'), "x.jsonl", {}),
+    "a row of too few cells": (text("x.csv", "instruction,output\nhi,007\nho\n"), "x.csv", {}),
     "a file of another kind": (text("x.xlsx", "?"), "x.xlsx", {}),
     "OpenAI's turns": (lines(TALK), "x.jsonl", {}),
     "ShareGPT's, with `system`": (
@@ -113,6 +132,11 @@ FORMATS: dict[str, tuple[Callable[[Path], Any], str, dict[str, Any]]] = {
         "x.jsonl", {"answers": "all", "template": "plain"}),
     "an answer of weight 0": (
         lines({"messages": [USER, {"role": "assistant", "content": "a", "weight": 0}]}), "x.jsonl", {}),
+    "an answer that says nothing": (
+        lines({"messages": [USER, {"role": "assistant", "content": None}]}), "x.jsonl", {}),
+    "keys of turns that nobody reads": (
+        lines({"messages": [{**USER, "mood": "x"}, {"role": "assistant", "content": "yes", "value": "no"}]}),
+        "x.jsonl", {}),
     "Alpaca's history": (
         lines({"instruction": "hi", "output": "yes", "history": [["a", "b"]]}), "x.jsonl", {"template": "plain"}),
     "no turns": (lines({"messages": []}), "x.jsonl", {}),
@@ -126,8 +150,9 @@ CONVERSATIONS: dict[str, tuple[Sequence[Mapping[str, Any]], Sequence[Any], dict[
     "thoughts": ([USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}], (), {}),
     "thinking off": (TALK["messages"], (), {"enable_thinking": False, "thinking": False}),
     "an earlier answer": ([USER, TALK["messages"][1], USER, {"role": "assistant", "content": "no"}], (), {}),
-    "a call": ([USER, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
-                {"role": "tool", "content": "Bonn"}, TALK["messages"][1]], (), {}),
+    "a call": ([USER, CALLING, {"role": "tool", "content": "Bonn", "tool_call_id": CALL_ID}, TALK["messages"][1]],
+               (), {}),
+    "a call as the answer": ([USER, CALLING], (), {}),
 }  # fmt: skip
 
 
@@ -148,7 +173,7 @@ def formats() -> Iterator[tuple[str, str]]:
             make(path)
             config = schema.Config()
             config.data = schema.Data(
-                **{"source": str(path / source), "cache_dir": folder, "template": "plain", **options}
+                **{"source": str(path / source).format(path), "cache_dir": folder, "template": "plain", **options}
             )
             try:
                 rows = load_rows(config.data)
@@ -159,9 +184,12 @@ def formats() -> Iterator[tuple[str, str]]:
             said, bad = [], []
             for i in range(len(rows)):
                 try:
-                    said += [shown(tokenizer, sample) for sample in encode_row(rows, i, tokenizer, found)[1]]
+                    samples = encode_row(rows, i, tokenizer, found)[1]
+                    said += [shown(tokenizer, sample) for sample in samples]
+                    bad += [f"not used: {note}" for sample in samples for note in sample.notes]
                 except UserError as error:
                     bad.append(f"left out and counted: {_short(str(error), path)}")
+            bad += [f"not read: {line}" for line in rows.left]
             yield name, "; ".join([*(f"`{sample}`" for sample in said), *bad])
 
 

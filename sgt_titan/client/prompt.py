@@ -228,21 +228,11 @@ def _turns(
 
 
 def _variants(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
-    """As given, and as templates that know less of chats want them: developers as system, arguments as text."""
+    """As given, and as templates that know less of chats want them: developers as system."""
     yield turns
     as_system = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
     if as_system != turns:
         yield as_system
-    with_text = [t | {"tool_calls": _as_text(t["tool_calls"])} if "tool_calls" in t else t for t in as_system]
-    if with_text != as_system:  # DeepSeek's template adds a text to them
-        yield with_text
-
-
-def _as_text(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    dumped = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
-    return [
-        {**call, "function": {**call["function"], "arguments": text}} for call, text in zip(calls, dumped, strict=True)
-    ]
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,24 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from sgt_titan.config.degrees import degree_problems, dp_degree, pair_groups_fit, tile
+from sgt_titan.config.fields import TURN_FIELDS, USUAL_COLUMNS
 from sgt_titan.config.keys import get, keys
 from sgt_titan.config.schema import SOURCE_KEYS, Config, Data
 from sgt_titan.errors import UserError
 from sgt_titan.trunk.families import FAMILIES, expert_count
 
-_DATA_FIELDS = (
-    "text",
-    "system",
-    "instruction",
-    "input",
-    "output",
-    "history",
-    "messages",
-    "tools",
-    "private",
-    "role",
-    "content",
-)
+_DATA_FIELDS = (*USUAL_COLUMNS, *TURN_FIELDS)
 
 
 def validate(

@@ -49,6 +49,7 @@ from sgt_titan.data.tokenization import (
     Chunk,
     load_tokenizer,
     private_tokens,
+    take_note,
     tokenize_rows,
 )
 from sgt_titan.errors import UserError
@@ -282,7 +283,7 @@ def prepare(
     if final.exists():
         try:
             found_whole = _open(final, config.data.validation_samples, verify=False)
-            return _shown(_weighted(found_whole, config.data))
+            return _shown(_weighted(_as_it_lies(found_whole, found), config.data))
         except DamagedCache as error:
             logger.warning("%s is damaged (%s); building it again", final, error)
             disk.discard(final)
@@ -292,7 +293,15 @@ def prepare(
         _build(found, tokenizer, tokenizer_dir, name, final, config.data, progress=progress, workers=workers)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror or error}") from error
-    return _shown(_weighted(_open_or_fail(final, config.data.validation_samples), config.data))
+    return _shown(_weighted(open_cache(final, config.data.validation_samples), config.data))
+
+
+def _as_it_lies(dataset: TokenizedDataset, found: list[Part]) -> TokenizedDataset:
+    """With what lies beside the files today and is not read: no part of what the cache is named by."""
+    about = dataset.meta.get("sources") or {found[0].name: dataset.meta}
+    about = {part.name: about[part.name] | {"not_read": list(part.rows.left)} for part in found}
+    meta = dataset.meta | {"sources": about} if "sources" in dataset.meta else about[found[0].name]
+    return replace(dataset, meta=meta)
 
 
 def _weighted(dataset: TokenizedDataset, data: schema.Data) -> TokenizedDataset:
@@ -322,15 +331,6 @@ def mixture(dataset: TokenizedDataset) -> dict[str, dict[str, Any]]:
         name: {"samples": samples[name], "weight": dataset.weights.get(name), "share": size / sum(sizes.values())}
         for name, size in sizes.items()
     }
-
-
-def open_cache(directory: str | Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
-    """Memory-map a finished cache. Sizes are always checked, with ``verify`` also the sha256 of every array.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    return _open_or_fail(Path(directory), validation_samples, verify=verify)
 
 
 def wait_or_prepare(
@@ -402,7 +402,12 @@ def _publish(path: Path, content: Mapping[str, Any]) -> None:
         raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
 
 
-def _open_or_fail(directory: Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
+def open_cache(directory: Path, validation_samples: int, *, verify: bool = False) -> TokenizedDataset:
+    """Memory-map a finished cache. Sizes are always checked, with ``verify`` also the sha256 of every array.
+
+    Raises:
+        UserError: missing or damaged.
+    """
     try:
         return _open(directory, validation_samples, verify=verify)
     except DamagedCache as error:
@@ -570,7 +575,8 @@ def _write_part(
             for reason, count in chunk.dropped.items():
                 dropped[reason] += count
             bad += chunk.bad
-            notes += chunk.notes
+            for note, count in chunk.notes.items():
+                take_note(notes, note, count)
             first_bad = [*first_bad, *chunk.first_bad][:FIRST_BAD]
             if bad and (not max_bad_share or read >= MANY_ROWS):
                 _check_bad(bad, first_bad, read, max_bad_share)
@@ -599,6 +605,7 @@ def _write_part(
         "samples": used,
         "dropped": dropped,
         "bad_rows": {"count": bad.total(), "reasons": dict(bad.most_common()), "first": first_bad},
+        "not_read": list(rows.left),
         "not_used": {"columns": list(rows.unused), **dict(notes.most_common())},
         "with_response": with_response,
         "truncated": truncated,
@@ -640,6 +647,8 @@ def remarks(meta: dict[str, Any]) -> list[str]:
     if meta["truncated"]:
         how = f"training.seq_len {meta['options']['seq_len']}, data.truncation {meta['options']['truncation']}"
         lines.append(f"{meta['truncated']} of {meta['samples']} samples were cut ({how})")
+    if meta.get("not_read"):
+        lines.append(f"not read: {'; '.join(meta['not_read'])}")
     columns, *rest = meta["not_used"].items()
     if columns[1]:
         lines.append(f"columns not used: {', '.join(column or 'one without a name' for column in columns[1])}")

@@ -31,13 +31,15 @@ ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call")
+TOOL_KEYS = ("tool_call_id", "name")  # of what a tool says; some templates print them
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 @dataclass(frozen=True)
 class Conversation:
     """``messages``: ``{"role", "content"}``, of an assistant also ``tool_calls``, ``reasoning_content``, and ``weight``
-    0 where the data say not to train on it. ``private``: (text, kind) of the values that are marked. ``ignored``: names
-    of what is there and not used."""
+    0 where the data say not to train on it; of a tool also ``tool_call_id`` and ``name``. ``private``: (text, kind) of
+    the values that are marked. ``ignored``: names of what is there and not used."""
 
     messages: Messages
     tools: list[Any] = field(default_factory=list)
@@ -46,19 +48,31 @@ class Conversation:
 
     def ends(self, answers: str) -> tuple[list[int], tuple[str, ...]]:
         """Where samples end (turns of each), and what was left out. The answers are the ``last`` or ``all``; those of
-        weight 0 are never any. Turns without an answer are one sample, a prompt."""
+        weight 0, and those that say nothing, are never any. Turns without an answer are one sample, a prompt."""
         found = [i + 1 for i, m in enumerate(self.messages) if m["role"] == "assistant"]
-        kept = [i for i in found if self.messages[i - 1].get("weight", 1)]
-        if not found:
-            return [len(self.messages)], ()
+        said = [i for i in found if not says_nothing(self.messages[i - 1])]
+        kept = [i for i in said if self.messages[i - 1].get("weight", 1)]
+        empty = (EMPTY_ANSWERS,) if len(said) < len(found) else ()
+        if not said:
+            whole = next((i for i in range(len(self.messages), 0, -1) if i not in found), 0)
+            if not whole:
+                raise UserError("has nothing but empty answers")
+            return [whole], empty
         if not kept:
             raise UserError("every answer has weight 0")
-        left = ("turns after the last answer",) if kept[-1] < len(self.messages) else ()
+        left = (*empty, "turns after the last answer") if kept[-1] < len(self.messages) else empty
         if answers != "all":
             return kept[-1:], left
         if kept[0] == 1 < kept[-1]:
             return kept[1:], (*left, "a first turn that answers nothing, as an answer")
         return kept, left
+
+
+EMPTY_ANSWERS = "answers that say nothing"
+
+
+def says_nothing(message: Mapping[str, Any]) -> bool:
+    return not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def conversation(
@@ -137,6 +151,8 @@ def _instruction(row: Mapping[str, Any], columns: Mapping[str, str]) -> Messages
 def _history(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     column = columns.get("history")
     pairs = (row.get(column) if column else None) or []
+    if isinstance(pairs, str) and pairs.lstrip().startswith("["):
+        pairs = _json(pairs, f"{column!r} (field 'history')")
     if not isinstance(pairs, Sequence) or isinstance(pairs, str):
         raise UserError(f"{column!r} (field 'history') must be a list of [question, answer], is {type(pairs).__name__}")
     for pair in pairs:
@@ -171,42 +187,57 @@ def _chat(
         raise UserError(f"{column!r} must be a list of {{role, content}}, is {type(value).__name__}")
     role_keys = (columns["role"],) if columns.get("role") else ROLE_KEYS
     content_keys = (columns["content"],) if columns.get("content") else CONTENT_KEYS
-    used = {*role_keys, *content_keys, *REASONING_KEYS, *CALL_KEYS, "weight"}
     for t, turn in enumerate(value):
-        turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, Mapping) else {}
-        name = next((turn[key] for key in role_keys if key in turn), None)
+        given = turn if isinstance(turn, Mapping) else {}
+        turn = {k: v for k, v in given.items() if v is not None}
+        key = next((key for key in role_keys if key in turn), "")
+        name = turn.get(key)
         if not isinstance(name, str):
             raise UserError(f"turn {t} of {column!r} has no {role_keys[0]!r}")
         if (role := roles.get(name, roles.get(name.lower()))) is None:
             raise UserError(f"turn {t} of {column!r} has the role {name[:20]!r}; map it with data.roles")
-        found = _turn(turn, role, content_keys, f"turn {t} of {column!r}")
-        ignored += [f"key {key} of turns" for key in turn if key not in used and turn[key] not in ("", [], {})]
+        # A null is an empty text, where there is a key for one.
+        said = next((key for key in content_keys if key in turn), next((k for k in content_keys if k in given), ""))
+        found, used = _turn({**turn, said: turn.get(said, "")} if said else turn, role, said, f"turn {t} of {column!r}")
+        if found is None:
+            raise UserError(f"turn {t} of {column!r} has no {content_keys[0]!r}")
+        more = [k for k in turn if k not in used and k != key and turn[k] not in ("", [], {})]
+        ignored += [f"key {str(k)[:40]} of turns" for k in more]
         if role not in ("assistant", "call") and turn.get("weight", 1) not in (0, 1):
             ignored.append("weight of turns that are no answers")
+        ignored += found.pop("ignored", ())
         yield found
 
 
-def _turn(turn: Mapping[str, Any], role: str, content_keys: Sequence[str], where: str) -> dict[str, Any]:
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    content = next((turn[key] for key in content_keys if key in turn), "" if calls else None)
-    if isinstance(content, list):  # the parts of the OpenAI API
-        kinds = {part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content}
-        if kinds - {"text"}:
-            raise UserError(f"{where} has a part that is no text ({', '.join(sorted(map(str, kinds - {'text'})))})")
-        content = "".join(str(part.get("text") or "") for part in content)
-    if not isinstance(content, str):
-        raise UserError(f"{where} has no {content_keys[0]!r}" if content is None else f"{where}: must be text")
+def _turn(turn: Mapping[str, Any], role: str, said: str, where: str) -> tuple[dict[str, Any] | None, set[str]]:
+    """A turn, also with ``ignored``, what of its parts is not used; and the keys that it was made of. None: it has no
+    content.
+
+    Args:
+        said: the key of its content, "" if it has none.
+    """
+    asked = next((key for key in CALL_KEYS if turn.get(key)), "") if role == "assistant" else ""
+    if not said and not asked:
+        return None, set()
+    ignored: list[str] = []
+    content = _text(turn[said], where, ignored) if said else ""
+    calls = turn.get(asked) or []
     if role == "call":
-        role, calls = "assistant", [_json(content, where)]
-        content = ""
-    message: dict[str, Any] = {"role": role, "content": content}
+        role, calls, content = "assistant", [_json(content, where)], ""
+    calls = [calls] if asked == "function_call" else calls
+    message: dict[str, Any] = {"role": role, "content": content, "ignored": ignored}
+    used = {said, asked, "weight"}
+    if role == "tool":
+        message |= {key: turn[key] for key in TOOL_KEYS if isinstance(turn.get(key), str)}
+        used.update(TOOL_KEYS & message.keys())
     if role != "assistant":
-        return message
+        return message, used
     if calls:
         if not isinstance(calls, list):
             raise UserError(f"{where}: tool_calls must be a list")
-        message["tool_calls"] = [_call(call, where) for call in calls]
-    reasoning = next((turn[key] for key in REASONING_KEYS if key in turn), "")
+        message["tool_calls"] = [_call(call, where, ignored) for call in calls]
+    thought = next((key for key in REASONING_KEYS if key in turn), "")
+    reasoning = turn.get(thought, "")
     if not isinstance(reasoning, str):
         raise UserError(f"{where}: reasoning must be text")
     if reasoning.strip():
@@ -216,19 +247,45 @@ def _turn(turn: Mapping[str, Any], role: str, content_keys: Sequence[str], where
         raise UserError(f"{where}: weight {weight!r:.20} is neither zero nor one; fractions are not trained with")
     if not weight:
         message["weight"] = 0
-    return message
+    return message, {*used, thought}
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _text(content: Any, where: str, ignored: list[str]) -> str:
+    """The content of a turn: a text, or the text parts of the OpenAI API."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"{where}: must be text")
+    kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
+    if other := sorted({str(kind)[:20] for kind in kinds if kind not in TEXT_PARTS}):
+        raise UserError(f"{where} has a part that is no text ({', '.join(other)})")
+    texts = [part.get("text", 0) for part in content]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise UserError(f"{where} has a text part whose text is none")
+    more = {str(key)[:40] for part in content for key in part if key not in ("type", "text") and part[key]}
+    ignored += [f"key {key} of parts" for key in sorted(more)]
+    return "".join(text or "" for text in texts)
+
+
+def _call(call: Any, where: str, ignored: list[str]) -> dict[str, Any]:
     """A call as templates expect it: ``{"type", "function": {"name", "arguments"}}``, the arguments an object."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    outer = call if isinstance(call, Mapping) else {}
+    function = outer.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UserError(f"{where}: a tool call must have a name")
-    arguments = function.get("arguments", function.get("parameters"))
+    key = next((key for key in ("arguments", "parameters") if function.get(key) is not None), "arguments")
+    arguments = function.get(key)
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{where}: arguments of a call") if arguments.strip() else {}
-    rest = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    function = {"name": function["name"], "arguments": _without_nulls(arguments if arguments is not None else {})}
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"{where}: arguments of a call must be an object")
+    rest = {"id": outer["id"]} if isinstance(outer.get("id"), str) else {}
+    used = {"name", key, *rest}
+    inner = {} if function is outer else {k: v for k, v in outer.items() if k != "function"}
+    more = [k for k, v in (*function.items(), *inner.items()) if v is not None and k not in used and k != "type"]
+    ignored += [f"key {str(k)[:40]} of calls" for k in more]
+    function = {"name": function["name"], "arguments": _without_nulls(arguments)}
     return {"type": "function", **rest, "function": function}
 
 

@@ -128,11 +128,6 @@ def mixed_at(k: np.ndarray, sizes: np.ndarray, shares: np.ndarray, seed: int) ->
     return own_epochs, indices
 
 
-def sample_at(k: int, n: int, seed: int) -> tuple[int, int]:
-    """Epoch and index of global sample k, when ``n`` samples make an epoch."""
-    return k // n, permute(k % n, n, epoch_key(seed, k // n))
-
-
 def noise_seed(seed: int, epoch: int, sample: int) -> int:
     """Seed of one sample's noise in one epoch: 63 bits, so that torch's generators take it."""
     return hash64("noise", seed, epoch, sample) >> 1

@@ -33,25 +33,3 @@ PRESETS: dict[str, Preset] = {
 # Rows of the generated corpus when data.max_samples does not say.
 DEMO_ROWS = 20_000
 DEMO_SEED = 2  # the shipped trunk was trained on seed 0 and evaluated on seed 1
-
-# The fields of each format; those after the bar may be missing or empty.
-FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "text": (("text",), ("private",)),
-    "instruction": (("instruction", "output"), ("system", "input", "history", "private")),
-    "chat": (("messages",), ("system", "tools", "private")),
-}
-
-# Column names that are understood without being told, by field, in order of preference.
-USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
-    "text": ("text", "content", "story"),
-    "system": ("system", "system_prompt"),
-    "instruction": ("instruction", "prompt", "question", "query"),
-    "input": ("input", "context"),
-    "output": ("output", "response", "completion", "answer"),
-    "messages": ("messages", "conversations"),
-    "tools": ("tools",),
-    "history": ("history",),
-    "private": ("pii_units", "spans"),
-}
-# Fields of a turn, not of a row.
-TURN_FIELDS = ("role", "content")

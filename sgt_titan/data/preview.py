@@ -58,6 +58,8 @@ def _about(part: Part, data: schema.Data) -> Iterator[str]:
         yield part.name + (", held out" if part.held_out else f", weight {weight:g}" if weight else "") + ":"
     columns = ", ".join(f"{name}: {column}" for name, column in rows.columns.items())
     yield f"{rows.name}: {len(rows):,} rows, format {rows.format} ({columns}), template {options.template}"
+    if rows.left:
+        yield f"not read: {'; '.join(rows.left)}"
     if rows.unused:
         yield f"columns not used: {', '.join(column or 'one without a name' for column in rows.unused)}"
 

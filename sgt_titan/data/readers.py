@@ -1,4 +1,4 @@
-"""Files of rows: which belong to a source, and each as something with a length and rows by number.
+"""Files of rows, each as something with a length and rows by number. Which files: ``files.py``.
 
 Text stays text: nothing guesses that ``007`` is a number or an empty cell something else than a null. JSON lines are
 read in place, by byte offset; what has no lines to jump to (compressed files, JSON arrays, CSV, plain text) is written
@@ -9,16 +9,14 @@ its date. Parquet is read in place, a batch at a time. Nothing is held in memory
 from __future__ import annotations
 
 import csv
-import glob
 import hashlib
 import io
 import json
 import mmap
 import os
 import re
-import tempfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,23 +24,19 @@ import numpy as np
 
 from sgt_titan import disk
 from sgt_titan.config import schema
-from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Written
+from sgt_titan.data.files import COMPRESSED, beside, kind, reason, some
 from sgt_titan.errors import UserError
 
-KINDS: dict[str, str] = {
-    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text",
-    ".parquet": "parquet", ".arrow": "arrow",
-}  # fmt: skip
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-SPLITS: dict[str, str] = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
-# Left by the datasets library and the hub beside the data.
-_ABOUT = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 _BATCH = 1000
-_BAD = "\0"  # a key that no table has: why a row of one is none
+_BAD = "\0why a row of a table is none"  # a key
+_LFS = b"version https://git-lfs.github.com/spec/"
+_COPIES_VERSION = 2  # 2: a row of too few cells is none
+_LONGEST_INT = 300  # digits; Python refuses to read those of 4,300
+
+
+class _Twice(ValueError):
+    """An object with a key that stands in it twice."""
 
 
 def _constant(name: str) -> Written | None:
@@ -50,113 +44,23 @@ def _constant(name: str) -> Written | None:
     return None if name == "NaN" else Written(name)
 
 
+def _integer(digits: str) -> int | Written:
+    return Written(digits) if len(digits) > _LONGEST_INT or digits == "-0" else int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises _Twice: JSON readers disagree on which of the two values counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice("a key stands twice in one object")
+    return found
+
+
 # json.loads would make one for every row.
-_DECODER = json.JSONDecoder(parse_float=Written, parse_constant=_constant)
+_DECODER = json.JSONDecoder(
+    parse_float=Written, parse_constant=_constant, parse_int=_integer, object_pairs_hook=_object
+)
 _MANY_MISSES = 1000
-
-
-def kind(name: str) -> str:
-    """What a file holds by its name; "" if that is not known."""
-    name = name.lower()
-    stem, suffix = os.path.splitext(name)
-    if suffix in COMPRESSED:
-        found = KINDS.get(os.path.splitext(stem)[1], "")
-        return found if found not in ("parquet", "arrow") else ""
-    return KINDS.get(suffix, "")
-
-
-def files_of(source: str, data: schema.Data) -> list[Path]:
-    """The files that a path, a folder, a glob, an address, or several of them on a line each, mean.
-
-    Raises:
-        UserError: nothing there, nothing known, several kinds, a split that is not there.
-    """
-    parts = [part.strip() for part in source.split("\n") if part.strip()]
-    if len(parts) > 1:
-        found = [file for part in parts for file in files_of(part, data)]
-        return _one_kind(found, source.replace("\n", ", "))
-    source = parts[0].removeprefix("file://")
-    if "://" in source:
-        _no_split(data, "an address")
-        return _one_kind(_fetch(source, data), source)
-    if os.path.isfile(source):  # a name may hold what a glob would read otherwise
-        _no_split(data, "a file")
-        if not kind(source):
-            raise UserError(f"{source}: unknown kind of file; known are {', '.join(KINDS)}, also with {_ends()}")
-        return [Path(source)]
-    if os.path.isdir(source):
-        return _folder(source, data)
-    if found := sorted(Path(name) for name in glob.glob(source, recursive=True) if os.path.isfile(name)):
-        _no_split(data, "a glob")
-        return _one_kind(found, source)
-    if re.search(r"[*?\[]", source):
-        raise UserError(f"data.source: no file matches {source}")
-    raise UserError(f"data.source: {source} does not exist")
-
-
-def _ends() -> str:
-    return ", ".join(COMPRESSED)
-
-
-def _no_split(data: schema.Data, what: str) -> None:
-    if data.split != "train":
-        raise UserError(
-            f"data.split: {data.split!r}, but {what} has no splits; name the file of that split, or leave it"
-        )
-    if data.subset:
-        raise UserError(f"data.subset: {data.subset!r}, but {what} has no subsets; name its files")
-
-
-def _one_kind(files: Sequence[Path], source: str) -> list[Path]:
-    kinds = sorted({kind(file.name) for file in files})
-    if "" in kinds:
-        unknown = next(file for file in files if not kind(file.name))
-        raise UserError(f"{unknown}: unknown kind of file; known are {', '.join(KINDS)}, also with {_ends()}")
-    if len(kinds) > 1:
-        raise UserError(f"{source}: mixes {' and '.join(kinds)} files; name one file or a folder with one kind")
-    return list(files)
-
-
-def _folder(path: str, data: schema.Data) -> list[Path]:
-    root = Path(path, data.subset) if data.subset else Path(path)
-    if not root.is_dir():
-        raise UserError(f"data.subset: {path} has no folder {data.subset!r}")
-    files = [file for file in listing(root) if kind(file.name) and file.name not in _ABOUT]
-    if not files:
-        raise UserError(f"{path}: no data files in this folder; known are {', '.join(KINDS)}, also with {_ends()}")
-    splits = {file: split_of(file.relative_to(root)) for file in files}
-    named = sorted({split for split in splits.values() if split})
-    wanted = SPLITS.get(data.split, data.split)
-    if not named and wanted != "train":
-        raise UserError(
-            f"data.split: {data.split!r}, but no file in {path} is named as a split (train, validation, test)"
-        )
-    if not named:
-        return _one_kind(files, path)
-    if "" in splits.values():
-        other = next(file for file, split in splits.items() if not split)
-        raise UserError(
-            f"{path}: holds files of the splits {', '.join(named)} and others ({other.relative_to(root)}); name files"
-        )
-    if wanted not in named:
-        raise UserError(f"data.split: {path} has no split {data.split!r}; it has {', '.join(named)}")
-    return _one_kind([file for file in files if splits[file] == wanted], path)
-
-
-def split_of(file: Path) -> str:
-    """The split that a path names, by its file first: ``data/test-00000-of-00002.parquet``; "" if it names none."""
-    for part in reversed(file.parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLITS:
-                return SPLITS[word]
-    return ""
-
-
-def listing(root: Path) -> list[Path]:
-    """Files below a folder by name, without hidden ones."""
-    return sorted(
-        f for f in root.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(root).parts)
-    )
 
 
 def digest(file: Path) -> str:
@@ -172,12 +76,19 @@ def hash_files(files: Sequence[Path], digests: Sequence[str] = ()) -> str:
     return total.hexdigest()
 
 
-def open_files(files: Sequence[Path], data: schema.Data) -> tuple[Any, str, tuple[tuple[int, str], ...]]:
+def open_files(
+    files: Sequence[Path], data: schema.Data, left: list[str]
+) -> tuple[Any, str, tuple[tuple[int, str], ...]]:
     """Rows, their fingerprint, and (first row, file name) of each file.
+
+    Args:
+        left: gets what is there and not read, in words.
 
     Raises:
         UserError: a file that is not what its name says.
     """
+    for file in files:
+        _check_beginning(file)
     digests = [digest(file) for file in files]
     what = kind(files[0].name)
     if what == "parquet":
@@ -187,7 +98,21 @@ def open_files(files: Sequence[Path], data: schema.Data) -> tuple[Any, str, tupl
     else:
         rows = JsonLines([_as_lines(file, found, data) for file, found in zip(files, digests, strict=True)], files)
     starts = tuple((int(start), str(file)) for start, file in zip(rows.starts[:-1], files, strict=True))
+    if empty := [file.name for file, count in zip(files, np.diff(rows.starts), strict=True) if not count]:
+        left.append(some("files without a row", empty))
     return rows, f"files:{hash_files(files, digests)}", starts
+
+
+def _check_beginning(file: Path) -> None:
+    """Raises UserError for what is no file of rows whatever its name: a pointer, text in two bytes a character."""
+    with open(file, "rb") as stream:
+        head = stream.read(1024)
+    if head.startswith(_LFS):
+        raise UserError(f"{file}: is a pointer of Git LFS and not the data; fetch it (git lfs pull)")
+    if os.path.splitext(file.name.lower())[1] in COMPRESSED or kind(file.name) in ("parquet", "arrow"):
+        return
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+        raise UserError(f"{file}: is no UTF-8 text (UTF-16, or binary); save it as UTF-8")
 
 
 class JsonLines:
@@ -218,9 +143,7 @@ class JsonLines:
         try:
             row = _DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
         except (ValueError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-            why = "nested too deeply" if isinstance(error, RecursionError) else why
-            raise UserError(f"{self.shown[f]}: row {number + 1}: cannot be read as JSON ({why})") from None
+            raise UserError(f"{self.shown[f]}: row {number + 1}: cannot be read as JSON ({_why(error)})") from None
         if not isinstance(row, dict):
             raise UserError(f"{self.shown[f]}: row {number + 1}: must be a JSON object, is {type(row).__name__}")
         if _BAD in row:
@@ -234,12 +157,14 @@ class JsonLines:
     def column_names(self) -> list[str]:
         """Keys of the first rows, in order of appearance: rows may leave keys out. See ``has``."""
         found: dict[str, None] = {}
+        first: UserError | None = None
         for i in range(min(len(self), 100)):
             try:
                 found |= dict.fromkeys(self[i])
             except UserError as error:
-                if i == 0:
-                    raise UserError(f"{error}; rows are objects, one a line, or an array of them") from None
+                first = first or error  # one bad row among others is told of when it is read
+        if first and not found:
+            raise UserError(f"{first}; rows are objects, one a line, or an array of them")
         return list(found)
 
     def has(self, column: str) -> bool:
@@ -263,6 +188,15 @@ class JsonLines:
                     following = self.offsets[f][row + 1] if row + 1 < len(self.offsets[f]) else len(content)
                     at = content.find(needle, int(following))
         return False
+
+
+def _why(error: Exception) -> str:
+    """Why a line is no JSON, without a word of it."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _line_offsets(file: Path) -> np.ndarray:
@@ -289,7 +223,10 @@ class ParquetRows:
         ]
         self.column_names = list(opened[0].schema_arrow.names)
         for file, found in zip(self.files, opened, strict=True):
-            if set(found.schema_arrow.names) != set(self.column_names):
+            names = list(found.schema_arrow.names)
+            if len(set(names)) < len(names):
+                raise UserError(f"{file}: column {next(c for c in names if names.count(c) > 1)!r} stands in it twice")
+            if set(names) != set(self.column_names):
                 raise UserError(f"{file}: has other columns than {self.files[0].name}; name files of one kind")
         self._reset()
 
@@ -341,6 +278,9 @@ class ArrowRows:
 
         parts = []
         for file in files:
+            with open(file, "rb") as stream:
+                if stream.read(6) == b"ARROW1":
+                    raise UserError(f"{file}: is in Arrow's file format (Feather); write a stream, or Parquet")
             try:
                 parts.append(datasets.Dataset.from_file(str(file)))
             except Exception as error:
@@ -364,7 +304,7 @@ def _as_lines(file: Path, found: str, data: schema.Data) -> Path:
     what = kind(file.name)
     if what == "json" and os.path.splitext(file.name.lower())[1] not in COMPRESSED and not _is_array(file):
         return file
-    target = _beside(data, "rows") / f"{found}.{what}.jsonl"
+    target = beside(data, "rows") / f"{found}.{what}.{_COPIES_VERSION}.jsonl"
     if target.exists():
         return target
     try:
@@ -376,23 +316,11 @@ def _as_lines(file: Path, found: str, data: schema.Data) -> Path:
         raise UserError(f"{file}: {error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: is not UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{file}: cannot be read as {what}: nested too deeply") from None
     except Exception as error:
         raise UserError(f"{file}: cannot be read as {what}: {reason(error)}") from None
     return target
-
-
-def _beside(data: schema.Data, name: str) -> Path:
-    """A folder of copies: of the token cache, or of this user where there is none."""
-    if data.cache_dir:
-        root = Path(expand(data.cache_dir, "data.cache_dir"))
-    else:
-        root = Path(tempfile.gettempdir(), f"sgt-titan-{os.getuid()}")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        (root / name).mkdir(exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror or error}") from None
-    return root / name
 
 
 def _decompressed(file: Path) -> IO[bytes]:
@@ -418,7 +346,8 @@ def _json_lines(stream: IO[bytes]) -> Iterator[str]:
         yield from (line.rstrip("\r\n") for line in text if line.strip())
         return
     content = first + text.read()
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # only where an element ends is wanted
+    space = re.compile(r"[\s,]*")
     at = content.index("[") + 1
     while True:
         between = space.match(content, at)
@@ -443,9 +372,11 @@ def _csv_lines(stream: IO[bytes], delimiter: str) -> Iterator[str]:
         return
     if len(set(header)) < len(header):
         raise UserError(f"column {next(c for c in header if header.count(c) > 1)!r} stands twice in the first line")
-    for cells in filter(None, reader):
+    for cells in reader:
+        if not cells or (len(cells) == 1 < len(header) and not cells[0].strip()):
+            continue  # a blank line
         row = dict(zip(header, cells, strict=False))
-        if len(cells) > len(header):
+        if len(cells) != len(header):
             row = {_BAD: f"has {len(cells)} cells, the first line has {len(header)}"}
         yield json.dumps(row, ensure_ascii=False)
 
@@ -462,59 +393,3 @@ _LINES = {
     "tsv": lambda stream: _csv_lines(stream, "\t"),
     "text": _text_lines,
 }
-
-
-# What a web server says of a file that another version of it would not have.
-_OF_A_VERSION = ("ETag", "Last-Modified", "Content-MD5", "Digest")
-
-
-def _fetch(address: str, data: schema.Data) -> list[Path]:
-    """Copies of the files at an address (``s3://``, ``hf://``, ``https://``, ...; a glob): fetched once, as long as the
-    store says that they are the same; anew each time where it says nothing of that (some web servers)."""
-    import fsspec
-
-    web = address.startswith(("http://", "https://"))
-    try:
-        store, path = fsspec.core.url_to_fs(address)
-        is_glob = re.search(r"[*\[]" if web else r"[*?\[]", path)  # a question mark of the web begins a query
-        names = sorted(name for name in store.glob(path) if web or store.isfile(name)) if is_glob else [path]
-        if not names:
-            raise UserError(f"data.source: no file matches {address}")
-        if not (web or is_glob) and store.isdir(path):
-            raise UserError(
-                f"data.source: {address} is a folder; name its files, such as {address.rstrip('/')}/*.jsonl"
-            )
-        found = []
-        for name in names:
-            version = _version(store.info(name)) if web else store.ukey(name)
-            key = hashlib.sha256(f"{store.protocol}\0{name}\0{version}".encode()).hexdigest()[:32]
-            target = _beside(data, "remote") / key / os.path.basename(name.partition("?")[0] if web else name)
-            if not (version and target.exists()):
-                target.parent.mkdir(exist_ok=True)
-                with disk.replacing(target) as work:
-                    store.get_file(name, str(work))
-            found.append(target)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"data.source: {without_query(f'{address} cannot be fetched: {reason(error)}')}") from None
-    return found
-
-
-def without_query(text: str) -> str:
-    """Addresses of the web without what may be a signature or a key."""
-    return re.sub(r"(https?://[^\s?]+)\?[^\s,'\"]*", r"\1", text)
-
-
-def _version(info: Mapping[str, Any]) -> str:
-    """Which version of a file a web server has; "" if it does not say. fsspec takes such files for unchanging."""
-    said = {key: info[key] for key in _OF_A_VERSION if info.get(key)}
-    return json.dumps(said | {"size": info.get("size")}, sort_keys=True) if said else ""
-
-
-def reason(error: BaseException) -> str:
-    """The innermost cause, one short line: the outer ones only say that something failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line[:160]}" if line else type(error).__name__

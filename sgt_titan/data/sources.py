@@ -13,15 +13,17 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sgt_titan.config import schema
+from sgt_titan.config.fields import FIELDS, TURN_FIELDS, USUAL_COLUMNS
 from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Conversation, Messages, conversation
-from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, FIELDS, PRESETS, TURN_FIELDS, USUAL_COLUMNS
-from sgt_titan.data.readers import files_of, hash_files, kind, listing, open_files, reason, without_query
+from sgt_titan.data.files import files_of, kind, listing, reason, some, without_query
+from sgt_titan.data.presets import DEMO_ROWS, DEMO_SEED, PRESETS
+from sgt_titan.data.readers import hash_files, open_files
 from sgt_titan.errors import UserError
 
 
@@ -38,6 +40,8 @@ class Rows:
     files: tuple[tuple[int, str], ...] = field(default=())  # (first row, file name), ascending
     roles: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()  # columns
+    left: tuple[str, ...] = ()  # files and splits that are not read, in words
+    first: frozenset[str] = frozenset()  # keys of the first rows, where later ones may have others
 
     def __len__(self) -> int:
         return len(self.data)
@@ -65,6 +69,10 @@ class Rows:
             found = conversation(row, self.format, self.columns, dict(self.roles))
         except UserError as error:
             raise type(error)(f"{self.where(i)}: {error}") from None
+        if self.first and not row.keys() <= self.first:
+            late = [key for key in row if key not in self.first and row[key] not in (None, "", [], {})]
+            late = [f"column {key[:40]}, which no early row has" for key in late if key not in self.columns.values()]
+            found = replace(found, ignored=(*found.ignored, *late))
         messages = found.messages
         if self.strip_suffix and messages[-1]["role"] == "assistant":
             messages[-1]["content"] = messages[-1]["content"].removesuffix(self.strip_suffix)
@@ -103,6 +111,7 @@ def load_rows(data: schema.Data) -> Rows:
     if preset and (data.source == "demo" or preset.path.startswith("${")) and (data.subset or data.split != "train"):
         key = "subset" if data.subset else "split"
         raise UserError(f"data.{key}: {getattr(data, key)!r}, but the preset {data.source} has none; leave it out")
+    left: list[str] = []
     if data.source == "demo":
         found, name, fingerprint, files = _open_demo(data)
     else:
@@ -110,7 +119,7 @@ def load_rows(data: schema.Data) -> Rows:
         if preset and not preset.path.startswith("${"):
             found, name, fingerprint, files = _open_hub(data, path)
         elif os.path.exists(path) or "\n" in path or "://" in path or re.search(r"[*?\[]", path):
-            found, name, fingerprint, files = _open_local(path, data)
+            found, name, fingerprint, files = _open_local(path, data, left)
         elif not preset and "/" not in path and (near := difflib.get_close_matches(path, PRESETS, n=1, cutoff=0.7)):
             raise UserError(
                 f"data.source: unknown preset {path!r}; did you mean {near[0]}? (a hub data set is owner/name)"
@@ -126,9 +135,10 @@ def load_rows(data: schema.Data) -> Rows:
     preset_columns = dict(preset.columns) if preset else {}
     fmt, columns = _fields(data, preset.format if preset else None, preset_columns, present, name, late)
     unused = tuple(column for column in present if column not in columns.values())
+    first = frozenset(present) if hasattr(found, "has") else frozenset()
     roles = tuple(sorted(data.roles.items()))
     suffix = preset.strip_suffix if preset else ""
-    return Rows(found, name, fmt, columns, fingerprint, suffix, files, roles, unused)
+    return Rows(found, name, fmt, columns, fingerprint, suffix, files, roles, unused, tuple(left), first)
 
 
 def _fields(
@@ -217,18 +227,20 @@ def _open_hub(data: schema.Data, name: str) -> tuple[Any, str, str, tuple]:
     return found, name, f"hub:{name}:{data.subset}:{data.split}:{found._fingerprint}:{len(found)}", ()
 
 
-def _open_local(path: str, data: schema.Data) -> tuple[Any, str, str, tuple]:
+def _open_local(path: str, data: schema.Data, left: list[str]) -> tuple[Any, str, str, tuple]:
     root = Path(path, data.subset) if data.subset else Path(path)
     if (root / "dataset_dict.json").is_file():
         splits = sorted(folder.name for folder in root.iterdir() if (folder / "state.json").is_file())
         if data.split not in splits:
             raise UserError(f"data.split: {root} has no split {data.split!r}; it has {', '.join(splits)}")
+        if splits[1:]:
+            left.append(some("other splits", [split for split in splits if split != data.split]))
         return _open_saved(root / data.split)
     if (root / "state.json").is_file():
         if data.split != "train":
             raise UserError(f"data.split: {data.split!r}, but {root} is one saved data set without splits")
         return _open_saved(root)
-    found, fingerprint, starts = open_files(files_of(path, data), data)
+    found, fingerprint, starts = open_files(files_of(path, data, left), data, left)
     return found, without_query(path.replace("\n", ", ")), fingerprint, starts
 
 

@@ -20,9 +20,9 @@ from sgt_titan.config.paths import expand
 from sgt_titan.data.conversations import Conversation
 from sgt_titan.data.marks import MarkError, Units, fold, forms, mark
 from sgt_titan.data.sources import Rows
-from sgt_titan.data.surrogates import VERSION, finders, with_surrogates
+from sgt_titan.data.surrogates import finders, found_by, with_surrogates
 from sgt_titan.errors import UserError
-from sgt_titan.transform.chat_template import look, marks_answers, source, thinking
+from sgt_titan.transform.chat_template import CallStyle, call_style, look, marks_answers, source, thinking
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, EncodedPrompt, encode_turns, response_start
 from sgt_titan.transform.tokenizer import load_tokenizer as load_from
 
@@ -35,7 +35,6 @@ _CANONICAL = json.JSONEncoder(sort_keys=True)
 # Samples that are left out: why.
 DROPS = ("too_long", "short_prompt", "response_cut", "no_response")
 MAX_REASONS, FIRST_BAD = 30, 10
-ANSWERS_VERSION = 2  # 2: thoughts that a template closes itself, and calls, stand there once
 TOO_DEEP = "is nested too deeply"  # JSON that can be read, and that nobody who walks through it can
 PARALLEL_ROWS = 50_000
 CHUNK_ROWS = 1_000
@@ -63,9 +62,9 @@ class TokenOptions:
     private: str = ""  # finders, and the file of a user's own; see surrogates.py
     private_own: str = ""
     private_own_digest: str = ""
-    private_version: str = ""  # of the drawing of surrogates
+    private_version: str = ""  # of their drawing, and of the lists by which values are found
     generation_marks: bool = False  # the template says what of an answer is generated
-    answers_version: int = 0  # of answers with thoughts or calls, behind templates that print such
+    answers_version: int = 0  # see _answers_version
 
     def as_dict(self) -> dict[str, Any]:
         """Without what is not used: rows without surrogates stay the rows they were."""
@@ -168,14 +167,20 @@ def make_options(config: schema.Config, rows: Rows, tokenizer: Any) -> TokenOpti
         answers=data.answers,
         need_response=config.objective.utility_positions == "response",
         generation_marks=template == "chat" and any(marks_answers(tokenizer, tools=t) for t in (False, True)),
-        answers_version=ANSWERS_VERSION if template == "chat" and _has_more_than_words(tokenizer) else 0,
+        answers_version=_answers_version(tokenizer) if template == "chat" else 0,
         **_private(data),
     )
 
 
-def _has_more_than_words(tokenizer: Any) -> bool:
-    """Whether the template prints thoughts or calls of tools."""
-    return thinking(tokenizer) is not None or any("tool_calls" in source(tokenizer, tools=t) for t in (False, True))
+def _answers_version(tokenizer: Any) -> int:
+    """Of what answers and calls become, behind templates that print more than words; 0 where there is nothing else.
+
+    2: thoughts that a template closes itself, and calls, stand there once. 3: ids of calls, and arguments as text.
+    """
+    templates = [source(tokenizer, tools=t) for t in (False, True)]
+    if any("tool_call_id" in template or call_style(tokenizer, template) != CallStyle() for template in templates):
+        return 3
+    return 2 if thinking(tokenizer) is not None or any("tool_calls" in template for template in templates) else 0
 
 
 def _private(data: schema.Data) -> dict[str, str]:
@@ -185,23 +190,16 @@ def _private(data: schema.Data) -> dict[str, str]:
     own = expand(data.private_own, "data.private_own") if data.private_own else ""
     finders(data.private, own)
     digest = hashlib.sha256(Path(own).read_bytes()).hexdigest() if own else ""
-    return {"private": data.private, "private_own": own, "private_own_digest": digest, "private_version": VERSION}
+    versions = found_by(data.private)
+    return {"private": data.private, "private_own": own, "private_own_digest": digest, "private_version": versions}
 
 
-def truncate(ids_T: np.ndarray, roles_T: np.ndarray, seq_len: int, how: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """At most ``seq_len`` tokens, or None if the sample is to be dropped.
+def kept(roles_T: np.ndarray, seq_len: int, how: str) -> np.ndarray | None:
+    """Which tokens stay, at most ``seq_len``: bool (T,), or None if the sample is to be dropped.
 
     ``right`` cuts the end. ``left`` takes out the first prompt tokens, as many as needed: the template around
     them stays whole, and so does the response; None if the prompt is not long enough for that.
     """
-    if len(ids_T) <= seq_len:
-        return ids_T, roles_T
-    keep = kept(roles_T, seq_len, how)
-    return None if keep is None else (ids_T[keep], roles_T[keep])
-
-
-def kept(roles_T: np.ndarray, seq_len: int, how: str) -> np.ndarray | None:
-    """Which tokens ``truncate`` keeps: bool (T,)."""
     keep, excess = np.ones(len(roles_T), dtype=bool), len(roles_T) - seq_len
     if excess <= 0:
         return keep
@@ -310,8 +308,8 @@ class Parts:
         self.hashes.append(hashed)
         self.sources.append(source)
         self.mark_counts.append(len(here))
-        if encoded.notes:
-            self.notes.update(set(encoded.notes))
+        for note in set(encoded.notes):
+            take_note(self.notes, note)
 
     def refuse(self, error: UserError, where: str) -> None:
         """A row that cannot be used. Numbers apart, equal reasons are one."""
@@ -342,6 +340,11 @@ class Parts:
             marked_values=self.values,
             values_not_found=self.values_not_found,
         )
+
+
+def take_note(notes: Counter[str], note: str, count: int = 1) -> None:
+    """Count what was not used. Keys of rows may be any words: of many, the first are named."""
+    notes[note if note in notes or len(notes) < MAX_REASONS else "other keys and columns"] += count
 
 
 def encode_row(

@@ -31,7 +31,6 @@ MAX_LENGTH = 512
 TRAIN_SEED = 0
 HELD_OUT_SEED = 1
 TOKENIZER_ROWS = 20_000
-MAX_BYTES = 8 * 2**20
 IGNORED = -100
 
 # Every turn ends in <|end|>, the assistant's also in </s> (the eos token), so that a conversation cut after any user

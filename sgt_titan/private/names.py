@@ -106,9 +106,7 @@ def _runs(text: str) -> Iterator[list[tuple[int, int]]]:
             joined = True
         if run and not joined and not pending and text[run[-1][0] : run[-1][1]].casefold() in TITLES:
             joined = re.fullmatch(r"\. ?", text[run[-1][1] : start]) is not None
-        if word[0].isupper() and not (
-            _IDENTIFIER.match(word) and not word.isupper() and not re.match(r"(Mc|Mac|De|O['’])", word)
-        ):
+        if word[0].isupper() and not _is_identifier(word):
             if joined:
                 run += pending
             elif run:

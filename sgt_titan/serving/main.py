@@ -16,6 +16,7 @@ from sgt_titan.arguments import http_url
 from sgt_titan.errors import UserError
 from sgt_titan.serving.keys import plain_keys, read_keys
 from sgt_titan.serving.options import ModelOptions, ProxyOptions, UpstreamOptions, read_options
+from sgt_titan.terminal import quiet
 
 if TYPE_CHECKING:
     from sgt_titan.serving.settings import Served, Settings, Target
@@ -131,7 +132,6 @@ def _served(model: ModelOptions, options: ProxyOptions) -> Served:
     """The model, loaded."""
     from sgt_titan.client import StainedGlassTransform
     from sgt_titan.client.inspect import best_attacker
-    from sgt_titan.client.quiet import quiet
     from sgt_titan.serving.settings import Served
 
     best_attacker(model.results)

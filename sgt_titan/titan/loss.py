@@ -19,12 +19,11 @@ import tyro
 from torchtitan.components.loss import BaseLoss
 from torchtitan.config import CompileConfig
 
-from sgt_titan.config.schema import TERMS, Objective
+from sgt_titan.config.schema import TERMS, Objective, Term
 from sgt_titan.data.batch import Counts
 from sgt_titan.objectives.geometry import absolute_cosine, component_entropy, cosine, norm_deviation
 from sgt_titan.objectives.mutual_information import common_positions, group_loss, group_offset, shifts
 from sgt_titan.objectives.rate import broad_rate, exchange
-from sgt_titan.objectives.schedule import weight_at
 from sgt_titan.transform.gaussian import Bounds
 
 from .model import Streams
@@ -35,6 +34,18 @@ REPORTED = (
     *("loss", "utility", "kl", "agreement", *TERMS, "rate_prompt", "rate_exchange"),
     *("std", "std_spread", "std_saturated", "mean_norm"),
 )
+
+
+def weight_at(step: int, term: Term) -> float:
+    """The weight at ``step`` (counted from 0) of a linear ramp from ``start`` to ``weight`` over ``ramp_steps``.
+
+    A function of the step alone, so a resumed run continues its ramp.
+    """
+    weight, step = term.weight or 0.0, max(step, 0)
+    if step >= term.ramp_steps:
+        return weight
+    share = step / term.ramp_steps
+    return (1.0 - share) * term.start + share * weight
 
 
 class SGTLoss(BaseLoss):
@@ -50,7 +61,7 @@ class SGTLoss(BaseLoss):
     def weights(self, step: int) -> dict[str, float]:
         """Weight of each obfuscation term after ``step`` optimizer steps."""
         terms = {name: getattr(self.objective, name) for name in TERMS}
-        return {name: weight_at(step, term.weight, term.start, term.ramp_steps) for name, term in terms.items()}
+        return {name: weight_at(step, term) for name, term in terms.items()}
 
     def __call__(
         self,

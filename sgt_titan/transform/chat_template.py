@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgt_titan.errors import UserError
 
@@ -29,6 +30,7 @@ DATE = "2024-07-26"
 THINKING = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
 # Private-use characters: no template contains them, none strips them.
 _MARK, _REASONING = "\ue000{}\ue001", "\ue002"
+_OTHERS = 0xE100  # the first of those that stand for ids
 _MARKED = re.compile("\ue000([0-9]{1,9})\ue001")
 # Variables of `apply_chat_template` that a template's own cannot be.
 _RESERVED = (
@@ -121,9 +123,11 @@ def _applied(
     **options: Any,
 ) -> Any:
     template = _pinned(source(tokenizer, tools=bool(tools)), how.date)
+    calls = [call for m in messages for call in m.get("tool_calls") or ()]
+    style = call_style(tokenizer, template) if calls or any("tool_call_id" in m for m in messages) else None
     try:
         return tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
+            [dict(m) if style is None else style.of(m) for m in messages],
             chat_template=template,
             tools=list(tools) or None,
             **options,
@@ -132,8 +136,63 @@ def _applied(
     except Exception as error:  # raise_exception() with the template's own words, jinja's errors, and any other
         roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
         if private:
-            raise UserError(f"chat template: refuses the content of a turn ({roles})") from None
+            unnamed = any(isinstance(call, Mapping) and "id" not in call for call in calls)
+            hint = "; calls of tools have no ids here, which it may need" if unnamed else ""
+            raise UserError(f"chat template: refuses the content of a turn ({roles}){hint}") from None
         raise UserError(f"chat template: refuses turns ({roles}): {_one_line(error)}") from None
+
+
+class CallStyle(NamedTuple):
+    """How a template wants calls of tools. text: their arguments as JSON (DeepSeek-V3), not as an object. short: ids of
+    nine characters (Mistral)."""
+
+    text: bool = False
+    short: bool = False
+
+    def of(self, message: Message) -> dict[str, Any]:
+        """The message so."""
+        found = dict(message)
+        if self.short and found.get("tool_call_id"):
+            found["tool_call_id"] = short_id(found["tool_call_id"])
+        if found.get("tool_calls"):
+            found["tool_calls"] = [self._call(call) for call in found["tool_calls"]]
+        return found
+
+    def _call(self, call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            return call
+        if self.text and isinstance(function.get("arguments"), Mapping):
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        return {**call, "function": function} | ({"id": short_id(call["id"])} if self.short and call.get("id") else {})
+
+
+def short_id(name: str) -> str:
+    """The last nine letters and digits of an id, as vLLM cuts them for Mistral."""
+    return "".join(c for c in name if c.isalnum() or ord(c) >= _OTHERS)[-9:].rjust(9, "0")
+
+
+@lru_cache(maxsize=16)
+def call_style(tokenizer: PreTrainedTokenizerBase, template: str) -> CallStyle:
+    """The first of the styles in which the template prints a call; the plain one if it prints none."""
+    function = {"name": "named", "arguments": {"argued": 1}}
+    call = {"type": "function", "id": "call_" + "a" * 24, "function": function}
+    turns: list[Message] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    if "tool_call" in template:
+        for choices in product((False, True), repeat=2):
+            style = CallStyle(*choices)
+            try:
+                text = tokenizer.apply_chat_template(
+                    [style.of(m) for m in turns], chat_template=template, tokenize=False
+                )
+            except Exception:  # not so
+                continue
+            if "named" in text and "argued" in text:
+                return style
+    return CallStyle()
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> bool:
@@ -229,35 +288,50 @@ class Frame:
     thoughts: tuple[str, str] | None
 
 
+def frame(tokenizer: PreTrainedTokenizerBase, how: Look, turns: Sequence[Message]) -> Frame:
+    """The frame of an answer to these turns: that of their roles, and where a template refuses those without their
+    calls of tools (Mistral), of themselves."""
+    roles = tuple(m["role"] for m in turns)
+    try:
+        return _frame_of_roles(tokenizer, how, roles)
+    except UserError:
+        if not any(m.get("tool_calls") for m in turns):
+            raise
+    return _frame(tokenizer, how, turns)
+
+
 @lru_cache(maxsize=512)
-def frame(tokenizer: PreTrainedTokenizerBase, how: Look, roles: tuple[str, ...]) -> Frame:
-    """The frame of an answer to turns of these roles."""
-    pieces = skeleton(tokenizer, how, (*roles, "assistant"), False)
-    prompt = skeleton(tokenizer, how, roles, True)
-    marks = [_MARK.format(i) for i in range(len(roles) + 1)]
-    before = "".join(a + b for a, b in zip(pieces[:-1], marks, strict=True))[: -len(marks[-1])]
-    asked = "".join(a + b for a, b in zip(prompt, [*marks[:-1], ""], strict=True))
+def _frame_of_roles(tokenizer: PreTrainedTokenizerBase, how: Look, roles: tuple[str, ...]) -> Frame:
+    skeleton(tokenizer, how, (*roles, "assistant"), False)  # raises where a turn is not printed once and in order
+    skeleton(tokenizer, how, roles, True)
+    return _frame(tokenizer, how, [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)])
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase, how: Look, turns: Sequence[Message]) -> Frame:
+    mark = _MARK.format(len(turns))
+
+    def rendered(content: str = mark, **answer: str) -> str:
+        last = {"role": "assistant", "content": content, **answer}
+        return apply(tokenizer, [*turns, last], how, generation=False, private=True)
+
+    before, _, tail = rendered().partition(mark)
+    asked = apply(tokenizer, turns, how, generation=True, private=True)
     follows = before.startswith(asked)
-    turns = [{"role": role, "content": mark} for role, mark in zip((*roles, "assistant"), marks, strict=True)]
-
-    def rendered(**answer: str) -> str:
-        return apply(tokenizer, [*turns[:-1], {**turns[-1], **answer}], how, generation=False)
-
-    padded = rendered(content=f"  {marks[-1]}  ").removeprefix(before)
+    padded = rendered(f"  {mark}  ").removeprefix(before)
     thoughts = None
     try:
         text = rendered(reasoning_content=_REASONING)
     except UserError:
         text = ""
-    if follows and text.startswith(asked) and _REASONING in text[len(asked) :].partition(marks[-1])[0]:
+    if follows and text.startswith(asked) and _REASONING in text[len(asked) :].partition(mark)[0]:
         opening, _, rest = text[len(asked) :].partition(_REASONING)
-        thoughts = opening, rest.partition(marks[-1])[0]
+        thoughts = opening, rest.partition(mark)[0]
     return Frame(
         lead=before[len(asked) :] if follows else "",
-        tail=pieces[-1],
+        tail=tail,
         follows=follows,
-        left=padded.startswith(marks[-1]),
-        right=not padded.endswith("  " + pieces[-1]),
+        left=padded.startswith(mark),
+        right=not padded.endswith("  " + tail),
         thoughts=thoughts,
     )
 
@@ -288,9 +362,7 @@ def render_with_tools(
     roles = [m["role"] for m in messages]
     marks = [_MARK.format(i) if m["content"] else "" for i, m in enumerate(messages)]
     marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-    empty = [
-        {**m, "tool_calls": [_emptied(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in marked
-    ]
+    empty = _emptied(marked)
     bare = split(apply(tokenizer, empty, how, generation=generation), marks, roles)
     try:
         full = split(apply(tokenizer, marked, how, generation=generation, tools=tools, private=True), marks, roles)
@@ -310,12 +382,27 @@ def render_with_tools(
     return text, spans, brought
 
 
-def _emptied(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        return {"name": "", "arguments": {}}
-    nothing = "" if isinstance(function.get("arguments"), str) else {}  # some templates take a text, others an object
-    return {**call, "function": {**function, "name": "", "arguments": nothing}}
+def _emptied(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    """Turns with calls that say nothing. Of ids and of names of tools the length stays, which templates check."""
+    names: dict[str, str] = {}
+
+    def put(name: str) -> str:
+        return names.setdefault(name, chr(_OTHERS + len(names)) * len(name))
+
+    def empty(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            return {"name": "", "arguments": {}}
+        nothing = "" if isinstance(function.get("arguments"), str) else {}
+        more = {"id": put(call["id"])} if call.get("id") else {}
+        return {**call, **more, "function": {**function, "name": "", "arguments": nothing}}
+
+    found = []
+    for m in turns:
+        own = {key: put(m[key]) for key in ("tool_call_id", "name") if m.get(key)}
+        calls = {"tool_calls": [empty(call) for call in m["tool_calls"]]} if m.get("tool_calls") else {}
+        found.append({**m, **own, **calls})
+    return found
 
 
 def shared(a: Sequence[Any], b: Sequence[Any]) -> int:

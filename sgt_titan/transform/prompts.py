@@ -115,7 +115,8 @@ def _turn(i: int, message: Message) -> dict[str, Any]:
         content = ""
     if not isinstance(message.get("role"), str) or not isinstance(content, str):
         raise UserError(f"turn {i}: must be {{'role': str, 'content': str}}; other content than text is unsupported")
-    rest = {key: message[key] for key in ("tool_calls", "reasoning_content") if message.get(key)}
+    kept = ("tool_call_id", "name") if message["role"] == "tool" else ("tool_calls", "reasoning_content")
+    rest = {key: message[key] for key in kept if message.get(key)}
     # OpenAI's name for the system turn; templates print any name they are given.
     role = "system" if message["role"] == "developer" else message["role"]
     return {"role": role, "content": content} | rest
@@ -152,6 +153,8 @@ def _encode_plain(
     spans: bool,
 ) -> EncodedPrompt:
     notes = ["tools, which a plain template does not print"] if tools else []
+    if any("tool_call_id" in m or "name" in m for m in messages):
+        notes.append("ids or names of tools in what they say, which a plain template does not print")
     if has_response and messages[-1].get("reasoning_content"):
         notes.append("reasoning, for which a plain template has no place")
     texts = ["\n".join(filter(None, (m["content"], *_as_json(m.get("tool_calls", ()))))) for m in messages]
@@ -172,6 +175,8 @@ def _encode_plain(
     roles += [PROMPT] * len(prompt_ids)
     if has_response:
         response_ids = _tokenize(tokenizer, texts[-1]).ids
+        if not special_ids(tokenizer).isdisjoint(response_ids):
+            notes.append(SPECIAL_IN_ANSWER)
         if eos is not None:
             response_ids = [*response_ids, eos]
         ids += response_ids
@@ -211,7 +216,7 @@ def _encode_chat(
     notes: list[str] = []
     brought: list[tuple[int, int]] = []
     calls = [call for m in asked for call in m.get("tool_calls", ())]
-    if calls or tools:
+    if calls or tools or any("tool_call_id" in m or "name" in m for m in asked):
         text, spans, brought = chat_template.render_with_tools(
             tokenizer, asked, how, generation=generation, tools=tools
         )
@@ -220,6 +225,8 @@ def _encode_chat(
         printed = "".join(text[start:end] for start, end in brought)
         if not all(call["function"]["name"] in printed for call in calls if _is_named(call)):
             notes.append(CALLS_NOT_PRINTED)
+        if not all(m.get("name", "") in printed and _has_id(printed, m.get("tool_call_id", "")) for m in asked):
+            notes.append(IDS_NOT_PRINTED)
     else:
         text, spans = chat_template.render(tokenizer, asked, how, generation=generation)
     own = len(text)  # what follows is the answer
@@ -250,6 +257,9 @@ def _encode_chat(
         # special token (Llama 2 puts a space before it). Without one, nothing is known to end the turn.
         first = next((t for t, (_, stop) in enumerate(offsets) if stop > own), len(ids))
         after = next((t for t in range(first, len(ids)) if offsets[t][0] >= end and offsets[t][1] > end), len(ids))
+        within = {str(tokenizer.convert_ids_to_tokens(ids[t])) for t in found if first <= t < after}
+        if any(token in messages[-1]["content"] for token in within.difference(*chat_template.THINKING)):
+            notes.append(SPECIAL_IN_ANSWER)
         stop = next((t + 1 for t in found if t >= after), after)
         # A token that also carries the end of the prompt is the prompt's.
         roles[first:stop] = [role if role == PROMPT else RESPONSE for role in roles[first:stop]]
@@ -284,9 +294,15 @@ CLOSED_EMPTY = "answers without thoughts, which the prompt has opened: closed em
 NOT_MARKED = "what the chat template does not mark as generated in answers: no response"
 MARKS_NOT_READ = "{% generation %} marks on the beginning of answers, which the chat template prints otherwise"
 SPECIAL_IN_TEXT = "special tokens in the text of prompts (is it rendered already?): they are hidden like words"
+SPECIAL_IN_ANSWER = "special tokens in the text of answers (is it rendered already?): the response goes on behind them"
 CONTENT_NOT_PRINTED = "words of answers beside calls of tools, which the chat template does not print"
 TOOLS_NOT_PRINTED = "tools, which the chat template does not print"
+IDS_NOT_PRINTED = "ids or names of tools in what they say, which the chat template does not print"
 CALLS_NOT_PRINTED = "calls of tools in earlier turns, which the chat template does not print"
+
+
+def _has_id(printed: str, name: str) -> bool:
+    return name in printed or chat_template.short_id(name) in printed
 
 
 def _is_named(call: Any) -> bool:
@@ -303,7 +319,7 @@ def _answer(
     has closed them are left out, since nobody would generate them.
     """
     answer, notes = messages[-1], []
-    frame = chat_template.frame(tokenizer, how, tuple(m["role"] for m in messages[:-1]))
+    frame = chat_template.frame(tokenizer, how, messages[:-1])
     lead, tail, content = frame.lead, frame.tail, answer["content"]
     content = content.lstrip() if frame.left else content
     content = content.rstrip() if frame.right else content

@@ -48,7 +48,7 @@ MAY_IMPORT = {
         "private",
     },
     "client": {"errors", "terminal", "disk", "outgoing", "transform", "metrics", "private"},
-    "serving": {"errors", "arguments", "outgoing", "client", "private"},
+    "serving": {"errors", "terminal", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
         "disk",

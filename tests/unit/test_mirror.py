@@ -29,6 +29,7 @@ TOGETHER = {
     "unit/client/test_vllm_real.py": "",
     "unit/client/test_wire.py": "client.sse client.stops",
     "unit/cluster/test_job.py": "cluster.directory cluster.notice cluster.progress cluster.status",
+    "unit/config/test_check.py": "config.fields",
     "unit/config/test_load.py": "config.keys config.overrides config.schema config.values",
     "unit/conjformer/test_configs.py": "",
     "unit/conjformer/test_convert.py": "conjformer.command conjformer.families conjformer.write",
@@ -51,7 +52,7 @@ TOGETHER = {
     "evaluation.report.terminal evaluation.report.words",
     "unit/evaluation/scores/test_harness.py": "evaluation.scores.benchmarks",
     "unit/evaluation/studies/test_frontier.py": "evaluation.report.plane",
-    "unit/evaluation/test_readings.py": "client.quiet readings",
+    "unit/evaluation/test_readings.py": "readings",
     "unit/plan/test_time_and_command.py": "plan.arithmetic plan.interval plan.report plan.traffic plan.weights",
     "unit/private/test_conversation.py": "private.amounts private.dates private.surrogates",
     "unit/private/test_finders.py": "private.detectors private.draws private.names private.own private.policy "

@@ -8,9 +8,10 @@ Legend: B beams, C candidates, T positions, V vocabulary, D width, K guesses.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sgt_titan.evaluation.world.threat import UNKNOWN
@@ -21,8 +22,8 @@ GUESSES = 10
 class Emission(Protocol):
     """How likely what was sent is, given tokens; keeps the state of the beams' prefixes."""
 
-    def shortlist(self, t: int, log_prior_BV: torch.Tensor | None) -> torch.Tensor:
-        """Tokens worth scoring at t, (B, C) int64; ``log_prior_BV`` is already weighted, None without a prior."""
+    def shortlist(self, t: int, log_prior_BV: torch.Tensor) -> torch.Tensor:
+        """Tokens worth scoring at t, (B, C) int64; ``log_prior_BV`` is already weighted, (1, 0) without a prior."""
 
     def score(self, t: int, tokens_BC: torch.Tensor) -> torch.Tensor:
         """Log likelihood of what was sent at t for each beam's prefix and candidate, (B, C) float64."""
@@ -45,7 +46,7 @@ class _Prior:
 
     def __init__(self, model: PreTrainedModel, weight: float):
         self.model, self.weight = model, weight
-        self.vocab = model.get_input_embeddings().weight.shape[0]
+        self.vocab = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.cache = DynamicCache(config=model.config)
         self.log_BV = torch.zeros(1, self.vocab, device=model.device)
 
@@ -64,7 +65,7 @@ class _Prior:
 class _Flat:
     """No prior: the emission says all."""
 
-    log_BV = None
+    log_BV = torch.zeros(1, 0)
 
     def of(self, tokens_BC: torch.Tensor) -> torch.Tensor:
         return torch.zeros(tokens_BC.shape, dtype=torch.float64, device=tokens_BC.device)

@@ -11,6 +11,7 @@ Legend: N hidden tokens flat, T positions of a row, V vocabulary, D width, L lay
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ def echo(observation: Observation, trunk: Trunk, *, suffix_ids: Sequence[int] = 
 
     Read in order as the prompt's tokens. Without a suffix the trunk simply goes on, which is the floor.
     """
-    model, guesses = trunk.model, []
+    model: Any = trunk.model  # generates, which its type does not say
+    guesses = []
     embed = model.get_input_embeddings()
     suffix_SD = embed(torch.tensor(list(suffix_ids), dtype=torch.int64, device=model.device))
     flops = 0.0
@@ -82,7 +84,7 @@ def logit_reading(
     truth_M = torch.cat([torch.from_numpy(row.ids[row.obfuscate]) for row in corpus.rows[:rows]])
     split = int(0.8 * len(truth_M))
     mine, theirs = hidden_states(trunk, own), hidden_states(trunk, observation)
-    best, best_top, best_layer = -1.0, None, 0
+    best, best_top, best_layer = -1.0, torch.empty(0, GUESSES, dtype=torch.int64), 0
     clean_MD = table.rows_VD[truth_M.to(table.rows_VD.device)]
     for layer, (mine_MD, theirs_ND) in enumerate(zip(mine, theirs, strict=True)):
         inverse = fit(mine_MD[:split], clean_MD[:split])

@@ -42,6 +42,11 @@ class Reader(nn.Module):
     is a linear map of x~ plus a correction by the transformer.
     """
 
+    rows_VD: torch.Tensor
+    half_square_V: torch.Tensor
+    mean_D: torch.Tensor
+    std_D: torch.Tensor
+
     def __init__(self, table_VD: torch.Tensor, start: Affine, *, layers: int, width: int, longest: int):
         super().__init__()
         D = table_VD.shape[1]
@@ -61,9 +66,10 @@ class Reader(nn.Module):
             width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, D))
-        nn.init.zeros_(self.leave[1].weight)
-        nn.init.zeros_(self.leave[1].bias)
+        last = nn.Linear(width, D)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.leave = nn.Sequential(nn.LayerNorm(width), last)
         self.log_tau = nn.Parameter(torch.tensor(0.0))
         self.bias_V = nn.Parameter(torch.zeros(table_VD.shape[0]))
 
@@ -116,11 +122,13 @@ def inverter(
     top, losses, shares, tokens = [], [], [], 0
     for step in range(steps + 1):
         if step in marks:
-            loss, share = _held_out(reader, own, held_rows, noise=-1 - seed.value)
+            held_loss, share = _held_out(reader, own, held_rows, noise=-1 - seed.value)
             top.append(_guess(reader, observation))
-            losses.append(loss)
+            losses.append(held_loss)
             shares.append(share)
-            logger.info("inverter: step %d of %d, held-out loss %.3f, top-1 %.1f%%", step, steps, loss, 100 * share)
+            logger.info(
+                "inverter: step %d of %d, held-out loss %.3f, top-1 %.1f%%", step, steps, held_loss, 100 * share
+            )
         if step == steps:
             break
         picks = random.integers(0, len(train_rows), min(batch_rows, len(train_rows)))

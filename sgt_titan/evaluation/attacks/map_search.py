@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -84,17 +85,10 @@ def map_search_at_z(
     prior: Prior,
     corpus: Corpus,
     seed: Seed,
-    *,
-    beams: int = 4,
-    candidates: int = 64,
-    prior_weight: float = 1.0,
-    rows: int = 64,
+    **effort: Any,
 ) -> Guess:
     """The same at z, which is exactly the Gaussian that the search takes it for."""
-    return map_search(
-        observation, transform, table, prior, corpus, seed,
-        beams=beams, candidates=candidates, prior_weight=prior_weight, rows=rows,
-    )  # fmt: skip
+    return map_search(observation, transform, table, prior, corpus, seed, **effort)
 
 
 def fitted(

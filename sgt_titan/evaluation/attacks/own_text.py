@@ -42,6 +42,7 @@ class OwnText:
     @torch.no_grad()
     def obfuscated(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor]:
         """Rows as a batch and what an observer gets of them, (B, T, D) float32. The same ``noise``, the same noise."""
+        assert self.mechanism is not None, "one who sees nothing has no observations"
         batch = padded(rows, 0, self.table_VD.device)
         random = generator(noise, self.table_VD.device)
         x_BTD, total_BTD = self.table_VD[batch.tokens_BT], torch.zeros(())

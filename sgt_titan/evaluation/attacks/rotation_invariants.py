@@ -5,9 +5,11 @@ Legend: N hidden tokens flat, D width, V vocabulary, K guesses, C candidates, A 
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from sgt_titan.conjformer.convert import Conversion
+from sgt_titan.conjformer.convert import Conversion, Norms
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
 from sgt_titan.evaluation.world.threat import Cost, Guess, Observation, Public, Served, Size, Table
@@ -66,7 +68,7 @@ def fingerprints(observation: Observation, served: Served, public: Public, table
     the public one computes from e, since no secret changes a score. Nearest row in these H numbers, standardised."""
     seen_NH = self_scores(served.files, observation.x_tilde_ND)
     found = []
-    for norms in ("fold", "mean"):  # which of the two was served is seen on its norms; the better fit decides
+    for norms in get_args(Norms):  # which of the two was served is seen on its norms; the better fit decides
         known_VH = self_scores(public.files, table.rows_VD, norms)
         scale_H = known_VH.std(0).clamp_min(1e-12)
         top_NK = top_rows(seen_NH / scale_H, known_VH / scale_H, GUESSES)
@@ -77,7 +79,7 @@ def fingerprints(observation: Observation, served: Served, public: Public, table
     return Guess(top_NK.cpu(), flops=6.0 * size * table.rows_VD.shape[1] ** 2)
 
 
-def self_scores(files: TrunkFiles, x_ND: torch.Tensor, norms: str = "fold") -> torch.Tensor:
+def self_scores(files: TrunkFiles, x_ND: torch.Tensor, norms: Norms = "fold") -> torch.Tensor:
     """q_h(x) k_h(x) / sqrt(d) of the first layer at distance 0, where RoPE does nothing: (N, H) float64.
 
     Raises ValueError for a family whose positions are added to the embeddings.

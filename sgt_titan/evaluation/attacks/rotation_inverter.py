@@ -30,6 +30,9 @@ class InvariantReader(nn.Module):
     logits_v = f_v - tau (||x'|| - ||e_v||)^2 / s^2 with f from the transformer: it starts as norm matching.
     """
 
+    norm_V: torch.Tensor
+    rate_F: torch.Tensor
+
     def __init__(self, table_VD: torch.Tensor, *, layers: int, width: int, heads: int = 4):
         super().__init__()
         norm_V = table_VD.norm(dim=-1)

@@ -15,11 +15,11 @@ Legend: D width, F units of an MLP, N hidden tokens flat.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
-from sgt_titan.conjformer.convert import Conversion
+from sgt_titan.conjformer.convert import Conversion, Norms
 from sgt_titan.evaluation.attacks import inverter as learned
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
@@ -83,10 +83,10 @@ def spectral_inverter(
 
 def recover(served: TrunkFiles, public: TrunkFiles) -> Recovered:
     """The rotation between two checkpoints; of the two conversions the one that fits better is taken."""
-    return max((_recover(served, public, norms) for norms in ("fold", "mean")), key=lambda found: found.agreement)
+    return max((_recover(served, public, norms) for norms in get_args(Norms)), key=lambda found: found.agreement)
 
 
-def _recover(served: TrunkFiles, public: TrunkFiles, norms: str) -> Recovered:
+def _recover(served: TrunkFiles, public: TrunkFiles, norms: Norms) -> Recovered:
     theirs, ours = Conversion(served.path, None), Conversion(public.path, None, norms=norms)
     secret, known = zip(*_grams(theirs, ours), strict=True)
     secret_KDD, known_KDD = torch.stack(secret), torch.stack(known)
@@ -110,8 +110,8 @@ def _grams(theirs: Conversion, ours: Conversion) -> Iterator[tuple[torch.Tensor,
             weights = theirs.linear(layer, module), _absorbed(ours, layer, module)
             reads = rule.reads == "residual"
             # Several projections in one tensor have a secret each, and their Grams add up.
-            grams = [w.T @ w if reads else w @ w.T for w in weights]
-            yield tuple(gram / gram.trace() for gram in grams)
+            secret, known = (w.T @ w if reads else w @ w.T for w in weights)
+            yield secret / secret.trace(), known / known.trace()
 
 
 def _absorbed(ours: Conversion, layer: int, module: str) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _polished(theirs: Conversion, ours: Conversion, U_DD: torch.Tensor) -> Recov
         if turn == 0 and sum(c.max(-1).values.sum() + c.min(-1).values.sum() for c in cosines) < 0:
             U_DD, cosines = -U_DD, [-c for c in cosines]
         matches = [c.argmax(-1) for c in cosines]
-        U_DD = orthogonal(sum(s.T @ k[m] for (s, k), m in zip(rows, matches, strict=True)))
+        U_DD = orthogonal(sum((s.T @ k[m] for (s, k), m in zip(rows, matches, strict=True)), torch.zeros_like(U_DD)))
     agreement = torch.cat([(s @ U_DD * k[m]).sum(-1) for (s, k), m in zip(rows, matches, strict=True)]).mean().item()
     return Recovered(U_DD, agreement)
 

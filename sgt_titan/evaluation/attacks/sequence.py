@@ -7,7 +7,8 @@ so with enough training and width no attack of one observation reads more. It sa
 
 * training goes in cycles, each warmed up and annealed to zero, each doubling the steps done so far (arXiv 1608.03983);
   it ends when a doubling no longer helps on text kept aside, or at the budget, which is then said;
-* ``guess`` is the same network without what was sent: what it gets right is known without any leak.
+* ``guess`` is the same network without what was sent: what it gets right is known without any leak;
+* ``answer`` is the same with the true answer instead: what it gets right no mechanism hides that keeps the answer.
 
 Legend: B rows, T positions, N hidden tokens flat, V vocabulary, H width of the reader, K guesses.
 """
@@ -19,6 +20,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk
 from sgt_titan.evaluation.world.samples import Padded, Sample, batched
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
+    Answered,
     Corpus,
     Cost,
     Curve,
@@ -60,17 +63,18 @@ CHUNK = 1024  # tokens whose logits exist at a time when guessing
 
 @dataclass(frozen=True)
 class Effort:
-    """first: steps of the first cycle, most: of all together. layers, width: of the encoder (and decoder) unless
-    ``trunk``: the trunk's own layers then. beams: of the decoder."""
+    """What the attacks take as keywords. first: steps of the first cycle, most: of all together. layers, width: of the
+    encoder (and decoder) unless ``from_trunk``: the trunk's own layers then. beams: of the decoder; 0: there is none.
+    """
 
-    first: int
-    most: int
-    layers: int
-    width: int
-    batch_rows: int
-    lr: float
-    trunk: bool
-    beams: int
+    first: int = 150
+    most: int = 600
+    layers: int = 4
+    width: int = 256
+    batch_rows: int = 24
+    lr: float = 1e-3
+    from_trunk: bool = False
+    beams: int = 0
 
 
 # -- the attacks -------------------------------------------------------------------------------------------------------
@@ -82,17 +86,10 @@ def sequence(
     corpus: Corpus,
     table: Table,
     seed: Seed,
-    *,
-    first: int = 150,
-    most: int = 600,
-    layers: int = 4,
-    width: int = 256,
-    batch_rows: int = 24,
-    lr: float = 1e-3,
+    **effort: Any,
 ) -> Guess:
     """Read what is sent, each position by its marginal posterior."""
-    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
-    return _read(observation, transform, corpus, table, None, seed, effort)
+    return _read(observation, transform, corpus, table, None, seed, Effort(**effort))
 
 
 def sequence_at_z(
@@ -101,19 +98,10 @@ def sequence_at_z(
     corpus: Corpus,
     table: Table,
     seed: Seed,
-    *,
-    first: int = 150,
-    most: int = 600,
-    layers: int = 4,
-    width: int = 256,
-    batch_rows: int = 24,
-    lr: float = 1e-3,
+    **effort: Any,
 ) -> Guess:
     """The same at z."""
-    return sequence(
-        observation, transform, corpus, table, seed,
-        first=first, most=most, layers=layers, width=width, batch_rows=batch_rows, lr=lr,
-    )  # fmt: skip
+    return sequence(observation, transform, corpus, table, seed, **effort)
 
 
 def sequence_repeats(
@@ -125,17 +113,11 @@ def sequence_repeats(
     seed: Seed,
     *,
     times: int = 8,
-    first: int = 150,
-    most: int = 600,
-    layers: int = 4,
-    width: int = 256,
-    batch_rows: int = 24,
-    lr: float = 1e-3,
+    **effort: Any,
 ) -> Guess:
     """The same on the mean of ``times`` obfuscations of each prompt."""
-    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
     mean = mean_of([observation, *(repeats.draw(k) for k in range(min(times - 1, repeats.limit)))])
-    return _read(mean, transform, corpus, table, None, seed, effort, times=1 + min(times - 1, repeats.limit))
+    return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=1 + min(times - 1, repeats.limit))
 
 
 def mean_of(observations: Sequence[Observation]) -> Observation:
@@ -151,26 +133,29 @@ def autoregressive(
     table: Table,
     trunk: Trunk,
     seed: Seed,
-    *,
-    first: int = 150,
-    most: int = 600,
-    layers: int = 2,
-    width: int = 256,
-    batch_rows: int = 24,
-    lr: float = 1e-3,
-    from_trunk: bool = True,
-    beams: int = 4,
+    **effort: Any,
 ) -> Guess:
     """Read what is sent from left to right: trained with the true tokens before, searched with a small beam.
 
     from_trunk: the decoder starts as the trunk, which is then trained with the rest.
     """
-    effort = Effort(first, most, layers, width, batch_rows, lr, from_trunk, beams)
-    return _read(observation, transform, corpus, table, trunk, seed, effort)
+    mine = Effort(**{"layers": 2, "from_trunk": True, "beams": 4} | effort)
+    return _read(observation, transform, corpus, table, trunk, seed, mine)
 
 
 def guess(
     unseen: Unseen,
+    corpus: Corpus,
+    table: Table,
+    seed: Seed,
+    **effort: Any,
+) -> Guess:
+    """The bidirectional reader without what was sent: the template, the language, the length of the prompt."""
+    return _read(unseen, None, corpus, table, None, seed, Effort(**effort))
+
+
+def answer(
+    answered: Answered,
     corpus: Corpus,
     table: Table,
     seed: Seed,
@@ -182,9 +167,11 @@ def guess(
     batch_rows: int = 24,
     lr: float = 1e-3,
 ) -> Guess:
-    """The bidirectional reader without what was sent: the template, the language, the length of the prompt."""
+    """The bidirectional reader with the true answer in the place of what was sent: what any mechanism gives up that
+    keeps the answer."""
     effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
-    return _read(unseen, None, corpus, table, None, seed, effort)
+    rows = Corpus([row.answered() for row in corpus.rows])
+    return _read(answered, None, rows, table, None, seed, effort)
 
 
 def _read(
@@ -246,7 +233,8 @@ def _begin(
     encoder = new_body(effort.width, effort.layers)
     if effort.beams:
         decoder = new_body(effort.width, effort.layers)
-        if effort.trunk:
+        if effort.from_trunk:
+            assert trunk is not None, "an attack that starts from the trunk takes it"
             decoder, head = trunk_body(trunk.model), copy.deepcopy(trunk.model.get_output_embeddings()).float()
             head.requires_grad_(False)
             name += " and the trunk"
@@ -320,7 +308,7 @@ def _step(reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int, opti
     # By length, so that little is padding.
     for i, part in enumerate(batched(sorted(rows, key=lambda row: len(row.ids)), len(own.table_VD))):
         batch, x_BTD = own.batch(part, (noise << 8) + i)
-        sum(loss_N.sum() for loss_N in losses(reader, batch, x_BTD)).div(max(total, 1)).backward()
+        torch.stack([loss_N.sum() for loss_N in losses(reader, batch, x_BTD)]).sum().div(max(total, 1)).backward()
     nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
     optimizer.step()
 
@@ -417,10 +405,11 @@ class _Decoding:
     """``beam.Emission`` of a decoder: log p(token | what was sent, the beam's prefix), one cached step a position."""
 
     def __init__(self, reader: Reader, h_1TH: torch.Tensor, x_TD: torch.Tensor | None, candidates: int = GUESSES):
+        assert reader.decoder is not None, "this reader goes both ways alone"
         self.reader, self.h_1TH, self.x_TD, self.candidates = reader, h_1TH, x_TD, candidates
         self.cache = DynamicCache(config=reader.decoder.config)
         self.previous_B = torch.full((1,), UNKNOWN, device=h_1TH.device)
-        self.log_BV: torch.Tensor | None = None
+        self.log_BV = h_1TH.new_zeros(1, 0)
         self.done = 0  # positions that are in the cache
 
     def _step(self, t: int) -> torch.Tensor:
@@ -428,7 +417,7 @@ class _Decoding:
         h_B1H = self.h_1TH[:, t : t + 1].expand(len(self.previous_B), -1, -1)
         return self.reader.decode(h_B1H, self.previous_B[:, None], cache=self.cache)[:, 0]
 
-    def shortlist(self, t: int, log_prior_BV: torch.Tensor | None) -> torch.Tensor:
+    def shortlist(self, t: int, log_prior_BV: torch.Tensor) -> torch.Tensor:
         x_1D = None if self.x_TD is None else self.x_TD[t : t + 1]
         self.log_BV = torch.log_softmax(self.reader.following(self._step(t), x_1D), -1)
         return self.log_BV.topk(min(self.candidates, self.log_BV.shape[1])).indices
@@ -443,28 +432,20 @@ class _Decoding:
         self.previous_B = token_B
 
 
-def cost(
-    size: Size,
-    *,
-    first: int = 150,
-    most: int = 600,
-    layers: int = 4,
-    width: int = 256,
-    batch_rows: int = 24,
-    lr: float = 1e-3,
-    from_trunk: bool = False,
-    beams: int = 0,
-    times: int = 1,
-) -> Cost:
+def cost(size: Size, *, times: int = 1, **effort: Any) -> Cost:
     """Of the whole budget; a training that settles earlier costs less."""
+    mine = Effort(**effort)
+    layers, width, beams = mine.layers, mine.width, mine.beams
     body = 12.0 * layers * width**2
-    decoder = (size.trunk + size.vocab * size.width if from_trunk else body) if beams else 0.0
+    decoder = (size.trunk + size.vocab * size.width if mine.from_trunk else body) if beams else 0.0
     table = size.vocab * size.width
-    tokens = batch_rows * size.longest
+    tokens = mine.batch_rows * size.longest
     step = tokens * (
         6.0 * (body + decoder) + 8.0 * table * (2 if beams else 1) + 4.0 * times * (size.transform + size.width)
     )
     read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
     part = min(tokens, 16 * size.longest, max(2 * size.longest, (1 << 27) // size.vocab))
     memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table
-    return Cost(most * step + read, memory + 64.0 * part * (layers * width + (size.width if from_trunk else 0)))
+    return Cost(
+        mine.most * step + read, memory + 64.0 * part * (layers * width + (size.width if mine.from_trunk else 0))
+    )

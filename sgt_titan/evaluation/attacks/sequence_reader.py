@@ -12,7 +12,7 @@ Legend: B rows, T positions, N hidden tokens flat, V vocabulary, D width of the 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,9 +37,8 @@ def new_body(width: int, layers: int) -> PreTrainedModel:
 
 def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
     """A copy of the trunk's layers, in float32 and trainable, without its table."""
-    base = trunk.base_model
-    table, skipped = base.get_input_embeddings(), {}
-    skipped[id(table)] = None  # a copy of a large table would be thrown away
+    base = cast(PreTrainedModel, trunk.base_model)
+    skipped: dict[int, Any] = {id(base.get_input_embeddings()): None}  # a copy of a large table would be thrown away
     body = copy.deepcopy(base, skipped).float()
     return body.train().requires_grad_(True)
 
@@ -47,6 +46,14 @@ def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
 class Reader(nn.Module):
     """``encoder`` and, where tokens are read one after another, ``decoder``: bodies. start None: nothing of what was
     sent is seen. head: the trunk's (V, H), where the decoder is the trunk's body: it starts as that language model."""
+
+    rows_VD: torch.Tensor
+    scale_D: torch.Tensor
+    log_frequency_V: torch.Tensor
+    start_DD: torch.Tensor
+    from_D: torch.Tensor
+    start_V: torch.Tensor
+    std_D: torch.Tensor
 
     def __init__(
         self,
@@ -82,7 +89,7 @@ class Reader(nn.Module):
         self.encoder = encoder
         self.leave = nn.Linear(H, D)
         self.bias_V = nn.Parameter(torch.zeros(V))
-        zeros = [self.leave]
+        zeros: list[nn.Linear | nn.Embedding] = [self.leave]
         if from_trunk:  # the trunk reads the estimated text, and what is added begins at nothing
             zeros += [self.place, self.text, *([self.enter] if self.sees else [])]
         self.decoder, self.head = decoder, head
@@ -93,7 +100,7 @@ class Reader(nn.Module):
             zeros += [self.leave_decoder, *([self.bridge, self.previous] if head is not None else [])]
         for module in zeros:
             nn.init.zeros_(module.weight)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
     # -- what one token says alone --
@@ -130,6 +137,7 @@ class Reader(nn.Module):
         h_BTH = self.place(torch.arange(T, device=tokens_BT.device).clamp_max(self.place.num_embeddings - 1))
         h_BTH = h_BTH + self.unseen * hidden_BT[..., None]
         if self.sees:
+            assert x_BTD is not None, "this reader was trained to see what was sent"
             x_ND = x_BTD[hidden_BT]
             text_BTD[hidden_BT] = self.expected(x_ND)
             # A far tail of the input must not saturate the first layer; the linear start sees it unclipped.
@@ -156,6 +164,7 @@ class Reader(nn.Module):
         cache: DynamicCache | None = None,
     ) -> torch.Tensor:
         """The decoder's states (B, T, G), given the token before each position (-1: none). Padding is on the right."""
+        assert self.decoder is not None, "this reader goes both ways alone"
         rows_BTD = self.rows_VD[previous_BT.clamp_min(0)] * (previous_BT >= 0)[..., None]
         in_BTG = self.bridge(h_BTH) + self.previous(rows_BTD)
         if self.head is not None:

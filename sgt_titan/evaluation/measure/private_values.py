@@ -254,6 +254,7 @@ def _measured(
 
     from sgt_titan.evaluation.attacks import ATTACKS as KNOWN
     from sgt_titan.evaluation.scores import utility
+    from sgt_titan.evaluation.world.surrogates import Substitution
 
     random = torch.Generator(device=setting.device)
     before = (name for name in KNOWN if name not in attacks and parts.get(f"{key}/attacks/{name}") is not None)
@@ -281,6 +282,8 @@ def _measured(
             parts.put(f"{key}/{name}", part)
             say(f"{mechanism.title}: {name}, {time.monotonic() - started:.0f} s")
         found[name] = part
+    if isinstance(used := mechanism.rewrite, Substitution) and used.unfit:
+        say(f"{mechanism.title}: {used.unfit} of {used.replaced} surrogates cut or lengthened to their values")
     return {
         "title": mechanism.title,
         "utility": found["utility"],

@@ -2,7 +2,7 @@
 
 The client replaces values in text (sgt_titan/private). The battery compares token by token, so here a surrogate is
 chosen that has as many tokens as its value; where none is found it is cut or its last token repeated, and counted
-(``facts["unfit"]``). The client itself does not do that: its server does not learn how many tokens a value has.
+(``unfit``). The client itself does not do that: its server does not learn how many tokens a value has.
 
 The answer is measured after restoring: at a token of a value, the probabilities of that token and of the surrogate's
 are exchanged, which is what putting values back does to an answer.

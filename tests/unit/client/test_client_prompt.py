@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from sgt_titan.client import Prompt, StainedGlassTransform
+from sgt_titan.data.conversations import conversation
 from sgt_titan.errors import UserError
+from sgt_titan.transform.prompts import PROMPT, encode_turns
+from tests import chat_templates
 from tests.serving_kit import make_export, with_chat_template
 
 CANARY = "Zorblax-7741"
@@ -103,6 +106,24 @@ def test_special_tokens_that_a_tool_holds_are_hidden(sgt):
     tool = {"type": "function", "function": {"name": "find", "description": "ends at </s>"}}
     prompt = sgt.prompt([USER], tools=[tool])
     assert prompt.mask[prompt.ids.index(sgt.tokenizer.eos_token_id)] and not prompt.mask[0]
+
+
+@pytest.mark.parametrize("template", ["TEXT_CALLS", "NUMBERED_CALLS"])
+def test_calls_are_rendered_as_in_training(chat_trunk, tmp_path, template):
+    """DeepSeek's arguments and Mistral's ids: a client sends what a sample of the same turns begins with."""
+    folder = with_chat_template(shutil.copytree(chat_trunk, tmp_path / "trunk"), getattr(chat_templates, template))
+    sgt = StainedGlassTransform.from_pretrained(make_export(folder, tmp_path / "export"))
+    function = {"name": "fi", "arguments": json.dumps({"w": "Z"})}
+    call = {"id": "call_" + "a1" * 12, "type": "function", "function": function}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+             {"role": "tool", "content": "b", "tool_call_id": call["id"]}]  # fmt: skip
+    prompt = sgt.prompt(turns)
+    row = conversation({"messages": [*turns, {"role": "assistant", "content": "c"}]}, "chat", {"messages": "messages"})
+    sample = encode_turns(sgt.tokenizer, row.messages, template="chat")
+    assert prompt.ids == sample.ids[: len(prompt.ids)]
+    assert prompt.mask.tolist() == [role == PROMPT for role in sample.roles[: len(prompt.ids)]]
+    clear = sgt.tokenizer.decode([i for i, m in zip(prompt.ids, prompt.mask, strict=True) if not m])
+    assert not any(text in clear for text in ("Z", "a1", "fi"))
 
 
 def test_tools_that_cannot_be_rendered(plain, chat_trunk, tmp_path):

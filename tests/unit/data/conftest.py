@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sgt_titan.config import schema
+from sgt_titan.data.sources import load_rows
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -98,3 +99,14 @@ def assets() -> str:
     if "SGT_TITAN_ASSETS" not in os.environ:
         pytest.skip("SGT_TITAN_ASSETS is not set")
     return os.environ["SGT_TITAN_ASSETS"]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """The contents of a source, and its fingerprint."""
+
+    def rows(source, **options):
+        found = load_rows(schema.Data(source=str(source), cache_dir=str(tmp_path / "cache"), **options))
+        return [[m["content"] for m in found.messages(i)] for i in range(len(found))], found.fingerprint
+
+    return rows

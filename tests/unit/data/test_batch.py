@@ -9,7 +9,7 @@ import torch
 
 from sgt_titan.data.batch import BatchSource, local_positions
 from sgt_titan.data.cache import View
-from sgt_titan.data.order import sample_at
+from sgt_titan.data.order import samples_at
 from sgt_titan.data.tokenization import role_counts
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, response_start
 
@@ -118,7 +118,8 @@ def test_an_epoch_has_every_sample_once(packing):
 def test_rows_follow_the_global_order():
     source = make_source()
     for step in range(6):  # 12 rows a step of 29: steps straddle epochs
-        assert source.row_ids(step) == [sample_at(k, source.rows, 3) for k in range(step * 12, step * 12 + 12)]
+        epochs, indices = samples_at(np.arange(step * 12, step * 12 + 12), source.rows, 3)
+        assert source.row_ids(step) == list(zip(epochs.tolist(), indices.tolist(), strict=True))
     assert {e for e, _ in source.row_ids(2)} == {0, 1}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sgt_titan import disk
 from sgt_titan.data import cache
-from sgt_titan.data.cache import cache_dir, open_cache, prepare, split, wait_or_prepare
+from sgt_titan.data.cache import cache_dir, open_cache, prepare, remarks, split, wait_or_prepare
 from sgt_titan.data.marks import texts
 from sgt_titan.data.sources import load_rows
 from sgt_titan.data.tokenization import COUNTS, load_tokenizer, role_counts
@@ -44,7 +44,9 @@ def test_holds_what_encode_turns_says(chats, make_config, tokenizer_dir):
     for view in (dataset.train, dataset.validation):
         for i in range(len(view)):
             number = int(view.index[i])
-            encoded = encode_turns(tokenizer, rows.messages(number), template="chat")
+            *asked, answer = rows.messages(number)
+            turns = [*asked, answer] if answer["content"] else asked  # one that says nothing is none
+            encoded = encode_turns(tokenizer, turns, template="chat")
             assert view.tokens(i).tolist() == encoded.ids[:20]
             assert view.roles(i).tolist() == encoded.roles[:20]
             assert view.lengths[i] == len(view.tokens(i))
@@ -479,3 +481,27 @@ def test_marks_of_a_template_are_honoured_and_counted(write, make_config, make_t
     nothing = templates.CONTENT_MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}")
     with pytest.raises(UserError, match="dropped 12 no_response"):
         prepare(config, make_tokenizer("nothing", template=nothing), progress=False)
+
+
+def test_what_lies_beside_the_files_is_said(write, make_config, tokenizer_dir, tmp_path):
+    """As of today: it is no part of what the cache is named by."""
+    write([{"text": f"the cat {i}"} for i in range(3)], "d/a.jsonl")
+    config = make_config(tmp_path / "d")
+    assert prepare(config, tokenizer_dir, progress=False).meta["not_read"] == []
+    (tmp_path / "d" / "b.xlsx").write_bytes(b"?")
+    dataset = prepare(config, tokenizer_dir, progress=False)
+    assert len(folders(config)) == 1 and dataset.meta["not_read"] == ["files of unknown kinds: 1 (b.xlsx)"]
+    assert "not read: files of unknown kinds: 1 (b.xlsx)" in remarks(dataset.meta)
+    config = make_config("")
+    config.data.sources = {name: {"source": str(tmp_path / "d"), "max_samples": n} for name, n in (("x", 2), ("y", 3))}
+    config.data.source = ""
+    for _ in range(2):
+        assert all(
+            about["not_read"] for about in prepare(config, tokenizer_dir, progress=False).meta["sources"].values()
+        )
+
+
+def test_keys_of_any_number_are_counted_together(write, make_config, tokenizer_dir):
+    rows = [{"messages": [{"role": "user", "content": "the cat", f"key{i}": 1}]} for i in range(70)]
+    found = prepare(make_config(write(rows)), tokenizer_dir, progress=False).meta["not_used"]
+    assert found["key key0 of turns"] == 1 and found["other keys and columns"] == 40 and len(found) == 32

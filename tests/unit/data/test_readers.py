@@ -1,4 +1,4 @@
-"""Files as people have them: text stays text, and a split is honoured or refused."""
+"""Files as people have them: text stays text, and what is no row is said."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import gzip
 import json
 import os
 import pickle
-import threading
 from decimal import Decimal
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from sgt_titan.config.schema import Data
-from sgt_titan.data.readers import ParquetRows, kind, split_of
+from sgt_titan.data.readers import ParquetRows
 from sgt_titan.data.sources import load_rows
 from sgt_titan.errors import UserError
 
@@ -24,17 +22,6 @@ ROWS = [{"instruction": "007", "output": "true"}, {"instruction": "2024-01-02", 
         {"instruction": "1.50", "output": "NA"}]  # fmt: skip
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 CSV = "instruction,output\n" + "".join(f"{row['instruction']},{row['output']}\n" for row in ROWS)
-
-
-@pytest.fixture
-def read(tmp_path):
-    """The contents of a source, and its fingerprint."""
-
-    def rows(source, **options):
-        found = load_rows(Data(source=str(source), cache_dir=str(tmp_path / "cache"), **options))
-        return [[m["content"] for m in found.messages(i)] for i in range(len(found))], found.fingerprint
-
-    return rows
 
 
 def compressed(text: str, how: str) -> bytes:
@@ -116,128 +103,6 @@ def test_columns_that_first_appear_late(tmp_path, read):
         read(tmp_path / "a.jsonl", columns={"system": "z"})
 
 
-def layout(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(json.dumps({"text": name}) + "\n")
-    return root
-
-
-@pytest.mark.parametrize(
-    ("names", "options", "expected"),
-    [
-        (("train.jsonl", "test.jsonl"), {}, ["train.jsonl"]),
-        (("train.jsonl", "test.jsonl"), {"split": "test"}, ["test.jsonl"]),
-        (("data/train-0.jsonl", "data/train-1.jsonl", "data/validation-0.jsonl"), {},
-         ["data/train-0.jsonl", "data/train-1.jsonl"]),
-        (("train/a.jsonl", "val/a.jsonl"), {"split": "validation"}, ["val/a.jsonl"]),
-        (("a.jsonl", "b.jsonl"), {}, ["a.jsonl", "b.jsonl"]),
-        (("x/a.jsonl", "y/b.jsonl"), {"subset": "y"}, ["y/b.jsonl"]),
-    ],
-)  # fmt: skip
-def test_splits_are_honoured(tmp_path, read, names, options, expected):
-    root = layout(tmp_path / "d", *names)
-    assert [texts for (texts,) in read(root, **options)[0]] == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "source", "options", "words"),
-    [
-        (("train.jsonl",), "", {"split": "test"}, "has no split 'test'; it has train"),
-        (("a.jsonl",), "", {"split": "test"}, "no file in "),
-        (("train.jsonl", "a.jsonl"), "", {}, "holds files of the splits train and others (a.jsonl); name files"),
-        (("a.jsonl",), "", {"subset": "x"}, "has no folder 'x'"),
-        (("a.jsonl",), "a.jsonl", {"split": "test"}, "data.split: 'test', but a file has no splits"),
-        (("a.jsonl",), "a.jsonl", {"subset": "x"}, "data.subset: 'x', but a file has no subsets"),
-        (("a.jsonl",), "*.jsonl", {"split": "test"}, "data.split: 'test', but a glob has no splits"),
-        (("a.jsonl",), "*.csv", {}, "data.source: no file matches"),
-    ],
-)
-def test_splits_that_are_not_there_are_refused(tmp_path, read, names, source, options, words):
-    root = layout(tmp_path / "d", *names)
-    with pytest.raises(UserError) as error:
-        read(root / source if source else root, **options)
-    assert words in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("options", [{"split": "test"}, {"subset": "x"}])
-def test_presets_without_splits_refuse_them(options):
-    with pytest.raises(UserError, match=r"but the preset demo has none"):
-        load_rows(Data(source="demo", **options))
-
-
-def test_saved_data_sets_of_several_splits(tmp_path, read):
-    import datasets
-
-    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    assert read(tmp_path / "saved")[0] == [["train"]] and read(tmp_path / "saved", split="test")[0] == [["test"]]
-    with pytest.raises(UserError, match=r"has no split 'dev'; it has test, train"):
-        read(tmp_path / "saved", split="dev")
-    with pytest.raises(UserError, match=r"is one saved data set without splits"):
-        read(tmp_path / "saved" / "test", split="dev")
-
-
-def test_lists_globs_and_addresses(tmp_path, read):
-    root = layout(tmp_path / "d", "a.jsonl", "b.jsonl", "c.csv")
-    assert [texts for (texts,) in read(f"{root}/*.jsonl")[0]] == ["a.jsonl", "b.jsonl"]
-    assert [texts for (texts,) in read(f"{root}/b.jsonl\n{root}/a.jsonl")[0]] == ["b.jsonl", "a.jsonl"]
-    with pytest.raises(UserError, match=r"mixes csv and json files"):
-        read(f"{root}/a.jsonl\n{root}/c.csv")
-    import fsspec
-
-    store = fsspec.filesystem("memory")
-    store.pipe("/bucket/a.jsonl", b'{"text": "far"}\n')
-    assert read("memory://bucket/a.jsonl")[0] == [["far"]]
-    store.pipe("/bucket/a.jsonl", b'{"text": "new"}\n')
-    assert read("memory://bucket/*.jsonl")[0] == [["new"]]
-    with pytest.raises(UserError, match=r"data\.source: memory://bucket/z\.jsonl cannot be fetched: FileNotFoundError"):
-        read("memory://bucket/z.jsonl")
-    with pytest.raises(UserError, match=r"memory://bucket/ is a folder; name its files, such as memory://bucket/\*"):
-        read("memory://bucket/")
-    store.makedirs("/bucket/b.jsonl", exist_ok=True)
-    assert read("memory://bucket/*.jsonl")[0] == [["new"]], "a folder is no file, whatever its name"
-
-
-@pytest.fixture
-def web(tmp_path):
-    """A web server of a folder: its address, the folder, and headers that it does not send."""
-    root, silent = tmp_path / "web", set()
-    root.mkdir()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(root))
-
-        def log_message(self, *args):
-            pass
-
-        def send_header(self, name, value):
-            if name not in silent:
-                super().send_header(name, value)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", root, silent
-        server.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("silent", [(), ("Last-Modified",)])
-def test_a_file_of_the_web_that_was_replaced_is_another_one(web, read, silent):
-    """Also behind a query, and where the server does not say which version it has."""
-    url, root, left_out = web
-    left_out |= set(silent)
-    for n, text in enumerate(("one", "two")):
-        (root / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
-        os.utime(root / "a.jsonl", (n, n))
-        assert read(f"{url}/a.jsonl?download=true")[0] == [[text]]
-    with pytest.raises(UserError, match=r"z\.jsonl cannot be fetched: ClientResponseError: 404") as error:
-        read(f"{url}/z.jsonl?signature=secret")
-    assert "secret" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -257,6 +122,14 @@ def test_a_row_of_too_many_cells_is_one_bad_row(tmp_path):
     rows = load_rows(Data(source=str(tmp_path / "a.csv"), cache_dir=str(tmp_path / "cache")))
     assert [rows.messages(i)[0]["content"] for i in (0, 2)] == ["one", "three"]
     with pytest.raises(UserError, match=r"a\.csv: row 2: has 2 cells, the first line has 1$"):
+        rows.messages(1)
+
+
+def test_a_row_of_too_few_cells_is_one_bad_row_and_a_blank_line_is_none(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output\na,b\n\n  \nc\nd,\n")
+    rows = load_rows(Data(source=str(tmp_path / "a.csv"), cache_dir=str(tmp_path / "cache")))
+    assert len(rows) == 3 and [m["content"] for m in rows.messages(2)] == ["d"]
+    with pytest.raises(UserError, match=r"a\.csv: row 2: has 1 cells, the first line has 2$"):
         rows.messages(1)
 
 
@@ -293,10 +166,114 @@ def test_json_that_is_no_rows(tmp_path, read, name, content, words):
         read(tmp_path / name)
 
 
-def test_names():
-    assert [kind(n) for n in ("a.JSONL", "a.csv.gz", "a.parquet.gz", "a.md", "a")] == ["json", "csv", "", "", ""]
-    from pathlib import Path
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_numbers_that_python_does_not_read_are_text(tmp_path, read, name):
+    rows = [
+        '{"instruction": %s, "output": -0}' % ("7" * 5000),
+        '{"instruction": 1e999, "output": 12345678901234567890}',
+    ]
+    text = f"[{', '.join(rows)}]" if name == "a.json" else "\n".join(rows)
+    (tmp_path / name).write_bytes(compressed(text, "gz") if name.endswith("gz") else text.encode())
+    assert read(tmp_path / name)[0] == [["7" * 5000, "-0"], ["1e999", "12345678901234567890"]]
 
-    assert [split_of(Path(n)) for n in ("train/x.csv", "test-00-of-02.parquet", "contest.csv", "dev/train.csv")] == (
-        ["train", "test", "", "train"]
+
+def test_a_key_that_stands_twice_is_a_bad_row(tmp_path):
+    """Readers of JSON disagree on which of the two counts; wherever it stands."""
+    turns = '[{"role": "user", "content": "a", "content": "b"}]'
+    (tmp_path / "a.jsonl").write_text(
+        f'{{"messages": []}}\n{{"messages": {turns}}}\n{{"messages": [], "messages": []}}\n'
     )
+    rows = load_rows(Data(source=str(tmp_path / "a.jsonl")))
+    for i in (1, 2):
+        with pytest.raises(
+            UserError, match=rf"row {i + 1}: cannot be read as JSON \(a key stands twice in one object\)"
+        ):
+            rows.messages(i)
+
+
+def test_a_first_row_that_is_none_is_one_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xe9"}\n{"text": "a"}\n')
+    rows = load_rows(Data(source=str(tmp_path / "a.jsonl")))
+    assert rows.messages(1)[0]["content"] == "a"
+    with pytest.raises(UserError, match=r"row 1: cannot be read as JSON \(not UTF-8\)"):
+        rows.messages(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is no UTF-8 text (UTF-16, or binary); save it as UTF-8"),
+        ("a.csv", "text\na\n".encode("utf-16-be"), "is no UTF-8 text"),
+        ("a.txt", "a\nb\n".encode("utf-16-le"), "is no UTF-8 text"),
+        ("a.txt", "\xe9\n".encode("latin-1"), "is not UTF-8 text"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git LFS"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git LFS"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 500, mtime=0)[:-9], "cannot be read as json: OSError: Truncated"),
+        ("a.jsonl.zst", compressed(LINES * 500, "zst")[:-9], "cannot be read as json: OSError: Truncated"),
+        ("a.json", b'[{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}]", "cannot be read as json: nested too deeply"),
+        ("a.parquet", b"", "cannot be read as parquet: ArrowInvalid"),
+        ("a.csv", b"", "no usable rows: the source is empty"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(tmp_path, read, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / name)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_marks_at_the_beginning_and_several_streams_in_a_file(tmp_path, read):
+    """A byte order mark; what `cat a.gz b.gz` and parallel compressors write."""
+    bom = "\ufeff".encode()
+    (tmp_path / "a.jsonl").write_bytes(bom + b'{"text": "one"}\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.txt").write_bytes(bom + b"one\r\ntwo\r\n")
+    (tmp_path / "c.csv").write_bytes(bom + b"text\rone\rtwo\r")
+    for how in ("gz", "bz2", "zst"):
+        parts = [compressed(json.dumps({"text": text}) + "\n", how) for text in ("one", "two")]
+        (tmp_path / f"d.jsonl.{how}").write_bytes(b"".join(parts))
+    for file in sorted(tmp_path.glob("*.*")):
+        assert read(file)[0] == [["one"], ["two"]], file
+
+
+def test_columns_of_other_types(tmp_path):
+    """Lists, bytes and durations are no text; a list of structs is a list of turns, an absent key a null."""
+    import datetime
+
+    table = {
+        "instruction": [["a"], ["b"]],
+        "output": [b"a", b"b"],
+        "text": [datetime.timedelta(1)] * 2,
+        "messages": [[{"role": "user", "content": "a", "name": None}], [{"role": "user", "content": "b", "name": "c"}]],
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    rows = load_rows(Data(source=str(tmp_path / "a.parquet")))
+    assert rows.format == "chat" and rows.unused == ("instruction", "output", "text")
+    assert rows.conversation(0).ignored == () and rows.conversation(1).ignored == ("key name of turns",)
+    for fmt, columns, kind in (("text", {}, "timedelta"), ("instruction", {}, "list"),
+                               ("instruction", {"instruction": "output"}, "bytes")):  # fmt: skip
+        with pytest.raises(UserError, match=f"must be text, is {kind}"):
+            load_rows(Data(source=str(tmp_path / "a.parquet"), format=fmt, columns=columns)).messages(0)
+
+
+def test_columns_that_stand_twice_and_feather(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    for name, new in (("b.arrow", pa.ipc.new_stream), ("c.arrow", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, new(sink, twice.schema) as writer:
+            writer.write_table(twice)
+    for name, words in (
+        ("a.parquet", "column 'text' stands in it twice"),
+        ("b.arrow", "cannot be read as arrow: "),
+        ("c.arrow", "is in Arrow's file format (Feather); write a stream, or Parquet"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_rows(Data(source=str(tmp_path / name)))
+        assert words in str(error.value)
+
+
+def test_columns_that_no_early_row_has_are_said(tmp_path):
+    rows = [{"text": "a"}] * 120 + [{"text": "b", "note": "c", "nothing": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_rows(Data(source=str(tmp_path / "a.jsonl")))
+    assert found.conversation(0).ignored == ()
+    assert found.conversation(120).ignored == ("column note, which no early row has",)

@@ -17,19 +17,18 @@ from sgt_titan.data.tokenization import (
     COUNTS,
     check_vocabulary,
     choose_template,
+    kept,
     label_text,
     load_tokenizer,
     make_options,
     role_counts,
     tokenize_rows,
-    truncate,
 )
 from sgt_titan.errors import UserError
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE
 
 T, P, R = TEMPLATE, PROMPT, RESPONSE
 ROLES = np.array([T, T, P, P, P, T, P, P, T, R, R, T])
-IDS = np.arange(len(ROLES))
 
 
 @pytest.mark.parametrize(
@@ -45,13 +44,9 @@ IDS = np.arange(len(ROLES))
         ("drop", 11, None),
     ],
 )
-def test_truncate(how, seq_len, expected):
-    cut = truncate(IDS, ROLES, seq_len, how)
-    if expected is None:
-        assert cut is None
-    else:
-        assert cut[0].tolist() == list(expected)
-        assert cut[1].tolist() == ROLES[list(expected)].tolist()
+def test_what_truncation_keeps(how, seq_len, expected):
+    keep = kept(ROLES, seq_len, how)
+    assert (None if keep is None else keep.nonzero()[0].tolist()) == (None if expected is None else list(expected))
 
 
 def test_label_text():

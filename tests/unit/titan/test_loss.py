@@ -16,7 +16,7 @@ from sgt_titan.config.schema import PRESETS, TERMS, Config, Objective, Rate, Ter
 from sgt_titan.data.batch import Counts
 from sgt_titan.objectives.distillation import attach, distil
 from sgt_titan.objectives.rate import broad_rate
-from sgt_titan.titan.loss import REPORTED, SGTLoss
+from sgt_titan.titan.loss import REPORTED, SGTLoss, weight_at
 from sgt_titan.titan.model import Streams
 from sgt_titan.titan.pairs import PairGroups
 from sgt_titan.transform.gaussian import Bounds
@@ -24,6 +24,14 @@ from sgt_titan.transform.gaussian import Bounds
 B, T, D, V = 4, 10, 6, 9
 MEDIAN, SCALE, TAU = 0.7, 0.2, 0.3
 BOUNDS = Bounds(std_min=2.0, std_max=8.0, std_init=4.0, mean_bound=0.0, scale=SCALE)  # sigma from 0.4 to 1.6
+
+
+def test_a_ramp_is_a_straight_line_between_its_exact_ends():
+    values = [weight_at(step, Term(weight=0.7, start=0.1, ramp_steps=4)) for step in range(-1, 7)]
+    assert values[:2] == [0.1, 0.1] and values[5:] == [0.7, 0.7, 0.7]
+    assert values[2:5] == pytest.approx([0.25, 0.4, 0.55])
+    assert weight_at(1, Term(weight=0.0, start=1.0, ramp_steps=2)) == 0.5
+    assert [weight_at(step, Term(weight=0.3, start=99.0)) for step in (0, 1, 10**6)] == [0.3] * 3
 
 
 def objective(preset: str) -> Objective:

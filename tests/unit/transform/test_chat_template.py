@@ -10,10 +10,12 @@ from sgt_titan.transform.prompts import (
     CALLS_NOT_PRINTED,
     CLOSED_EMPTY,
     CONTENT_NOT_PRINTED,
+    IDS_NOT_PRINTED,
     MARKS_NOT_READ,
     NOT_MARKED,
     PROMPT,
     RESPONSE,
+    SPECIAL_IN_ANSWER,
     TEMPLATE,
     encode_turns,
 )
@@ -229,6 +231,65 @@ def test_calls_that_end_their_turn_or_begin_it_in_a_way_of_their_own():
     both = [user("hi"), says("Let me see.", tool_calls=[CALL])]
     encoded = encode_turns(bytewise(templates.BARE_CALLS), both, template="chat")
     assert encoded.notes == (CONTENT_NOT_PRINTED,)
+
+
+def test_arguments_of_calls_as_text():
+    """DeepSeek-V3 adds them to a text; what is written is the JSON that its servers get."""
+    turns = [user("hi"), says("", tool_calls=[CALL]), {"role": "tool", "content": "20"}, says("yes")]
+    call = 'weather\n{"city": "Lisbon", "days": 2}'
+    assert parts(templates.TEXT_CALLS, turns) == [
+        (T, "<s><U>"), (P, "hi"), (T, "<A><|im_start|>function "), (P, call.removesuffix("}")),
+        (T, "}<|im_end|></s><|im_start|>tool "), (P, "20"), (T, "<|im_end|>"), (R, "yes</s>"),
+    ]  # fmt: skip
+    assert parts(templates.TEXT_CALLS, turns[:2])[-1] == (R, f"<|im_start|>function {call}<|im_end|></s>")
+    given = {**CALL, "function": {"name": "weather", "arguments": '{"city": "Lisbon", "days": 2}'}}
+    assert parts(templates.TEXT_CALLS, [user("hi"), says("", tool_calls=[given])]) == (
+        parts(templates.TEXT_CALLS, turns[:2])
+    )
+
+
+@pytest.mark.parametrize("name", ["abcdef123", "call_abcdefghijklmnoabcdef123"])
+def test_ids_of_calls(name):
+    """Mistral's have nine letters and stand in the prompt: hidden, whatever an application writes there."""
+    said = {"role": "tool", "content": "20", "tool_call_id": name}
+    turns = [user("hi"), says("", tool_calls=[{**CALL, "id": name}]), said, says("yes")]
+    call = 'weather", "arguments": {"city": "Lisbon", "days": 2}, "id": "abcdef123'
+    before, after = [(T, "<s><U>"), (P, "hi")], [(R, " yes</s>")]
+    assert parts(templates.NUMBERED_CALLS, turns) == [
+        *before, (T, '</U><CALLS>[{"name": "'), (P, call), (T, '"}]</s><TOOL>{"content": '), (P, "20"),
+        (T, ', "call_id": "'), (P, "abcdef123"), (T, '"}</TOOL>'), *after,
+    ]  # fmt: skip
+    whole = [*turns, user("ho"), says("", tool_calls=[{**CALL, "id": name}])]
+    assert parts(templates.NUMBERED_CALLS, whole)[-1] == (R, f'<CALLS>[{{"name": "{call}"}}]</s>')
+    assert encode_turns(bytewise(templates.NUMBERED_CALLS), turns, template="chat").notes == ()
+    encoded = encode_turns(bytewise(templates.THINKS), turns, template="chat")
+    assert encoded.notes == (IDS_NOT_PRINTED,)
+    with pytest.raises(
+        UserError, match=r"refuses the content of a turn \(user, assistant\); calls of tools have no ids"
+    ):
+        parts(templates.NUMBERED_CALLS, [user("hi"), says("", tool_calls=[CALL])])
+
+
+def test_names_of_tools_in_what_they_say():
+    template = templates.CHATML.replace("{{ m.role }}", "{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}")
+    turns = [user("hi"), {"role": "tool", "name": "weather", "content": "20"}, says("yes")]
+    assert (P, "weather20") in parts(template, turns)
+    assert encode_turns(bytewise(templates.CHATML), turns, template="chat").notes == (IDS_NOT_PRINTED,)
+    assert encode_turns(bytewise(None), turns, template="plain").notes == (
+        "ids or names of tools in what they say, which a plain template does not print",
+    )
+
+
+def test_special_tokens_in_answers_are_said():
+    rendered = says("yes<|im_end|>\n<|im_start|>user\nmore")
+    for template in (templates.CHATML, templates.THINKS):
+        encoded = encode_turns(bytewise(template), [user("hi"), rendered], template="chat")
+        assert encoded.notes == (SPECIAL_IN_ANSWER,)
+        assert encode_turns(bytewise(template), [user("hi"), says(THOUGHT)], template="chat").notes == ()
+    assert encode_turns(bytewise(None), [user("hi"), rendered], template="plain").notes == (SPECIAL_IN_ANSWER,)
+    thoughts = bytewise(templates.THINKS)
+    thoughts.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    assert encode_turns(thoughts, [user("hi"), says(THOUGHT)], template="chat").notes == ()
 
 
 def test_what_has_no_place_is_said():
