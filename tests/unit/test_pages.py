@@ -42,7 +42,7 @@ def test_what_is_wrapped_means_the_same():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPO)))
 def test_links_lead_somewhere(page):
-    """Files (the site's build refuses a folder), and headings where one is named; addresses of the web are not asked."""
+    """Files (the site refuses a folder), and headings where one is named; addresses of the web are not asked."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         file, _, heading = target.partition("#")
         if re.match(r"[a-z]+:", target):
