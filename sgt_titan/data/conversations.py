@@ -189,6 +189,11 @@ def _chat(
     content_keys = (columns["content"],) if columns.get("content") else CONTENT_KEYS
     for t, turn in enumerate(value):
         given = turn if isinstance(turn, Mapping) else {}
+        if len(given) == 2:  # as most are, with nothing that could be left out
+            name, content = given.get(role_keys[0]), given.get(content_keys[0])
+            if isinstance(name, str) and isinstance(content, str) and (role := roles.get(name, "call")) != "call":
+                yield {"role": role, "content": content}
+                continue
         turn = {k: v for k, v in given.items() if v is not None}
         key = next((key for key in role_keys if key in turn), "")
         name = turn.get(key)
