@@ -359,8 +359,10 @@ def work(size: Size, *, recompute: bool = False) -> float:
     return (6.0 * (trunk_parameters(size) + estimator) + again) * size.tokens
 
 
+AS_STARTED = "glibc as it is started"
 ARMS: dict[str, Callable[[Size], Arm]] = {
     "(a) naive: transformers twice, whole logits": naive,
+    f"(a) the same, {AS_STARTED}": naive,
     "(b) one pass for both streams": lambda size: ours(size, chunk=2**30),
     "(b) + loss in chunks of tokens": ours,
     "(b) + torch.compile": lambda size: ours(size, compiled=True),

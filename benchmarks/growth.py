@@ -1,7 +1,8 @@
 """How time and memory of a step grow with each dimension, ours beside the naive way: ``python benchmarks/growth.py``.
 
 From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is
-what torch holds at most during a step beyond what it holds between steps.
+what torch holds at most during a step beyond what it holds between steps. Both ways keep the memory that they free
+(``timing.keep_memory``), and alternate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arms import Arm, Size, device, naive, ours
 from benchmarks.tables import add_out, written
-from benchmarks.timing import clock, machine, peak_bytes
+from benchmarks.timing import Watched, doubts, keep_memory, machine, peak_bytes, watched
 
 BASE = Size(width=128, layers=4, hidden=344, heads=4, kv_heads=2, vocab=16_000, rows=4, length=128)
 AXES: dict[str, tuple[str, list[int]]] = {
@@ -38,15 +39,16 @@ def at(axis: str, value: int) -> Size:
     return replace(BASE, **{{"T": "length", "V": "vocab", "layers": "layers", "B": "rows"}[axis]: value})
 
 
-def measure(arm: Arm, repeats: int) -> tuple[list[float], float]:
-    """Seconds of each step, and the peak above what is held between steps, MiB."""
-    arm.step()
-    seconds = []
-    for _ in range(repeats):
-        started = clock()
+def measure(arms: dict[str, Arm], repeats: int) -> dict[str, tuple[list[Watched], float]]:
+    """Every step of each, in turn, and the peak above what is held between steps, MiB."""
+    for arm in arms.values():
         arm.step()
-        seconds.append(clock() - started)
-    return seconds, peak_bytes(arm.step) / 2**20
+        arm.step()
+    calls: dict[str, list[Watched]] = {way: [] for way in arms}
+    for _ in range(repeats):
+        for way, arm in arms.items():
+            calls[way].append(watched(arm.step))
+    return {way: (calls[way], peak_bytes(arm.step) / 2**20) for way, arm in arms.items()}
 
 
 def summary(of: dict[str, dict[str, dict]], what: str, form: str) -> str:
@@ -84,6 +86,7 @@ def main() -> None:
     add_out(parser)
     parser.add_argument("--plots", help="draw into this folder")
     words = parser.parse_args()
+    keep_memory()
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     found: dict[str, dict] = {}
     with written(words.out, machine()) as tables:
@@ -91,11 +94,14 @@ def main() -> None:
             columns = {f"{axis}: {about}": ",d", "way": "", "s a step, median (spread)": ".3f", "peak MiB": ",.0f"}
             tables.start("", columns)
             for value in values:
-                for way, build in WAYS.items():
-                    seconds, peak = measure(build(at(axis, value)), words.repeats)
+                measured = measure({way: build(at(axis, value)) for way, build in WAYS.items()}, words.repeats)
+                for way, (calls, peak) in measured.items():
+                    seconds = [call.seconds for call in calls]
                     figures = {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
                     found.setdefault(axis, {}).setdefault(str(value), {})[way] = figures | {"peak": peak}
                     tables.row(value, way, tuple(figures.values()), peak)
+                for doubt in doubts({way: calls for way, (calls, _) in measured.items()}):
+                    print(f"NOT TO BE TRUSTED: {doubt}", flush=True)
         tables.start("", {"": "", "peak MiB, ours / naive": "", "seconds, ours / naive": ""})
         for axis, of in found.items():
             points = ", ".join(value if axis != "V" else f"{int(value) // 1000}k" for value in of)

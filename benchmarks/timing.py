@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,70 @@ def clock() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+MALLOC = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 1 << 26), "M_MMAP_MAX": (-4, 0)}  # of malloc.h
+
+
+def keep_memory() -> None:
+    """Have this process keep the memory that it frees, as CUDA's allocator does, and as one would set glibc's for
+    anything that allocates whole logits at every step: by default each large tensor is fresh pages, which the kernel
+    fills with zeros one by one. No effect without glibc.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    for option, value in MALLOC.values():
+        library.mallopt(option, value)
+
+
+class Watched(NamedTuple):
+    """One call: ``clock`` seconds; page faults of this process; share of the machine that others took meanwhile."""
+
+    seconds: float
+    faults: int
+    others: float
+
+
+def watched(case: Callable[[], object]) -> Watched:
+    faults, busy, own, wall = _faults(), _busy(), time.process_time(), time.perf_counter()
+    started = clock()
+    case()
+    seconds = clock() - started
+    elapsed = time.perf_counter() - wall
+    others = (_busy() - busy - (time.process_time() - own)) / (elapsed * (os.cpu_count() or 1))
+    return Watched(seconds, _faults() - faults, max(0.0, others))
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _busy() -> float:
+    """CPU seconds that anything on this machine, or in its place, has used; idle and waiting for disks left out."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0
+    user, nice, system, _idle, _wait, irq, soft, steal = fields
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+OTHERS, SPREAD = 0.15, 0.15
+
+
+def doubts(cases: Mapping[str, Sequence[Watched]]) -> list[str]:
+    """Why ratios of these cannot be trusted, in words; none if they can."""
+    found = []
+    for name, calls in cases.items():
+        others = statistics.median(call.others for call in calls)
+        low, *_, high = sorted(call.seconds for call in calls) if len(calls) > 1 else [calls[0].seconds] * 2
+        if others > OTHERS:
+            found.append(f"{name}: others used {others:.0%} of the machine")
+        if high > (1 + SPREAD) * low:
+            found.append(f"{name}: {high / low - 1:.0%} between its quickest and its slowest")
+    return found
 
 
 class Timing(NamedTuple):

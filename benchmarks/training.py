@@ -6,13 +6,15 @@
 Each arm lives in a process of its own, which steps when told to, so that arms alternate step by step and memory is an
 arm's own. On a GPU the processes take turns instead: two 8B trunks do not fit. HFU is the work of an arm's matrix
 products over what the machine reaches on the best of a few of them, measured in the same run. Seconds are those of
-``timing.clock``: with OMP_NUM_THREADS=1 a busy CPU does not count.
+``timing.clock``: with OMP_NUM_THREADS=1 a busy CPU does not count, but for the caches and the memory that others use
+too. So what others did is measured beside every step, and a line says where it was too much for a ratio to be trusted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -25,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.arms import ARMS, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, device  # noqa: E402
+from benchmarks.arms import ARMS, AS_STARTED, CPU, LLAMA_1B, LLAMA_8B, Size, allow_older_torch, device  # noqa: E402
 from benchmarks.tables import Tables, add_out, written  # noqa: E402
-from benchmarks.timing import clock, machine, peak_bytes  # noqa: E402
+from benchmarks.timing import Watched, clock, doubts, keep_memory, machine, peak_bytes, watched  # noqa: E402
 
 SIZES = {
     "cpu": {"D 256, 4 layers, V 32,000": CPU, "D 256, 4 layers, V 128,256": replace(CPU, vocab=128_256)},
@@ -63,6 +65,8 @@ def serve(family: str, name: str, arm: str) -> None:
     import torch.distributed as dist
 
     allow_older_torch()
+    if not arm.startswith("(b)") and not arm.endswith(AS_STARTED):  # ours as it is started, the others at their best
+        keep_memory()
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
@@ -73,10 +77,7 @@ def serve(family: str, name: str, arm: str) -> None:
     peak = peak_bytes(built.step)
     print(json.dumps({"flops": built.flops, "peak": peak}), file=answers, flush=True)
     for _ in sys.stdin:
-        started = clock()
-        built.step()
-        seconds = clock() - started
-        print(json.dumps({"seconds": seconds}), file=answers, flush=True)
+        print(json.dumps(watched(built.step)._asdict()), file=answers, flush=True)
 
 
 class Worker:
@@ -87,7 +88,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
         )
-        self.seconds: list[float] = []
+        self.calls: list[Watched] = []
         first = self._answer()
         self.flops, self.peak = first["flops"], first["peak"]
 
@@ -103,7 +104,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self._answer()
         if count:
-            self.seconds.append(answer["seconds"])
+            self.calls.append(Watched(**answer))
 
     def close(self) -> None:
         self.process.kill()
@@ -144,17 +145,21 @@ def run(family: str, name: str, wanted: list[str], repeats: int, warmup: int) ->
         worker.close()
         if arm in results:
             continue
-        median = statistics.median(worker.seconds)
+        seconds = [call.seconds for call in worker.calls]
+        median = statistics.median(seconds)
         results[arm] = {
             "seconds": median,
-            "low": min(worker.seconds),
-            "high": max(worker.seconds),
+            "low": min(seconds),
+            "high": max(seconds),
+            "faults": statistics.median(call.faults for call in worker.calls),
+            "others": statistics.median(call.others for call in worker.calls),
             "tokens_per_second": SIZES[family][name].tokens / median,
             "hfu": worker.flops / median / top,
             "bound_seconds": worker.flops / top,
             "peak_mib": worker.peak / 2**20,
         }
-    results["(d) ceiling"] = {"tflops": top / 1e12}
+    measured = {arm: worker.calls for arm, worker in workers.items() if "seconds" in results[arm]}
+    results["(d) ceiling"] = {"tflops": top / 1e12, "doubts": doubts(measured) if together else []}
     return {arm: results[arm] for arm in [*wanted, "(d) ceiling"]}
 
 
@@ -163,21 +168,29 @@ COLUMNS = {
     "s a step, median (spread)": ".3f",
     "bound, s": ".3f",
     "tokens/s": ",.0f",
+    "times (a)": ".2f",
     "HFU": ".0%",
     "peak above the weights, MiB": ",.0f",
+    "page faults": ",.0f",
+    "others' load": ".0%",
 }
 
 
 def show(tables: Tables, name: str, results: dict[str, dict]) -> None:
     tables.start(name, COLUMNS)
+    naive = next((r["seconds"] for arm, r in results.items() if arm.startswith("(a)") and "seconds" in r), math.nan)
+    empty = [None] * (len(COLUMNS) - 2)
     for arm, r in results.items():
         if "error" in r:
-            tables.row(arm, r["error"][:80], *[None] * 4)
+            tables.row(arm, r["error"][:80], *empty)
         elif "seconds" in r:
-            figures = (r[name] for name in ("bound_seconds", "tokens_per_second", "hfu", "peak_mib"))
-            tables.row(arm, (r["seconds"], r["low"], r["high"]), *figures)
+            r["times"] = naive / r["seconds"]
+            shown = ("bound_seconds", "tokens_per_second", "times", "hfu", "peak_mib", "faults", "others")
+            tables.row(arm, (r["seconds"], r["low"], r["high"]), *(r[name] for name in shown))
         else:
-            tables.row(f"{arm} of matrix products, {r['tflops']:.3g} Tflop/s", *[None] * 5)
+            tables.row(f"{arm} of matrix products, {r['tflops']:.3g} Tflop/s", None, *empty)
+    for doubt in results["(d) ceiling"]["doubts"]:
+        print(f"NOT TO BE TRUSTED: {doubt}", flush=True)
 
 
 def main() -> int:

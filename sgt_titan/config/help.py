@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sgt_titan.config.keys import Leaf, choices, inner, is_optional, keys, sections, takes_items
+from sgt_titan.config.schema import Auto
 
 _HEADER = """\
 # Configuration
@@ -69,6 +70,8 @@ def _type(hint: Any) -> str:
         return "|".join(choices(hint))
     if is_optional(hint):
         return f"{_type(inner(hint))}|none"
+    if hint is Auto:
+        return "true|false|auto"
     return "mapping" if takes_items(hint) else hint.__name__
 
 

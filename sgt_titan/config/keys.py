@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from sgt_titan.config.schema import Config, Must, Source
+from sgt_titan.config.schema import Auto, Config, Must, Source
 
 
 class Leaf(NamedTuple):
@@ -50,6 +50,7 @@ def describe(hint: Any) -> str:
         float: "a number",
         str: "a string",
         Source: "a source or its table",
+        Auto: "true, false or auto",
     }
     if takes_items(hint) and Source in typing.get_args(hint):
         return "a mapping from name to source"

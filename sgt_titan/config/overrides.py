@@ -6,7 +6,7 @@ import difflib
 from typing import Any, get_args, get_origin
 
 from sgt_titan.config.keys import Leaf, describe, keys, sections, takes_items
-from sgt_titan.config.schema import Source
+from sgt_titan.config.schema import Auto, Source
 from sgt_titan.config.values import convert, from_text, is_bool, scalar, source_hints
 from sgt_titan.errors import UserError
 
@@ -21,7 +21,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     for word, text in split_overrides(words):
         key, leaf, item = _override_key(word)
         if text is None:
-            if leaf.hint is not bool:
+            if leaf.hint not in (bool, Auto):
                 raise UserError(f"--{word} needs a value: {describe(leaf.hint)}")
             text = "true"
         where = f"--{word}"
@@ -63,11 +63,11 @@ def takes_value(word: str, following: str) -> bool:
     A boolean takes it only if it is true or false, so that ``--metrics.wandb NAME`` leaves NAME.
     """
     leaf = keys().get(word[2:].replace("-", "_"))
-    return (
-        "=" not in word
-        and not following.startswith("--")
-        and (leaf is None or leaf.hint is not bool or is_bool(following))
-    )
+    if "=" in word or following.startswith("--"):
+        return False
+    if leaf is not None and leaf.hint in (bool, Auto):
+        return is_bool(following) or (leaf.hint is Auto and following == "auto")
+    return True
 
 
 def _override_key(word: str) -> tuple[str, Leaf, str]:

@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, float]] = {
 SOURCE_KEYS = ("source", "subset", "split", "format", "columns", "roles", "answers", "prompt_tokens", "max_samples")
 Source = NewType("Source", dict[str, Any])
 """A table of such keys; ``load.py`` checks them as it checks those of `data`."""
+Auto = NewType("Auto", object)
+"""True, False or "auto"."""
 
 
 class Must(NamedTuple):
@@ -344,8 +346,8 @@ class ActivationCheckpoint:
 
 @dataclass(kw_only=True)
 class Compile:
-    enable: bool = opt(False, "torch.compile every block and the loss. The first step takes longer, by seconds on a GPU and "
-                              "half a minute on a CPU; the others less.")  # fmt: skip
+    enable: Auto = opt(False, "torch.compile every block and the loss. The first step takes longer, by about a minute; the "
+                              "others less. `auto`: after a few steps, where those that are left earn it back; the log says so.")  # fmt: skip
 
 
 @dataclass(kw_only=True)

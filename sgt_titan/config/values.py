@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from sgt_titan.config.keys import choices, describe, inner, is_optional, keys
-from sgt_titan.config.schema import SOURCE_KEYS, Source
+from sgt_titan.config.schema import SOURCE_KEYS, Auto, Source
 from sgt_titan.errors import UserError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -39,6 +39,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if offered := choices(hint):
         if value not in offered:
             raise UserError(f"{wrong}{nearest(value, offered)}" if isinstance(value, str) else str(wrong))
+        return value
+    if hint is Auto:
+        if not isinstance(value, bool) and value != "auto":
+            raise wrong
         return value
     if hint is Source:
         return _source(value, where, wrong)
@@ -77,7 +81,7 @@ def from_text(text: str, hint: Any) -> Any:
     """The value a word on the command line stands for; the word itself if it is none of that type."""
     if is_optional(hint):
         return None if text.lower() in ("none", "null") else from_text(text, inner(hint))
-    if hint is bool and is_bool(text):
+    if hint in (bool, Auto) and is_bool(text):
         return text.lower() == "true"
     if hint is int and re.fullmatch(r"[+-]?\d+", text):
         return int(text)

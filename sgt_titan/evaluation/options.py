@@ -9,6 +9,9 @@ from sgt_titan.errors import UserError
 GLANCE = "glance"  # the suite of the weakest attacker alone: what `sgt-titan report` prints
 SUITES = ("quick", "standard", "full")  # those that attack
 ZERO_STEPS = 600
+GUESSING = "guess"  # what every reading is compared with; no attack
+ANSWER = "answer"  # nor is this: what the answer tells of its prompt
+UNSENT = (GUESSING, ANSWER)  # they see nothing of what a mechanism makes, so are the same for all
 
 
 def suite_argument(found: argparse.ArgumentParser, text: str, *, glance: bool = False) -> None:

@@ -19,12 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from .top_k import Targets, difference_from, top_k
 from .utility import SoftCrossEntropy, difference
+from .whole_vocabulary import replace_by_difference
 
 CHUNK_LOGITS = 2**26
 """Logits of a chunk where its size is not given: 64 Mi of them take about 1 GiB in bfloat16, temporaries included."""
 
-CHUNK_LOGITS_CPU = 2**21
-"""The same on a CPU, which is busy with a small product too: no slower, in a thirtieth of the memory."""
+CHUNK_LOGITS_CPU, CHUNK_TOKENS_CPU = 2**22, 128
+"""The same on a CPU, which is busy with a small product too; with fewer tokens than these it reads lm_head's weight
+more often than its arithmetic hides."""
 
 
 class Distilled(NamedTuple):
@@ -39,11 +41,33 @@ class Distilled(NamedTuple):
     """What to store of the teacher, where it was asked for."""
 
 
+def by_parts(student_CV, teacher_CV, group: dist.ProcessGroup | None, vocab_start: int, replace: bool):
+    """Against the teacher's own logits; ``replace``: the student's make room for the difference of probabilities."""
+    return difference(student_CV, teacher_CV, group, vocab_start, student_CV if replace else None, finite=True)
+
+
+def asked(student_CV, teacher_CV, group: dist.ProcessGroup | None, vocab_start: int, replace: bool):
+    """The same by the quicker way where no other rank has a part of the vocabulary."""
+    if group is None:
+        return replace_by_difference(student_CV, teacher_CV, replace=replace)
+    return by_parts(student_CV, teacher_CV, group, vocab_start, replace)
+
+
+def stored(student_CV, targets: Targets, group: dist.ProcessGroup | None, vocab_start: int, replace: bool):
+    """Against stored targets."""
+    return difference_from(student_CV, targets, group, vocab_start, student_CV if replace else None)
+
+
+def in_blocks(logits_CV: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether ``asked`` works in blocks that a CPU's cache holds."""
+    return group is None and logits_CV.device.type == "cpu"
+
+
 class Kernels(NamedTuple):
     """What is done to a chunk of logits: against the teacher's own, and against stored targets."""
 
-    asked: Callable = difference
-    stored: Callable = difference_from
+    asked: Callable = asked
+    stored: Callable = stored
 
 
 EAGER = Kernels()
@@ -51,27 +75,33 @@ EAGER = Kernels()
 
 @cache
 def compiled_kernels(backend: str = "inductor") -> Kernels:
-    """``Kernels`` by torch.compile: the same arithmetic in a few passes over the logits instead of 15."""
+    """``Kernels`` by torch.compile: the same arithmetic in a few passes over the logits instead of 15.
+
+    Not where a CPU has the whole vocabulary: there compiled passes over a chunk are slower than eager ones over blocks
+    that stay in its cache.
+    """
 
     def compiled(function: Callable) -> Callable:
         fused = torch.compile(function, backend=backend)
 
-        def call(student_NV: torch.Tensor, *others, **options):
-            for tensor in (student_NV, *others):  # the last chunk of a step has a size of its own
+        def call(student_NV: torch.Tensor, other, group, *rest):
+            if function is by_parts and in_blocks(student_NV, group):
+                return asked(student_NV, other, group, *rest)
+            for tensor in (student_NV, other):  # the last chunk of a step has a size of its own
                 for part in tensor if isinstance(tensor, tuple) else (tensor,):
                     if isinstance(part, torch.Tensor):
                         torch._dynamo.maybe_mark_dynamic(part, 0)
-            return fused(student_NV, *others, **options)
+            return fused(student_NV, other, group, *rest)
 
         return call
 
-    return Kernels(*map(compiled, EAGER))
+    return Kernels(compiled(by_parts), compiled(stored))
 
 
 def chunk_size(vocabulary: int, device: str) -> int:
-    """Tokens of a chunk for ``vocabulary`` logits a token on a type of device: a power of two, at least 64."""
-    logits = CHUNK_LOGITS_CPU if device == "cpu" else CHUNK_LOGITS
-    return 1 << max(6, (logits // max(vocabulary, 1)).bit_length() - 1)
+    """Tokens of a chunk for ``vocabulary`` logits a token on a type of device: a power of two, at least 64 or 128."""
+    logits, least = (CHUNK_LOGITS_CPU, CHUNK_TOKENS_CPU) if device == "cpu" else (CHUNK_LOGITS, 64)
+    return max(least, 1 << max(0, (logits // max(vocabulary, 1)).bit_length() - 1))
 
 
 @torch.no_grad()
@@ -123,24 +153,21 @@ def distil(
     kept: list[Targets] = []
     # Both streams in one product, written where the chunk before was: fresh pages cost a CPU a fifth of the product.
     logits_XV = student_ND.new_empty(len(streams_SND) * chunk, vocabulary)
-    gradient_ND, difference_CV = None, None
-    if want_gradient:
-        gradient_ND, difference_CV = torch.empty_like(student_ND), student_ND.new_empty(chunk, vocabulary)
+    gradient_ND = torch.empty_like(student_ND) if want_gradient else None
     for start in range(0, tokens, chunk):
         size = min(chunk, tokens - start)
         part = slice(start, start + size)
         hidden_XD = torch.cat([stream_ND[part] for stream_ND in streams_SND])
         student_CV, *teacher_CV = torch.mm(hidden_XD, weight_VD.T, out=logits_XV[: len(hidden_XD)]).split(size)
-        into_CV = None if difference_CV is None else difference_CV[:size]
         if targets is None:
-            found = kernels.asked(student_CV, *teacher_CV, group, vocab_start, into_CV, finite=True)
+            found = kernels.asked(student_CV, *teacher_CV, group, vocab_start, want_gradient)
             if keep:
                 kept.append(top_k(teacher_CV[0], keep, group=group, vocab_start=vocab_start))
         else:
-            found = kernels.stored(student_CV, targets.part(part), group, vocab_start, into_CV)
+            found = kernels.stored(student_CV, targets.part(part), group, vocab_start, want_gradient)
         cross_entropy_N[part], entropy_N[part], agree_N[part] = found
-        if gradient_ND is not None and into_CV is not None:
-            torch.mm(into_CV, weight_VD, out=gradient_ND[part])
+        if gradient_ND is not None:
+            torch.mm(student_CV, weight_VD, out=gradient_ND[part])  # no logits any more: their gradient
     stored = Targets(*map(torch.cat, zip(*kept, strict=True))) if kept else None
     return Distilled(cross_entropy_N, entropy_N, agree_N, gradient_ND, stored)
 

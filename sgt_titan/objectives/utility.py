@@ -77,7 +77,7 @@ def difference(
     """Cross-entropy, teacher's entropy and agreement (N,). Logits and ``group`` as in ``soft_cross_entropy``.
 
     ``into_NV``, if given, is filled with softmax(student) - softmax(teacher), the gradient with respect to the
-    student's logits; it shares no memory with them. ``finite``: no logit is -inf, which saves passes over them.
+    student's logits; it may be their own memory. ``finite``: no logit is -inf, which saves passes over them.
     """
     dtype = torch.promote_types(student_NV.dtype, torch.float32)
     peaks_W4N = gather_ranks(

@@ -38,7 +38,6 @@ DENOISER_COPIES = 8  # float32 (B, T, D): z beside what is sent, where it is noi
 TRANSFORM_COPIES = 18  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
 HIDDEN_COPIES = 5  # (B, T, D): both streams whole, their utility positions, and the student's gradient
-# A chunk of logits: teacher, student, gradient, and soft cross-entropy's three float32.
 CHUNK_LOGITS = 2**26  # as in objectives/distillation.py, which needs torch
 
 
@@ -100,6 +99,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         stay_gathered = heads
     vocabulary = ceil(trunk["vocab_size"] / tp)
     chunk = training.loss_chunk_tokens or 1 << max(6, (CHUNK_LOGITS // vocabulary).bit_length() - 1)
+    temporaries = 3 if tp > 1 else 2  # of the loss: ranks that share a vocabulary keep both exponentials
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
     rope = trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk)
     elements = total(shard_elements, estimator, degrees)
@@ -116,7 +116,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         transform=FP32 * width * (copies * own_tokens + tokens + pairs),  # noise is drawn for whole rows
         logits=(size * gathered_elements(lm_head, degrees) if degrees.gathers and not tied else 0)
         + HIDDEN_COPIES * size * tokens * width
-        + (3 * size + 3 * FP32) * min(chunk, tokens) * vocabulary,
+        + (2 * size + temporaries * FP32) * min(chunk, tokens) * vocabulary,
     )
 
 

@@ -22,6 +22,8 @@ from torchtitan.distributed.fsdp import disable_fsdp_gradient_division, get_fsdp
 from torchtitan.protocols.model import BaseModel
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from .compilation import compile_blocks
+
 
 class FinetuneModel(BaseModel):
     """``lm`` is the transformers model; everything but its norms is trained."""
@@ -67,6 +69,10 @@ class FinetuneModel(BaseModel):
             device = module.inv_freq.device
             self.lm.set_submodule(name, type(module)(self.lm.config).to(device))
 
+    def compile_blocks(self, backend: str, *, whole: bool = False) -> None:
+        """Every layer by torch.compile, from its next call on."""
+        compile_blocks(self.layers, backend, fullgraph=whole)
+
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V). Rows are padded on the right, which causal attention never looks at."""
         return self.lm(input_ids=tokens_BT, use_cache=False).logits
@@ -88,8 +94,7 @@ def parallelize_finetune(
         for index, layer in enumerate(model.layers):
             model.layers[index] = policy._wrap_block(layer, base_fqn=f"layers.{index}")
     if compile_config.enable:
-        for layer in model.layers:
-            layer.compile(backend=compile_config.backend)
+        model.compile_blocks(compile_config.backend)
     replicated = parallel_dims.dp_replicate_enabled
     mesh = parallel_dims.get_mesh(["dp_replicate", "fsdp"] if replicated else ["fsdp"])
     reshard = get_fsdp_reshard_after_forward_policy(parallelism.fsdp_reshard_after_forward, pp_enabled=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ from sgt_titan.errors import UserError
 
 from . import chatter, run_directory
 from .checkpoint import on_rank_zero
+from .compilation import Watch
 from .dataloader import microbatch_inputs
 from .interruption import Reason, StopRequest
 from .optimizer import NonFiniteError
@@ -106,6 +108,12 @@ class Loop(Trainer, ABC):
         self.stop, self.stopped = StopRequest(), Reason.NONE
         self.watchdog = Watchdog()
         self.steps_here = 0
+        self.watch: Watch | None = None
+        if self.run.compile.enable == "auto":
+            if self.run.run.deterministic:
+                logger.info("compile.enable auto: not compiled: run.deterministic, and a verdict depends on the clock")
+            else:
+                self.watch = Watch(self.device)
         self.patience = self.run.comm.init_timeout_seconds  # compiling may take longer than any step after it
         try:
             super().train()
@@ -133,7 +141,7 @@ class Loop(Trainer, ABC):
         return more
 
     def train_step(self, data_iterator) -> None:
-        first = self.metrics_processor.first_step is None
+        first, began = self.metrics_processor.first_step is None, time.perf_counter()
         self.steps_here += 1
         if first:
             self.skipped_before = self.optimizers.skipped  # in attempts before this one
@@ -150,12 +158,28 @@ class Loop(Trainer, ABC):
             self.prepared.timeline.mark("first step")
             logger.info(self.prepared.timeline.summary())
         self.patience = self.run.comm.train_timeout_seconds
+        self._consider_compiling(time.perf_counter() - began)
         self.watchdog.beat(self.patience)  # a save or a probe has as long as a step
         self.metrics_processor.show_progress(self.step)
         every = self.run.metrics.probe_every
         if every and (self.step % every == 0 or self.step in (1, self.config.training.steps)):
             self.metrics_processor.log_probe(self.step, self.probe())
             self.watchdog.beat(self.patience)
+
+    def _consider_compiling(self, seconds: float) -> None:
+        """``compile.enable: auto``, once a few steps were seen; ``seconds`` is what the last one took."""
+        if self.watch is None:
+            return
+        found = self.watch.add(seconds, self.config.training.steps - self.step)
+        if found is None:
+            return
+        self.watch = None
+        logger.info(f"compile.enable auto: {found.words}")
+        if found.compile:
+            # Nobody asked for it by name: what cannot be compiled stays as it is, with dynamo's warning.
+            torch._dynamo.config.suppress_errors = True
+            self.model_parts[0].compile_blocks(self.config.compile.backend, whole=False)
+            self.patience = self.run.comm.init_timeout_seconds
 
     def _forward_backward_body(self, inputs, labels, global_valid_tokens, extra_kwargs):
         with self.train_context():

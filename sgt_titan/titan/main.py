@@ -18,6 +18,7 @@ from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
 from . import run_directory
+from .compilation import keep_code
 from .optimizer import NonFiniteError
 from .startup import rank
 from .tasks import to_trainer_config
@@ -61,6 +62,7 @@ def _run(config: Config) -> int:
     warnings.filterwarnings("ignore", message="DTensor .* may not have complete support")
     if int(os.environ.get("RANK", "0")) != 0:
         logger.setLevel(logging.WARNING)
+    keep_code()
     timeline = Timeline()
     timeline.mark("import")
     trainer_config = to_trainer_config(config)

@@ -20,12 +20,13 @@ from torchtitan.protocols.module import Module
 from torchtitan.tools.utils import set_default_dtype
 
 from sgt_titan.config.schema import Rate
-from sgt_titan.objectives.distillation import Distilled, attach
+from sgt_titan.objectives.distillation import Distilled, attach, compiled_kernels
 from sgt_titan.objectives.top_k import Targets
 from sgt_titan.objectives.utility import SoftCrossEntropy
 from sgt_titan.transform.gaussian import Bounds, moments, obfuscate
 
 from .body import Body
+from .compilation import compile_blocks
 from .estimator import Denoiser, Estimator
 from .flops import model_flops_per_token
 from .head import DistillationHead
@@ -169,6 +170,13 @@ class SGTModel(BaseModel):
             if isinstance(module, Module):
                 module._param_init = {name: _leave for name, _ in module.named_parameters(recurse=False)}
         super().init_states(buffer_device=buffer_device)
+
+    def compile_blocks(self, backend: str, *, whole: bool = True) -> None:
+        """Every layer and the loss by torch.compile, from their next call on; ``whole``: or it is an error."""
+        layers = [dual.block for dual in self.trunk.layers.values()]
+        trained = [layer for body in self.estimator.every_body() for layer in body.layers.values()]
+        compile_blocks([*layers, *trained], backend, fullgraph=whole)
+        self.trunk.lm_head.kernels = compiled_kernels(backend)
 
     def sequence_slice(self, length: int) -> slice:
         """This rank's part of a sequence of ``length`` tokens."""

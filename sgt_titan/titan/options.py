@@ -46,7 +46,6 @@ SHARED = {
         f"lr_scheduler.{name}": f"lr_scheduler.{name}"
         for name in ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor")
     },
-    "compile.enable": "compile.enable",
     "checkpoint.interval": "checkpoint.interval",
     "checkpoint.keep_latest": "checkpoint.keep_latest_k",
     "metrics.log_every": "metrics.log_freq",
@@ -111,6 +110,7 @@ def common(kind: type, config: Config, *, name: str, model, parallelize, metrics
     result.validator.enable = False
     for ours, theirs in SHARED.items():
         _set(result, theirs, _get(config, ours))
+    result.compile.enable = config.compile.enable is True  # "auto" begins without
     return result
 
 
@@ -118,3 +118,5 @@ def read_back(ours: Config, result) -> None:
     """Write into ``ours`` what a trainer's config says now."""
     for mine, theirs in SHARED.items():
         _set(ours, mine, _get(result, theirs))
+    if result.compile.enable != (ours.compile.enable is True):
+        ours.compile.enable = result.compile.enable

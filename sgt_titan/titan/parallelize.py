@@ -24,8 +24,6 @@ from torchtitan.models.common.decoder_sharding import (
 )
 from torchtitan.protocols.sharding import ShardingConfig
 
-from sgt_titan.objectives.distillation import compiled_kernels
-
 
 def head_sharding(enable_sp: bool, bias: bool = True) -> ShardingConfig:
     """Heads: replicated weights on sequence shards. They are D x D; splitting them would cost a collective each."""
@@ -77,18 +75,19 @@ def wrap_blocks(model, *, compile_config, ac_config, dump_folder: str) -> None:
         for body in bodies:
             policy.apply(body)
     if compile_config.enable and "model" in compile_config.components:
-        # Teacher and student, training and probe, dense layers and experts are variants of one function; past dynamo's
-        # limit, 8 by default, a run would end.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        blocks = [dual.block for dual in trunk.layers.values()]
-        blocks += [layer for body in bodies for layer in body.layers.values()]
-        for block in blocks:
-            block.compile(backend=compile_config.backend, fullgraph=True)
-        trunk.lm_head.kernels = compiled_kernels(compile_config.backend)
+        model.compile_blocks(compile_config.backend)
 
 
 def apply_fsdp(model, parallel_dims: ParallelDims, training, parallelism) -> None:
-    """One FSDP unit per decoder layer; embeddings, final norm and lm_head, and the heads, as units of their own."""
+    """One FSDP unit per decoder layer; embeddings, final norm and lm_head, and the heads, as units of their own.
+
+    None where one process has everything and computes in the type it stores: there FSDP would be its bookkeeping alone.
+    """
+    if (
+        parallel_dims.world_size == 1
+        and TORCH_DTYPE_MAP[training.mixed_precision_param] == TORCH_DTYPE_MAP[training.dtype]
+    ):
+        return
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     mesh = parallel_dims.get_mesh(names)
     reshard = get_fsdp_reshard_after_forward_policy(parallelism.fsdp_reshard_after_forward, pp_enabled=False)

@@ -2,7 +2,7 @@
 
 An attack is a function whose parameter types are its threat model (``world/threat.py``). ``effort`` gives its
 keyword-only parameters by suite; ``cost`` estimates them before anything runs. The order is roughly from weak to
-strong; the last sees nothing.
+strong; the last two see nothing of what was sent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sgt_titan.evaluation.attacks import (
     rotation_spectral,
     sequence,
 )
-from sgt_titan.evaluation.options import GLANCE, SUITES
+from sgt_titan.evaluation.options import ANSWER, GLANCE, GUESSING, SUITES
 from sgt_titan.evaluation.world.threat import Cost, Guess
 
 
@@ -73,7 +73,6 @@ READER: Mapping[str, Mapping[str, Any]] = {
     "standard": {"first": 200, "most": 3200, "layers": 4, "width": 192, "lr": 2e-3},
     "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384},
 }
-GUESSING = "guess"  # what every reading is compared with; no attack
 
 ATTACKS: dict[str, Attack] = {
     "nearest_l2": Attack("nearest neighbour, L2", nearest.l2, nearest.cost, PAPER, ALSO_AT_A_GLANCE),
@@ -141,6 +140,7 @@ ATTACKS: dict[str, Attack] = {
         {suite: READER[suite] for suite in SUITES[1:]},
     ),
     GUESSING: Attack("guessing: the same without what was sent", sequence.guess, sequence.cost, SEQUENCE, READER),
+    ANSWER: Attack("the answer: the same with the answer alone", sequence.answer, sequence.cost, SEQUENCE, READER),
 }  # fmt: skip
 
 CONJFORMER = "docs/CONJFORMER.md"

@@ -7,7 +7,8 @@ so with enough training and width no attack of one observation reads more. It sa
 
 * training goes in cycles, each warmed up and annealed to zero, each doubling the steps done so far (arXiv 1608.03983);
   it ends when a doubling no longer helps on text kept aside, or at the budget, which is then said;
-* ``guess`` is the same network without what was sent: what it gets right is known without any leak.
+* ``guess`` is the same network without what was sent: what it gets right is known without any leak;
+* ``answer`` is the same with the true answer instead: what it gets right no mechanism hides that keeps the answer.
 
 Legend: B rows, T positions, N hidden tokens flat, V vocabulary, H width of the reader, K guesses.
 """
@@ -33,6 +34,7 @@ from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk
 from sgt_titan.evaluation.world.samples import Padded, Sample, batched
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
+    Answered,
     Corpus,
     Cost,
     Curve,
@@ -150,6 +152,26 @@ def guess(
 ) -> Guess:
     """The bidirectional reader without what was sent: the template, the language, the length of the prompt."""
     return _read(unseen, None, corpus, table, None, seed, Effort(**effort))
+
+
+def answer(
+    answered: Answered,
+    corpus: Corpus,
+    table: Table,
+    seed: Seed,
+    *,
+    first: int = 150,
+    most: int = 600,
+    layers: int = 4,
+    width: int = 256,
+    batch_rows: int = 24,
+    lr: float = 1e-3,
+) -> Guess:
+    """The bidirectional reader with the true answer in the place of what was sent: what any mechanism gives up that
+    keeps the answer."""
+    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
+    rows = Corpus([row.answered() for row in corpus.rows])
+    return _read(answered, None, rows, table, None, seed, effort)
 
 
 def _read(

@@ -18,11 +18,11 @@ import torch
 
 from sgt_titan.data.cache import cache_dir
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.attacks import GUESSING, Attack
+from sgt_titan.evaluation.attacks import Attack
 from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
-from sgt_titan.evaluation.options import GLANCE
+from sgt_titan.evaluation.options import ANSWER, GLANCE, UNSENT
 from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
 from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
@@ -105,7 +105,7 @@ class Evaluation:
 
     def world(self, mechanism: Mechanism) -> World:
         setting = self.setting
-        return World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed, setting.answers)
+        return World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed)
 
     @cached_property
     def frequent(self) -> set[int]:
@@ -218,8 +218,8 @@ class Evaluation:
         world, tokenizer = self.world(mechanism), self.setting.tokenizer
         started = time.monotonic()
         effort = attack.arguments(self.suite) or {}
-        if name == GUESSING:
-            guess = self._guessed(world, attack, effort)
+        if name in UNSENT:
+            guess = self._unsent(world, name, attack, effort)
         else:
             guess = attack.run(**world.granted(attack.run), **effort)
         part: dict[str, Any] = {
@@ -252,10 +252,10 @@ class Evaluation:
         part["reads"] = reads[: self.examples]
         return part
 
-    def _guessed(self, world: World, attack: Attack, effort: Mapping[str, Any]) -> Guess:
+    def _unsent(self, world: World, name: str, attack: Attack, effort: Mapping[str, Any]) -> Guess:
         """The same for every mechanism and every export, so found once and kept beside the data."""
-        setting = self.setting
-        file = guessing.location(cache_dir(setting.config), world.rows, world.corpus, world.table_VD, effort)
+        cache, rows = cache_dir(self.setting.config), (world.rows, world.corpus)
+        file = guessing.location(cache, *rows, world.table_VD, effort, answered=name == ANSWER)
         granted = world.granted(attack.run) | {"seed": Seed(guessing.SEED)}
         return guessing.once(file, lambda: attack.run(**granted, **effort))
 
@@ -408,10 +408,10 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
         entry["utility"] = found.get(f"{name}/utility", {})
         prefix = f"{name}/attacks/"
         attacks = {key.removeprefix(prefix): part for key, part in found.items() if key.startswith(prefix)}
-        guess = found.get(f"sgt/attacks/{GUESSING}")  # it saw nothing of any mechanism
+        unsent = {name: found.get(f"sgt/attacks/{name}") for name in UNSENT}  # they saw nothing of any mechanism
         entry["attacks"] = {
             key: {k: v for k, v in part.items() if k != "reads"}
-            for key, part in reading.compared(attacks, guess, seed=evaluation.seed).items()
+            for key, part in reading.compared(attacks, unsent, seed=evaluation.seed).items()
         }
         # A glance has met the weakest attacker alone, and nobody may take him for the best.
         entry |= {"best": None} if evaluation.suite == GLANCE else reading.best(attacks)

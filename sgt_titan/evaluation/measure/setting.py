@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -38,7 +37,7 @@ from sgt_titan.transform.trunk_files import TrunkFiles
 @dataclass(frozen=True)
 class Setting:
     """rows: with their responses. training: rows that training used, or could have. corpus: those of them that are
-    public, without their responses. held_out: training did not see ``rows``. trunk_fingerprint: of the trunk measured
+    public, cut as the prompts are. held_out: training did not see ``rows``. trunk_fingerprint: of the trunk measured
     on, which may be another than the one trained on. zero_steps: of the constant that ``kept`` counts from."""
 
     export: str
@@ -92,11 +91,6 @@ class Setting:
     def reference(self) -> Reference:
         """The 1 and the 0 of ``kept``."""
         return reference_utility(self.trunk, self.full_batches, self.removed)
-
-    @cached_property
-    def answers(self) -> list[np.ndarray]:
-        """Tokens of the response of each of ``prompts``."""
-        return [row.ids[row.target] for row in self.rows if row.prompt().obfuscate.any()]
 
     def batches(self, rows: Sequence[Sample]) -> list[Padded]:
         pad = self.tokenizer.pad_token_id

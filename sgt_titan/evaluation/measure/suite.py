@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgt_titan.evaluation.attacks import ATTACKS, GUESSING, ROTATION, Attack
-from sgt_titan.evaluation.options import GLANCE
+from sgt_titan.evaluation.attacks import ATTACKS, ROTATION, Attack
+from sgt_titan.evaluation.options import GLANCE, UNSENT
 from sgt_titan.evaluation.world.threat import kind_of
 
 # On baselines whose noise is known and constant these are as strong as any: maximum likelihood, alone and with a prior.
@@ -70,7 +70,7 @@ def battery(
         for name, attack in ATTACKS.items()
         if attack.arguments(suite) is not None
         and (whole or name in EXACT)
-        and (own or name != GUESSING)
+        and (own or name not in UNSENT)
         and (denoises or kind_of(attack.run) != "noisy")
         and (not only or name in only)
     }

@@ -164,6 +164,7 @@ def _attack_table(sgt: Mapping[str, Any]) -> str:
     head = {
         "top1": "read",
         "beyond": "beyond guessing",
+        "beyond_answer": "beyond the answer",
         **{k: t for k, t in ATTACK_COLUMNS.items() if k != "top1"},
         **pii,
     }
@@ -181,6 +182,7 @@ def _attack_table(sgt: Mapping[str, Any]) -> str:
             cells = {key: percent(a.get(key), interval=key == "top1") for key in ATTACK_COLUMNS}
             cells |= {key: percent((a.get("pii") or {}).get(key)) for key in pii}
             cells["beyond"] = percent((a.get("difference") or {}).get("top1"), interval=True)
+            cells["beyond_answer"] = percent((a.get("beyond_answer") or {}).get("top1"), interval=True)
             facts = [f"Sees {sees(a)}.", *(f"{note[:1].upper()}{note[1:]}." for note in a.get("notes") or ())]
             facts += [f"{a['flops']:.1e} FLOP."] if a.get("flops") else []
             facts += [f"Source: {a['source']}."] if a.get("source") else []
@@ -192,7 +194,7 @@ def _attack_table(sgt: Mapping[str, Any]) -> str:
     body = "".join(f"<tr>{line}</tr>" for line in lines[1:])
     legend = (
         "Touch an attack's name for what it sees; \u26a0: more training would read more. beyond guessing: what the same "
-        "attacker does not get right without what was sent. content: tokens with letters or digits that are not frequent. "
+        "attacker does not get right without what was sent; beyond the answer: nor with the clean answer instead. content: tokens with letters or digits that are not frequent. "
         "private: tokens of marked values. values: marked values read whole; unneeded: of those that the answer does not hold. text: edit similarity. PII: share of the "
         "values in the prompt that still occur in what was read."
     )

@@ -58,9 +58,13 @@ def stake_per_token(found: Found) -> float:
     return value(limits.get("stake")) * prompts / tokens if tokens and prompts else math.nan
 
 
-def guess(found: Found) -> Any:
-    """What is guessed without looking: of a row's best attacker, or of the one who sees nothing."""
-    return over_seeds(found.get("runs") or (), lambda run: (run.get("guess") or {}).get("top1"))
+def floors(found: Found) -> dict[str, float]:
+    """What is read without a look at what was sent, by its name in the figure."""
+    runs = found.get("runs") or ()
+    return {
+        text: value(over_seeds(runs, lambda run, key=key: (run.get(key) or {}).get("top1")))
+        for key, text in plots.FLOORS.items()
+    }
 
 
 # -- the figure --------------------------------------------------------------------------------------------------------
@@ -88,9 +92,7 @@ def _drawable(run: Found) -> bool:
 
 
 def _plane(axes: Any, rows: Mapping[str, Sequence[Found]], found: Found) -> None:
-    if not math.isnan(blind := value(guess(found))):
-        axes.axhline(blind, color=plots.GREY, linestyle="--", linewidth=1)
-        axes.text(LEFT, blind, " guessed without looking", fontsize=7, va="bottom", color=plots.GREY)
+    plots.floor(axes, floors(found), left=LEFT)
     noise = []
     for name, entry in (found.get("baselines") or {}).items():
         if not _drawable(entry):
@@ -165,6 +167,7 @@ HEAD = (
     "read",
     "guessed",
     "difference",
+    "beyond the answer",
     "of content",
     "of private values",
     "K repeats read",
@@ -194,6 +197,7 @@ def _line(name: str, runs: Sequence[Found], seeds: str | None = None) -> list[st
         cell(read),
         percent(over_seeds(runs, lambda run: read(run, part="guesses"))),
         cell(lambda run: read(run, part="difference")),
+        cell(lambda run: read(run, part="beyond_answer")),
         cell(lambda run: read(run, "content_top1", part="difference")),
         cell(lambda run: read(run, "marked_top1", part="difference")),
         percent(over_seeds(runs, lambda run: read(run, best="best_repeats"))),
@@ -209,7 +213,8 @@ def notes(found: Found) -> list[str]:
     said = [
         KEPT,
         "read: top-1 of the strongest attack that sees one observation of each prompt; guessed: the same attacker without "
-        "it; difference: what looking added, over all hidden tokens, those of content and those of marked private values. "
+        "it; difference: what looking added, over all hidden tokens, those of content and those of marked private values; "
+        "beyond the answer: what it added to what the clean answer tells, which no transform hides that keeps the answer. "
         "One seed: 95% interval over prompts; several: their mean, lowest and highest.",
     ]
     if not math.isnan(stake := stake_per_token(found)):

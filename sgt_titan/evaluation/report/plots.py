@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -82,6 +83,17 @@ def histogram(mechanism: Mapping[str, Any]) -> str | None:
     return figure(draw)
 
 
+FLOORS = {"guess": " guessed without looking", "answer": " told by the answer alone"}
+
+
+def floor(axes: Any, shares: Mapping[str, float], *, left: float) -> None:
+    """A dashed line a share that has a name: what is read without a look at what was sent."""
+    for text, share in shares.items():
+        if not math.isnan(share):
+            axes.axhline(share, color=GREY, linestyle="--", linewidth=1)
+            axes.text(left, share, text, fontsize=7, va="bottom", color=GREY)
+
+
 def plane(results: Results) -> str | None:
     """What is kept against what is read, by mechanism; below and to the right is better."""
     points = {}
@@ -94,12 +106,10 @@ def plane(results: Results) -> str | None:
     if not points:
         return None
     attacks = ((results.get("mechanisms") or {}).get("sgt") or {}).get("attacks") or {}
-    blind = value((attacks.get("guess") or {}).get("top1"))
+    floors = {text: value((attacks.get(key) or {}).get("top1")) for key, text in FLOORS.items()}
 
     def draw(axes: Any) -> None:
-        if blind == blind:
-            axes.axhline(blind, color=GREY, linestyle="--", linewidth=1)
-            axes.text(-0.55, blind, " guessed without looking", fontsize=7, va="bottom", color=GREY)
+        floor(axes, floors, left=-0.55)
         noise = sorted(p[1:] for name, p in points.items() if name.startswith("noise"))
         axes.plot([max(p[0], -0.5) for p in noise], [p[1] for p in noise], color=GREY, linewidth=1, zorder=1)
         for i, (title, kept, read, nearest) in enumerate(points.values()):

@@ -55,6 +55,11 @@ def render(results: Results) -> str:
                 f"  guesses {percent((attack.get('guesses') or {}).get('top1'))} without looking; looking added "
                 f"{percent(attack['difference'].get('top1'), interval=True)}"
             )
+        if attack.get("beyond_answer"):
+            lines.append(
+                f"  the clean answer alone tells {percent((attack.get('answer_tells') or {}).get('top1'))}; he reads "
+                f"{percent(attack['beyond_answer'].get('top1'), interval=True)} beyond it"
+            )
         if certificate := sgt.get("certificate"):
             lines.append(
                 f"  one observation tells {number(certificate.get('nats_per_token'), interval=True)} nats a token at most; "

@@ -46,6 +46,7 @@ THREATS = {
     "single": "one observation of each prompt",
     "repeats": "K fresh observations of each prompt (only where noise is not held)",
     "noisy": "what is sent, before the denoiser",
+    "answer": "the clean answer alone, which every transform that keeps it gives away",
     "guess": "nothing: guessing from template and language",
 }
 BOUNDS = {
@@ -155,6 +156,12 @@ def conclusions(results: Results) -> list[str]:
             found.append(
                 f"{percent((attack.get('guesses') or {}).get('top1'))} are guessed by the same attacker without what was "
                 f"sent; looking added {percent(attack['difference'].get('top1'), interval=True)}."
+            )
+        if attack.get("beyond_answer"):
+            found.append(
+                f"{percent((attack.get('answer_tells') or {}).get('top1'))} follow from the clean answer alone, so every "
+                f"transform that keeps the answer gives them away; of these tokens and what else was sent he reads "
+                f"{percent(attack['beyond_answer'].get('top1'), interval=True)} more."
             )
         nearest = value((sgt.get("attacks") or {}).get("nearest_l2", {}).get("top1"))
         if nearest < 0.2 < share:

@@ -1,4 +1,5 @@
-"""What is guessed without looking does not depend on a mechanism: found once for all evaluations of the same prompts.
+"""What is guessed without looking at what was sent does not depend on a mechanism: found once for all evaluations of
+the same prompts.
 
 It costs as much as the strongest attack. What the attack returned is kept beside the data's cache, in a file named by
 all that decides it: the prompts' hidden positions and clean tokens, the public rows, the table, and the effort.
@@ -31,13 +32,16 @@ def location(
     corpus: Sequence[Sample],
     table_VD: torch.Tensor,
     effort: Mapping[str, Any],
+    *,
+    answered: bool = False,
 ) -> Path:
-    """The file of these prompts under ``folder``, a cache of data."""
+    """The file of these prompts under ``folder``, a cache of data. answered: of who has their answers."""
     digest = hashlib.sha256(json.dumps({"version": VERSION, "seed": SEED, **effort}, sort_keys=True).encode())
     for rows in (prompts, corpus):
         digest.update(str(len(rows)).encode())
         for row in rows:
-            for part in (row.ids.astype("<i8"), row.obfuscate.astype("u1")):
+            answer = (row.answer.astype("<i8"),) if answered else ()
+            for part in (row.ids.astype("<i8"), row.obfuscate.astype("u1"), *answer):
                 digest.update(len(part).to_bytes(8, "little") + part.tobytes())
     digest.update(table_VD.detach().float().cpu().contiguous().numpy().tobytes())
     return folder / "guesses" / f"{digest.hexdigest()[:32]}.safetensors"

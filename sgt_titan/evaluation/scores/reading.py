@@ -18,20 +18,31 @@ from sgt_titan.metrics.interval import ratio
 BEST = {"single": "best", "repeats": "best_repeats", "noisy": "best_noisy"}
 
 
-def compared(attacks: Mapping[str, dict[str, Any]], guess: dict[str, Any] | None, *, seed: int = 0) -> dict[str, Any]:
-    """Attack -> its part with ``guesses`` and ``difference`` by group (``top1``, ``content_top1`` ...), if there is a
-    guess: what the same attacker gets right without what was sent, and what seeing it added.
+# What a reading is compared with (``threat.KINDS``), and under which two keys of its part: what that reads, and what is
+# read beyond it.
+BESIDE = {"guess": ("guesses", "difference"), "answer": ("answer_tells", "beyond_answer")}
 
-    The interval of a difference resamples prompts, both attacks on the same ones.
+
+def compared(
+    attacks: Mapping[str, dict[str, Any]], unsent: Mapping[str, dict[str, Any] | None], *, seed: int = 0
+) -> dict[str, Any]:
+    """Attack -> its part with ``guesses`` and ``difference`` by group (``top1``, ``content_top1`` ...), if there is a
+    guess: what the same attacker gets right without what was sent, and what seeing it added; with ``answer_tells`` and
+    ``beyond_answer`` likewise, of who has the true answer instead.
+
+    The interval of a difference resamples prompts, both attacks on the same ones. unsent: by kind.
     """
     found = {}
     for name, part in attacks.items():
         shown = {key: value for key, value in part.items() if key != "counts"}
-        if guess and part.get("kind") != "guess" and "counts" in part and "counts" in guess:
-            shared = [group for group in part["counts"] if group in guess["counts"]]
-            shown["guesses"] = {group: guess[group] for group in shared}
-            shown["difference"] = {
-                group: difference(part["counts"][group], guess["counts"][group], seed=seed) for group in shared
+        for kind, (told, beyond) in BESIDE.items():
+            other = unsent.get(kind)
+            if not other or part.get("kind") in ("guess", kind) or "counts" not in part or "counts" not in other:
+                continue
+            shared = [group for group in part["counts"] if group in other["counts"]]
+            shown[told] = {group: other[group] for group in shared}
+            shown[beyond] = {
+                group: difference(part["counts"][group], other["counts"][group], seed=seed) for group in shared
             }
         found[name] = shown
     return found

@@ -112,7 +112,7 @@ def classes(world: World, tokenizer: Any, frequent: set[int]) -> dict[str, np.nd
     starts = flags(lambda t: begins[t])
     word = letters & ~number
     repeats = {}
-    if len(world.answers):
+    if answers_of(world):
         repeated = repeated_tokens(world, plain, tokenizer)
         repeats = {"repeated": repeated, "unrepeated": ~repeated}
     return {
@@ -127,6 +127,11 @@ def classes(world: World, tokenizer: Any, frequent: set[int]) -> dict[str, np.nd
     }
 
 
+def answers_of(world: World) -> bool:
+    """Whether the answers to the prompts are known."""
+    return any(len(row.answer) for row in world.rows)
+
+
 def repeated_tokens(world: World, plain: dict[int, str], tokenizer: Any) -> np.ndarray:
     """bool (N,): the hidden tokens whose text is that of a token of the prompt's answer. ``plain``: texts by token; one
     without any text but spaces counts by its id."""
@@ -137,8 +142,8 @@ def repeated_tokens(world: World, plain: dict[int, str], tokenizer: Any) -> np.n
         return plain[token].strip().casefold() or token
 
     found = []
-    for row, answer in zip(world.rows, world.answers, strict=True):
-        said = {key(token) for token in answer.tolist()}
+    for row in world.rows:
+        said = {key(token) for token in row.answer.tolist()}
         found += [key(token) in said for token in row.ids[row.obfuscate].tolist()]
     return np.array(found, dtype=bool)
 
@@ -147,10 +152,12 @@ def with_unneeded(world: World, tokenizer: Any) -> list[Sample]:
     """The prompts with those of their private values alone that do not stand in the answer: what no answer gives
     anybody a reason to send. Nothing where the answers are not known.
     """
-    said = [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in world.answers]
+    if not answers_of(world):
+        return []
+    said = [tokenizer.decode(row.answer.tolist(), skip_special_tokens=True) for row in world.rows]
     return [
         row._replace(spans=tuple(span for span in row.spans if not is_in(span.text, text)))
-        for row, text in zip(world.rows if said else (), said, strict=True)
+        for row, text in zip(world.rows, said, strict=True)
     ]
 
 

@@ -27,7 +27,7 @@ from sgt_titan.config.schema import PRESETS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import FORMAT as EVALUATION_FORMAT
 from sgt_titan.evaluation.measure.parts import write
-from sgt_titan.evaluation.options import GLANCE, check_zero, suite_argument, zero_argument
+from sgt_titan.evaluation.options import GLANCE, UNSENT, check_zero, suite_argument, zero_argument
 from sgt_titan.evaluation.studies.grid import Chain, Pool, Step, command, cores, objective, shared_cache, training
 from sgt_titan.terminal import say
 
@@ -220,12 +220,15 @@ def point(mechanism: Mapping[str, Any]) -> dict[str, Any]:
         if (attack := attacks.get(mechanism.get(key, ""))) is not None:
             found[key] = {
                 "attack": mechanism[key],
-                **{name: attack.get(name) for name in ("title", "kind", "guesses", "difference", "notes")},
+                **{
+                    name: attack.get(name)
+                    for name in ("title", "kind", "guesses", "difference", "answer_tells", "beyond_answer", "notes")
+                },
                 **{name: attack.get(name) for name in SCORES if name in attack},
             }
-    guess = next((attack for attack in attacks.values() if attack.get("kind") == "guess"), None)
-    if guess is not None:
-        found["guess"] = {name: guess.get(name) for name in SCORES if name in guess}
+    for kind in UNSENT:
+        if (unsent := attacks.get(kind)) is not None:
+            found[kind] = {name: unsent.get(name) for name in SCORES if name in unsent}
     for key in ("certificate", "certificates", "rate"):
         if key in mechanism:
             found[key] = mechanism[key]
@@ -368,10 +371,10 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
         raise UserError("--rows: names no row")
     for row in arguments.rows:  # what would stop a training is said before the first of them
         read_config(arguments.config, [*overrides, *row.words], trunk="weights")
-    from sgt_titan.evaluation.attacks import ATTACKS, GUESSING
+    from sgt_titan.evaluation.attacks import ATTACKS
 
-    if arguments.attacks and GUESSING not in arguments.attacks.split(","):
-        arguments.attacks += f",{GUESSING}"
+    asked = arguments.attacks.split(",") if arguments.attacks else []
+    arguments.attacks = ",".join([*asked, *(name for name in UNSENT if asked and name not in asked)])
     if unknown := [name for name in arguments.attacks.split(",") if name and name not in ATTACKS]:
         raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS)}")
     arguments.out = arguments.out or Path("outputs") / f"frontier-{Path(arguments.config).stem}"

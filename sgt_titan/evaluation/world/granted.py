@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from sgt_titan.evaluation.world.mechanisms import Mechanism, Rotation
 from sgt_titan.evaluation.world.samples import Sample, batched, embedding_table, generator, padded
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
+    Answered,
     Corpus,
     Guess,
     KnownPairs,
@@ -45,15 +45,14 @@ MAX_REPEATS = 1024
 
 @dataclass(frozen=True)
 class World:
-    """rows: the prompts under attack, cut before the response. corpus: other rows, public. seed: of all randomness.
-    answers: the tokens of each prompt's response, where they are known: scores tell apart what they repeat."""
+    """rows: the prompts under attack, cut before the response, which stands beside them where it is known: scores tell
+    apart what it repeats. corpus: other rows, public. seed: of all randomness."""
 
     rows: Sequence[Sample] = field(repr=False)
     corpus: Sequence[Sample] = field(repr=False)
     mechanism: Mechanism
     trunk: PreTrainedModel = field(repr=False)
     seed: int = 0
-    answers: Sequence[np.ndarray] = field(default=(), repr=False)
 
     @cached_property
     def table_VD(self) -> torch.Tensor:
@@ -110,7 +109,8 @@ class World:
         make: dict[type, Callable[[], Any]] = {
             Observation: lambda: self.observation,
             Noisy: lambda: observe(self.rows, self.mechanism, self.trunk, self._noise(0), kind=Noisy),
-            Unseen: lambda: Unseen(self.observation.hidden, self.observation.tokens),
+            Unseen: lambda: Unseen(*unseen(self.rows)),
+            Answered: lambda: Answered(*unseen([row.answered() for row in self.rows])),
             Repeats: lambda: Repeats(
                 MAX_REPEATS, lambda k: observe(self.rows, self.mechanism, self.trunk, self._noise(1 + k))
             ),
@@ -154,11 +154,15 @@ def observe(
         sent = mechanism.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random)
         seen_BTD = sent.noisy_BTD if kind is Noisy else sent.x_tilde_BTD
         x_tilde += [seen_BTD[b, : len(row.ids)].float() for b, row in enumerate(part)]
+    return kind(tuple(x_tilde), *unseen(rows))
+
+
+def unseen(rows: Sequence[Sample]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Of each row where it is hidden (T,) bool, and its ids (T,) int64, UNKNOWN there."""
     hidden = tuple(torch.from_numpy(row.obfuscate) for row in rows)
-    tokens = tuple(
+    return hidden, tuple(
         torch.from_numpy(row.ids).masked_fill(hidden_T, UNKNOWN) for row, hidden_T in zip(rows, hidden, strict=True)
     )
-    return kind(tuple(x_tilde), hidden, tokens)
 
 
 def known_pairs(

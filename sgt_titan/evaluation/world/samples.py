@@ -42,12 +42,14 @@ class Span(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One row, (T,) each. ``target``: tokens of the response whose prediction is scored."""
+    """One row, (T,) each. ``target``: tokens of the response whose prediction is scored. ``answer``: the response that
+    followed, of a row that was cut before it."""
 
     ids: np.ndarray  # int64
     obfuscate: np.ndarray  # bool
     target: np.ndarray  # bool
     spans: tuple[Span, ...] = ()
+    answer: np.ndarray = np.empty(0, dtype=np.int64)  # (A,)
 
     @property
     def marked(self) -> np.ndarray:
@@ -63,8 +65,19 @@ class Sample(NamedTuple):
         return Sample(self.ids[:stop], self.obfuscate[:stop], self.target[:stop], spans)
 
     def prompt(self) -> Sample:
-        """The row up to its response: what a server sees before it answers."""
-        return self.cut(int(np.argmax(self.target)) if self.target.any() else len(self.ids))
+        """The row up to its response: what a server sees before it answers; the response beside it."""
+        begin = int(np.argmax(self.target)) if self.target.any() else len(self.ids)
+        return self.cut(begin)._replace(answer=self.ids[self.target])
+
+    def answered(self) -> Sample:
+        """A prompt with its answer behind it, in clear."""
+        clear = np.zeros(len(self.answer), dtype=bool)
+        return Sample(
+            np.concatenate([self.ids, self.answer]),
+            np.concatenate([self.obfuscate, clear]),
+            np.concatenate([self.target, ~clear]),
+            self.spans,
+        )
 
 
 class Padded(NamedTuple):

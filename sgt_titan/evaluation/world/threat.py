@@ -74,6 +74,14 @@ class Unseen:
 
 
 @dataclass(frozen=True)
+class Answered(Unseen):
+    """The same with each prompt's true answer behind it, as clean tokens. Whoever makes the answer, or reads it, has
+    this: what follows from it is given up by every mechanism that keeps the answer, whatever it sends."""
+
+    title: typing.ClassVar[str] = "the clean answer to each prompt, and nothing of what was sent"
+
+
+@dataclass(frozen=True)
 class Repeats:
     """The same prompts sent again, each time with new noise. Draws lazily; ``limit`` at most."""
 
@@ -124,7 +132,8 @@ class Prior:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Public text of the same kind as the prompts: the rows that training could use, none of those under attack."""
+    """Public text of the same kind as the prompts, with its answers: the rows that training could use, none of those
+    under attack."""
 
     title: typing.ClassVar[str] = "public text of the same kind"
     rows: Sequence[Sample] = field(repr=False)
@@ -174,6 +183,7 @@ Grant = (
     Observation
     | Noisy
     | Unseen
+    | Answered
     | Repeats
     | KnownPairs
     | Table
@@ -232,15 +242,16 @@ def grants(attack: Callable[..., Guess]) -> dict[str, typing.Any]:
     return found
 
 
-# An attack's threat model as a report groups it. ``guess`` sees nothing, ``single`` what is sent once, ``repeats`` the
-# same prompt with fresh noise as often as it likes, ``noisy`` what the denoiser was given and nobody sends.
-KINDS = ("guess", "single", "repeats", "noisy")
+# An attack's threat model as a report groups it. ``guess`` sees nothing, ``answer`` the answer alone, ``single`` what
+# is sent once, ``repeats`` the same prompt with fresh noise as often as it likes, ``noisy`` what the denoiser was given
+# and nobody sends.
+KINDS = ("guess", "answer", "single", "repeats", "noisy")
 
 
 def kind_of(attack: Callable[..., Guess]) -> str:
     """One of ``KINDS``, from what the attack is granted."""
     granted = set(grants(attack).values())
-    for kind, grant in (("repeats", Repeats), ("noisy", Noisy), ("guess", Unseen)):
+    for kind, grant in (("repeats", Repeats), ("noisy", Noisy), ("answer", Answered), ("guess", Unseen)):
         if grant in granted:
             return kind
     return "single"

@@ -10,7 +10,7 @@ import yaml
 from sgt_titan.config.keys import choices, get, inner, is_optional, keys, sections
 from sgt_titan.config.load import available, difference, dump, find, load
 from sgt_titan.config.overrides import parse_overrides
-from sgt_titan.config.schema import Config, Source
+from sgt_titan.config.schema import Auto, Config, Source
 from sgt_titan.errors import UserError
 
 
@@ -43,6 +43,8 @@ def other_value(hint, default):
     if typing.get_origin(hint) is dict:
         item = typing.get_args(hint)[1]
         return {"a": other_value(item, {})} if item is Source else {"text": "yes", "input": "1e-3"}
+    if hint is Auto:
+        return "auto"
     if hint is bool:
         return not default
     return f"{default} 'é: #1e-3" if hint is str else (default or 0) + {int: 7, float: 1e-7}[hint]

@@ -91,6 +91,7 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
     from transformers import CONFIG_MAPPING
 
     from sgt_titan.data.batch import Counts
+    from sgt_titan.objectives import whole_vocabulary
     from sgt_titan.objectives.distillation import chunk_size
     from sgt_titan.titan import cpu_support
     from sgt_titan.titan.build import meta_model, parallelize
@@ -131,6 +132,7 @@ def trace(name: str, overrides: list[str], layers: int) -> dict[str, int]:
     # The trace runs on a CPU, whose automatic chunk is smaller.
     vocabulary = -(-trunk["vocab_size"] // config.parallelism.tensor_parallel_degree)
     config.training.loss_chunk_tokens = config.training.loss_chunk_tokens or chunk_size(vocabulary, "cuda")
+    whole_vocabulary.BLOCK_CPU = config.training.loss_chunk_tokens * vocabulary  # as on a GPU: no blocks
     dist_utils.init_fake_mode(world_size)
     try:
         model, trainer, dims = meta_model(config, hf, scale=1.0, world_size=world_size)

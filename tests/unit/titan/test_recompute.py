@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sgt_titan.titan.dataloader import microbatch_inputs
+from sgt_titan.titan.layout import local
 from sgt_titan.titan.tasks import to_trainer_config
 
 
@@ -27,7 +28,7 @@ def loss_and_gradients(make_run, *options):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _, loss, _ = trainer.evaluate_streams(batch["input"], batch)
     loss.backward()
-    gradients = torch.cat([p.grad.to_local().flatten() for p in model.estimator.parameters()])
+    gradients = torch.cat([local(p.grad).flatten() for p in model.estimator.parameters()])
     trainer.close()
     torch._dynamo.reset()
     return loss.item(), gradients, kept

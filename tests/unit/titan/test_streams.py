@@ -86,8 +86,18 @@ def test_one_call_is_two_forwards(trainer):
             assert torch.equal(module.block(student, *rest), student_out)
 
 
-def test_a_trunk_that_is_not_split_is_not_copied(trainer):
-    """One process has nobody to gather from: its frozen weights are used where they lie."""
-    trunk = trainer.model_parts[0].trunk
+def test_one_process_has_no_fsdp(trainer):
+    """It has nobody to gather from, and in float32 nothing to cast: weights are used where they lie."""
+    model = trainer.model_parts[0]
+    assert not any(isinstance(module, FSDPModule) for module in model.modules())
+    assert not any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def test_one_process_that_casts_has_fsdp_for_what_is_trained(make_run):
+    """A trunk that is not split is not copied."""
+    trainer = to_trainer_config(make_run("--trunk.dtype=bfloat16")).build()
+    trunk, estimator = trainer.model_parts[0].trunk, trainer.model_parts[0].estimator
+    trainer.close()
     assert not any(isinstance(module, FSDPModule) for module in trunk.modules())
     assert not any(isinstance(weight, DTensor) for weight in trunk.parameters())
+    assert all(isinstance(weight, DTensor) for weight in estimator.parameters())

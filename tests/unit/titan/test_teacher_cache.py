@@ -13,6 +13,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.objectives.top_k import Targets
 from sgt_titan.titan import teacher_cache
 from sgt_titan.titan.dataloader import microbatch_inputs
+from sgt_titan.titan.layout import local
 from sgt_titan.titan.tasks import to_trainer_config
 from sgt_titan.titan.teacher_cache import TeacherCache, bytes_per_token
 
@@ -157,7 +158,7 @@ def test_the_second_epoch_reads_what_the_first_wrote(top_k, make_run, one_proces
     for _ in range(2):
         _, loss, terms = trainer.evaluate_streams(batch["input"], batch)
         loss.backward()
-        gradients = torch.cat([p.grad.to_local().flatten() for p in model.estimator.parameters()])
+        gradients = torch.cat([local(p.grad).flatten() for p in model.estimator.parameters()])
         model.zero_grad()
         found.append((loss.item(), terms["kl"].item(), terms["agreement"].item(), gradients))
     trainer.close()

@@ -16,7 +16,7 @@ from sgt_titan.evaluation.world.mechanisms import constant_noise, nothing
 from tests.unit.evaluation.worlds import linear, pure_noise, run, tiny_trunk, top1, world
 
 # Guess by rank, by going on, or without looking: an identity is not what they are made for.
-NOT_FOR_IDENTITY = {"farthest", "echo", "guess"}
+NOT_FOR_IDENTITY = {"farthest", "echo", "guess", "answer"}
 
 
 @pytest.fixture(scope="module")

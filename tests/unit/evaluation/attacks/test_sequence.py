@@ -292,3 +292,27 @@ def test_a_start_on_few_pairs_prefers_what_predicts(trunk):
     turned = linear(torch.linalg.qr(torch.randn(32, 32))[0], torch.zeros(32), 0.01)
     own = OwnText(rows, Transform(turned).mechanism, table.rows_VD, 0)
     assert "regression" in linear_start(own.pairs(rows), table.rows_VD, frequency).name
+
+
+# -- what the answer tells ---------------------------------------------------------------------------------------------
+
+
+def test_the_answer_gives_away_what_it_names(trunk):
+    """One of four prompts, each of its own tokens, and an answer that says which: without it a quarter is guessed, with
+    it everything is known, though nothing was sent but noise. An answer that is always the same tells nothing."""
+    random = np.random.default_rng(3)
+
+    def draw(says) -> Sample:
+        which = random.integers(4)
+        ids = 20 + LENGTH * which + np.arange(LENGTH)
+        return sample(np.concatenate([[1], ids]))._replace(answer=np.array([2, 10 + says(which), 3]))
+
+    for says, low, high in ((lambda which: which, 1.0, 1.0), (lambda which: 0, 0.0, 0.5)):
+        rows = [draw(says) for _ in range(264)]
+        here = World(rows[:64], rows[64:], pure_noise(), trunk, seed=0)
+        granted = here.granted(sequence.answer)
+        assert all(
+            (t[h] == -1).all() for t, h in zip(granted["answered"].tokens, granted["answered"].hidden, strict=True)
+        )
+        found = sequence.answer(**granted, first=30, most=60, **SMALL)
+        assert found.top_NK.shape[0] == len(here.truth_N) and low <= top1(found, here) <= high

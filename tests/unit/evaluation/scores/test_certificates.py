@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sgt_titan.evaluation.attacks import ATTACKS, GUESSING
+from sgt_titan.evaluation.attacks import ATTACKS
+from sgt_titan.evaluation.options import UNSENT
 from sgt_titan.evaluation.scores.certificates import (
     SLOPES,
     Source,
@@ -162,7 +163,7 @@ def noisy(trunk_dir):
 def test_an_attack_above_its_bound_is_a_bug_in_one_of_them(name, noisy):
     here, rates, counts, source = noisy
     repeats = 1 + 3 if kind_of(ATTACKS[name].run) == "repeats" else 1  # SMALL: most = 4
-    bound = 1 / source.vocab if name == GUESSING else certificate(rates, counts, source, repeats=repeats).smallest
+    bound = 1 / source.vocab if name in UNSENT else certificate(rates, counts, source, repeats=repeats).smallest
     assert bound is not None and bound < 0.25
     N = len(here.truth_N)
     assert top1(run(name, here), here) <= bound + 3.3 * math.sqrt(bound * (1 - bound) / N)

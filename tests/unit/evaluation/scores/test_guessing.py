@@ -37,11 +37,19 @@ def test_the_second_evaluation_takes_what_the_first_found(tmp_path):
         {"corpus": CORPUS[:-1]},
         {"table_VD": TABLE + 1e-3},
         {"effort": EFFORT | {"most": 8}},
+        {"prompts": [row._replace(answer=row.ids[:1]) for row in ROWS], "answered": True},
     ],
 )
 def test_what_decides_it_names_the_file(tmp_path, other):
     mine = {"prompts": ROWS, "corpus": CORPUS, "table_VD": TABLE, "effort": EFFORT}
     assert guessing.location(tmp_path, **mine) != guessing.location(tmp_path, **mine | other)
+
+
+def test_what_is_guessed_without_the_answers_does_not_depend_on_them(tmp_path):
+    rows = [row._replace(answer=row.ids[:1]) for row in ROWS]
+    known = guessing.location(tmp_path, ROWS, CORPUS, TABLE, EFFORT)
+    assert guessing.location(tmp_path, rows, CORPUS, TABLE, EFFORT) == known
+    assert guessing.location(tmp_path, rows, CORPUS, TABLE, EFFORT, answered=True) != known
 
 
 def test_a_damaged_file_is_found_again_and_a_cache_that_cannot_be_written_is_said(tmp_path):

@@ -30,11 +30,27 @@ def test_the_interval_is_of_paired_prompts():
 
 def test_every_attack_is_compared_with_the_one_who_sees_nothing():
     attacks = {"guess": part("guess", [1, 1], [4, 4]), "sequence": part("single", [3, 2], [4, 4])}
-    found = compared(attacks, attacks["guess"])
+    found = compared(attacks, {"guess": attacks["guess"]})
     assert "difference" not in found["guess"] and "counts" not in found["sequence"]
     assert found["sequence"]["difference"]["top1"]["value"] == pytest.approx(3 / 8)
     assert found["sequence"]["guesses"]["top1"] == attacks["guess"]["top1"]
-    assert "difference" not in compared({"sequence": attacks["sequence"]}, None)["sequence"]
+    assert "difference" not in compared({"sequence": attacks["sequence"]}, {"guess": None})["sequence"]
+
+
+def test_what_the_answer_tells_is_taken_off_as_well():
+    """He reads six of eight; the answer tells four of them; two of the four were guessed."""
+    attacks = {
+        "guess": part("guess", [1, 1], [4, 4]),
+        "answer": part("answer", [2, 2], [4, 4]),
+        "sequence": part("single", [3, 3], [4, 4]),
+    }
+    found = compared(attacks, attacks)
+    assert found["sequence"]["answer_tells"]["top1"]["value"] == pytest.approx(4 / 8)
+    assert found["sequence"]["beyond_answer"]["top1"]["value"] == pytest.approx(2 / 8)
+    assert found["sequence"]["difference"]["top1"]["value"] == pytest.approx(4 / 8)
+    assert found["answer"]["difference"]["top1"]["value"] == pytest.approx(2 / 8)
+    assert "beyond_answer" not in found["answer"] and "beyond_answer" not in found["guess"]
+    assert best(attacks) == {"best": "sequence"}
 
 
 def test_the_best_is_of_one_observation_and_the_others_stand_beside_it():

@@ -67,7 +67,8 @@ def test_what_the_answer_does_not_hold_is_told_apart(demo, tokenizer):
     answers = [
         np.array(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("is BX-204519 it?", "Yes.")
     ]
-    here = World(demo.rows, demo.corpus, nothing(), demo.trunk, answers=answers)
+    rows = [row._replace(answer=answer) for row, answer in zip(demo.rows, answers, strict=True)]
+    here = World(rows, demo.corpus, nothing(), demo.trunk)
     half = len(here.truth_N) // 2
     for read, unneeded in ((slice(0, half), 0.0), (slice(half, None), 1.0)):
         guess = torch.full_like(here.truth_N, UNKNOWN)

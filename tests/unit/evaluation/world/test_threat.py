@@ -1,7 +1,9 @@
 """An attack's type is its threat model: what the runner hands over, and nothing else."""
 
 import inspect
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from sgt_titan.evaluation.world.mechanisms import Mechanism, constant_noise, not
 from sgt_titan.evaluation.world.threat import (
     KINDS,
     UNKNOWN,
+    Answered,
     Corpus,
     Guess,
     KnownPairs,
@@ -73,6 +76,9 @@ def test_repeats_are_new_noise_of_the_same_prompts_and_reproducible(trunk):
     assert (mean - clean).std().item() == pytest.approx(0.5 / 8, rel=0.1)
 
 
+def told(answered: Answered) -> Guess: ...
+
+
 def test_z_is_what_the_denoiser_was_given_and_is_granted_only_where_asked_for(trunk):
     def single(observation: Observation) -> Guess: ...
     def noisy(observation: Noisy) -> Guess: ...
@@ -92,7 +98,18 @@ def test_z_is_what_the_denoiser_was_given_and_is_granted_only_where_asked_for(tr
     unseen = here.granted(blind)["unseen"]
     assert not hasattr(unseen, "x_tilde")
     assert all((tokens[hidden] == UNKNOWN).all() for tokens, hidden in zip(unseen.tokens, unseen.hidden, strict=True))
-    assert [kind_of(attack) for attack in (blind, single, averaging, noisy)] == list(KINDS)
+    assert [kind_of(attack) for attack in (blind, told, single, averaging, noisy)] == list(KINDS)
+
+
+def test_whoever_is_told_the_answer_sees_nothing_else(trunk):
+    here = world(nothing(), trunk, rows=2)
+    here = replace(here, rows=[row._replace(answer=np.array([7, 8])) for row in here.rows])
+    answered = here.granted(told)["answered"]
+    for row, hidden_T, tokens_T in zip(here.rows, answered.hidden, answered.tokens, strict=True):
+        assert tokens_T[-2:].tolist() == [7, 8] and not hidden_T[-2:].any()
+        assert hidden_T[:-2].tolist() == row.obfuscate.tolist() and (tokens_T[hidden_T] == UNKNOWN).all()
+    assert not hasattr(answered, "x_tilde")
+    assert all(not len(row.answer) for row in world(nothing(), trunk).rows)
 
 
 def test_known_pairs_are_of_other_rows(trunk):
@@ -118,7 +135,7 @@ LARGE = Size(rows=8, tokens=400, longest=24, width=64, vocab=3000, trunk=100_000
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_declares_what_it_sees_and_costs(name):
     attack = ATTACKS[name]
-    assert any(kind in (Observation, Noisy, Unseen) for kind in grants(attack.run).values())
+    assert any(issubclass(kind, (Observation, Unseen)) for kind in grants(attack.run).values())
     assert attack.title and attack.source
     assert set(attack.effort) - {GLANCE} <= set(SUITES) and attack.effort
     # What an attack takes beside its grants, or hands on to another: then its cost knows the names.
