@@ -155,6 +155,8 @@ def _check_values(config: Mapping[str, Any], row: Family) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key), Mapping | None):
             raise UserError(f"trunk: config.json has {key} {config[key]!r}, which must be an object")
+        if any(isinstance(value, Mapping) for value in (config.get(key) or {}).values()):
+            raise UserError(f"trunk: config.json has {key} for several kinds of layers; all layers here have one")
     for key in ("layer_types", *(("no_rope_layers",) if row.skips_rope else ())):
         value, layers = config.get(key), config.get("num_hidden_layers")
         if value is not None and (not isinstance(value, list) or len(value) != layers):
@@ -179,7 +181,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"trunk: config.json has sliding_window {window}, less than its context, and no module here has one; "
             "Mistral 7B from v0.2 on has none"
         )
-    if (found := config.get("hidden_act") or "silu") != "silu":
+    if config["model_type"] == "mistral" and config.get("layer_types"):
+        raise UserError("trunk: config.json has layer_types, by which transformers takes it for a 'ministral': no row")
+    if (found := config.get("hidden_act", "silu")) != "silu":
         raise UserError(f"trunk: config.json has hidden_act {found!r}; only 'silu' is supported")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
     kind = rope.get("rope_type") or rope.get("type") or "default"
