@@ -176,6 +176,9 @@ def change(folder, **changes) -> None:
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "its weights are a pickle (.bin)"),
         (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "it holds GGUF files"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 9), "not a safetensors file"),
+        (lambda f: change(f, rms_norm_eps="1e-5"), "rms_norm_eps '1e-5', which must be a number"),
+        (lambda f: change(f, rope_scaling="linear"), "rope_scaling 'linear', which must be an object"),
+        (lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {"a": 10}}}'), "token 'a' has id 10, but"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
