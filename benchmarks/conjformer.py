@@ -3,11 +3,16 @@
     python benchmarks/conjformer.py equivalence TRUNK SERVER CLIENT SECRET [--tokens 4096]
     python benchmarks/conjformer.py perplexity MODEL... --data tinystories
     python benchmarks/conjformer.py attacks EXPORT --trunk TRUNK --data tinystories \
-        --server NAME=SERVER,CLIENT,SECRET ... [--sgt] [--wire bfloat16] [--only a,b] [--rows 32]
+        --server NAME=SERVER,CLIENT,SECRET ... [--sgt] [--own MODEL] [--wire bfloat16] [--only a,b] [--rows 32]
+    python benchmarks/conjformer.py gains MODEL...            # how much the gains of each norm differ
+    python benchmarks/conjformer.py between --trunk TRUNK --export EXPORT --data tinystories
+                    # perplexity with scalar norms whose linears have made up a part of what averaging the gains took
 
     python benchmarks/conjformer.py gpt2 OUT --steps 400      # a GPT-2 pretrained on the demo corpus, to convert
 
-EXPORT names the rows under attack and, with ``--sgt``, what is rotated. The attacks are the battery's own.
+EXPORT names the rows under attack and, with ``--sgt``, what is rotated. The attacks are the battery's own. With --own
+the attacker has a model that he drifted himself, by the same recipe, in the place of the public one: its table, its
+weights, and what he trains on.
 """
 
 from __future__ import annotations
@@ -23,18 +28,21 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sgt_titan.conjformer.client import Client
+from sgt_titan.conjformer.families import FAMILIES
 from sgt_titan.conjformer.secret import load
+from sgt_titan.demo import TRUNK
 from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
 from sgt_titan.evaluation.measure.setting import load_setting
 from sgt_titan.evaluation.scores import recovery
 from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import learned, nothing
 from sgt_titan.evaluation.world.rotated import load_rotation
-from sgt_titan.evaluation.world.samples import data_config
+from sgt_titan.evaluation.world.samples import data_config, load_trunk
+from sgt_titan.transform.trunk_files import TrunkFiles
 
 
 def model_of(path: str, dtype: torch.dtype = torch.float32):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(trunk_path(path), dtype=dtype, local_files_only=True).eval()
 
 
 @torch.no_grad()
@@ -68,15 +76,35 @@ def perplexity(arguments: argparse.Namespace) -> None:
     """Over all tokens of the held-out rows."""
     setting = _setting(arguments)
     for path in arguments.models:
-        model, nats, count = model_of(path), 0.0, 0
-        for batch in setting.full_batches:
-            logits = model(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long()).logits[:, :-1].float()
-            keep = batch.valid_BT[:, 1:]
-            nats += torch.nn.functional.cross_entropy(
-                logits[keep], batch.tokens_BT[:, 1:][keep], reduction="sum"
-            ).item()
-            count += int(keep.sum())
-        print(f"{path}: perplexity {math.exp(nats / count):.3f}, {nats / count:.4f} nats, N = {count}", flush=True)
+        _say_perplexity(path, model_of(path), setting)
+
+
+def _say_perplexity(name: str, model, setting) -> None:
+    nats, count = 0.0, 0
+    for batch in setting.full_batches:
+        logits = model(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long()).logits[:, :-1].float()
+        keep = batch.valid_BT[:, 1:]
+        nats += torch.nn.functional.cross_entropy(logits[keep], batch.tokens_BT[:, 1:][keep], reduction="sum").item()
+        count += int(keep.sum())
+    print(f"{name}: perplexity {math.exp(nats / count):.3f}, {nats / count:.4f} nats, N = {count}", flush=True)
+
+
+@torch.no_grad()
+def between(arguments: argparse.Namespace) -> None:
+    """Every gain is its mean, and the linears behind are times (g / mean)^s: 0 the averaged gains, 1 the exact fold.
+    Llama's names."""
+    setting = _setting(arguments)
+    for share in (0.0, 0.5, 0.75, 0.9, 0.95, 1.0):
+        model = model_of(arguments.trunk)
+        family = FAMILIES[model.config.model_type]
+        for layer in model.base_model.layers:
+            for norm in family.norms:
+                gain_D = layer.get_submodule(norm).weight
+                for module, rule in family.linears.items():
+                    if rule.norm == norm:
+                        layer.get_submodule(module).weight.mul_((gain_D / gain_D.mean()).abs() ** share)
+                gain_D.fill_(gain_D.mean())
+        _say_perplexity(f"{share:.0%} made up", model, setting)
 
 
 def attacks(arguments: argparse.Namespace) -> None:
@@ -86,10 +114,17 @@ def attacks(arguments: argparse.Namespace) -> None:
     table = {name: ATTACKS[name] for name in ("nearest_l2", "nearest_cosine", "known_plaintext", "inverter")} | ROTATION
     only = arguments.only.split(",") if arguments.only else list(table)
     worlds = {}
+    known = load_trunk(arguments.own, torch.device("cpu")) if arguments.own else setting.trunk
     for entry in arguments.server:
         name, _, paths = entry.partition("=")
-        mechanism = load_rotation(before, *paths.split(","), arguments.trunk, wire=getattr(torch, arguments.wire))
-        worlds[name] = World(setting.prompts, setting.corpus, mechanism, setting.trunk, arguments.seed)
+        mechanism = load_rotation(
+            before,
+            *paths.split(","),
+            arguments.own or trunk_path(arguments.trunk),
+            wire=getattr(torch, arguments.wire),
+            own=bool(arguments.own),
+        )
+        worlds[name] = World(setting.prompts, setting.corpus, mechanism, known, arguments.seed)
     if arguments.bare:
         worlds["not rotated"] = World(setting.prompts, setting.corpus, before, setting.trunk, arguments.seed)
     first = next(iter(worlds.values()))
@@ -116,6 +151,20 @@ def attacks(arguments: argparse.Namespace) -> None:
                 print(f"{'':<38}{guess.curve.axis} {at}", flush=True)
 
 
+def gains(arguments: argparse.Namespace) -> None:
+    """Std over mean of each norm's gains: 0 is a scalar norm."""
+    for path in arguments.models:
+        files = TrunkFiles(trunk_path(path))
+        for name in sorted(name for name in files.entries if "norm" in name or ".ln_" in name):
+            gain = files.read(name).double()
+            if name.endswith("weight"):
+                print(f"{name:<52} std/mean {gain.std() / gain.mean():.3f}  {gain.min():.2f} to {gain.max():.2f}")
+
+
+def trunk_path(name: str) -> str:
+    return str(TRUNK) if name == "demo" else name
+
+
 def gpt2(arguments: argparse.Namespace) -> None:
     """Pretrain a small GPT-2 on the demo corpus; its norms learn ten times as fast, so that their gains differ as those
     of a long pretraining do."""
@@ -128,7 +177,6 @@ def gpt2(arguments: argparse.Namespace) -> None:
     from sgt_titan.config.schema import Config
     from sgt_titan.data.cache import prepare
     from sgt_titan.data.order import samples_at
-    from sgt_titan.demo import TRUNK
     from sgt_titan.trunk.tokenizer_files import tokenizer_files
 
     config = Config()
@@ -182,14 +230,18 @@ def main() -> None:
     three.add_argument("--server", action="append", default=[])
     three.add_argument("--sgt", action="store_true")
     three.add_argument("--bare", action="store_true", help="also without a rotation")
+    three.add_argument("--own", default="", help="a drifted model of the attacker's own")
     three.add_argument("--steps", type=int, help="of the learned attacks (default: as the quick suite)")
     three.add_argument("--wire", default="float32")
     three.add_argument("--only", default="")
     three.add_argument("--seed", type=int, default=0)
+    five = parts.add_parser("gains")
+    five.add_argument("models", nargs="+")
+    six = parts.add_parser("between")
     four = parts.add_parser("gpt2")
     four.add_argument("out")
     four.add_argument("--steps", type=int, default=400)
-    for sub in (two, three):
+    for sub in (two, three, six):
         sub.add_argument("--export", required=True)
         sub.add_argument("--trunk", required=True)
         sub.add_argument("--data", required=True)
@@ -197,7 +249,8 @@ def main() -> None:
         sub.add_argument("--corpus", type=int, default=2000)
     arguments = parser.parse_args()
     disable_progress_bar()
-    {"equivalence": equivalence, "perplexity": perplexity, "attacks": attacks, "gpt2": gpt2}[arguments.part](arguments)
+    run = {f.__name__: f for f in (equivalence, perplexity, between, attacks, gains, gpt2)}[arguments.part]
+    run(arguments)
 
 
 if __name__ == "__main__":

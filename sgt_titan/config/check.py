@@ -74,8 +74,18 @@ def _range_problems(config: Config) -> Iterator[str]:
 
 
 def _task_problems(config: Config) -> Iterator[str]:
+    own = config.finetune
     if config.run.task == "sgt":
+        for name, value in vars(own).items():
+            if value:
+                yield f"finetune.{name}: belongs to run.task finetune, this is run.task sgt; leave it out"
         return
+    if (own.distil or own.drift) and not own.teacher:
+        yield "finetune.teacher is not set: distil and drift need the directory of the original checkpoint"
+    if own.teacher and not (own.distil or own.drift):
+        yield "finetune.teacher: is not used while distil and drift are 0; set one of them or leave it out"
+    if config.teacher_cache.top_k:
+        yield "teacher_cache.top_k: run.task finetune stores nothing of its teacher; set it to 0"
     for name in ("tensor_parallel_degree", "expert_parallel_degree"):
         if getattr(config.parallelism, name) > 1:
             yield f"parallelism.{name}: run.task finetune is data-parallel only; it must be 1"

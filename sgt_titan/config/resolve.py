@@ -15,7 +15,10 @@ from sgt_titan.config.keys import get
 from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
 
-_PATHS = ("run.output_dir", "trunk.path", "trunk.architecture", "data.source", "data.cache_dir", "teacher_cache.dir")
+_PATHS = (
+    "run.output_dir", "trunk.path", "trunk.architecture", "finetune.teacher", "data.source", "data.cache_dir",
+    "teacher_cache.dir",
+)  # fmt: skip
 
 
 def resolve(config: Config, *, world_size: int | None, home: str = "outputs") -> Config:
@@ -42,8 +45,10 @@ def resolve(config: Config, *, world_size: int | None, home: str = "outputs") ->
     for key, table in data.tables():
         if "source" in table:
             table["source"] = expand(table["source"], f"{key}.source")
-    if config.trunk.path == "demo":
-        config.trunk.path = str(Path(__file__).resolve().parents[1] / "demo" / "trunk")
+    demo = str(Path(__file__).resolve().parents[1] / "demo" / "trunk")
+    for holder, name in ((config.trunk, "path"), (config.finetune, "teacher")):
+        if getattr(holder, name) == "demo":
+            setattr(holder, name, demo)
     if config.trunk.architecture:
         config.trunk.architecture = os.path.abspath(config.trunk.architecture)
     run.output_dir = run.output_dir or os.path.join(home, run.name)

@@ -177,6 +177,18 @@ class Rate(Term):
 
 
 @dataclass(kw_only=True)
+class Finetune:
+    teacher: str = opt(
+        "", "Directory of the original checkpoint, for `distil` and `drift`. Environment variables are expanded."
+    )
+    distil: float = opt(0.0, "Share of the loss that is the KL to the teacher's next-token distribution; the rest is the "
+                             "cross-entropy of the next token. 1: the model as it was, whatever the data says.", must=share())  # fmt: skip
+    drift: float = opt(0.0, "Weight of a term that moves the weights away from the teacher's: the mean squared cosine between "
+                            "what a rotation leaves of both, Gram matrices of projections and of the table "
+                            "(docs/CONJFORMER.md says how little that hides).", must=least(0))  # fmt: skip
+
+
+@dataclass(kw_only=True)
 class Objective:
     preset: Literal["none", "comp_entr", "cos_sim", "abs_cos", "mi", "mi_abs_cos", "mi_abs_cos_norm", "rate", "rate_abs_cos",
                     "rate_abs_cos_norm"] = opt(
@@ -402,6 +414,7 @@ class Config:
     estimator: Estimator = section(Estimator, "The trainable Stained Glass Transform (METHOD: a short trunk).")
     denoiser: Denoiser = section(Denoiser, "Cleaning up on the client, after the noise.")
     objective: Objective = section(Objective, "Utility and obfuscation losses (Eq. 3 and 11).")
+    finetune: Finetune = section(Finetune, "The loss of run.task finetune.")
     data: Data = section(Data, "Samples, and which of their tokens are obfuscated.")
     teacher_cache: TeacherCache = section(TeacherCache, "The teacher's output on disk, for runs of several epochs.")
     training: Training = section(Training, "Batch, length, duration.")

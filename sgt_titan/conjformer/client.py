@@ -54,10 +54,13 @@ class Client:
             width, centred = about["hidden_size"], about["centred"]
             found = {name: tensor.to(dtype) for name, tensor in tensors.items()}
             embed_VD, gain_D = found["embed"], found["gain"]
+            theirs = about.get("secret")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise UserError(
                 f"{path}: not a client's directory; give the one that `sgt-titan conjformer convert` wrote"
             ) from None
+        if theirs is not None and theirs != secret.name:
+            raise UserError(f"{path}: was written with another secret than the one given; give its own")
         return cls(
             embed_VD=embed_VD,
             head_VD=found.get("head", embed_VD),

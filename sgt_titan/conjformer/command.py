@@ -36,7 +36,17 @@ def parser() -> argparse.ArgumentParser:
         default="fold",
         help="gains folded into the next linears, exact (default); or their mean, as published, to be fine-tuned",
     )
+    found.add_argument(
+        "--symmetries", default="all", metavar="NAMES",
+        help="maps beside the rotation that change no output: all that the family has (default), none, or some of "
+        "values, units, queries, heads",
+    )  # fmt: skip
     found.add_argument("--plain", action="store_true", help="scalar norms but no rotation: the start of a fine-tuning")
+    found.add_argument(
+        "--shake", type=float, default=0.0, metavar="SHARE",
+        help="with --plain: replace this share of every matrix's variance by noise that is not kept, the start of a "
+        "fine-tuning with finetune.drift",
+    )  # fmt: skip
     found.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
     found.add_argument(
         "--compute", choices=("float64", "float32"), default="float64", help="of the products (default float64)"
@@ -79,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         compute=getattr(torch, arguments.compute),
         device=arguments.device,
+        symmetries=arguments.symmetries,
+        shake=arguments.shake,
     )
     if secret is not None:
         secrets.save(secret, file)  # first: a server without its secret is of no use
@@ -102,8 +114,14 @@ def _checked(arguments: argparse.Namespace, client: Path) -> None:
     out, file = arguments.out, arguments.secret
     if arguments.plain == (file is not None):
         raise UserError("give --secret FILE to rotate, or --plain for scalar norms without a rotation")
+    if arguments.plain and arguments.symmetries != "all":
+        raise UserError("--symmetries belongs to a rotation, not to --plain")
     if arguments.plain and arguments.client:
         raise UserError("--client belongs to a rotation, not to --plain")
+    if arguments.shake and not arguments.plain:
+        raise UserError("--shake belongs to --plain: a rotation is made of what was fine-tuned")
+    if not 0 <= arguments.shake < 1:
+        raise UserError(f"--shake must be in [0, 1), got {arguments.shake:g}")
     if not 0 < arguments.shard_size < math.inf:
         raise UserError(f"--shard-size must be positive, got {arguments.shard_size:g}")
     if file is not None:

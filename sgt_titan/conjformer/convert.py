@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 
 from sgt_titan.conjformer.basis import Basis
-from sgt_titan.conjformer.families import Family, Linear, Sizes, family_of, sizes_of
+from sgt_titan.conjformer.families import Family, Linear, Sizes, chosen_symmetries, family_of, sizes_of
+from sgt_titan.conjformer.mark import MARK
 from sgt_titan.conjformer.secret import Secret
 from sgt_titan.errors import UserError
 from sgt_titan.transform.shards import Planned
@@ -50,6 +51,8 @@ class Conversion:
         dtype: torch.dtype | None = None,
         compute: torch.dtype = torch.float64,
         device: str = "cpu",
+        symmetries: str = "all",
+        shake: float = 0.0,
     ):
         self.files = TrunkFiles(trunk)
         self.config: dict[str, Any] = json.loads((self.files.path / "config.json").read_text(encoding="utf-8"))
@@ -58,8 +61,14 @@ class Conversion:
             self.family = replace(self.family, prefix="")  # saved without its head, as the first GPT-2 checkpoints
         self.sizes: Sizes = sizes_of(self.config)
         self.norms, self.dtype, self.compute, self.device = norms, dtype, compute, device
+        self.shake, self.noise = shake, Secret.fresh() if shake else None
         self.secret = secret
-        self.basis = Basis(secret, self.family, self.sizes, self._free_planes, compute, device) if secret else None
+        self.symmetries = chosen_symmetries(symmetries, self.family, self.config["model_type"])
+        self.basis = (
+            Basis(secret, self.family, self.sizes, self._free_planes, compute, device, self.symmetries)
+            if secret
+            else None
+        )
         self._check()
 
     def planned(self) -> Iterator[Planned]:
@@ -74,7 +83,7 @@ class Conversion:
             dtype = self.dtype or DTYPES[entry.dtype]
             if local in family.ignored or (self.basis and name in (self._embed, self._positions, "lm_head.weight")):
                 continue
-            yield Planned(out, entry.shape, dtype, partial(self._make, name, layer, local, module))
+            yield Planned(out, entry.shape, dtype, partial(self._shaken, name, layer, local, module))
         stored = self.dtype or DTYPES[self.files.entries[self._embed].dtype]
         if self.basis:
             # The server embeds no token and names none: its "vocabulary" are the D features, its logits the output.
@@ -87,9 +96,12 @@ class Conversion:
     def server_config(self) -> dict[str, Any]:
         """config.json of the result."""
         config = dict(self.config)
-        if self.basis:
+        if self.secret is not None:
             config |= {"vocab_size": self.sizes.width, "tie_word_embeddings": False}
             config |= {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            config[MARK] = {"secret": self.secret.name}
+        if self.shake:
+            config[MARK] = {"drift": self.shake}
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -129,6 +141,15 @@ class Conversion:
 
     # -- one tensor ----------------------------------------------------------------------------------------------------
 
+    def _shaken(self, name: str, layer: int | None, local: str, module: str) -> torch.Tensor:
+        """A matrix with the share ``shake`` of its variance replaced by noise that nobody can repeat."""
+        x = self._make(name, layer, local, module)
+        if self.noise is None or x.dim() != 2:
+            return x
+        x = x.to(self.compute)
+        std = x.std()
+        return (1 - self.shake) ** 0.5 * x + self.shake**0.5 * std * self.noise.normal(name, *x.shape).to(x)
+
     def _make(self, name: str, layer: int | None, local: str, module: str) -> torch.Tensor:
         family = self.family
         if name in (self._embed, self._positions, "lm_head.weight"):
@@ -165,10 +186,12 @@ class Conversion:
         if self.basis is not None:
             if rule.out == ("residual",):
                 x = self._centred(x, 0)
-            parts = x.split(self._widths(rule), 0)
-            x = torch.cat([self.basis.change(s, layer, p) for s, p in zip(rule.out, parts, strict=True)])
+            parts = x.split(self.widths(rule), 0)
+            x = torch.cat(
+                [self.basis.change(s, layer, p, dual=s == "key") for s, p in zip(rule.out, parts, strict=True)]
+            )
             if not bias:
-                x = self.basis.change(rule.reads, layer, x.T).T
+                x = self.basis.change(rule.reads, layer, x.T, dual=True).T
         return x
 
     def _weight(self, name: str) -> torch.Tensor:
@@ -176,10 +199,11 @@ class Conversion:
         weight = self._read(f"{name}.weight")
         return weight.T if self.family.transposed else weight
 
-    def _widths(self, rule: Linear) -> list[int]:
+    def widths(self, rule: Linear) -> list[int]:
+        """Rows of each projection that a tensor holds."""
         s = self.sizes
         width = {"residual": s.width, "query": s.heads * s.head, "key": s.kv_heads * s.head,
-                 "value": s.kv_heads * s.head, "unit": s.units}  # fmt: skip
+                 "value": s.kv_heads * s.head, "unit": s.units, "scaled": s.units}  # fmt: skip
         return [width[space] for space in rule.out]
 
     def _centred(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -214,8 +238,8 @@ class Conversion:
         for index in range(s.layers):
             start = f"{family.prefix}{family.layer.format(index)}"
             for module, rule in family.linears.items():
-                width = {"residual": s.width, "heads": s.heads * s.head, "unit": s.units}[rule.reads]
-                shape = (sum(self._widths(rule)), width)
+                width = {"residual": s.width, "heads": s.heads * s.head, "unit": s.units, "scaled": s.units}[rule.reads]
+                shape = (sum(self.widths(rule)), width)
                 expected[f"{start}{module}.weight"] = shape[::-1] if family.transposed else shape
             expected |= {f"{start}{norm}.weight": (s.width,) for norm in family.norms}
             expected |= {f"{start}{norm}.weight": (s.head,) for norm in family.qk_norm}

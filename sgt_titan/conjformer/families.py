@@ -3,12 +3,14 @@
 A *space* is a vector space inside the model whose basis the server must not know:
 
     residual   width D, between the blocks                      the secret U
-    query, key head dimensions before the scores                O per KV head: rotations of RoPE planes, or any
-    value      head dimensions of a value head                  R per KV head, any orthogonal
-    heads      the same, per query head (o_proj reads it)       the R of its KV head
-    unit       units of the MLP                                 P, a permutation
+    query, key head dimensions before the scores                O per KV head: rotated and scaled RoPE planes, or any
+    value      head dimensions of a value head                  A per KV head, any invertible
+    heads      the same, per query head (o_proj reads it)       the A of its KV head
+    unit       units of the MLP before their nonlinearity       P, a permutation
+    scaled     units multiplied by a gate (up, down)            D P, a scale and a sign each as well
 
-A weight from space a to space b becomes ``L_b W L_a^T``, a bias in b ``L_b bias``. Weights that read a norm's output
+A weight from space a to space b becomes ``L_b W L_a^-1``, a bias in b ``L_b bias``; keys get the inverse transpose of
+their queries' matrix. Weights that read a norm's output
 absorb its gain (``W diag(g)``) and its bias (``W b``).
 """
 
@@ -21,7 +23,7 @@ from typing import Any, Literal
 
 from sgt_titan.errors import UserError
 
-Space = Literal["residual", "query", "key", "value", "heads", "unit"]
+Space = Literal["residual", "query", "key", "value", "heads", "unit", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ _LLAMA = Family(
         "self_attn.v_proj": Linear("residual", ("value",), "input_layernorm"),
         "self_attn.o_proj": Linear("heads", ("residual",)),
         "mlp.gate_proj": Linear("residual", ("unit",), "post_attention_layernorm"),
-        "mlp.up_proj": Linear("residual", ("unit",), "post_attention_layernorm"),
-        "mlp.down_proj": Linear("unit", ("residual",)),
+        "mlp.up_proj": Linear("residual", ("scaled",), "post_attention_layernorm"),
+        "mlp.down_proj": Linear("scaled", ("residual",)),
     },
     norms=("input_layernorm", "post_attention_layernorm"),
     final_norm="norm",
@@ -98,6 +100,43 @@ _GPT2 = Family(
     rope=False,
     ignored=("attn.bias", "attn.masked_bias"),
 )
+
+# Maps that change no output beside rotations, by name: what each needs, and why a family may lack it.
+SYMMETRIES = {
+    "values": "any invertible map between a head's values and its output",
+    "units": "a scale and a sign of each MLP unit between up and down",
+    "queries": "a scale of each RoPE plane between queries and keys; without RoPE any invertible map",
+    "heads": "the order of heads",
+}
+_LACKS = {
+    "units": "has no gate, so that a scale would pass a nonlinearity",
+    "queries": "normalises queries and keys by head (QK-norm), which a scale would not survive",
+}
+
+
+def symmetries_of(family: Family) -> tuple[str, ...]:
+    """The names of ``SYMMETRIES`` that a family has."""
+    gated = any(rule.reads == "scaled" for rule in family.linears.values())
+    has = {"units": gated, "queries": not family.qk_norm}
+    return tuple(name for name in SYMMETRIES if has.get(name, True))
+
+
+def chosen_symmetries(words: str, family: Family, kind: str) -> tuple[str, ...]:
+    """``--symmetries``: all that the family has, none, or a list of names.
+
+    Raises:
+        UserError: no such name, or one that the family cannot have.
+    """
+    if words in ("all", "none"):
+        return symmetries_of(family) if words == "all" else ()
+    names = tuple(word.strip() for word in words.split(","))
+    for name in names:
+        if name not in SYMMETRIES:
+            raise UserError(f"--symmetries {name}: unknown; all, none, or some of {', '.join(SYMMETRIES)}")
+        if name not in symmetries_of(family):
+            raise UserError(f"--symmetries {name}: {kind} {_LACKS[name]}; it has {', '.join(symmetries_of(family))}")
+    return names
+
 
 FAMILIES: dict[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3, "gpt2": _GPT2}
 

@@ -61,13 +61,15 @@ class Local:
 
 
 class RotatedRemote:
-    """A served rotated trunk. wire: type in which vectors are sent; half the bytes in bfloat16."""
+    """A served rotated trunk. wire: type in which vectors are sent; half the bytes in bfloat16. secret: the name of the
+    client's (a hash), for the server to refuse where it has another."""
 
-    def __init__(self, url: str, *, wire: str = "float32", timeout: float = 60.0):
+    def __init__(self, url: str, *, wire: str = "float32", timeout: float = 60.0, secret: str | None = None):
         parts = http_url(url)
         if parts is None:
             raise UserError(f"--url {url}: not an address like http://host:port")
         self.url, self.timeout, self.connection = url.rstrip("/"), timeout, outgoing.client(timeout=timeout)
+        self.named = {} if secret is None else {"Secret": secret}
         self.session, self.wire, self.traffic = secrets.token_hex(16), TYPES[wire], Traffic()
 
     def step(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -94,7 +96,7 @@ class RotatedRemote:
                 method,
                 f"{self.url}/sessions/{self.session}",
                 content=body,
-                headers={"Start": str(self.traffic.tokens)},
+                headers={"Start": str(self.traffic.tokens), **self.named},
                 most=MAX_ANSWER,
                 seconds=self.timeout,
             )

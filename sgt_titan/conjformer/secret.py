@@ -38,6 +38,11 @@ class Secret:
     def fresh(cls) -> Secret:
         return cls(secrets.token_bytes(KEY_BYTES))
 
+    @property
+    def name(self) -> str:
+        """16 hexadecimal digits that say which secret, and nothing of it: both halves of a conversion carry them."""
+        return hashlib.sha256(b"name of a secret|" + self.key).hexdigest()[:16]
+
     def uniform(self, label: str, count: int) -> torch.Tensor:
         """``count`` numbers in [0, 1), float64."""
         parts = []

@@ -1,7 +1,8 @@
 """A small HTTP server for a rotated checkpoint: rotated embeddings in, the last rotated output out.
 
     POST   /sessions/<id>   safetensors {"x": (T, D)}  ->  {"h": (D,)}; continues the session's key-value cache, which
-                            must hold as many positions as the header Start says (none: 0)
+                            must hold as many positions as the header Start says (none: 0). The header Secret names the
+                            client's secret (a hash), so that a server of another refuses
     DELETE /sessions/<id>   forgets it
 
 It runs transformers' model as it is and knows nothing of tokens or secrets. One request at a time; for load, use a
@@ -21,6 +22,7 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from sgt_titan.conjformer.generate import Local
+from sgt_titan.conjformer.mark import mark_of
 
 MAX_BODY, MAX_SESSIONS = 1 << 28, 64  # bytes; the session unused for longest is forgotten
 
@@ -29,6 +31,7 @@ def make_server(model: PreTrainedModel, host: str = "127.0.0.1", port: int = 0) 
     """A server, not yet started; ``port`` 0: a free one, in ``server_address``."""
     sessions: OrderedDict[str, Local] = OrderedDict()
     lock = threading.Lock()
+    mine = mark_of(vars(model.config)).get("secret")
     width, limit = model.config.hidden_size, getattr(model.config, "max_position_embeddings", None)
 
     class Handler(BaseHTTPRequestHandler):
@@ -48,6 +51,8 @@ def make_server(model: PreTrainedModel, host: str = "127.0.0.1", port: int = 0) 
                 return self._answer(400, b"the body must be safetensors with one tensor x")
             if x_TD.dim() != 2 or x_TD.shape[1] != width or not len(x_TD) or not x_TD.is_floating_point():
                 return self._answer(400, f"x must be floats of shape (T, {width})".encode())
+            if mine is not None and self.headers.get("Secret", mine) != mine:
+                return self._answer(409, b"this server was made with another secret than the client's")
             with lock:
                 session = sessions.get(name) or Local(model)
                 have, start = session.cache.get_seq_length(), self.headers.get("Start", "0")

@@ -92,7 +92,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     prompt = tokenizer(text.rstrip("\n"))["input_ids"]
     if not prompt and client.about.get("bos_token_id") is not None:
         prompt = [client.about["bos_token_id"]]
-    server = loop.RotatedRemote(arguments.url, wire=arguments.wire)
+    server = loop.RotatedRemote(arguments.url, wire=arguments.wire, secret=client.about.get("secret"))
     answer = loop.generate(
         client,
         server,

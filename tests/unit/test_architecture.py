@@ -61,6 +61,7 @@ MAY_IMPORT = {
         "checkpoint",
         "export",
         "cluster",
+        "conjformer",
     },
     "train": {"errors", "disk", "config", "cluster", "titan"},
     "doctor": {"errors", "disk", "arguments", "cluster", "config", "plan", "transform"},

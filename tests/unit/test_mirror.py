@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 
 # Files named after what several modules do together, and which: modules without a test file of their own name.
 TOGETHER = {
-    "distributed/test_finetune.py": "titan.finetune titan.finetune_model",
+    "distributed/test_finetune.py": "titan.finetune",
     "distributed/test_interruption.py": "titan.interruption titan.main titan.watchdog",
     "distributed/test_parallelism.py": "titan.parallelize titan.layout titan.trainer",
     "distributed/test_replicas.py": "titan.replicas",
@@ -32,7 +32,7 @@ TOGETHER = {
     "unit/config/test_check.py": "config.fields",
     "unit/config/test_load.py": "config.keys config.overrides config.schema config.values",
     "unit/conjformer/test_configs.py": "",
-    "unit/conjformer/test_convert.py": "conjformer.command conjformer.families conjformer.write",
+    "unit/conjformer/test_convert.py": "conjformer.command conjformer.families conjformer.mark conjformer.write",
     "unit/conjformer/test_depth.py": "",
     "unit/conjformer/test_generate.py": "conjformer.client conjformer.serve conjformer.talk",
     "unit/conjformer/test_secret.py": "conjformer.basis",
@@ -43,8 +43,8 @@ TOGETHER = {
     "evaluation.world.granted",
     "unit/evaluation/attacks/test_nearest.py": "evaluation.attacks.averaging evaluation.attacks.farthest",
     "unit/evaluation/attacks/test_rotation.py": "evaluation.attacks.rotation_invariants "
-    "evaluation.attacks.rotation_inverter evaluation.attacks.rotation_procrustes evaluation.attacks.rotation_spectral "
-    "evaluation.world.rotated",
+    "evaluation.attacks.rotation_inverter evaluation.attacks.rotation_procrustes evaluation.attacks.rotation_products "
+    "evaluation.attacks.rotation_spectral evaluation.attacks.rotation_substitution evaluation.world.rotated",
     "unit/evaluation/attacks/test_sequence.py": "evaluation.attacks.linear_start evaluation.attacks.sequence_reader",
     "unit/evaluation/measure/test_evaluate.py": "evaluation.measure.runner evaluation.measure.suite evaluation.options",
     "unit/evaluation/measure/test_glance.py": "",

@@ -24,6 +24,7 @@ from sgt_titan.evaluation.attacks import (
     rotation_inverter,
     rotation_procrustes,
     rotation_spectral,
+    rotation_substitution,
     sequence,
 )
 from sgt_titan.evaluation.options import ANSWER, GLANCE, GUESSING, SUITES
@@ -160,6 +161,10 @@ ROTATION: dict[str, Attack] = {
     "procrustes": Attack(
         "Procrustes from known pairs", rotation_procrustes.procrustes, rotation_procrustes.cost, FOLKLORE,
         _by_suite("most", 4_096, 4_096, 65_536),
+    ),
+    "substitution": Attack(
+        "a substitution cipher, deciphered", rotation_substitution.substitution, rotation_substitution.cost,
+        "Ravi and Knight, ACL 2011", _by_suite("words", 800, 1_500, 3_000), {"rounds": 15},
     ),
     "invariant_inverter": Attack(
         "learned inverter without the secret", rotation_inverter.invariant_inverter, rotation_inverter.cost, CONJFORMER,

@@ -65,16 +65,19 @@ def gram_matching(
 
 def fingerprints(observation: Observation, served: Served, public: Public, table: Table) -> Guess:
     """Attention logits of a token with itself in the first layer, one a head: the served model computes from x' what
-    the public one computes from e, since no secret changes a score. Nearest row in these H numbers, standardised."""
+    the public one computes from e, since no secret changes a score. Nearest row in these H numbers, standardised; also
+    in order of size, since heads may have been exchanged. What was served, and whether they were, the clearer decision
+    says: how much nearer the first row is than the second."""
     seen_NH = self_scores(served.files, observation.x_tilde_ND)
     found = []
-    for norms in get_args(Norms):  # which of the two was served is seen on its norms; the better fit decides
+    for norms in get_args(Norms):
         known_VH = self_scores(public.files, table.rows_VD, norms)
-        scale_H = known_VH.std(0).clamp_min(1e-12)
-        top_NK = top_rows(seen_NH / scale_H, known_VH / scale_H, GUESSES)
-        misfit = ((seen_NH - known_VH[top_NK[:, 0]]) / scale_H).square().mean().item()
-        found.append((misfit, top_NK))
-    misfit, top_NK = min(found, key=lambda pair: pair[0])
+        for ours_NH, theirs_VH in ((seen_NH, known_VH), (seen_NH.sort(-1).values, known_VH.sort(-1).values)):
+            scale_H = theirs_VH.std(0).clamp_min(1e-12)
+            top_NK = top_rows(ours_NH / scale_H, theirs_VH / scale_H, GUESSES)
+            far_N2 = ((ours_NH[:, None] - theirs_VH[top_NK[:, :2]]) / scale_H).norm(dim=-1)
+            found.append(((far_N2[:, 0] / far_N2[:, 1].clamp_min(1e-30)).mean().item(), top_NK))
+    _, top_NK = min(found, key=lambda pair: pair[0])
     size = seen_NH.shape[0] + table.rows_VD.shape[0]
     return Guess(top_NK.cpu(), flops=6.0 * size * table.rows_VD.shape[1] ** 2)
 

@@ -1,20 +1,29 @@
 """Spectral weight matching: the secret rotation from the served weights and the public ones, without any prompt.
 
-Every weight that reads the stream gives G' = W'^T W' = U (W^T W) U^T, every one that writes it W' W'^T likewise: the
-other secrets (per head, per unit) cancel. Four steps:
+What a model computes by products between its weights no symmetry changes, only U does, as M' = U M U^T:
 
-1. eigenvectors of the sums of all G' and of all G, in the order of their eigenvalues, agree up to a sign each;
-2. the signs: in these bases a further pair of matrices has entries s_i s_j g_ij, whose products with g_ij have the
+    gate^T gate     units are permuted and cannot be scaled in front of their nonlinearity
+    Wo Wv           summed over heads: whatever stands between values and output
+    Wq^T Wk         the score of two tokens at one place, summed over heads
+    Wdown Wup       summed over units: whatever scales them
+
+Where no symmetry but rotations was used each weight's own Gram matrix is a further one, and U agrees with more. Then:
+
+1. a start: eigenvectors of the sums of symmetric M' and M, of all and of each kind alone, in the order of their
+   eigenvalues, which agree up to a sign each; and the vectors that no permutation moves, sums over units, with their
+   images under M, by Procrustes;
+2. the signs: in these bases a further pair of matrices has entries s_i s_j m_ij, whose products with m_ij have the
    signs as their leading eigenvector (angular synchronisation, Singer, arXiv 0905.3174);
-3. U <- polar(sum G' U G), until it stays: uses all matrices, and survives weights that were fine-tuned a little;
-4. the sign of U as a whole, and a last polish, from the MLP's rows: they are permuted, but not turned.
+3. U <- polar(sum M' U M + M'^T U M^T), from the start that fits best until it stays: uses all matrices, and survives
+   weights that were fine-tuned;
+4. the sign of U as a whole, and a last polish, from the gate's rows: they are permuted, but not turned.
 
-Legend: D width, F units of an MLP, N hidden tokens flat.
+Legend: D width, F units of an MLP, N hidden tokens flat, K matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import torch
@@ -23,6 +32,7 @@ from sgt_titan.conjformer.convert import Conversion, Norms
 from sgt_titan.evaluation.attacks import inverter as learned
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
+from sgt_titan.evaluation.attacks.rotation_products import Kinds, gate_rows, grams, products
 from sgt_titan.evaluation.world.threat import (
     Corpus,
     Cost,
@@ -39,8 +49,9 @@ from sgt_titan.evaluation.world.threat import (
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 GUESSES = 10
-ROUNDS = 200
+TRIAL, ROUNDS = 5, 200
 SETTLED = 1e-10
+CERTAIN = 0.999  # agreement above which nothing else has to be tried
 
 
 class Recovered(NamedTuple):
@@ -82,50 +93,76 @@ def spectral_inverter(
 
 
 def recover(served: TrunkFiles, public: TrunkFiles) -> Recovered:
-    """The rotation between two checkpoints; of the two conversions the one that fits better is taken."""
-    return max((_recover(served, public, norms) for norms in get_args(Norms)), key=lambda found: found.agreement)
+    """The rotation between two checkpoints; of both conversions, with and without symmetries, what fits best."""
+    theirs = Conversion(served.path, None)
+    best: Recovered | None = None
+    for norms in get_args(Norms):
+        ours = Conversion(public.path, None, norms=norms)
+        for invariants in (products, grams):
+            found = _recover(theirs, ours, invariants)
+            best = found if best is None or found.agreement > best.agreement else best
+            if best.agreement > CERTAIN:
+                return best
+    assert best is not None
+    return best
 
 
-def _recover(served: TrunkFiles, public: TrunkFiles, norms: Norms) -> Recovered:
-    theirs, ours = Conversion(served.path, None), Conversion(public.path, None, norms=norms)
-    secret, known = zip(*_grams(theirs, ours), strict=True)
-    secret_KDD, known_KDD = torch.stack(secret), torch.stack(known)
-    turned_DD, plain_DD = (torch.linalg.eigh(grams.sum(0)).eigenvectors for grams in (secret_KDD, known_KDD))
-    same_DD = ((turned_DD.T @ secret_KDD @ turned_DD) * (plain_DD.T @ known_KDD @ plain_DD)).sum(0)
-    signs_D = torch.linalg.eigh(same_DD.fill_diagonal_(0)).eigenvectors[:, -1].sign()
+def _recover(theirs: Conversion, ours: Conversion, invariants: Callable[[Conversion], Kinds]) -> Recovered:
+    secret, known = invariants(theirs), invariants(ours)
+    secret_KDD, known_KDD = (torch.stack([m for kind in kinds.values() for m in kind]) for kinds in (secret, known))
+    starts = [_by_eigenvectors(secret_KDD, known_KDD, secret_KDD, known_KDD)]
+    for kind in secret:
+        starts.append(_by_eigenvectors(torch.stack(secret[kind]), torch.stack(known[kind]), secret_KDD, known_KDD))
+    starts.append(_by_sums(theirs, ours, secret_KDD, known_KDD))
+    tried = [_iterated(secret_KDD, known_KDD, U_DD, TRIAL) for U_DD in starts]
+    best = max(tried, key=lambda U_DD: _fit(secret_KDD, known_KDD, U_DD))
+    return _polished(theirs, ours, _iterated(secret_KDD, known_KDD, best, ROUNDS))
+
+
+def _by_eigenvectors(
+    secret_KDD: torch.Tensor, known_KDD: torch.Tensor, further_KDD: torch.Tensor, further_known_KDD: torch.Tensor
+) -> torch.Tensor:
+    """Steps 1 and 2; signs from the further pair."""
+    turned_DD, plain_DD = (torch.linalg.eigh(_symmetric(m.sum(0))).eigenvectors for m in (secret_KDD, known_KDD))
+    same_DD = ((turned_DD.T @ further_KDD @ turned_DD) * (plain_DD.T @ further_known_KDD @ plain_DD)).sum(0)
+    signs_D = torch.linalg.eigh(_symmetric(same_DD).fill_diagonal_(0)).eigenvectors[:, -1].sign()
     signs_D[signs_D == 0] = 1
-    U_DD = (turned_DD * signs_D) @ plain_DD.T
-    for _ in range(ROUNDS):
-        after_DD = orthogonal((secret_KDD @ U_DD @ known_KDD).sum(0))
+    return (turned_DD * signs_D) @ plain_DD.T
+
+
+def _by_sums(theirs: Conversion, ours: Conversion, secret_KDD: torch.Tensor, known_KDD: torch.Tensor) -> torch.Tensor:
+    """Known pairs without a known token: the sum of each gate's rows, u' = U u, and its images M' u' = U M u. Where
+    these span no basis the rest of U is arbitrary."""
+    found = []
+    for layer in range(ours.sizes.layers):
+        pair = [gate_rows(c, layer).sum(0) for c in (theirs, ours)]
+        images = [m_KDD @ u_D for m_KDD, u_D in zip((secret_KDD, known_KDD), pair, strict=True)]
+        found.append([torch.cat([u_D[None], i_KD]) for u_D, i_KD in zip(pair, images, strict=True)])
+    secret_XD, known_XD = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
+    length_X1 = known_XD.norm(dim=-1, keepdim=True).clamp_min(1e-30)  # each weighs the same
+    return orthogonal((secret_XD / length_X1).T @ (known_XD / length_X1))
+
+
+def _iterated(secret_KDD: torch.Tensor, known_KDD: torch.Tensor, U_DD: torch.Tensor, rounds: int) -> torch.Tensor:
+    """Step 3."""
+    for _ in range(rounds):
+        half_KDD = U_DD @ known_KDD
+        product_DD = (secret_KDD.mT @ half_KDD).sum(0) + (secret_KDD @ (U_DD @ known_KDD.mT)).sum(0)
+        after_DD = orthogonal(product_DD)
         moved, U_DD = (after_DD - U_DD).norm() / U_DD.norm(), after_DD
         if moved < SETTLED:
             break
-    return _polished(theirs, ours, U_DD)
+    return U_DD
 
 
-def _grams(theirs: Conversion, ours: Conversion) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(D, D) each, of every projection of every layer, traces 1, rotated and public."""
-    for layer in range(ours.sizes.layers):
-        for module, rule in ours.family.linears.items():
-            weights = theirs.linear(layer, module), _absorbed(ours, layer, module)
-            reads = rule.reads == "residual"
-            # Several projections in one tensor have a secret each, and their Grams add up.
-            secret, known = (w.T @ w if reads else w @ w.T for w in weights)
-            yield secret / secret.trace(), known / known.trace()
-
-
-def _absorbed(ours: Conversion, layer: int, module: str) -> torch.Tensor:
-    """The public weight as the conversion uses it: a LayerNorm's centring is in what writes the stream."""
-    weight = ours.linear(layer, module)
-    writes = ours.family.linears[module].out == ("residual",)
-    return weight - weight.mean(0, keepdim=True) if writes and ours.family.centred else weight
+def _fit(secret_KDD: torch.Tensor, known_KDD: torch.Tensor, U_DD: torch.Tensor) -> float:
+    return (secret_KDD * (U_DD @ known_KDD @ U_DD.T)).sum().item()
 
 
 def _polished(theirs: Conversion, ours: Conversion, U_DD: torch.Tensor) -> Recovered:
-    """Sign and Procrustes from the rows of the first MLP projection of every layer, matched by cosine."""
-    module = next(name for name, rule in ours.family.linears.items() if rule.out == ("unit",))
+    """Step 4: rows matched by cosine."""
     rows = [
-        tuple(torch.nn.functional.normalize(c.linear(layer, module), dim=-1) for c in (theirs, ours))
+        tuple(torch.nn.functional.normalize(gate_rows(c, layer), dim=-1) for c in (theirs, ours))
         for layer in range(ours.sizes.layers)
     ]
     for turn in range(4):
@@ -136,6 +173,10 @@ def _polished(theirs: Conversion, ours: Conversion, U_DD: torch.Tensor) -> Recov
         U_DD = orthogonal(sum((s.T @ k[m] for (s, k), m in zip(rows, matches, strict=True)), torch.zeros_like(U_DD)))
     agreement = torch.cat([(s @ U_DD * k[m]).sum(-1) for (s, k), m in zip(rows, matches, strict=True)]).mean().item()
     return Recovered(U_DD, agreement)
+
+
+def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
+    return (matrix + matrix.mT) / 2
 
 
 def _note(found: Recovered) -> str:

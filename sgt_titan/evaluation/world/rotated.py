@@ -13,11 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sgt_titan.conjformer.client import Client
+from sgt_titan.conjformer.mark import require_original, require_same_secret
 from sgt_titan.conjformer.secret import load as load_secret
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, Rotation
 from sgt_titan.evaluation.world.samples import Padded, load_trunk
 from sgt_titan.transform.trunk_files import EMBEDDING, TrunkFiles
+from sgt_titan.trunk.files import CONFIG, read_json
 
 
 class Answering:
@@ -34,12 +36,13 @@ class Answering:
 
 def load_rotation(
     before: Mechanism, server: str | Path, client: str | Path, secret: str | Path, public: str | Path,
-    *, wire: torch.dtype = torch.float32, name: str = "", title: str = "",
+    *, wire: torch.dtype = torch.float32, name: str = "", title: str = "", own: bool = False,
 ) -> Mechanism:  # fmt: skip
     """``before``, then the secret basis.
 
     Args:
-        public: the checkpoint that the server's was made from, as the world knows it.
+        public: the checkpoint that the server's was made from, as the world knows it. With ``own`` one that the
+            attacker made himself the same way, which need not be the original.
         wire: type in which embeddings are sent.
 
     Raises:
@@ -48,12 +51,15 @@ def load_rotation(
     found = Client.load(client, load_secret(Path(secret)))
     if found.positions_TD is not None:
         raise UserError(f"{client}: positions are added to these embeddings, which the attacks here do not know of")
-    files = TrunkFiles(server)
+    files, original = TrunkFiles(server), TrunkFiles(public)
+    require_same_secret(server, read_json(files.path / CONFIG), load_secret(Path(secret)).name)
+    if not own:
+        require_original(public, read_json(original.path / CONFIG))
     width = files.entries[EMBEDDING].shape[1] if EMBEDDING in files else None
     if width != found.U_DD.shape[0]:
         raise UserError(f"{server}: is not the server of {client} (their widths differ)")
     answer = Answering(load_trunk(server, torch.device("cpu"), embeds=False), found)
-    return rotate(before, answer, files, TrunkFiles(public), wire=wire, name=name, title=title)
+    return rotate(before, answer, files, original, wire=wire, name=name, title=title)
 
 
 def rotate(

@@ -88,6 +88,26 @@ P = "parallelism"
             1,
             "trunk.float8: run.task finetune trains the trunk, which needs its own type; set it to none",
         ),
+        (
+            ["finetune.distil=0.5"],
+            1,
+            "finetune.distil: belongs to run.task finetune, this is run.task sgt; leave it out",
+        ),
+        (
+            ["run.task=finetune", "finetune.drift=1"],
+            1,
+            "finetune.teacher is not set: distil and drift need the directory of the original checkpoint",
+        ),
+        (
+            ["run.task=finetune", "finetune.teacher=/some"],
+            1,
+            "finetune.teacher: is not used while distil and drift are 0; set one of them or leave it out",
+        ),
+        (
+            ["run.task=finetune", "teacher_cache.top_k=8"],
+            1,
+            "teacher_cache.top_k: run.task finetune stores nothing of its teacher; set it to 0",
+        ),
         (["estimator.layers=0"], 1, "estimator.layers must be at least 1, got 0"),
         (
             ["estimator.layers=5"],

@@ -16,6 +16,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[3] / "train_configs" / "conjf
 def test_config_is_valid(path, monkeypatch):
     monkeypatch.setenv("SGT_TRUNKS", "/nothing")
     monkeypatch.setenv("SGT_TITAN_CONJFORMER", "/nothing")
+    monkeypatch.setenv("SGT_TITAN_ASSETS", "/nothing")
     config = load(str(path))
     size = config.cluster.nodes * config.cluster.gpus_per_node
     config = resolve(config, world_size=size)
@@ -28,6 +29,7 @@ def test_config_is_valid(path, monkeypatch):
 )
 def test_refusals(words, monkeypatch):
     monkeypatch.setenv("SGT_TITAN_CONJFORMER", "/nothing")
+    monkeypatch.setenv("SGT_TITAN_ASSETS", "/nothing")
     path = next(path for path in CONFIGS if path.stem == "stories3m")
     with pytest.raises(UserError, match=r"run\.task finetune"):
         validate(resolve(load(str(path), list(words)), world_size=2), 2, None)

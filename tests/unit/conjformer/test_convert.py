@@ -12,9 +12,14 @@ import torch
 from rotated_trunks import VOCAB, WIDTH, model_of, write_gpt2
 from safetensors.torch import load_file, save_file
 
+from sgt_titan.conjformer.basis import Basis
+from sgt_titan.conjformer.client import Client
 from sgt_titan.conjformer.command import main
 from sgt_titan.conjformer.convert import Conversion
-from sgt_titan.conjformer.secret import Secret
+from sgt_titan.conjformer.families import FAMILIES as ROWS
+from sgt_titan.conjformer.families import Sizes, symmetries_of
+from sgt_titan.conjformer.mark import mark_of, require_original, require_same_secret
+from sgt_titan.conjformer.secret import Secret, load
 from sgt_titan.errors import UserError
 
 FAMILIES = ("llama", "llama-tied", "llama-llama3-rope", "qwen2", "qwen3", "qwen3-tied", "gpt2", "gpt2-untied")
@@ -37,6 +42,67 @@ def answers(found, dtype=torch.float32, client_dtype=torch.float32):
 def test_folded_equals_the_plain_model(rotated, name):
     found = rotated(name)
     torch.testing.assert_close(answers(found), logits(found.trunk), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ("llama", "qwen2", "qwen3", "gpt2"))
+def test_each_symmetry_is_exact_and_changes_what_is_served(rotated, name):
+    """Beside the rotation, one at a time and none at all; compared are lengths, which a rotation leaves."""
+    plain = load_file(rotated(name, "--symmetries", "none").server / "model.safetensors")
+    lengths = {key: tensor.norm().item() for key, tensor in plain.items()}
+    for symmetry in symmetries_of(ROWS[name]):
+        found = rotated(name, "--symmetries", symmetry)
+        torch.testing.assert_close(answers(found), logits(found.trunk), atol=1e-4, rtol=0)
+        served = load_file(found.server / "model.safetensors")
+        moved = {
+            key for key, tensor in served.items() if abs(tensor.norm().item() - lengths[key]) > 1e-3 * lengths[key]
+        }
+        words = {"values": ("v_proj", "o_proj", "attn.c_"), "units": ("up_proj", "down_proj"),
+                 "queries": ("q_proj", "k_proj", "c_attn"), "heads": ()}[symmetry]  # fmt: skip
+        assert bool(moved) == bool(words) and all(any(word in key for word in words) for key in moved), symmetry
+
+
+def test_heads_change_places():
+    family = ROWS["llama"]
+    sizes = Sizes(width=8, layers=1, heads=12, kv_heads=4, head=2, units=4, vocab=9, tied=True)
+    basis = Basis(Secret(bytes(32)), family, sizes, lambda _: torch.ones(1, dtype=torch.bool), symmetries=("heads",))
+    queries_H, keys_K = basis.order(0, 3), basis.order(0, 1)
+    assert sorted(queries_H.tolist()) == list(range(12)) and keys_K.tolist() != list(range(4))
+    assert (queries_H.reshape(4, 3) // 3 == keys_K[:, None]).all()  # a query keeps its keys
+
+
+def test_shaking_keeps_the_scale_and_is_marked(trunk_of, tmp_path):
+    trunk = trunk_of("llama")
+    for out in ("a", "b"):
+        assert main([str(trunk), str(tmp_path / out), "--plain", "--shake", "0.75"]) == 0
+    assert main([str(trunk), str(tmp_path / "plain"), "--plain"]) == 0
+    a, b, plain = (load_file(tmp_path / out / "model.safetensors") for out in ("a", "b", "plain"))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    cosine = torch.nn.functional.cosine_similarity
+    assert abs(cosine(a[name].flatten(), plain[name].flatten(), dim=0) - 0.5) < 0.06
+    assert abs(cosine(a[name].flatten(), b[name].flatten(), dim=0) - 0.25) < 0.06  # the noise is another each time
+    assert abs(a[name].std() / plain[name].std() - 1) < 0.06
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(a[norm], plain[norm])
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    with pytest.raises(UserError, match="moved away from its original"):
+        require_original(tmp_path / "a", config)
+    require_original(tmp_path / "plain", json.loads((tmp_path / "plain" / "config.json").read_text()))
+
+
+def test_both_halves_name_the_secret_and_say_nothing_of_it(rotated):
+    found = rotated("llama-tied")
+    secret = load(found.secret)
+    said = [
+        json.loads((found.server / "config.json").read_text()),
+        json.loads((found.client / "client.json").read_text()),
+    ]
+    assert mark_of(said[0])["secret"] == said[1]["secret"] == secret.name
+    assert len(secret.name) == 16 and secret.name not in secret.key.hex()
+    require_same_secret(found.server, said[0], secret.name)
+    with pytest.raises(UserError, match="another secret"):
+        require_same_secret(found.server, said[0], Secret.fresh().name)
+    with pytest.raises(UserError, match="another secret"):
+        Client.load(found.client, Secret.fresh())
 
 
 def test_licences_travel_with_every_part(trunk_of, tmp_path):
@@ -87,11 +153,11 @@ def test_mean_of_qk_gains_frees_every_plane(rotated, trunk_of):
     secret = Secret(bytes(32))  # a fresh one turns most of so few planes by little in one of a few hundred runs
     exact = Conversion(trunk_of("qwen3"), secret)
     mean = Conversion(trunk_of("qwen3"), secret, norms="mean")
-    turned = exact.basis._query(0)
+    turned, _ = exact.basis._query(0)
     eye = torch.eye(16, dtype=torch.float64).expand_as(turned)
     torch.testing.assert_close(turned.abs(), eye, atol=1e-15, rtol=0)
     assert {round(x) for x in turned.diagonal(dim1=1, dim2=2).flatten().tolist()} == {-1, 1}
-    assert mean.basis._query(0).diagonal(dim1=1, dim2=2).abs().median() < 0.95
+    assert mean.basis._query(0)[0].diagonal(dim1=1, dim2=2).abs().median() < 0.95
 
 
 def test_the_server_gets_no_table_and_no_positions(rotated):
@@ -136,7 +202,6 @@ def test_another_secret_gives_another_server(rotated, trunk_of, tmp_path):
 
 def test_shards_hold_the_same_tensors(rotated, tmp_path):
     found = rotated("llama")
-    from sgt_titan.conjformer.secret import load
     from sgt_titan.conjformer.write import write_server
 
     write_server(Conversion(found.trunk, load(found.secret)), tmp_path / "many", shard_bytes=20_000)
@@ -214,6 +279,13 @@ def test_refusals_write_nothing(rotated, trunk_of, trunk_dir, tmp_path):
     refused([trunk_dir("deepseek-dense"), out, "--secret", secret], "model_type 'deepseek_v3'", out, secret)
     refused([tmp_path / "none", out, "--secret", secret], "no directory", out, secret)
     refused([trunk, rotated("llama").server, "--secret", secret], "not an empty directory", secret)
+    for word, why in (("planes", "unknown; all, none"), ("values,queries", "QK-norm")):
+        words = [trunk_of("qwen3"), out, "--secret", secret, "--symmetries", word]
+        refused(words, f"--symmetries .*{why}", out, client, secret)
+    refused([trunk_of("gpt2"), out, "--secret", secret, "--symmetries", "units"], "gpt2 has no gate", out, secret)
+    refused([trunk, out, "--plain", "--symmetries", "none"], "belongs to a rotation", out)
+    refused([trunk, out, "--secret", secret, "--shake", "0.5"], "--shake belongs to --plain", out, secret)
+    refused([trunk, out, "--plain", "--shake", "1"], r"--shake must be in \[0, 1\), got 1", out)
     refused([trunk, out, "--secret", secret, "--device", "cuda:77"], "no such device", out, secret)
 
 

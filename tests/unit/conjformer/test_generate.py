@@ -13,6 +13,7 @@ from rotated_trunks import WIDTH, model_of
 from safetensors.torch import save
 
 from sgt_titan.conjformer.generate import Local, RotatedRemote, generate, sample
+from sgt_titan.conjformer.secret import Secret
 from sgt_titan.conjformer.serve import make_server
 from sgt_titan.conjformer.talk import generate as generate_command
 from sgt_titan.conjformer.talk import serve as serve_command
@@ -97,6 +98,16 @@ def test_a_session_that_was_forgotten_is_not_begun_anew(served, monkeypatch):
     other.step(x_TD)
     with pytest.raises(UserError, match="has 0 positions of this session, not 12; start again"):
         one.step(x_TD)
+
+
+def test_a_server_of_another_secret_refuses(served):
+    found, url = served
+    client = found.load_client()
+    mine = RotatedRemote(url, secret=client.about["secret"])
+    assert list(generate(client, mine, PROMPT, max_tokens=2)) == plain_answer(found.trunk, 2)
+    other = RotatedRemote(url, secret=Secret.fresh().name)
+    with pytest.raises(UserError, match=r"another secret.*HTTP 409"):
+        list(generate(client, other, PROMPT, max_tokens=2))
 
 
 def test_sampling_follows_the_distribution():
