@@ -31,7 +31,7 @@ class Price(NamedTuple):
 
 
 PRICES = {"cpu": Price(90.0, 0.02), "cuda": Price(120.0, 0.15)}
-"""Measured on a CPU: 0 to 4% of a step, since the loss works in blocks without a compiler. Assumed on a GPU, on the
+"""Measured on a CPU: 2 to 4% of a step, since the loss works in blocks without a compiler. Assumed on a GPU, on the
 careful side: nobody has measured it there.
 """
 
