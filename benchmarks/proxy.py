@@ -62,6 +62,8 @@ def instant() -> None:
 
     routes = [Route("/v1/models", models), Route("/v1/completions", completions, methods=["POST"])]
     app = Starlette(routes=routes)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as the proxy's own
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1024)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False)).run(sockets=[listener])

@@ -37,6 +37,7 @@ from tests.stub_servers import running, vllm_app
 CANARY = "Zorblax-7741"
 KEY = "soak-key-0123456789"
 PATH = "/v1/chat/completions"
+PATIENCE = 900.0  # seconds; more than the proxy's own longest limit: what hangs there is an error of its own
 
 
 class Forgetful(list):
@@ -92,6 +93,7 @@ class Seen:
         self.counts: collections.Counter[str] = collections.Counter()
         self.answered: list[str] = []
         self.lost: list[str] = []
+        self.stopped: list[float] = []  # seconds in which nothing ran
         self.canary = 0
 
     def ended(self, kind: str, how: str, words: str = "") -> None:
@@ -150,18 +152,25 @@ def memory(pid: int) -> float:
 
 async def soak(url: str, pid: int, seconds: float, clients: int, seed: int) -> tuple[Seen, list[float]]:
     seen = Seen()
-    sizes, until = [], time.monotonic() + seconds
+    sizes, until, step = [], time.monotonic() + seconds, min(5, seconds / 20)
 
     async def keep(number: int) -> None:
         rng = random.Random(f"{seed} {number}")
-        async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=90) as client:
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=PATIENCE) as client:
             while time.monotonic() < until:
                 await one(client, rng, seen)
 
     async def watch() -> None:
+        nonlocal until
         while time.monotonic() < until:
             sizes.append(memory(pid))
-            await asyncio.sleep(min(5, seconds / 20))
+            slept = time.monotonic()
+            await asyncio.sleep(step)
+            away = time.monotonic() - slept - step
+            if away > 5:  # somebody has stopped all of us (SIGSTOP); that is no time of the soak
+                seen.stopped.append(away)
+                until += away
 
     await asyncio.gather(watch(), *(keep(number) for number in range(clients)))
     return seen, sizes
@@ -204,6 +213,8 @@ def main() -> int:
     print(f"memory: {early:.0f} MiB early, {late:.0f} MiB late; upstream died {upstream.deaths} times")
     print(f"upstream: {trunk.started} begun, {trunk.finished} to the end, {twice} of them twice")
     print(f"answered: {len(seen.answered)}, {unfounded} not generated to the end just once, {repeated} ids repeated")
+    if seen.stopped:
+        print(f"stopped {len(seen.stopped)} times, {sum(seen.stopped):.0f} s in all, which are not in the minutes")
     print(f"lost: {len(seen.lost)} of {sum(seen.counts.values())}; canary printed: {printed}; ", end="")
     print(f"exit code of the proxy: {process.returncode}")
     for words in seen.lost[:10]:

@@ -15,5 +15,5 @@ done
 # -N shows the answer as it comes. Key and prompt are no arguments: those every user of a machine can see.
 curl -sSN "localhost:$port/v1/chat/completions" --data-binary @- \
   -H @<(echo "Authorization: Bearer $SGT_TITAN_API_KEY") -H 'Content-Type: application/json' <<'END'
-{"model": "private", "messages": [{"role": "user", "content": "Who wrote Moby-Dick?"}], "stream": true, "max_tokens": 100}
+{"model": "private", "messages": [{"role": "user", "content": "Who wrote Moby-Dick?"}], "stream": true, "max_tokens": 80}
 END

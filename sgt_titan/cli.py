@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 from sgt_titan import __version__, train
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, number
 from sgt_titan.cluster import notice
-from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.door import name_argument, read_config, split_words
 from sgt_titan.config.help import help_text
 from sgt_titan.config.load import available, dump, load
 from sgt_titan.errors import UserError, guarded
@@ -119,9 +119,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         )
 
     run = command("train", "Train a run: on this machine, or on this rank when started by torchrun.", help_text())
-    run.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    name_argument(run)
     run.add_argument(
-        "--nproc", type=int, help="processes (default: cluster.gpus_per_node if there are that many GPUs, else 1)"
+        "--nproc",
+        type=number(int, 1),
+        help="processes (default: cluster.gpus_per_node if there are that many GPUs, else 1)",
     )
     run.add_argument("--dry-run", action="store_true", help="check the config, print it with every value, and stop")
 
@@ -134,10 +136,10 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
     prepare = command("prepare", "Tokenize the data of a run into its cache, and stop.", help_text())
-    prepare.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    name_argument(prepare)
 
     preview = command("preview", "Show a row of a run's data as it will be trained on.", help_text())
-    preview.add_argument("name", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    name_argument(preview)
     preview.add_argument("--row", type=int, default=1, metavar="N", help="number of the row in the source (default: 1)")
     preview.add_argument("--source", default="", metavar="NAME", help="of several, by name (default: the first)")
 
@@ -150,8 +152,6 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     name, nproc = arguments.name, arguments.nproc
-    if nproc is not None and nproc < 1:
-        raise UserError(f"--nproc must be at least 1, got {nproc}")
     if arguments.dry_run:
         cluster = load(name, overrides).cluster
         size = nproc or int(os.environ.get("WORLD_SIZE", cluster.nodes * cluster.gpus_per_node))

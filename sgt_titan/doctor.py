@@ -39,7 +39,7 @@ from typing import Any
 
 import sgt_titan
 from sgt_titan import disk
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, number
 from sgt_titan.cluster import preflight
 from sgt_titan.config.check import validate
 from sgt_titan.config.door import read_config, split_words
@@ -72,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "name", nargs="?", metavar="NAME", help="a config, whose trunk, data and directories are checked too"
     )
     parser.add_argument("--reports", type=Path, help="directory for the reports of a job's processes")
-    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds (default %(default)g)")
+    parser.add_argument(
+        "--deadline", type=number(float, above=0), default=DEADLINE, help="seconds (default %(default)g)"
+    )
     arguments, overrides = split_words(parser, sys.argv[1:] if argv is None else argv)
-    if not arguments.deadline > 0:
-        raise UserError(f"--deadline: {arguments.deadline:g} is not above 0")
     if overrides and not arguments.name:
         raise UserError(f"{overrides[0]}: overrides need the NAME of a config")
     config = read_config(arguments.name, overrides)[0] if arguments.name else None

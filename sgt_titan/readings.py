@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sgt_titan.arguments import Parser, check_seed
+from sgt_titan.arguments import Parser, number, seed_argument
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
 from sgt_titan.terminal import printable, quiet
@@ -41,13 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--private", metavar="A,B", default="patterns,names", help="default patterns,names; '': none")
     parser.add_argument("--private-own", metavar="FILE", help="words, patterns and surrogates of your own (YAML)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of the answer (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the attackers' noise (default 0)")
+    parser.add_argument("--max-tokens", type=number(int, 1), default=64, help="of the answer (default 64)")
+    seed_argument(parser, "the attackers' noise")
     arguments, overrides = parser.parse_known_args(argv)
     settle(arguments)
-    check_seed(arguments.seed)
-    if arguments.max_tokens < 1:
-        raise UserError(f"--max-tokens: {arguments.max_tokens}, must be at least 1")
     from sgt_titan.private import Private
 
     private = Private.of(arguments.private, own=arguments.private_own)

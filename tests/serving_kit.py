@@ -114,3 +114,15 @@ def agent_sgt(chat_trunk, tmp_path_factory):
 def identity_export(chat_trunk, tmp_path_factory) -> Path:
     """A transform that changes nothing that matters: answers must be those to the clean prompt."""
     return make_export(chat_trunk, tmp_path_factory.mktemp("identity") / "export", std=0.0)
+
+
+@pytest.fixture(scope="module")
+def sgt(chat_export):
+    from sgt_titan.client import StainedGlassTransform as Client
+
+    return Client.from_pretrained(chat_export)
+
+
+@pytest.fixture(scope="module")
+def trunk(chat_trunk) -> Trunk:
+    return load_trunk(chat_trunk)

@@ -188,7 +188,7 @@ def explain(wire: Wire, status: int, payload: Any) -> UpstreamError:
             f"the upstream does not accept embeddings; start it with {wire.embeds_flag}",
             code="upstream_embeds_disabled",
         )
-    if "hidden_size" in lower or "hidden size" in lower:
+    if ("hidden_size" in lower or "hidden size" in lower) and "2d tensor" not in lower:  # which names the axes
         return UpstreamError(
             "the upstream serves another model than this transform's trunk: its embeddings have another width",
             code="upstream_wrong_model",

@@ -17,6 +17,12 @@ from sgt_titan.config.schema import Config
 from sgt_titan.config.trunk import read_trunk
 
 
+def name_argument(parser: argparse.ArgumentParser, dest: str = "name", *, needed: bool = True) -> None:
+    """NAME, of every command that takes a config."""
+    help = "a config of train_configs/ or a YAML file"
+    parser.add_argument(dest, nargs=None if needed else "?", metavar="NAME", help=help)
+
+
 def split_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """A command's own arguments, and the overrides that stood anywhere among them.
 

@@ -12,6 +12,7 @@ from sgt_titan.trunk.check import check_checkpoint
 from sgt_titan.trunk.families import check_config
 from sgt_titan.trunk.files import CONFIG, check_folder, holds_weights, read_json
 from sgt_titan.trunk.quantisation import scheme_of
+from sgt_titan.trunk.tokenizer_files import check_tokenizer
 
 # Entries of config.json that change a weight's shape; `path` and `architecture` must agree on them.
 _SHAPE_KEYS = (
@@ -58,4 +59,6 @@ def read_trunk(config: Config, *, weights: bool = True) -> dict[str, Any]:
     elif config.run.task == "sgt":
         check_config(found[0])
         scheme_of(found[0])
+    if own and (own.parent / "tokenizer.json").is_file():
+        check_tokenizer(own.parent, found[0])
     return found[0]

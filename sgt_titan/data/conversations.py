@@ -189,6 +189,9 @@ def _chat(
     content_keys = (columns["content"],) if columns.get("content") else CONTENT_KEYS
     for t, turn in enumerate(value):
         given = turn if isinstance(turn, Mapping) else {}
+        if plain := _plain(given, role_keys[0], content_keys[0], roles):
+            yield plain
+            continue
         turn = {k: v for k, v in given.items() if v is not None}
         key = next((key for key in role_keys if key in turn), "")
         name = turn.get(key)
@@ -207,6 +210,15 @@ def _chat(
             ignored.append("weight of turns that are no answers")
         ignored += found.pop("ignored", ())
         yield found
+
+
+def _plain(turn: Mapping[str, Any], role: str, content: str, roles: Mapping[str, str]) -> dict[str, Any] | None:
+    """A turn of a role and a text under their first keys and nothing else, as most are; None: any other."""
+    name, text = turn.get(role), turn.get(content)
+    if len(turn) != 2 or not isinstance(name, str) or not isinstance(text, str):
+        return None
+    known = roles.get(name, "call")
+    return None if known == "call" else {"role": known, "content": text}
 
 
 def _turn(turn: Mapping[str, Any], role: str, said: str, where: str) -> tuple[dict[str, Any] | None, set[str]]:

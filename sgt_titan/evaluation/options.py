@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from sgt_titan.errors import UserError
+from sgt_titan.arguments import number
+from sgt_titan.config.door import name_argument
 
 GLANCE = "glance"  # the suite of the weakest attacker alone: what `sgt-titan report` prints
 SUITES = ("quick", "standard", "full")  # those that attack
@@ -23,7 +25,7 @@ def zero_argument(found: argparse.ArgumentParser) -> None:
     """--zero-steps, of every command that says what is kept."""
     found.add_argument(
         "--zero-steps",
-        type=int,
+        type=number(int, 1),
         metavar="N",
         default=ZERO_STEPS,
         help=f"fit the constant prompt that `kept` counts from for at most N steps (default {ZERO_STEPS}), once for a "
@@ -31,7 +33,13 @@ def zero_argument(found: argparse.ArgumentParser) -> None:
     )
 
 
-def check_zero(steps: int) -> None:
-    """Raises UserError for a number of steps that fits nothing."""
-    if steps < 1:
-        raise UserError(f"--zero-steps must be at least 1, got {steps}")
+def study_arguments(found: argparse.ArgumentParser, command: str) -> None:
+    """What every command has that trains and evaluates many."""
+    name_argument(found, "config")
+    found.add_argument("--out", metavar="DIR", type=Path, help=f"default: outputs/{command}-NAME")
+    suite_argument(found, "of each evaluation")
+    found.add_argument(
+        "--prompts", type=number(int, 2), metavar="N", help="held-out prompts to attack, instead of the suite's number"
+    )
+    zero_argument(found)
+    found.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")

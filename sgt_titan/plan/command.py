@@ -6,11 +6,11 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
-from sgt_titan.arguments import Parser, check_seed
-from sgt_titan.config.door import split_words
+from sgt_titan.arguments import Parser, number, seed_argument
+from sgt_titan.config.door import name_argument, split_words
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
 
@@ -29,6 +29,7 @@ from .interval import DAY, Saving, saving
 from .report import SHIPPED, figures, goodput_lines, simulated, steps_of_run, summary, terminal
 
 MOST_NODES = 1024  # looked at for the fewest that fit
+COUNT, TIME = number(int, 1), number(float, above=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "docs/MEMORY.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a config of train_configs/ or a YAML file")
-    parser.add_argument("--nodes", type=int, metavar="N", help="instead of the config's cluster.nodes")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="instead of cluster.gpus_per_node")
+    name_argument(parser, needed=False)
+    parser.add_argument("--nodes", type=COUNT, metavar="N", help="instead of the config's cluster.nodes")
+    parser.add_argument("--gpus-per-node", type=COUNT, metavar="G", help="instead of cluster.gpus_per_node")
     parser.add_argument("--gpu", metavar="KIND", help=f"instead of cluster.gpu: {', '.join(KINDS)}")
     parser.add_argument(
-        "--rows", type=int, metavar="N", help="packed rows (or samples) of an epoch, for the run's length"
+        "--rows", type=COUNT, metavar="N", help="packed rows (or samples) of an epoch, for the run's length"
     )
-    parser.add_argument("--node-mtbf-days", type=float, default=NODE_MTBF_DAYS, metavar="D", help="mean days between "
+    parser.add_argument("--node-mtbf-days", type=TIME, default=NODE_MTBF_DAYS, metavar="D", help="mean days between "
                         "failures of one node (default %(default).0f, of Llama 3's training)")  # fmt: skip
     parser.add_argument(
         "--simulate", action="store_true", help="also live through the run under node failures, many times"
@@ -64,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         parser.add_argument(
             f"--{name}-seconds",
-            type=float,
+            type=TIME,
             default=default,
             metavar="S",
             help=f"simulated: {text} (default %(default)g)",
         )
     parser.add_argument(
-        "--days", type=float, metavar="D", help="simulated: training in all (default: the config's, or 30)"
+        "--days", type=TIME, metavar="D", help="simulated: training in all (default: the config's, or 30)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default 0)")
+    seed_argument(parser, "the simulation")
     parser.add_argument("--json", action="store_true", help="numbers instead of a page")
     arguments, overrides = split_words(parser, sys.argv[1:] if argv is None else argv)
     if arguments.name is None:
@@ -80,11 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{overrides[0]}: overrides need the NAME of a config")
         print(summary(SHIPPED))
         return 0
-    check_seed(arguments.seed)
-    seconds = ("notice_seconds", "requeue_seconds", "preflight_seconds", "start_seconds")
-    for name in ("nodes", "gpus_per_node", "rows", "node_mtbf_days", "days", *seconds):
-        if (value := getattr(arguments, name)) is not None and not 0 < value < inf:
-            raise UserError(f"--{name.replace('_', '-')}: {value} is no number above 0")
     words = list(overrides)
     for key, value in (("nodes", arguments.nodes), ("gpus_per_node", arguments.gpus_per_node)):
         words += [f"--cluster.{key}", str(value)] if value else []

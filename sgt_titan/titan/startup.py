@@ -213,8 +213,9 @@ def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: T
 def load_hf_config(path: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}/config.json: transformers cannot read it ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # its checks of values have errors of their own
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}/config.json: transformers cannot read it ({said})") from None
 
 
 def once(file: Path, build: Callable[[], dict[str, Any]], timeout: float = 1800.0) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def gqa_decoder(
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     inv_freq, factor = rotary_frequencies(hf, head_dim)
 
-    with_rope = getattr(hf, "no_rope_layers", None) or [True] * hf.num_hidden_layers  # 1: it has
+    row = families.FAMILIES.get(hf.model_type, families.Family())
+    with_rope = hf.no_rope_layers if row.skips_rope else [True] * hf.num_hidden_layers  # 1: it has
 
     def layer(index: int) -> TransformerBlock.Config:
         # A layer without RoPE is one whose angles are all 0.

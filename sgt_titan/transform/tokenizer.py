@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgt_titan.errors import UserError
+from sgt_titan.trunk.files import read_json
 from sgt_titan.trunk.tokenizer_files import TOKENIZER_FILES, require_tokenizer
 
 if TYPE_CHECKING:
@@ -57,8 +58,20 @@ def load_tokenizer(directory: str | Path, said: str = "trunk.path") -> Any:
         raise UserError(f"{path}: no readable tokenizer (tokenizer.json, tokenizer_config.json): {reason}") from error
     finally:
         logging.set_verbosity(level)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processor_template(path / "chat_template.json")
     _check_like_file(tokenizer, raw, path)
     return tokenizer
+
+
+def _processor_template(file: Path) -> str | None:
+    """The template of a checkpoint that has it for a processor: the tokenizer's class does not look there."""
+    if not file.is_file():
+        return None
+    found = read_json(file).get("chat_template")
+    if not isinstance(found, str):
+        raise UserError(f"{file}: must hold a text under chat_template")
+    return found
 
 
 def tokenizer_folder(name: str | Path, **where: Any) -> Path:

@@ -11,7 +11,7 @@ from sgt_titan.errors import UserError
 from .families import check_config, is_tied, shapes, unexpected
 from .files import CONFIG, Entry, check_folder, read_entries, read_json
 from .quantisation import scheme_of, weights_of
-from .tokenizer_files import require_tokenizer
+from .tokenizer_files import check_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WINDOW, WINDOWS = 4096, 256  # bytes of a window, and how many of a tensor are compared: 1 MiB, whole where smaller
@@ -35,7 +35,7 @@ def check_checkpoint(path: str | Path, *, any_family: bool = False) -> dict[str,
     entries = weights_of(read_entries(folder), scheme_of(config))
     if not any_family:
         check_entries(folder, config, entries)
-    require_tokenizer(folder)
+    check_tokenizer(folder, config)
     return config
 
 

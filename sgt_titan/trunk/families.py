@@ -42,7 +42,8 @@ _BIASED = {"attention_bias": True, "mlp_bias": True, "use_sliding_window": True}
 class Family:
     """qkv_bias: queries, keys and values have one. qk_norm: queries and keys have gains of their own, per head.
 
-    latent: DeepSeek's attention (MLA) instead of grouped queries. tied: transformers' default of tie_word_embeddings.
+    latent: DeepSeek's attention (MLA) instead of grouped queries. skips_rope: ``no_rope_layers`` says which layers go
+    without RoPE; nobody else reads that key. tied: transformers' default of tie_word_embeddings.
     defaults: transformers' for numbers that shapes depend on and config.json may leave out.
     refused: values of config.json that the row has no module for.
     trained: ``titan/trunks.py`` builds it; else it is known to a part of the project only (a rotated basis).
@@ -51,6 +52,7 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     latent: bool = False
+    skips_rope: bool = False
     experts: Experts | None = None
     tied: bool = False
     defaults: Mapping[str, int] = field(default_factory=dict)
@@ -62,7 +64,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "qwen2": Family(qkv_bias=True, defaults={"num_key_value_heads": 32}),
     "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "smollm3": Family(tied=True, defaults={"num_key_value_heads": 4}),
+    "smollm3": Family(skips_rope=True, tied=True, defaults={"num_key_value_heads": 4}),
     "qwen3": Family(qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}),
     "qwen3_moe": Family(
         qk_norm=True,
@@ -129,20 +131,59 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
+# What values must be, as transformers checks them: counts, those of them that may be null, numbers, switches.
+_COUNTS = (*NEEDED, "max_position_embeddings")
+_COUNTS_OR_NULL = ("num_key_value_heads", "head_dim")
+_NUMBERS = ("rms_norm_eps",)
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob")
+
+
+def _check_values(config: Mapping[str, Any], row: Family) -> None:
+    """Raises UserError for a value of another kind than its key's, or a list of another length than the layers'."""
+    for key in (*_COUNTS, *_COUNTS_OR_NULL, *_NUMBERS, *_SWITCHES):
+        value = config.get(key)
+        if key not in config or (value is None and key in _COUNTS_OR_NULL):
+            continue
+        if key in _SWITCHES:
+            fine, what = isinstance(value, bool), "true or false"
+        elif key in _NUMBERS:
+            fine, what = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        else:
+            fine, what = type(value) is int and value > 0, "a number above 0"
+        if not fine:
+            raise UserError(f"trunk: config.json has {key} {value!r}, which must be {what}")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), Mapping | None):
+            raise UserError(f"trunk: config.json has {key} {config[key]!r}, which must be an object")
+        if any(isinstance(value, Mapping) for value in (config.get(key) or {}).values()):
+            raise UserError(f"trunk: config.json has {key} for several kinds of layers; all layers here have one")
+    for key in ("layer_types", *(("no_rope_layers",) if row.skips_rope else ())):
+        value, layers = config.get(key), config.get("num_hidden_layers")
+        if value is not None and (not isinstance(value, list) or len(value) != layers):
+            raise UserError(f"trunk: config.json has {key} that is no list of its {layers} layers")
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Raises UserError for a config.json whose row cannot express what it asks for."""
     row = family_of(config)
+    _check_values(config, row)
     for key, value in row.refused.items():
         if config.get(key) == value:
             kind = config["model_type"]
             raise UserError(f"trunk: config.json has {key} = {value!r}, which the {kind} row cannot express")
+    if other := next((kind for kind in config.get("layer_types") or () if kind != "full_attention"), None):
+        raise UserError(f"trunk: config.json has layer_types with {other!r}; all modules here see the whole context")
+    if config.get("is_causal") is False:
+        raise UserError("trunk: config.json has is_causal = False: an encoder, which predicts no next token")
     window = config.get("sliding_window", row.defaults.get("sliding_window"))
     if window and config.get("use_sliding_window", True) and window < (config.get("max_position_embeddings") or 0):
         raise UserError(
             f"trunk: config.json has sliding_window {window}, less than its context, and no module here has one; "
             "Mistral 7B from v0.2 on has none"
         )
-    if (found := config.get("hidden_act") or "silu") != "silu":
+    if config["model_type"] == "mistral" and config.get("layer_types"):
+        raise UserError("trunk: config.json has layer_types, by which transformers takes it for a 'ministral': no row")
+    if (found := config.get("hidden_act", "silu")) != "silu":
         raise UserError(f"trunk: config.json has hidden_act {found!r}; only 'silu' is supported")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
     kind = rope.get("rope_type") or rope.get("type") or "default"

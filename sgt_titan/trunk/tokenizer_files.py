@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sgt_titan.errors import UserError
+
+from .files import read_json
 
 # What makes ids; the others change how they are made, or what is rendered before.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -37,6 +41,28 @@ def require_tokenizer(folder: Path) -> Path:
             "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     return file
+
+
+def check_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
+    """That a folder's tokenizer is the model's, as far as tokenizer.json alone can say.
+
+    Raises:
+        UserError: there is none, it is no JSON, or it gives an id that the embedding table has no row for.
+    """
+    file, rows = require_tokenizer(folder), config.get("vocab_size")
+    found = read_json(file)
+    try:
+        vocabulary = found["model"]["vocab"]
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((t, i) for i, (t, _) in enumerate(vocabulary))
+        ids = {**dict(pairs), **{token["content"]: token["id"] for token in found.get("added_tokens") or []}}
+        largest = max(ids, key=ids.__getitem__, default="")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return  # of a form that is not known here; loading it says more
+    if isinstance(rows, int) and ids and ids[largest] >= rows:
+        raise UserError(
+            f"{file}: token {largest!r} has id {ids[largest]}, but config.json's vocab_size is {rows}; the tokenizer "
+            "belongs to another model, or the table was not grown with it"
+        )
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:

@@ -5,6 +5,8 @@ Shape suffixes: B rows, T tokens, V vocabulary, E experts, K experts of a token,
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,14 @@ def test_dense_logits(name, trunk_dir, record_property):
     record_property("max_difference", difference)
     print(f"{name}: max |difference| of logits {difference:.2e}")
     assert difference < TOLERANCE
+
+
+def test_a_key_of_another_family_changes_nothing(trunk_dir, tmp_path):
+    """transformers' Llama does not read SmolLM3's list of layers without RoPE."""
+    path = shutil.copytree(trunk_dir("llama"), tmp_path / "trunk")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"no_rope_layers": [1, 1, 0]}))
+    assert largest_difference(load_titan(path), load_hf(path), tokens(300)) < TOLERANCE
 
 
 # -- mixtures of experts -----------------------------------------------------------------------------------------------

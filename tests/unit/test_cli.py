@@ -72,7 +72,7 @@ NAMES = "run.name must be a name that is not empty, without / and not . or .. (r
         ("train --training.step mine", "unknown option --training.step; did you mean --training.steps?"),
         ("train mine --training.steps x", "--training.steps must be an integer, got 'x'"),
         ("train mine yours", "unrecognized arguments: yours (see sgt-titan train --help)"),
-        ("train mine --nproc x", "argument --nproc: invalid int value: 'x' (see sgt-titan train --help)"),
+        ("train mine --nproc x", "--nproc must be a whole number, got 'x'"),
         ("train mine --nproc 0", "--nproc must be at least 1, got 0"),
         ("train mine --training.seq_len 512", "training.seq_len 512 exceeds the trunk's max_position_embeddings 256"),
         (
@@ -176,6 +176,9 @@ def change(folder, **changes) -> None:
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "its weights are a pickle (.bin)"),
         (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "it holds GGUF files"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 9), "not a safetensors file"),
+        (lambda f: change(f, rms_norm_eps="1e-5"), "rms_norm_eps '1e-5', which must be a number"),
+        (lambda f: change(f, rope_scaling="linear"), "rope_scaling 'linear', which must be an object"),
+        (lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {"a": 10}}}'), "token 'a' has id 10, but"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),

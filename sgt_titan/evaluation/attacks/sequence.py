@@ -65,6 +65,8 @@ CHUNK = 1024  # tokens whose logits exist at a time when guessing
 class Effort:
     """What the attacks take as keywords. first: steps of the first cycle, most: of all together. layers, width: of the
     encoder (and decoder) unless ``from_trunk``: the trunk's own layers then. beams: of the decoder; 0: there is none.
+    points: the reader points to clean tokens, and trains on rows some of whose hidden tokens are shown as well: many
+    more ways to look at the same text.
     """
 
     first: int = 150
@@ -75,6 +77,7 @@ class Effort:
     lr: float = 1e-3
     from_trunk: bool = False
     beams: int = 0
+    points: bool = False
 
 
 # -- the attacks -------------------------------------------------------------------------------------------------------
@@ -159,19 +162,12 @@ def answer(
     corpus: Corpus,
     table: Table,
     seed: Seed,
-    *,
-    first: int = 150,
-    most: int = 600,
-    layers: int = 4,
-    width: int = 256,
-    batch_rows: int = 24,
-    lr: float = 1e-3,
+    **effort: Any,
 ) -> Guess:
     """The bidirectional reader with the true answer in the place of what was sent: what any mechanism gives up that
     keeps the answer."""
-    effort = Effort(first, most, layers, width, batch_rows, lr, False, 0)
     rows = Corpus([row.answered() for row in corpus.rows])
-    return _read(answered, None, rows, table, None, seed, effort)
+    return _read(answered, None, rows, table, None, seed, Effort(**effort, points=True))
 
 
 def _read(
@@ -238,7 +234,9 @@ def _begin(
             decoder, head = trunk_body(trunk.model), copy.deepcopy(trunk.model.get_output_embeddings()).float()
             head.requires_grad_(False)
             name += " and the trunk"
-    reader = Reader(table_VD, log_frequency_V, start, encoder, decoder, longest=longest, head=head)
+    reader = Reader(
+        table_VD, log_frequency_V, start, encoder, decoder, longest=longest, head=head, points=effort.points
+    )
     if start is not None:
         reader.std_D.copy_(pairs.sent_MD.std(0).clamp_min(1e-6 * table_VD.std()))
     return reader, name
@@ -294,11 +292,18 @@ def _cycles(
         for step in range(length):
             for group in optimizer.param_groups:
                 group["lr"] = effort.lr * annealed(step, length)
-            picks = random.integers(0, len(rows), min(effort.batch_rows, len(rows)))
-            _step(reader, own, [rows[i] for i in picks], own.noise(done + step + 1), optimizer)
+            picks = [rows[i] for i in random.integers(0, len(rows), min(effort.batch_rows, len(rows)))]
+            picks = [shown(row, random) for row in picks] if effort.points else picks
+            _step(reader, own, picks, own.noise(done + step + 1), optimizer)
         done += length
         last, stage = stage, _stage(reader, own, held, observation, effort, done)
         yield stage
+
+
+def shown(row: Sample, random: np.random.Generator) -> Sample:
+    """Half of the rows as they are; of the others a random share of the hidden tokens is clean."""
+    share = max(0.0, random.uniform(-1.0, 1.0))
+    return row._replace(obfuscate=row.obfuscate & (random.random(len(row.ids)) >= share))
 
 
 def _step(reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int, optimizer: torch.optim.Optimizer) -> None:
@@ -324,7 +329,9 @@ def losses(reader: Reader, batch: Padded, x_BTD: torch.Tensor | None) -> list[to
     hidden_BT = batch.obfuscate_BT & batch.valid_BT
     target_N, x_ND = batch.tokens_BT[hidden_BT], None if x_BTD is None else x_BTD[hidden_BT]
     h_BTH = reader.encode(x_BTD, batch.tokens_BT, hidden_BT, batch.valid_BT)
-    found = [nn.functional.cross_entropy(reader.marginal(h_BTH[hidden_BT], x_ND), target_N, reduction="none")]
+    logits_NV = reader.marginal(h_BTH[hidden_BT], x_ND)
+    logits_NV = reader.pointed(logits_NV, h_BTH, batch.tokens_BT, hidden_BT, batch.valid_BT)
+    found = [nn.functional.cross_entropy(logits_NV, target_N, reduction="none")]
     if reader.decoder is not None:
         g_BTG = reader.decode(h_BTH, before(batch.tokens_BT))
         logits_NV = reader.following(g_BTG[hidden_BT], x_ND)
@@ -348,6 +355,8 @@ def _verdict(stages: Sequence[Stage]) -> str:
         f"going from {last.steps} to {stage.steps} steps changed its loss on text kept aside by "
         f"{stage.loss - last.loss:+.3f} nats and its reading by {100 * (stage.share - last.share):+.1f} points"
     )
+    if stage.loss > last.loss + SETTLED_LOSS * max(last.loss, 1.0):
+        return f"has not converged but learnt its own text by heart: {change}; with more public text it reads more"
     if _settled(last, stage) and last.steps:
         return f"converged: {change}"
     return f"has not converged within its budget: {change}; a longer training reads more"
@@ -366,11 +375,11 @@ def _stage(
         hidden_BT = batch.obfuscate_BT & batch.valid_BT
         target_N, x_ND = batch.tokens_BT[hidden_BT], None if x_BTD is None else x_BTD[hidden_BT]
         h_BTH = reader.encode(x_BTD, batch.tokens_BT, hidden_BT, batch.valid_BT)
-        logits_NV = (
-            reader.marginal(h_BTH[hidden_BT], x_ND)
-            if reader.decoder is None
-            else reader.following(reader.decode(h_BTH, before(batch.tokens_BT))[hidden_BT], x_ND)
-        )
+        if reader.decoder is None:
+            logits_NV = reader.marginal(h_BTH[hidden_BT], x_ND)
+            logits_NV = reader.pointed(logits_NV, h_BTH, batch.tokens_BT, hidden_BT, batch.valid_BT)
+        else:
+            logits_NV = reader.following(reader.decode(h_BTH, before(batch.tokens_BT))[hidden_BT], x_ND)
         loss += nn.functional.cross_entropy(logits_NV, target_N, reduction="sum").item()
         right += int((logits_NV.argmax(-1) == target_N).sum())
         count += len(target_N)
@@ -390,7 +399,11 @@ def _guesses(reader: Reader, observation: Observation | Unseen, beams: int) -> t
         h_1TH = reader.encode(
             None if x_TD is None else x_TD[None], tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None]
         )
-        if reader.decoder is None:
+        if reader.points:
+            masks_1T = hidden_T[None], torch.ones_like(hidden_T)[None]
+            logits_NV = reader.pointed(reader.marginal(h_1TH[0, hidden_T], None), h_1TH, tokens_T[None], *masks_1T)
+            found.append(logits_NV.topk(min(GUESSES, logits_NV.shape[1])).indices.cpu())
+        elif reader.decoder is None:
             for part_C in hidden_T.nonzero()[:, 0].split(CHUNK):
                 logits_CV = reader.marginal(h_1TH[0, part_C], None if x_TD is None else x_TD[part_C])
                 found.append(logits_CV.topk(min(GUESSES, logits_CV.shape[1])).indices.cpu())

@@ -5,6 +5,8 @@ to right over the encoder's view and the tokens before, and so gives the posteri
 transformers' decoder-only models, new ones or the trunk's own (the best public prior of the language there is).
 
 Both add a correction to the linear start, with which they begin: the best that can be read from one token alone.
+An encoder may *point*: give a share of its probability to the clean tokens around, where it looks for them (a
+pointer-generator, arXiv 1704.04368). What an answer repeats of its prompt is copied that way, not learnt by heart.
 
 Legend: B rows, T positions, N hidden tokens flat, V vocabulary, D width of the table, H width of a body, C beams.
 """
@@ -66,6 +68,7 @@ class Reader(nn.Module):
         longest: int,
         head: nn.Module | None = None,
         from_trunk: bool = False,
+        points: bool = False,
     ):
         super().__init__()
         rows_VD, scale_D = scaled(table_VD)
@@ -90,6 +93,10 @@ class Reader(nn.Module):
         self.leave = nn.Linear(H, D)
         self.bias_V = nn.Parameter(torch.zeros(V))
         zeros: list[nn.Linear | nn.Embedding] = [self.leave]
+        self.points = points
+        if points:
+            self.ask, self.key, self.share = nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, 1)
+            zeros.append(self.share)
         if from_trunk:  # the trunk reads the estimated text, and what is added begins at nothing
             zeros += [self.place, self.text, *([self.enter] if self.sees else [])]
         self.decoder, self.head = decoder, head
@@ -102,6 +109,8 @@ class Reader(nn.Module):
             nn.init.zeros_(module.weight)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        if points:
+            nn.init.constant_(self.share.bias, -2.0)  # an eighth at first
 
     # -- what one token says alone --
 
@@ -153,6 +162,26 @@ class Reader(nn.Module):
     def marginal(self, h_NH: torch.Tensor, x_ND: torch.Tensor | None) -> torch.Tensor:
         """Logits (N, V) of each hidden token, given all that was sent."""
         return self.logits(self.leave(h_NH), None if x_ND is None else self.alone(x_ND))
+
+    def pointed(
+        self,
+        logits_NV: torch.Tensor,
+        h_BTH: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        hidden_BT: torch.Tensor,
+        valid_BT: torch.Tensor,
+    ) -> torch.Tensor:
+        """Log probabilities (N, V): ``marginal``'s, mixed with the clean tokens that each hidden one looks at."""
+        if not self.points:
+            return logits_NV
+        row_N = hidden_BT.nonzero()[:, 0]
+        clean_NT = (valid_BT & ~hidden_BT)[row_N]
+        score_BTT = self.ask(h_BTH) @ self.key(h_BTH).mT / h_BTH.shape[-1] ** 0.5
+        look_NT = torch.softmax(score_BTT[hidden_BT].masked_fill(~clean_NT, -1e9), -1) * clean_NT
+        copied_NV = torch.zeros_like(logits_NV).scatter_add_(1, tokens_BT.clamp_min(0)[row_N], look_NT)
+        share_N1 = torch.sigmoid(self.share(h_BTH[hidden_BT])) * clean_NT.any(1, keepdim=True)
+        mixed_NV = (1 - share_N1) * torch.softmax(logits_NV, -1) + share_N1 * copied_NV
+        return mixed_NV.clamp_min(1e-20).log()
 
     # -- from left to right --
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan import __version__
-from sgt_titan.arguments import Parser, check_seed, http_url
+from sgt_titan.arguments import Parser, http_url, number, seed_argument
 from sgt_titan.config.door import split_words
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.options import GLANCE, check_zero, suite_argument, zero_argument
+from sgt_titan.evaluation.options import GLANCE, suite_argument, zero_argument
 from sgt_titan.terminal import clock, say
 
 FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
@@ -52,11 +52,15 @@ def parser() -> argparse.ArgumentParser:
         help="default: EXPORT's folder, evaluation-SUITE; of a glance: nothing is kept",
     )
     suite_argument(found, "how much (default quick: minutes); glance: seconds, the weakest attacker", glance=True)
-    found.add_argument("--rows", "--samples", type=int, help="held-out prompts, instead of the suite's number")
-    found.add_argument("--seed", type=int, default=0, help="of the noise and of the attacks (default 0)")
+    found.add_argument(
+        "--rows", "--samples", type=number(int, 2), help="held-out prompts, instead of the suite's number"
+    )
+    seed_argument(found, "the noise and the attacks")
     found.add_argument("--attacks", metavar="A,B", default="", help="only these (default: all of the suite)")
     found.add_argument("--no-baselines", action="store_true", help="the export alone, nothing to compare it with")
-    found.add_argument("--examples", type=int, default=2, help="prompts the report shows in clear (default 2; 0: none)")
+    found.add_argument(
+        "--examples", type=number(int, 0), default=2, help="prompts the report shows in clear (default 2; 0: none)"
+    )
     found.add_argument(
         "--benchmarks", metavar="A,B", default="", help="lm-eval tasks for utility: names, or `paper` for the eight"
     )
@@ -70,9 +74,14 @@ def parser() -> argparse.ArgumentParser:
         help="what `sgt-titan conjformer convert TRUNK` wrote: also attack a secret rotation, alone and around the SGT",
     )  # fmt: skip
     zero_argument(found)
-    found.add_argument("--minutes", type=float, help="refuse to start what would take longer than this")
     found.add_argument(
-        "--memory", type=float, metavar="GIB", help="refuse to start what would need more (default: free)"
+        "--minutes", type=number(float, above=0), help="refuse to start what would take longer than this"
+    )
+    found.add_argument(
+        "--memory",
+        type=number(float, above=0),
+        metavar="GIB",
+        help="refuse to start what would need more (default: free)",
     )
     found.add_argument("--estimate", action="store_true", help="print what would run, how long and how large; stop")
     return found
@@ -177,16 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def checked(arguments: argparse.Namespace) -> None:
     """What can be said before anything is imported."""
-    if arguments.rows is not None and arguments.rows < 2:
-        raise UserError(f"--rows must be at least 2 (MI needs pairs of rows), got {arguments.rows}")
-    check_seed(arguments.seed)
-    check_zero(arguments.zero_steps)
-    if arguments.examples < 0:
-        raise UserError(f"--examples must be at least 0, got {arguments.examples}")
-    for name in ("minutes", "memory"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} must be positive, got {value:g}")
     if bool(arguments.judge) != bool(arguments.judge_model):
         raise UserError("--judge and --judge-model belong together")
     if arguments.judge and (not (url := http_url(arguments.judge)) or "@" in url.netloc):

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgt_titan import disk
-from sgt_titan.arguments import Parser, check_seed
+from sgt_titan.arguments import Parser, number, seed_argument
 from sgt_titan.config.origin import KEYS, export_of, of_run
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
+from sgt_titan.evaluation.options import suite_argument, zero_argument
 from sgt_titan.terminal import say
 
 if TYPE_CHECKING:  # torch is only for --trunk
@@ -69,16 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--mechanisms", metavar="A,B", default="", help="only these of private.json, and redaction for p*"
     )
     suite_argument(parser, "effort of the attacks")
-    parser.add_argument("--rows", type=int, help="prompts to measure on (finding: all; mechanisms: 32)")
+    parser.add_argument("--rows", type=number(int, 2), help="prompts to measure on (finding: all; mechanisms: 32)")
     parser.add_argument("--corpus", type=int, default=2000, help="public rows that attackers train on (default 2000)")
     zero_argument(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    seed_argument(parser, "the noise, the attacks and the surrogates")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     arguments, overrides = parser.parse_known_args(argv)
-    check_seed(arguments.seed)
-    check_zero(arguments.zero_steps)
-    if arguments.rows is not None and arguments.rows < 2:
-        raise UserError(f"--rows must be at least 2, got {arguments.rows}")
     exports, run = _named(arguments.export)
     for name, key in KEYS.items():
         setattr(arguments, name, of_run(getattr(arguments, name), key, run))

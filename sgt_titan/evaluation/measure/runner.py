@@ -415,6 +415,10 @@ def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[st
         }
         # A glance has met the weakest attacker alone, and nobody may take him for the best.
         entry |= {"best": None} if evaluation.suite == GLANCE else reading.best(attacks)
+        if name == "sgt":
+            whole = battery(evaluation.suite, name, rotated=mechanism.rotation is not None, denoises=mechanism.denoises)
+            if left_out := [attack.title for key, attack in whole.items() if key not in attacks]:
+                entry["not_run"] = left_out
         if certified := found.get(f"{name}/certificate"):
             entry["certificate"] = certified
         benchmarks = {key: part for key, part in found.items() if key.startswith(f"{name}/benchmarks/")}

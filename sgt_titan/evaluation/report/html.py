@@ -29,6 +29,7 @@ from sgt_titan.evaluation.report.words import (
     number,
     percent,
     sees,
+    strongest,
     value,
 )
 from sgt_titan.terminal import printable
@@ -144,8 +145,8 @@ def _headline(results: Results, sgt: Mapping[str, Any]) -> str:
     tokens = f"{about.get('hidden_tokens', 0):,} tokens of {about.get('rows', '?')} prompts"
     kept = (sgt.get("utility") or {}).get("kept")
     return (
-        f"<div class='head'>{at_least(attack)}<strong>{percent(attack.get('top1'))}</strong> of the hidden tokens are read by the best "
-        f"attacker, {esc(attack.get('title'))} (95% interval {percent(attack.get('top1'), interval=True).partition(' ')[2]}, "
+        f"<div class='head'>{at_least(attack)}<strong>{percent(attack.get('top1'))}</strong> of the hidden tokens are read by the "
+        f"{strongest(sgt)}, {esc(attack.get('title'))} (95% interval {percent(attack.get('top1'), interval=True).partition(' ')[2]}, "
         f"N = {esc(tokens)}).{least}<br>"
         f"{percent(kept, interval=True)} of what the prompt is worth to its answer is kept."
         f"<details><summary>What he sees</summary><p>{esc(sees(attack))}.</p></details></div>"

@@ -24,6 +24,7 @@ from sgt_titan.evaluation.report.words import (
     number,
     percent,
     sees,
+    strongest,
     value,
 )
 from sgt_titan.terminal import printable
@@ -45,7 +46,7 @@ def render(results: Results) -> str:
     if (best := best_attack(sgt)) is not None:
         attack = best[1]
         lines.append(
-            f"BEST ATTACKER: {attack.get('title')} reads {at_least(attack)}"
+            f"{strongest(sgt).upper()}: {attack.get('title')} reads {at_least(attack)}"
             f"{percent(attack.get('top1'), interval=True)} of the hidden tokens"
         )
         if at_least(attack):

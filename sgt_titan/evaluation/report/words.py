@@ -110,6 +110,19 @@ def best_attack(mechanism: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] |
     return (name, attacks[name]) if name and name in attacks else None
 
 
+def not_run(mechanism: Mapping[str, Any]) -> list[str]:
+    """Titles of the suite's attacks that were left out (``--attacks``)."""
+    return list(mechanism.get("not_run") or ())
+
+
+def strongest(mechanism: Mapping[str, Any]) -> str:
+    """What the attack that read most may be called: the best attacker only where all of a suite were there."""
+    if not not_run(mechanism):
+        return "best attacker"
+    run = sum(attack.get("kind") != "guess" for attack in (mechanism.get("attacks") or {}).values())
+    return f"best of the {run} attacks that were run" if run > 1 else "only attack that was run"
+
+
 def glanced(mechanism: Mapping[str, Any]) -> bool:
     """Whether the evaluation was a glance: no best attacker is named."""
     return "best" in mechanism and mechanism["best"] is None
@@ -173,6 +186,10 @@ def conclusions(results: Results) -> list[str]:
             unneeded = attack.get("unneeded_span_exact")
             also = f", {percent(unneeded)} of those that the answer does not hold" if unneeded else ""
             found.append(f"{percent(attack['span_exact'])} of the marked private values are read whole{also}.")
+    if best is not None and (left_out := not_run(sgt)):
+        found.append(
+            f"Of the suite's attacks these were not run, and any of them may read more: {', '.join(left_out)}."
+        )
     without_secret = [
         (key, a)
         for key, a in (sgt.get("attacks") or {}).items()

@@ -22,7 +22,7 @@ from sgt_titan.errors import UserError
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Curve, Guess
 
-VERSION = 1  # of the attack: part of a file's name
+VERSION = {False: 1, True: 2}  # of the attack, without and with the answer: part of a file's name
 SEED = 0  # of its network, in every evaluation: another seed would be another file
 
 
@@ -36,7 +36,7 @@ def location(
     answered: bool = False,
 ) -> Path:
     """The file of these prompts under ``folder``, a cache of data. answered: of who has their answers."""
-    digest = hashlib.sha256(json.dumps({"version": VERSION, "seed": SEED, **effort}, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps({"version": VERSION[answered], "seed": SEED, **effort}, sort_keys=True).encode())
     for rows in (prompts, corpus):
         digest.update(str(len(rows)).encode())
         for row in rows:

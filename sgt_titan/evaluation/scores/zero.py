@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sgt_titan import disk
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, number
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.schema import Config
 from sgt_titan.data.cache import cache_dir, prepare
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.options import ZERO_STEPS, check_zero, zero_argument
+from sgt_titan.evaluation.options import ZERO_STEPS, zero_argument
 from sgt_titan.evaluation.scores.utility import (
     CONSTANT,
     Reference,
@@ -282,13 +282,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="NAME", help="a config's name or file, or a run's directory")
-    parser.add_argument("--rows", type=int, default=128, help="held-out rows to measure it on (default 128)")
+    parser.add_argument("--rows", type=number(int, 2), default=128, help="held-out rows to measure it on (default 128)")
     parser.add_argument("--kept", metavar="A,B", default="", help="percents by the zero without it, to be counted anew")
     zero_argument(parser)
     arguments, overrides = split_words(parser, sys.argv[2:] if argv is None else argv)
-    check_zero(arguments.zero_steps)
-    if arguments.rows < 2:
-        raise UserError(f"--rows must be at least 2, got {arguments.rows}")
     try:
         figures = [float(text) for text in arguments.kept.split(",") if text]
     except ValueError:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan import __version__, disk
-from sgt_titan.arguments import Parser, check_seed
+from sgt_titan.arguments import Parser, number, seed_number
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.load import dump
 from sgt_titan.config.overrides import parse_overrides
@@ -27,7 +27,7 @@ from sgt_titan.config.schema import PRESETS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import FORMAT as EVALUATION_FORMAT
 from sgt_titan.evaluation.measure.parts import write
-from sgt_titan.evaluation.options import GLANCE, UNSENT, check_zero, suite_argument, zero_argument
+from sgt_titan.evaluation.options import GLANCE, UNSENT, study_arguments
 from sgt_titan.evaluation.studies.grid import Chain, Pool, Step, command, cores, objective, shared_cache, training
 from sgt_titan.terminal import say
 
@@ -247,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
         "on. OUT/results.json and frontier.svg, .md and .html are written anew whenever one more is measured.",
         allow_abbrev=False,
     )
-    found.add_argument("config", metavar="NAME", help="a config of train_configs/ or a YAML file")
+    study_arguments(found, "frontier")
     found.add_argument(
         "--weights", metavar="W,W", help=f"rows rate=W (default without --rows, --run and --measured: {WEIGHTS})"
     )
@@ -271,15 +271,10 @@ def parser() -> argparse.ArgumentParser:
         "--measured", metavar="[NAME=]DIR", action="append", default=[],
         help="also draw this evaluation, made before; several of one NAME are its seeds",
     )  # fmt: skip
-    found.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/frontier-NAME")
-    found.add_argument("--jobs", type=int, help="commands at a time (default: one for every two cores)")
-    suite_argument(found, "of each evaluation")
-    found.add_argument("--prompts", type=int, metavar="N", help="held-out prompts to attack, instead of the suite's")
+    found.add_argument("--jobs", type=number(int, 1), help="commands at a time (default: one for every two cores)")
     found.add_argument(
         "--attacks", metavar="A,B", default="", help="only these, and guessing (default: all of the suite)"
     )
-    zero_argument(found)
-    found.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
     found.add_argument("--draw", action="store_true", help="run nothing, draw what is there")
     return found
 
@@ -337,18 +332,12 @@ def checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: as ``main``.
     """
-    check_zero(arguments.zero_steps)
-    for name, least in (("jobs", 1), ("prompts", 2)):
-        if (value := getattr(arguments, name)) is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
     try:
-        arguments.seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds: give whole numbers, as in 0,1,2, not {arguments.seeds!r}") from None
+        arguments.seeds = [seed_number(seed) for seed in arguments.seeds.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--seeds: as in 0,1,2; each {error}") from None
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise UserError("--seeds: one is there twice")
-    for seed in arguments.seeds:
-        check_seed(seed)
     for key in parse_overrides(list(overrides)):
         if key in ("run.output_dir", "run.seed", "run.name"):
             raise UserError(f"--{key}: every run has its own; leave it out")

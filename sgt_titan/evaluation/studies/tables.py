@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sgt_titan import disk
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, number, seed_argument
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.load import dump, load
 from sgt_titan.config.overrides import parse_overrides
@@ -22,7 +22,7 @@ from sgt_titan.config.schema import PRESETS
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.evaluate import benchmark_names
 from sgt_titan.evaluation.measure.parts import write
-from sgt_titan.evaluation.options import check_zero, suite_argument, zero_argument
+from sgt_titan.evaluation.options import study_arguments
 from sgt_titan.evaluation.studies.grid import Execute, Step, command, execute, objective, shared_cache, training
 
 ROWS = tuple(PRESETS)
@@ -74,22 +74,19 @@ def parser() -> argparse.ArgumentParser:
         "on. OUT/tables.md and OUT/tables.html hold the tables.",
         allow_abbrev=False,
     )
-    found.add_argument("config", metavar="NAME", help="a config of train_configs/ or a YAML file")
-    found.add_argument("--out", metavar="DIR", type=Path, help="default: outputs/tables-NAME")
+    study_arguments(found, "tables")
     found.add_argument(
         "--rows", metavar="A,B", default=",".join(PAPER_ROWS), help=f"presets (default Table I: {','.join(PAPER_ROWS)})"
     )
-    suite_argument(found, "of each evaluation")
-    found.add_argument("--prompts", type=int, help="held-out prompts to attack, instead of the suite's number")
     found.add_argument("--pii", metavar="SOURCE", help="data with marked private values for Table III (pupa, demo)")
-    found.add_argument("--pii-seq-len", type=int, metavar="N", help="tokens of its rows (default: as in training)")
+    found.add_argument(
+        "--pii-seq-len", type=number(int, 2), metavar="N", help="tokens of its rows (default: as in training)"
+    )
     found.add_argument(
         "--benchmarks", metavar="A,B", default="", help="lm-eval tasks for the utility column, or `paper`"
     )
     found.add_argument("--benchmark-dir", metavar="DIR", help="local copies of the benchmarks; default: from the hub")
-    found.add_argument("--seed", type=int, default=0, help="of the evaluations (default 0)")
-    zero_argument(found)
-    found.add_argument("--dry-run", action="store_true", help="print the commands that would run, and stop")
+    seed_argument(found, "the evaluations")
     return found
 
 
@@ -111,15 +108,11 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
         UserError: an unknown config, row or option.
     """
     arguments, overrides = split_words(parser(), sys.argv[2:] if argv is None else argv)
-    check_zero(arguments.zero_steps)
     arguments.rows = [row for row in arguments.rows.split(",") if row]
     if unknown := [row for row in arguments.rows if row not in ROWS]:
         raise UserError(f"--rows: {unknown[0]!r} is unknown; there are {', '.join(ROWS)}")
     if not arguments.rows:
         raise UserError(f"--rows: names no row; there are {', '.join(ROWS)}")
-    for name, least in (("prompts", 2), ("pii_seq_len", 2)):
-        if (value := getattr(arguments, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     for key in parse_overrides(list(overrides)):
         if key == "run.output_dir":
             raise UserError("--run.output_dir: every row has its own below --out; leave it out")

@@ -32,11 +32,6 @@ GREEDY = {"max_tokens": 12, "temperature": 0.0}
 
 
 @pytest.fixture(scope="module")
-def trunk(chat_trunk):
-    return load_trunk(chat_trunk)
-
-
-@pytest.fixture(scope="module")
 def servers(trunk):
     with running(vllm_app(trunk)) as vllm, running(sglang_app(trunk)) as sglang:
         yield {"vllm": VLLM(vllm, model="trunk"), "sglang": SGLang(sglang)}

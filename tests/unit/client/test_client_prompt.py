@@ -7,6 +7,7 @@ import pytest
 from sgt_titan.client import Prompt, StainedGlassTransform
 from sgt_titan.data.conversations import conversation
 from sgt_titan.errors import UserError
+from sgt_titan.transform.chat_template import DATE
 from sgt_titan.transform.prompts import PROMPT, encode_turns
 from tests import chat_templates
 from tests.serving_kit import make_export, with_chat_template
@@ -14,11 +15,6 @@ from tests.serving_kit import make_export, with_chat_template
 CANARY = "Zorblax-7741"
 USER = {"role": "user", "content": CANARY}
 TOOL = {"type": "function", "function": {"name": "find_" + CANARY, "parameters": {}}}
-
-
-@pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +102,23 @@ def test_special_tokens_that_a_tool_holds_are_hidden(sgt):
     tool = {"type": "function", "function": {"name": "find", "description": "ends at </s>"}}
     prompt = sgt.prompt([USER], tools=[tool])
     assert prompt.mask[prompt.ids.index(sgt.tokenizer.eos_token_id)] and not prompt.mask[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "shown"),
+    [
+        ("DATED", {"template_date": "2020-02-03"}, "Today: 03 Feb 2020"),
+        ("THINKS", {"template_kwargs": {"enable_thinking": False}}, "<think>\n\n</think>"),
+    ],
+)
+def test_date_and_variables_of_the_template_are_those_of_training(chat_trunk, tmp_path, template, fields, shown):
+    folder = with_chat_template(shutil.copytree(chat_trunk, tmp_path / "trunk"), getattr(chat_templates, template))
+    sgt = StainedGlassTransform.from_pretrained(make_export(folder, tmp_path / "export", **fields))
+    prompt = sgt.prompt([{"role": "user", "content": "a"}])
+    how = {"variables": fields.get("template_kwargs"), "date": fields.get("template_date", DATE)}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    sample = encode_turns(sgt.tokenizer, turns, template="chat", **how)
+    assert prompt.ids == sample.ids[: len(prompt.ids)] and shown in sgt.tokenizer.decode(prompt.ids)
 
 
 @pytest.mark.parametrize("template", ["TEXT_CALLS", "NUMBERED_CALLS"])

@@ -18,11 +18,6 @@ CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "w
 pytestmark = pytest.mark.filterwarnings("ignore:a fixed seed")
 
 
-@pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
-
-
 @pytest.fixture
 def export(chat_export, tmp_path):
     """A copy to damage."""

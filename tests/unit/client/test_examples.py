@@ -1,5 +1,8 @@
 import io
+import os
 import runpy
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,5 +50,13 @@ def test_rag(monkeypatch, capsys, chat_export, trunk, tmp_path):
     assert capsys.readouterr().out.strip() and trunk.bodies[-1]["temperature"] == 0
 
 
-def test_shell_syntax():
-    subprocess.run(["bash", "-n", str(EXAMPLES / "proxy.sh")], check=True)
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+def test_proxy(chat_export, chat_trunk):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": programs, "PORT": str(port), "SGT_TITAN_API_KEY": "key-0123456789abcdef"}
+    command = ["bash", str(EXAMPLES / "proxy.sh"), str(chat_export)]
+    with running(vllm_app(load_trunk(chat_trunk, endless=True))) as url:
+        done = subprocess.run([*command, url], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "data: [DONE]" in done.stdout, done.stdout + done.stderr

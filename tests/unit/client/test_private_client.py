@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgt_titan import cli
-from sgt_titan.client import Delta, PrivateChat, StainedGlassTransform
+from sgt_titan.client import Delta, PrivateChat
 from sgt_titan.client.private import ChoiceRestorer, hide, mapped
 from sgt_titan.errors import UserError
 from sgt_titan.private import Private, Span, restore
@@ -24,11 +24,6 @@ def messages(name, mail):
 
 def marks(name):
     return {1: [Span(5, 5 + len(name), "name")]}
-
-
-@pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
 
 
 class Echo:

@@ -158,6 +158,12 @@ def test_log_probabilities_go_with_their_text():
     [
         (400, {"error": {"message": "You must set `--enable-prompt-embeds` to"}}, "upstream_embeds_disabled", 502),
         (400, {"error": {"message": "`prompt_embeds` hidden_size 8 does not"}}, "upstream_wrong_model", 502),
+        (
+            400,
+            {"error": {"message": "must be a 2D tensor of shape (num_tokens, hidden_size)"}},
+            "upstream_refused",
+            400,
+        ),
         (404, {"error": {"message": "The model `x` does not exist."}}, "upstream_not_found", 502),
         (401, {"error": "Unauthorized"}, "upstream_unauthorized", 502),
         (429, None, "upstream_overloaded", 429),

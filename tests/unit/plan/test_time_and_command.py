@@ -144,9 +144,9 @@ def test_names_of_gpus():
             "--gpu: 'tpu' is unknown; known are " + ", ".join(KINDS),
         ),
         ([BIG, "--nodes", "12"], "does not divide the world size 96"),
-        ([BIG, "--nodes", "0"], "--nodes: 0 is no number above 0"),
-        ([BIG, "--node-mtbf-days", "nan"], "--node-mtbf-days: nan is no number above 0"),
-        ([BIG, "--node-mtbf-days", "inf"], "--node-mtbf-days: inf is no number above 0"),
+        ([BIG, "--nodes", "0"], "--nodes must be at least 1, got 0"),
+        ([BIG, "--node-mtbf-days", "nan"], "--node-mtbf-days must be above 0, got nan"),
+        ([BIG, "--node-mtbf-days", "inf"], "--node-mtbf-days must be above 0, got inf"),
         (
             ["llama3_70b_1x8", "--parallelism.tensor_parallel_degree", "1", "--gpus-per-node", "1"],
             "are needed on a GPU of 80",

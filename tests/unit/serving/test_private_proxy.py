@@ -6,7 +6,6 @@ import json
 import httpx
 import pytest
 
-from sgt_titan.client import StainedGlassTransform
 from sgt_titan.errors import UserError
 from sgt_titan.private import Private
 from sgt_titan.serving import main as serve
@@ -36,11 +35,6 @@ class Upstream(httpx.AsyncBaseTransport):
         events.append({"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]})
         text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
         return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
-
-
-@pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
 
 
 @pytest.fixture

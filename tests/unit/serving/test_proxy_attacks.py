@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from sgt_titan import outgoing
-from sgt_titan.client import VLLM, StainedGlassTransform, UpstreamError
+from sgt_titan.client import VLLM, UpstreamError
 from sgt_titan.serving import protocol
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.protocol import PatientProtocol
@@ -21,11 +21,6 @@ from tests.stub_servers import running, vllm_app
 
 CANARY = "Zorblax-7741"
 CHAT = {"model": "trunk", "messages": [{"role": "user", "content": CANARY}], "max_tokens": 2}
-
-
-@pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
 
 
 @pytest.fixture(scope="module")

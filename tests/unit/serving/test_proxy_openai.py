@@ -10,16 +10,10 @@ import torch
 from sgt_titan.client import StainedGlassTransform
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
-from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "tell me something"}]
 GREEDY = {"max_tokens": 12, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def trunk(chat_trunk):
-    return load_trunk(chat_trunk)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import httpx
 import openai
 import pytest
 
-from sgt_titan.client import StainedGlassTransform
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
 from tests import stub_servers
@@ -20,11 +19,6 @@ from tests.stub_servers import running, sglang_app, vllm_app
 CANARY = "Zorblax-7741"
 USER = {"role": "user", "content": CANARY}
 CHAT = {"model": "trunk", "messages": [USER]}
-
-
-@pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from sgt_titan import cli
+from sgt_titan.serving.main import _listen
 from tests.serving_kit import load_trunk
 from tests.stub_servers import running, vllm_app
 
@@ -156,6 +158,24 @@ def test_the_upstream_s_key_may_be_short(chat_export, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *a: None)
     monkeypatch.setenv("SGT_TITAN_UPSTREAM_API_KEY", "token-abc123")
     assert cli.main(["serve", str(chat_export), "--upstream", "http://127.0.0.1:1", "--port", "0"]) == 0
+
+
+def test_small_answers_are_not_held_back_by_the_kernel():
+    """Nagle's algorithm would keep the second of two small writes until the first is acknowledged, up to 40 ms."""
+
+    async def accepted():
+        found = asyncio.get_running_loop().create_future()
+        listener = _listen("127.0.0.1", 0)
+        server = await asyncio.start_server(lambda _, writer: found.set_result(writer), sock=listener)
+        async with server:
+            _, ours = await asyncio.open_connection(*listener.getsockname())
+            theirs = await found
+            nodelay = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for writer in (ours, theirs):
+                writer.close()
+            return nodelay
+
+    assert asyncio.run(accepted())
 
 
 def test_no_export(capsys):

@@ -22,7 +22,6 @@ import torch
 from sgt_titan.client import VLLM, Options, Prompt, SGLang, StainedGlassTransform
 from sgt_titan.serving.app import create_app
 from sgt_titan.serving.settings import Settings
-from tests.serving_kit import load_trunk
 from tests.stub_servers import running, sglang_app, vllm_app
 
 # No part is digits alone: their hexadecimal form is digits too, which a list of fresh noise may hold by chance.
@@ -61,16 +60,6 @@ class Relay:
             sink.close()
 
         await asyncio.gather(pump(reader, up_writer, True), pump(up_reader, writer, False), return_exceptions=True)
-
-
-@pytest.fixture(scope="module")
-def trunk(chat_trunk):
-    return load_trunk(chat_trunk)
-
-
-@pytest.fixture(scope="module")
-def sgt(chat_export):
-    return StainedGlassTransform.from_pretrained(chat_export)
 
 
 def layers(sent: bytes) -> list[bytes]:

@@ -18,6 +18,7 @@ from sgt_titan.transform.tokenizer import (
     load_tokenizer,
     tokenizer_folder,
 )
+from sgt_titan.trunk.tokenizer_files import check_tokenizer
 
 
 @pytest.fixture
@@ -118,3 +119,36 @@ def test_the_folder_of_a_hub_name(folder, monkeypatch):
     assert str(tokenizer_folder("owner/name", revision="v1")) == "/x"
     assert asked["name"] == "owner/name" and asked["revision"] == "v1"
     assert {"tokenizer.json", "tokenizer_config.json"} < set(asked["allow_patterns"])
+
+
+def test_a_template_that_lies_where_processors_look(folder):
+    """Else a chat model would be trained on plain text, and only the word "plain" in the log would say so."""
+    assert load_tokenizer(folder).chat_template is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    assert load_tokenizer(folder).chat_template == "{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text("own")
+    assert load_tokenizer(folder).chat_template == "own"
+    (folder / "chat_template.jinja").unlink()
+    for text, words in (("[]", "must hold a JSON object"), ('{"chat_template": 3}', "must hold a text under")):
+        (folder / "chat_template.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model": {"vocab": {"a": 0, "b": 9}}}, ""),
+        ({"model": {"vocab": {"a": 0, "b": 10}}}, "token 'b' has id 10, but config.json's vocab_size is 10"),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 12, "content": "<x>"}]}, "token '<x>' has id 12"),
+        ({"model": {"vocab": [["a", 0.0]] * 10 + [["b", 0.0]]}}, "token 'b' has id 10"),
+        ("version https://git-lfs.github.com/spec/v1", "is not valid JSON"),
+    ],
+)
+def test_a_tokenizer_larger_than_the_table_is_known_before_a_start(tmp_path, content, words):
+    (tmp_path / "tokenizer.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    try:
+        check_tokenizer(tmp_path, {"vocab_size": 10})
+        assert not words
+    except UserError as error:
+        assert words and words in str(error)

@@ -86,6 +86,41 @@ def test_what_a_row_cannot_express(change, message):
         check_config({"model_type": "llama", **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "16"}, "hidden_size '16', which must be a number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0, which must be a number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads '2', which must be"),
+        ({"head_dim": 0}, "head_dim 0, which must be"),
+        ({"max_position_embeddings": None}, "max_position_embeddings None, which must be"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5', which must be a number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps None, which must be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false', which must be true or false"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings None, which must be true or false"),
+        ({"attention_bias": None}, "attention_bias None, which must be true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling 'linear', which must be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters for several kinds of"),
+        ({"hidden_act": None}, "hidden_act None; only 'silu'"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"], "num_hidden_layers": 1}, "for a 'ministral'"),
+        ({"layer_types": ["full_attention"], "num_hidden_layers": 2}, "layer_types that is no list of its 2 layers"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
+         "layer_types with 'sliding_attention'"),
+        ({"model_type": "smollm3", "no_rope_layers": [1], "num_hidden_layers": 2}, "no_rope_layers that is no list of"),
+        ({"is_causal": False}, "is_causal = False: an encoder"),
+    ],
+)  # fmt: skip
+def test_values_that_transformers_would_not_take(change, message):
+    """Known before anything starts: transformers says so when the trunk is built, or computes another model."""
+    with pytest.raises(UserError, match=message):
+        check_config({"model_type": "llama", **change})
+
+
+def test_values_that_may_be_null():
+    check_config({"model_type": "llama", "num_key_value_heads": None, "head_dim": None, "rope_scaling": None})
+    check_config({"model_type": "llama", "no_rope_layers": [0], "num_hidden_layers": 2})  # a key of SmolLM3's alone
+
+
 def test_tensors_that_the_config_does_not_describe(trunk_dir, tmp_path):
     """A bias, or a layer more than config.json says: the model is another, whoever ignores it."""
     source = trunk_dir("llama")

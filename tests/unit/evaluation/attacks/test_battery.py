@@ -13,15 +13,10 @@ import torch
 
 from sgt_titan.evaluation.attacks import ATTACKS
 from sgt_titan.evaluation.world.mechanisms import constant_noise, nothing
-from tests.unit.evaluation.worlds import linear, pure_noise, run, tiny_trunk, top1, world
+from tests.unit.evaluation.worlds import linear, pure_noise, run, top1, world
 
 # Guess by rank, by going on, or without looking: an identity is not what they are made for.
 NOT_FOR_IDENTITY = {"farthest", "echo", "guess", "answer"}
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_dir):
-    return tiny_trunk(trunk_dir)
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in NOT_FOR_IDENTITY])

@@ -1,17 +1,10 @@
-import pytest
 import torch
 
 from sgt_titan.evaluation.attacks import own_text as module
 from sgt_titan.evaluation.attacks.inverter import inverter
 from sgt_titan.evaluation.attacks.known_plaintext import fit
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated
-from tests.unit.evaluation.worlds import linear, tiny_trunk, world
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_dir):
-    return tiny_trunk(trunk_dir)
-
+from tests.unit.evaluation.worlds import linear, world
 
 SMALL = {"layers": 1, "width": 64, "batch_rows": 32}
 

@@ -17,12 +17,7 @@ from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constan
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Table, kind_of
 from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config
-from tests.unit.evaluation.worlds import linear, random_rows, tiny_trunk, top1, world
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_dir):
-    return tiny_trunk(trunk_dir)
+from tests.unit.evaluation.worlds import linear, random_rows, top1, world
 
 
 def random_sgt(model, *, mean: float, std: float) -> ExportedTransform:

@@ -7,12 +7,7 @@ from sgt_titan.evaluation.attacks import farthest, nearest
 from sgt_titan.evaluation.attacks.averaging import averaging, averaging_regression, running_means
 from sgt_titan.evaluation.world.mechanisms import constant_noise
 from sgt_titan.evaluation.world.threat import Observation, Repeats, Table
-from tests.unit.evaluation.worlds import linear, tiny_trunk, top1, world
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_dir):
-    return tiny_trunk(trunk_dir)
+from tests.unit.evaluation.worlds import linear, top1, world
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])

@@ -28,16 +28,11 @@ from sgt_titan.evaluation.world.rotated import Answering, load_rotation, rotate
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Served
 from sgt_titan.transform.trunk_files import TrunkFiles
-from tests.unit.evaluation.worlds import pure_noise, random_rows, tiny_trunk, top1
+from tests.unit.evaluation.worlds import pure_noise, random_rows, top1
 
 SMALL = {"invariant_inverter": {"steps": 4, "layers": 1, "width": 32}, "spectral_inverter": {"steps": 4, "layers": 1}}
 BROKEN_BY_ROTATION = ("nearest_l2", "nearest_cosine")
 EXACT = tuple(name for name in ROTATION if name != "substitution")  # which needs text with a language in it
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_dir):
-    return tiny_trunk(trunk_dir)
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,11 @@ from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constant_noise, nothing
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Table, Transform, Trunk
-from tests.unit.evaluation.worlds import linear, pure_noise, tiny_trunk, top1
+from tests.unit.evaluation.worlds import linear, pure_noise, top1
 
 LENGTH = 8
 STATES = 5  # of the Markov source: tokens 20..24
 SMALL = {"layers": 1, "width": 64, "batch_rows": 64, "lr": 6e-3}
-
-
-@pytest.fixture(scope="module")
-def trunk(trunk_dir):
-    return tiny_trunk(trunk_dir)
 
 
 def sample(ids) -> Sample:
@@ -316,3 +311,29 @@ def test_the_answer_gives_away_what_it_names(trunk):
         )
         found = sequence.answer(**granted, first=30, most=60, **SMALL)
         assert found.top_NK.shape[0] == len(here.truth_N) and low <= top1(found, here) <= high
+
+
+def test_what_the_answer_repeats_is_copied_from_it(trunk):
+    """Of two tokens drawn anew for each prompt, far more than can be learnt by heart, the answer repeats the first."""
+    random = np.random.default_rng(4)
+    pairs = random.integers(20, 300, (864, 2))
+    rows = [sample([1, *pair])._replace(answer=np.array([5, pair[0]])) for pair in pairs]
+    here = World(rows[:64], rows[64:], pure_noise(), trunk, seed=0)
+    found = sequence.answer(**here.granted(sequence.answer), first=50, most=100, **SMALL)
+    right_BH = (found.top_NK[:, 0] == here.truth_N).view(-1, 2)
+    assert right_BH[:, 0].float().mean() >= 0.95 and right_BH[:, 1].float().mean() <= 0.1
+
+
+def test_pointing_gives_probabilities_and_leaves_a_row_without_clean_tokens_alone(trunk):
+    table_VD = trunk.get_input_embeddings().weight.detach()
+    torch.manual_seed(0)
+    reader = Reader(table_VD, torch.zeros(len(table_VD)), None, new_body(32, 1), longest=8, points=True)
+    tokens_BT = torch.tensor([[7, -1, 9, -1], [-1, -1, -1, 0]])
+    hidden_BT, valid_BT = tokens_BT < 0, torch.tensor([[True] * 4, [True] * 3 + [False]])
+    h_BTH = torch.randn(2, 4, 32)
+    logits_NV = reader.marginal(h_BTH[hidden_BT], None)
+    mixed_NV = reader.pointed(logits_NV, h_BTH, tokens_BT, hidden_BT, valid_BT)
+    assert mixed_NV.exp().sum(-1).tolist() == pytest.approx([1.0] * 5)
+    assert torch.allclose(mixed_NV[2:], torch.log_softmax(logits_NV[2:], -1), atol=1e-5)
+    gained_V = mixed_NV[0].exp() - torch.softmax(logits_NV[0], -1)
+    assert (gained_V > 0).nonzero()[:, 0].tolist() == [7, 9]

@@ -91,6 +91,7 @@ def test_what_is_known_of_this_export(results):
     assert sgt["privacy"]["nn_fr"]["value"] == pytest.approx(noise["privacy"]["nn_fr"]["value"], abs=0.05)
     assert sgt["attacks"]["map_search"]["top1"]["value"] > 0.95
     single = [name for name, part in sgt["attacks"].items() if part["kind"] == "single"]
+    assert len(sgt["not_run"]) > 5 and not {part["title"] for part in sgt["attacks"].values()} & {*sgt["not_run"]}
     assert sgt["best"] == max(single, key=lambda name: sgt["attacks"][name]["top1"]["value"])
     assert results["mechanisms"]["none"]["utility"]["kept"]["value"] == pytest.approx(1.0)
     redaction = results["mechanisms"]["redaction"]["attacks"]["nearest_l2"]
@@ -212,7 +213,7 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),
         (["--zero-steps", "0"], "--zero-steps must be at least 1, got 0"),
         (["--zero-steps", "11"], "another configuration .zero_steps is 10 there, 11 here"),
-        (["--minutes", "-1"], "--minutes must be positive"),
+        (["--minutes", "-1"], "--minutes must be above 0, got -1"),
         (["--optimizer.lr", "1"], "does not belong"),
     ],
 )

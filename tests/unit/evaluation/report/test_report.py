@@ -98,6 +98,22 @@ def test_the_terminal_leads_with_the_best_attacker():
     assert "N = 1,234" in text and "at most 78.0% at this N" in text and "ln V = 8.318" in text
 
 
+def test_the_best_of_few_is_not_called_the_best_attacker():
+    found = results()
+    sgt = found["mechanisms"]["sgt"]
+    sgt["not_run"] = ["sequence attacker", "left <to> right"]
+    text, whole = render(found), page(found)
+    run = sum(attack.get("kind") != "guess" for attack in sgt["attacks"].values())
+    assert f"BEST OF THE {run} ATTACKS THAT WERE RUN: learned inverter reads" in text and "BEST ATTACKER" not in text
+    assert f"by the best of the {run} attacks that were run" in whole and "left &lt;to&gt; right" in whole
+    assert "these were not run, and any of them may read more: sequence attacker, left <to> right." in " ".join(
+        text.split()
+    )
+    sgt["attacks"] = {"nearest_l2": sgt["attacks"]["nearest_l2"]}
+    sgt["best"] = "nearest_l2"
+    assert "ONLY ATTACK THAT WAS RUN: " in render(found)
+
+
 def test_words_are_not_kinder_than_the_numbers():
     bad, good = " ".join(conclusions(results(0.8))), " ".join(conclusions(results(0.04, nearest=0.01)))
     assert "must be taken for readable" in bad and "16 times safer" in bad and "not converged" in bad

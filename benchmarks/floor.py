@@ -1,0 +1,109 @@
+"""What follows from an answer, and from the places of what it repeats: ``python benchmarks/floor.py EXPORT``.
+
+Two readers without anything that was sent, trained as the sequence attacker is (same suite, same public rows):
+
+* who has the true answer (the attack ``answer``);
+* who has it and, in their places, the hidden tokens that it repeats: what a transform gives away that sends exactly
+  what an answer needs and keeps it at its position.
+
+The second's tokens in place count as read. It is in no evaluation: it takes an oracle to know what an answer repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.tables import add_out, written
+from benchmarks.timing import machine
+from sgt_titan.config.door import split_words
+from sgt_titan.config.origin import settle
+from sgt_titan.data.cache import cache_dir
+from sgt_titan.evaluation.attacks import ATTACKS
+from sgt_titan.evaluation.measure.setting import Setting, load_setting
+from sgt_titan.evaluation.measure.suite import SUITES
+from sgt_titan.evaluation.options import ANSWER, suite_argument
+from sgt_titan.evaluation.scores import guessing, recovery
+from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.mechanisms import nothing
+from sgt_titan.evaluation.world.samples import Sample, data_config
+
+GROUPS = {
+    "all hidden tokens": "top1",
+    "not repeated by the answer": "unrepeated_top1",
+    "repeated": "repeated_top1",
+    "content": "content_top1",
+    "marked values": "marked_top1",
+    "of unneeded values": "unneeded_top1",
+    "those whole": "unneeded_span_exact",
+}
+
+
+def in_place(rows: Sequence[Sample], tokenizer) -> list[Sample]:
+    """The rows with the hidden tokens that their answers repeat in clear."""
+    world = World(rows, (), nothing(), None)  # type: ignore[arg-type]
+    repeated_N = recovery.repeated_tokens(world, {}, tokenizer)
+    found, at = [], 0
+    for row in rows:
+        shown = row.obfuscate.copy()
+        count = int(row.obfuscate.sum())
+        shown[row.obfuscate] = ~repeated_N[at : at + count]
+        found.append(row._replace(obfuscate=shown))
+        at += count
+    return found
+
+
+def read(setting: Setting, suite: str, placed: bool) -> dict:
+    """Scores of the reader who has the answers, of all hidden tokens. Who has them alone is found once, as in an
+    evaluation."""
+    attack, rows, corpus = ATTACKS[ANSWER], setting.prompts, setting.corpus
+    effort = attack.arguments(suite) or {}
+    world = whole = World(rows, corpus, nothing(), setting.trunk, guessing.SEED)
+    if placed:
+        shown = (in_place(part, setting.tokenizer) for part in (rows, corpus))
+        world = World(*shown, nothing(), setting.trunk, guessing.SEED)
+    cache = cache_dir(setting.config)
+    file = guessing.location(cache, world.rows, world.corpus, world.table_VD, effort, answered=True)
+    guess = guessing.once(file, lambda: attack.run(**world.granted(attack.run), **effort))
+    top_NK = whole.truth_N[:, None].repeat(1, guess.top_NK.shape[1])
+    hidden_N = np.concatenate([row.obfuscate[before.obfuscate] for row, before in zip(world.rows, rows, strict=True)])
+    top_NK[torch.from_numpy(hidden_N)] = guess.top_NK
+    found = recovery.score(top_NK, whole, setting.tokenizer, frequent=recovery.frequent_tokens(corpus))
+    return found | {"notes": guess.notes}
+
+
+def percent(estimate: dict | None) -> str | None:
+    if estimate is None:
+        return None
+    return f"{100 * estimate['value']:.1f}% [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("export", help="its template and rows are taken, nothing else")
+    parser.add_argument("--trunk", help="directory or a config's name (default: the run's own)")
+    parser.add_argument("--data", help="as data.source, or a config's name (default: the run's)")
+    suite_argument(parser, "of the readers' effort, prompts and public rows (default quick)")
+    add_out(parser)
+    arguments, overrides = split_words(parser, sys.argv[1:])
+    settle(arguments)
+    config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
+    suite = SUITES[arguments.suite]
+    setting = load_setting(arguments.export, config, rows=suite.rows, corpus=suite.corpus)
+    with written(arguments.out, machine()) as tables:
+        tables.start("", dict.fromkeys(("who has", *GROUPS), ""))
+        for name, placed in (("the answer", False), ("the answer, and what it repeats in its place", True)):
+            found = read(setting, arguments.suite, placed)
+            tables.row(name, *(percent(found.get(key)) for key in GROUPS.values()))
+            print(f"({'; '.join(found['notes'])})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
