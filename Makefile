@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-slurm test-vllm clients test-all bench lint docs release clean
+.PHONY: help setup demo test test-slurm test-vllm clients test-all bench guard lint docs release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -62,7 +62,11 @@ test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 	$(PYTHON) -m pytest
 
 bench: $(READY) ## a training step against the naive way, torchtitan and the bound, in minutes (GPU=1: Llama shapes)
+	$(if $(GPU),,OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py $(if $(GPU),--gpu)
+
+guard: $(READY) ## time and memory as ratios, against limits: fails where something has become slower (a minute)
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py
 
 lint: $(READY) ## ruff (errors, imports, format), spelling, types
 	$(PYTHON) -m ruff check .

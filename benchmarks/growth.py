@@ -2,7 +2,7 @@
 
 From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is
 what torch holds at most during a step beyond what it holds between steps. Both ways keep the memory that they free
-(``timing.keep_memory``), and alternate.
+(``titan/cpu_support.py``), and alternate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arms import Arm, Size, device, naive, ours
 from benchmarks.tables import add_out, written
-from benchmarks.timing import Watched, doubts, keep_memory, machine, peak_bytes, watched
+from benchmarks.timing import Watched, doubts, machine, peak_bytes, watched
+from sgt_titan.titan.cpu_support import keep_memory
 
 BASE = Size(width=128, layers=4, hidden=344, heads=4, kv_heads=2, vocab=16_000, rows=4, length=128)
 AXES: dict[str, tuple[str, list[int]]] = {

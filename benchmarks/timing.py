@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
@@ -26,22 +25,6 @@ def clock() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-MALLOC = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 1 << 26), "M_MMAP_MAX": (-4, 0)}  # of malloc.h
-
-
-def keep_memory() -> None:
-    """Have this process keep the memory that it frees, as CUDA's allocator does, and as one would set glibc's for
-    anything that allocates whole logits at every step: by default each large tensor is fresh pages, which the kernel
-    fills with zeros one by one. No effect without glibc.
-    """
-    try:
-        library = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    for option, value in MALLOC.values():
-        library.mallopt(option, value)
 
 
 class Watched(NamedTuple):

@@ -4,18 +4,24 @@ torchtitan's trainer imports its data loader for text, and with it `datasets`, p
 those for object detection, and with them scipy. They take some names from them and call them in what we do not use. So
 these two modules are imported first, once, with stand-ins for the libraries, which are taken away again: whoever needs
 the libraries later (``data/readers.py``) imports the real ones.
+
+torchtitan's attention also compiles two functions where it is imported, and that imports all of torch's compiler. On a
+machine without a GPU, where they are not used, they are compiled when they are first called.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+import torch
 
 # Module: the libraries that it gets stand-ins for.
 SPARED = {
@@ -57,7 +63,37 @@ def stand_ins(names: tuple[str, ...]) -> Iterator[None]:
 
 
 def spare() -> None:
-    """Import the modules of ``SPARED`` without their libraries."""
+    """Import the modules of ``SPARED`` without their libraries, and torchtitan's attention without the compiler."""
     for module, names in SPARED.items():
-        with stand_ins(names):
+        with stand_ins(names), when_called():
             importlib.import_module(module)
+    with when_called():
+        importlib.import_module("torchtitan.models.common.attention")
+
+
+@contextmanager
+def when_called() -> Iterator[None]:
+    """``torch.compile`` puts off its work until what it returns is called. As always where there is a GPU: there these
+    functions are called, and from inside others that are compiled.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    compile_now = torch.compile
+
+    def put_off(model: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if model is None:
+            return lambda found: put_off(found, **options)
+        made = functools.cache(lambda: compile_now(model, **options))
+
+        @functools.wraps(model)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return made()(*args, **kwargs)
+
+        return call
+
+    vars(torch)["compile"] = put_off
+    try:
+        yield
+    finally:
+        vars(torch)["compile"] = compile_now

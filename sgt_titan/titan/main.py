@@ -7,6 +7,7 @@ import os
 import warnings
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torchtitan.tools.logging import init_logger, logger
 
@@ -19,6 +20,7 @@ from sgt_titan.errors import UserError
 
 from . import run_directory
 from .compilation import keep_code
+from .cpu_support import keep_memory
 from .optimizer import NonFiniteError
 from .startup import rank
 from .tasks import to_trainer_config
@@ -63,6 +65,8 @@ def _run(config: Config) -> int:
     if int(os.environ.get("RANK", "0")) != 0:
         logger.setLevel(logging.WARNING)
     keep_code()
+    if not torch.cuda.is_available():
+        keep_memory()
     timeline = Timeline()
     timeline.mark("import")
     trainer_config = to_trainer_config(config)

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from sgt_titan.titan import lean
 
 FORBIDDEN = ("datasets", "pandas", "aiohttp", "scipy", "sklearn", "matplotlib")
+if not torch.cuda.is_available():
+    FORBIDDEN += ("torch._inductor.compile_fx", "torch._inductor.lowering")
 
 
 def test_a_training_process_imports_none_of_these():
@@ -32,6 +35,22 @@ def test_a_stand_in_refuses_to_be_used(monkeypatch):
     from colorsys import rgb_to_hls
 
     assert rgb_to_hls(0, 0, 0) == (0, 0, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU torchtitan's attention is compiled when imported")
+def test_what_is_compiled_when_it_is_called(monkeypatch):
+    made = []
+
+    def compile_now(model, **options):
+        made.append((model, options))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with lean.when_called():
+        one, other = torch.compile(max, dynamic=False), torch.compile(fullgraph=True)(min)
+    assert torch.compile is compile_now and made == []
+    assert (one(1, 2), one(3, 2), other(1, 2)) == (2, 3, 1)
+    assert made == [(max, {"dynamic": False}), (min, {"fullgraph": True})]
 
 
 def test_what_is_there_already_stays():
