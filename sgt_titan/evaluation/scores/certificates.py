@@ -227,3 +227,26 @@ def least_nats(kept: float, worth_B: Sequence[float]) -> Estimate:
     the best that is known of it is: then so is the line.
     """
     return ratio(kept * np.asarray(worth_B, np.float64), np.ones(len(worth_B)))
+
+
+# -- one value, without averaging over prompts -------------------------------------------------------------------------
+
+
+def messages_bound(best_guess: float, messages: int) -> float:
+    """P(guess of a value) if all that is observed depends on it through one of N messages only: ``N p*``; 1: none.
+
+    best_guess: p*, the best guess from everything else. N = 1, a surrogate drawn without looking: p* itself.
+    """
+    return min(1.0, messages * best_guess)
+
+
+def radius_bound(best_guess: float, radius: float, std: float) -> float:
+    """P(guess of a value) behind a Gaussian whose mean moves by at most ``radius`` over all values: ``Phi(Phi^-1(p*) +
+    radius / std)``, by Neyman and Pearson against the mean of them all; 1: none.
+
+    radius: of a ball that holds every value's mean.
+    """
+    if std <= 0:
+        return 1.0
+    standard = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    return standard.cdf(standard.icdf(torch.tensor(best_guess, dtype=torch.float64)) + radius / std).item()

@@ -17,7 +17,9 @@ from sgt_titan.evaluation.scores.certificates import (
     certificate,
     distortion_bound,
     fano_bound,
+    messages_bound,
     prior_bound,
+    radius_bound,
     rate_distortion_slopes,
     source_from,
     source_of,
@@ -167,3 +169,21 @@ def test_an_attack_above_its_bound_is_a_bug_in_one_of_them(name, noisy):
     assert bound is not None and bound < 0.25
     N = len(here.truth_N)
     assert top1(run(name, here), here) <= bound + 3.3 * math.sqrt(bound * (1 - bound) / N)
+
+
+# -- one value ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_value_behind_messages():
+    """Brute force: any map of four values to two messages, any guesser of a message."""
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    for messages in itertools.product(range(2), repeat=4):
+        success = sum(max((p[v] for v in range(4) if messages[v] == m), default=0.0) for m in range(2))
+        assert success <= messages_bound(0.4, 2) + 1e-12
+    assert messages_bound(0.4, 1) == 0.4 and messages_bound(0.4, 3) == 1.0
+
+
+def test_one_value_behind_a_gaussian():
+    """Two equally likely means at distance 2 C on a line: the best guess is right with Phi(C / sigma), exactly."""
+    assert radius_bound(0.5, 1.0, 2.0) == pytest.approx(0.5 * (1 + math.erf(0.5 / math.sqrt(2))))
+    assert radius_bound(0.3, 0.0, 1.0) == pytest.approx(0.3) and radius_bound(0.3, 1.0, 0.0) == 1.0
