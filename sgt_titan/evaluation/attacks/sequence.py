@@ -329,8 +329,7 @@ def losses(reader: Reader, batch: Padded, x_BTD: torch.Tensor | None) -> list[to
     hidden_BT = batch.obfuscate_BT & batch.valid_BT
     target_N, x_ND = batch.tokens_BT[hidden_BT], None if x_BTD is None else x_BTD[hidden_BT]
     h_BTH = reader.encode(x_BTD, batch.tokens_BT, hidden_BT, batch.valid_BT)
-    logits_NV = reader.marginal(h_BTH[hidden_BT], x_ND)
-    logits_NV = reader.pointed(logits_NV, h_BTH, batch.tokens_BT, hidden_BT, batch.valid_BT)
+    logits_NV = reader.posterior(h_BTH, x_ND, batch.tokens_BT, hidden_BT, batch.valid_BT)
     found = [nn.functional.cross_entropy(logits_NV, target_N, reduction="none")]
     if reader.decoder is not None:
         g_BTG = reader.decode(h_BTH, before(batch.tokens_BT))
@@ -376,8 +375,7 @@ def _stage(
         target_N, x_ND = batch.tokens_BT[hidden_BT], None if x_BTD is None else x_BTD[hidden_BT]
         h_BTH = reader.encode(x_BTD, batch.tokens_BT, hidden_BT, batch.valid_BT)
         if reader.decoder is None:
-            logits_NV = reader.marginal(h_BTH[hidden_BT], x_ND)
-            logits_NV = reader.pointed(logits_NV, h_BTH, batch.tokens_BT, hidden_BT, batch.valid_BT)
+            logits_NV = reader.posterior(h_BTH, x_ND, batch.tokens_BT, hidden_BT, batch.valid_BT)
         else:
             logits_NV = reader.following(reader.decode(h_BTH, before(batch.tokens_BT))[hidden_BT], x_ND)
         loss += nn.functional.cross_entropy(logits_NV, target_N, reduction="sum").item()
@@ -400,8 +398,7 @@ def _guesses(reader: Reader, observation: Observation | Unseen, beams: int) -> t
             None if x_TD is None else x_TD[None], tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None]
         )
         if reader.points:
-            masks_1T = hidden_T[None], torch.ones_like(hidden_T)[None]
-            logits_NV = reader.pointed(reader.marginal(h_1TH[0, hidden_T], None), h_1TH, tokens_T[None], *masks_1T)
+            logits_NV = reader.posterior(h_1TH, None, tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None])
             found.append(logits_NV.topk(min(GUESSES, logits_NV.shape[1])).indices.cpu())
         elif reader.decoder is None:
             for part_C in hidden_T.nonzero()[:, 0].split(CHUNK):

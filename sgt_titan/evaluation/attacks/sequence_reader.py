@@ -163,15 +163,17 @@ class Reader(nn.Module):
         """Logits (N, V) of each hidden token, given all that was sent."""
         return self.logits(self.leave(h_NH), None if x_ND is None else self.alone(x_ND))
 
-    def pointed(
+    def posterior(
         self,
-        logits_NV: torch.Tensor,
         h_BTH: torch.Tensor,
+        x_ND: torch.Tensor | None,
         tokens_BT: torch.Tensor,
         hidden_BT: torch.Tensor,
         valid_BT: torch.Tensor,
     ) -> torch.Tensor:
-        """Log probabilities (N, V): ``marginal``'s, mixed with the clean tokens that each hidden one looks at."""
+        """Logits (N, V) of all hidden tokens: ``marginal``, mixed with the clean tokens of the row that each looks at
+        where the reader points."""
+        logits_NV = self.marginal(h_BTH[hidden_BT], x_ND)
         if not self.points:
             return logits_NV
         row_N = hidden_BT.nonzero()[:, 0]

@@ -332,7 +332,7 @@ def test_pointing_gives_probabilities_and_leaves_a_row_without_clean_tokens_alon
     hidden_BT, valid_BT = tokens_BT < 0, torch.tensor([[True] * 4, [True] * 3 + [False]])
     h_BTH = torch.randn(2, 4, 32)
     logits_NV = reader.marginal(h_BTH[hidden_BT], None)
-    mixed_NV = reader.pointed(logits_NV, h_BTH, tokens_BT, hidden_BT, valid_BT)
+    mixed_NV = reader.posterior(h_BTH, None, tokens_BT, hidden_BT, valid_BT)
     assert mixed_NV.exp().sum(-1).tolist() == pytest.approx([1.0] * 5)
     assert torch.allclose(mixed_NV[2:], torch.log_softmax(logits_NV[2:], -1), atol=1e-5)
     gained_V = mixed_NV[0].exp() - torch.softmax(logits_NV[0], -1)
