@@ -159,6 +159,8 @@ def _check_values(config: Mapping[str, Any], row: Family) -> None:
             raise UserError(f"trunk: config.json has {key} for several kinds of layers; all layers here have one")
     for key in ("layer_types", *(("no_rope_layers",) if row.skips_rope else ())):
         value, layers = config.get(key), config.get("num_hidden_layers")
+        if key == "no_rope_layers" and isinstance(value, list):  # looked up by index: a body has its trunk's whole list
+            value = value[:layers]
         if value is not None and (not isinstance(value, list) or len(value) != layers):
             raise UserError(f"trunk: config.json has {key} that is no list of its {layers} layers")
 

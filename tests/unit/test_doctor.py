@@ -66,7 +66,7 @@ def test_a_damaged_trunk_is_a_finding(capsys, tmp_path):
 
 
 def test_a_deadline_that_has_passed():
-    with pytest.raises(UserError, match="--deadline: 0 is not above 0"):
+    with pytest.raises(UserError, match="--deadline must be above 0, got 0"):
         doctor.main(["demo", "--deadline", "0"])
 
 

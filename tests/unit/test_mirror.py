@@ -36,6 +36,7 @@ TOGETHER = {
     "unit/conjformer/test_depth.py": "",
     "unit/conjformer/test_generate.py": "conjformer.client conjformer.serve conjformer.talk",
     "unit/conjformer/test_secret.py": "conjformer.basis",
+    "unit/data/test_data_files.py": "data.files",
     "unit/data/test_sources.py": "data.presets",
     "unit/evaluation/attacks/test_battery.py": "evaluation.attacks.echo",
     "unit/evaluation/attacks/test_inverter.py": "evaluation.attacks.known_plaintext evaluation.attacks.own_text",

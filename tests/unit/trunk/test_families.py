@@ -119,6 +119,7 @@ def test_values_that_transformers_would_not_take(change, message):
 def test_values_that_may_be_null():
     check_config({"model_type": "llama", "num_key_value_heads": None, "head_dim": None, "rope_scaling": None})
     check_config({"model_type": "llama", "no_rope_layers": [0], "num_hidden_layers": 2})  # a key of SmolLM3's alone
+    check_config({"model_type": "smollm3", "no_rope_layers": [1, 1, 0], "num_hidden_layers": 2})  # a body's, by index
 
 
 def test_tensors_that_the_config_does_not_describe(trunk_dir, tmp_path):
