@@ -31,8 +31,8 @@ class Price(NamedTuple):
 
 
 PRICES = {"cpu": Price(90.0, 0.02), "cuda": Price(120.0, 0.15)}
-"""Measured on a CPU: 2 to 4% of a step, since the loss works in blocks without a compiler. Assumed on a GPU, on the
-careful side: nobody has measured it there.
+"""Measured is the share that a CPU saves: 2 to 4% of a step, since the loss works in blocks without a compiler. The
+seconds, and both of a GPU, are assumed, on the careful side: nobody has measured them.
 """
 
 MARGIN = 2.0
