@@ -41,7 +41,6 @@ from sgt_titan.evaluation.world.samples import data_config, load_trunk
 from sgt_titan.evaluation.world.threat import Guess
 from sgt_titan.transform.trunk_files import TrunkFiles
 
-
 TABLE = {name: ATTACKS[name] for name in ("nearest_l2", "nearest_cosine", "known_plaintext", "inverter")} | ROTATION
 
 

@@ -84,7 +84,10 @@ def attacks(setting: Setting, server: tuple[Path, Path, Path], own: Path | None,
     for key in [*MATCHING, *([] if own else ["substitution"])]:
         guess = attacked(key, world, steps)
         scores = recovery.score(guess.top_NK, world, setting.tokenizer)
-        curve = guess.curve and dict(zip(map(str, guess.curve.at), ((t == world.truth_N).double().mean().item() for t in guess.curve.top_N), strict=True))  # fmt: skip
+        curve = {}
+        if guess.curve:
+            shares = [(top_N == world.truth_N).double().mean().item() for top_N in guess.curve.top_N]
+            curve = dict(zip((f"{at:g}" for at in guess.curve.at), shares, strict=True))
         found[key] = {"top1": scores["top1"], "top10": scores["top10"], "notes": list(guess.notes), "curve": curve}
     return found
 
