@@ -1,7 +1,7 @@
 """The frontier of drift: what a model that was moved away from its public original costs, and what of it is still read.
 
     python benchmarks/drift.py OUT --export EXPORT [--trunk demo] [--data demo] [--shares 0.3,0.5,0.6,0.7,0.8] \
-        [--config conjformer/drift_demo] [--figure FILE.svg] [--out FILE.json] [--training.steps N ...]
+        [--config YAML] [--figure FILE.svg] [--out FILE.json] [--training.steps N ...]
 
 For every share S of `sgt-titan conjformer convert --plain --shake S`: one model for the server and one of the
 attacker's own, of the same recipe and other noise, both fine-tuned by --config; then the first in a secret basis and
@@ -22,7 +22,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.conjformer import attacked, held_out, model_of, trunk_path
-from benchmarks.tables import Tables, add_out, written
+from benchmarks.tables import ROOT, Tables, add_out, written
 from benchmarks.timing import machine
 from sgt_titan import disk
 from sgt_titan.config.door import split_words
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--export", required=True)
     parser.add_argument("--trunk", default="demo")
     parser.add_argument("--data", default="demo")
-    parser.add_argument("--config", default="conjformer/drift_demo")
+    parser.add_argument("--config", default=str(ROOT / "train_configs/conjformer/drift_demo.yaml"))
     parser.add_argument("--shares", default="0,0.3,0.5,0.6,0.7,0.8")
     parser.add_argument(
         "--rows", type=int, default=64, help="of which the perplexity is taken; the first 32 are attacked"
