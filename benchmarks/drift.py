@@ -45,6 +45,8 @@ MATCHING = {
     "procrustes": "Procrustes",
 }
 """Attack -> its column; each is tried with the public model and with the attacker's own."""
+CIPHERS = {"substitution": "cipher", "substitution_table": "cipher, then Procrustes"}
+"""These know public text, the second the public table too, and no weights."""
 PUBLIC, OWN = "public", "own"
 
 
@@ -80,10 +82,10 @@ def attacks(setting: Setting, server: tuple[Path, Path, Path], own: Path | None,
     public = own or setting.config.trunk.path
     mechanism = load_rotation(nothing(), *server, public, own=own is not None)
     world = World(setting.prompts[:PROMPTS], setting.corpus, mechanism, trunk, 0)
-    found = {}
-    for key in [*MATCHING, *([] if own else ["substitution"])]:
+    frequent, found = recovery.frequent_tokens(setting.corpus), {}
+    for key in [*MATCHING, *([] if own else CIPHERS)]:
         guess = attacked(key, world, steps)
-        scores = recovery.score(guess.top_NK, world, setting.tokenizer)
+        scores = recovery.score(guess.top_NK, world, setting.tokenizer, frequent=frequent)
         curve = {}
         if guess.curve:
             shares = [(top_N == world.truth_N).double().mean().item() for top_N in guess.curve.top_N]
@@ -123,11 +125,11 @@ def reported(points: list[dict], original: float, tables: Tables) -> None:
     """One table of top-1, the better of both attackers in each; one of what a longer list of guesses holds."""
     head = {"share of noise": ".1f", "perplexity": ".3f", "above the original": "+.1%"}
     for title, score in (("top-1", "top1"), ("top-10", "top10")):
-        tables.start(title, head | dict.fromkeys((*MATCHING.values(), "cipher"), ".1%"))
+        tables.start(title, head | dict.fromkeys((*MATCHING.values(), *CIPHERS.values()), ".1%"))
         for p in points:
             best = [max(p[who][key][score]["value"] for who in (PUBLIC, OWN) if who in p) for key in MATCHING]
-            cipher = p[PUBLIC]["substitution"][score]["value"]
-            tables.row(p["share"], p["perplexity"], p["perplexity"] / original - 1, *best, cipher)
+            ciphers = [p[PUBLIC][key][score]["value"] for key in CIPHERS]
+            tables.row(p["share"], p["perplexity"], p["perplexity"] / original - 1, *best, *ciphers)
 
 
 def figure(points: list[dict], original: float) -> str:
@@ -135,9 +137,9 @@ def figure(points: list[dict], original: float) -> str:
     cost = [100 * (p["perplexity"] / original - 1) for p in points]
 
     def draw(axes: Any) -> None:
-        names = {**MATCHING, "substitution": "cipher (public text alone)"}
+        names = {**MATCHING, **CIPHERS}
         for (key, name), colour, mark in zip(
-            names.items(), (*plots.COLOURS, plots.GREY), (*plots.MARKERS, "x"), strict=True
+            names.items(), (*plots.COLOURS, *2 * [plots.GREY]), (*plots.MARKERS, "x", "+"), strict=True
         ):
             best = [
                 max(100 * p[who][key]["top1"]["value"] for who in (PUBLIC, OWN) if key in p.get(who, {}))
