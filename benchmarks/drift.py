@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def command(*words: str | Path) -> None:
     """One of ours, as anybody would type it."""
     if code := grid.execute([str(word) for word in words]):
         raise SystemExit(code)
+
+
+def once(file: Path, measured: Callable[[], dict]) -> dict:
+    """What ``file`` holds; if it is not there, it is measured and kept."""
+    if not file.is_file():
+        disk.write(file, json.dumps(measured(), indent=1))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def trained(home: Path, start: list[str], config: str, overrides: list[str]) -> Path:
@@ -96,29 +104,22 @@ def attacks(setting: Setting, server: tuple[Path, Path, Path], own: Path | None,
 
 def point(arguments: argparse.Namespace, overrides: list[str], setting: Setting, share: float) -> dict:
     """Everything that is said of one share; kept in its directory."""
-    home = arguments.dir / f"{share:g}"
-    file = home / "point.json"
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
-    models = {}
+    home, models = arguments.dir / f"{share:g}", {}
     for whose, seed in (("theirs", "0"), (OWN, "1")):
         start = [setting.config.trunk.path, *(["--shake", f"{share:g}"] if share else [])]
         if share:
             models[whose] = trained(home / whose, start, arguments.config, [*overrides, "--run.seed", seed])
         else:
             models[whose] = Path(setting.config.trunk.path)
-    server = rotated(models["theirs"], home)
-    nats, count = held_out(model_of(str(models["theirs"])), setting.full_batches)
-    found = {
-        "share": share,
-        "perplexity": math.exp(nats),
-        "tokens": count,
-        PUBLIC: attacks(setting, server, None, arguments.steps),
-    }
-    if share:
-        found[OWN] = attacks(setting, server, models[OWN], arguments.steps)
-    disk.write(file, json.dumps(found, indent=1))
-    return found
+
+    def measured() -> dict:
+        server = rotated(models["theirs"], home)
+        nats, count = held_out(model_of(str(models["theirs"])), setting.full_batches)
+        found = {"share": share, "perplexity": math.exp(nats), "tokens": count}
+        found[PUBLIC] = attacks(setting, server, None, arguments.steps)
+        return found | ({OWN: attacks(setting, server, models[OWN], arguments.steps)} if share else {})
+
+    return once(home / "point.json", measured)
 
 
 def reported(points: list[dict], original: float, tables: Tables) -> None:
