@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import ssl
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -233,8 +233,8 @@ def _file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_type(where: str, name: str, value: Any, read: Callable[[str], Any] | None) -> None:
-    """``read``: of the flag, where it takes a number of a range."""
+def _check_type(where: str, name: str, value: Any, read: Any) -> None:
+    """``read``: type of the flag, where it takes a number of a range; else None."""
     if read is not None:
         try:
             read(repr(value))  # in which a text or a truth is no number
