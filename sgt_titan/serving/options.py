@@ -38,12 +38,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class UpstreamOptions:
-    """A server of a model."""
+    """A server of a model. Its key: of a file, or of the environment's variable ``api_key_env`` (credentials.py)."""
 
     url: str
     backend: str = "vllm"
     model: str | None = None
     api_key_file: str | None = None
+    api_key_env: str | None = None
     wire_dtype: str | None = None
 
 
@@ -106,6 +107,9 @@ DEFAULTS: dict[str, Any] = {
     "telemetry": False,
     "results": None,
 }
+# What [[models]] say themselves.
+_OF_ONE_MODEL = ("export", "upstream", "backend", "model", "served_name", "trunk", "weights", "tool_format")
+_OF_ONE_MODEL += ("reasoning", "upstream_api_key_file", "wire_dtype", "results")
 _NUMBERS = {"port": int, "max_prompt_tokens": int}
 _CHOICES = {"backend": BACKENDS, "weights": WEIGHTS, "wire_dtype": DTYPES, "reasoning": ("think", "none")}
 _CHOICES |= {"tool_format": (*FORMATS, "none")}
@@ -205,11 +209,16 @@ def read_options(argv: Sequence[str] | None) -> ProxyOptions:
     if tables is None:
         models: tuple[ModelOptions, ...] = (_one(values),)
     else:
-        if given.keys() & {"export", "upstream"} or content.keys() & {"export", "upstream"}:
-            raise UserError(f"{file}: has [[models]]; leave out EXPORT and --upstream")
+        if beside := [name for name in _OF_ONE_MODEL if name in given or name in content]:
+            names = ", ".join("EXPORT" if name == "export" else _flag(name) for name in beside)
+            raise UserError(f"{file}: has [[models]], which say so themselves; leave out {names}")
         models = _models(tables, file)
     _check(values, models)
     return ProxyOptions(values, models)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -249,7 +258,13 @@ def _one(values: dict[str, Any]) -> ModelOptions:
     if not values["upstream"]:
         raise UserError("--upstream is missing: the URL of a server of the trunk")
     upstreams = tuple(
-        UpstreamOptions(url, values["backend"], values["model"], values["upstream_api_key_file"], values["wire_dtype"])
+        UpstreamOptions(
+            url,
+            values["backend"],
+            values["model"],
+            values["upstream_api_key_file"],
+            wire_dtype=values["wire_dtype"],
+        )
         for url in values["upstream"]
     )
     same = {f.name: values[f.name] for f in fields(ModelOptions) if f.name in values}
@@ -305,10 +320,10 @@ def _check(values: dict[str, Any], models: Sequence[ModelOptions]) -> None:
         "total_timeout",
     ):
         if not values[name] > 0:
-            raise UserError(f"--{name.replace('_', '-')}: {values[name]}, must be more than 0")
+            raise UserError(f"{_flag(name)}: {values[name]}, must be more than 0")
     for name in ("waiting", "wait_timeout", "retries", "shutdown_timeout"):
         if not values[name] >= 0:
-            raise UserError(f"--{name.replace('_', '-')}: {values[name]}, must be at least 0")
+            raise UserError(f"{_flag(name)}: {values[name]}, must be at least 0")
     if values["max_prompt_tokens"] is not None and values["max_prompt_tokens"] < 1:
         raise UserError(f"--max-prompt-tokens: {values['max_prompt_tokens']}, must be at least 1")
     if not 0 <= values["port"] < 65536:
