@@ -108,8 +108,10 @@ DEFAULTS: dict[str, Any] = {
     "results": None,
 }
 # What [[models]] say themselves.
-_OF_ONE_MODEL = ("export", "upstream", "backend", "model", "served_name", "trunk", "weights", "tool_format")
-_OF_ONE_MODEL += ("reasoning", "upstream_api_key_file", "wire_dtype", "results")
+_OF_ONE_MODEL = (
+    *("export", "upstream", "backend", "model", "served_name", "trunk", "weights", "tool_format", "reasoning"),
+    *("upstream_api_key_file", "wire_dtype", "results"),
+)
 _NUMBERS = {"port": int, "max_prompt_tokens": int}
 _CHOICES = {"backend": BACKENDS, "weights": WEIGHTS, "wire_dtype": DTYPES, "reasoning": ("think", "none")}
 _CHOICES |= {"tool_format": (*FORMATS, "none")}
