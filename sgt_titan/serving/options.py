@@ -38,12 +38,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class UpstreamOptions:
-    """A server of a model."""
+    """A server of a model. Its key: of a file, or of the environment's variable ``api_key_env`` (credentials.py)."""
 
     url: str
     backend: str = "vllm"
     model: str | None = None
     api_key_file: str | None = None
+    api_key_env: str | None = None
     wire_dtype: str | None = None
 
 
@@ -106,6 +107,11 @@ DEFAULTS: dict[str, Any] = {
     "telemetry": False,
     "results": None,
 }
+# What [[models]] say themselves.
+_OF_ONE_MODEL = (
+    *("export", "upstream", "backend", "model", "served_name", "trunk", "weights", "tool_format", "reasoning"),
+    *("upstream_api_key_file", "wire_dtype", "results"),
+)
 _CHOICES = {"backend": BACKENDS, "weights": WEIGHTS, "wire_dtype": DTYPES, "reasoning": ("think", "none")}
 _CHOICES |= {"tool_format": (*FORMATS, "none")}
 _COUNT = number(int, 1)
@@ -209,11 +215,16 @@ def read_options(argv: Sequence[str] | None) -> ProxyOptions:
     if tables is None:
         models: tuple[ModelOptions, ...] = (_one(values),)
     else:
-        if given.keys() & {"export", "upstream"} or content.keys() & {"export", "upstream"}:
-            raise UserError(f"{file}: has [[models]]; leave out EXPORT and --upstream")
+        if beside := [name for name in _OF_ONE_MODEL if name in given or name in content]:
+            names = ", ".join("EXPORT" if name == "export" else _flag(name) for name in beside)
+            raise UserError(f"{file}: has [[models]], which say so themselves; leave out {names}")
         models = _models(tables, file)
     _check(values, models)
     return ProxyOptions(values, models)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -258,7 +269,13 @@ def _one(values: dict[str, Any]) -> ModelOptions:
     if not values["upstream"]:
         raise UserError("--upstream is missing: the URL of a server of the trunk")
     upstreams = tuple(
-        UpstreamOptions(url, values["backend"], values["model"], values["upstream_api_key_file"], values["wire_dtype"])
+        UpstreamOptions(
+            url,
+            values["backend"],
+            values["model"],
+            values["upstream_api_key_file"],
+            wire_dtype=values["wire_dtype"],
+        )
         for url in values["upstream"]
     )
     same = {f.name: values[f.name] for f in fields(ModelOptions) if f.name in values}

@@ -88,6 +88,7 @@ def test_every_flag_has_a_default_and_the_reverse():
         ("[[models]]\nexport = 'x'\n[[models.upstreams]]\nurl = 'ftp://a'", "is no URL"),
         (TWO.replace('"b"', '"a"'), "need a name each"),
         ("export = 'x'\n" + TWO, "leave out EXPORT"),
+        ("upstream_api_key_file = 'k'\nresults = 'r'\n" + TWO, "leave out --upstream-api-key-file, --results"),
         ("[", "is not valid TOML"),
     ],
 )
@@ -112,6 +113,12 @@ def test_files_that_are_none(tmp_path, text, message):
 def test_flags_that_are_none(words, message):
     with pytest.raises(UserError, match=message):
         read_options(words)
+
+
+def test_what_models_say_themselves_is_not_said_beside_them(tmp_path):
+    """It would be for none of them, in silence."""
+    with pytest.raises(UserError, match=r"has \[\[models\]\].*; leave out --wire-dtype"):
+        read_options(["--config", written(tmp_path, TWO), "--wire-dtype", "float16"])
 
 
 def test_the_example_that_is_shipped(tmp_path):
