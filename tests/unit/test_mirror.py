@@ -69,7 +69,7 @@ TOGETHER = {
     "unit/serving/test_wire_privacy.py": "",
     "unit/test_architecture.py": "",
     "unit/test_benchmarks.py": "",
-    "unit/test_cli.py": "errors config_registry inspect_command conjformer.commands",
+    "unit/test_cli.py": "errors config_registry inspect_command",
     "unit/test_figures.py": "",
     "unit/test_mirror.py": "",
     "unit/test_pages.py": "",
