@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def in_one_go() -> Iterator[None]:
-    """No collection of garbage while modules are imported, nor of them later.
+    """No collection of garbage while modules are imported.
 
     Python looks through all that lives after every few hundred objects that are made. Imports make a million, which
     stay: a thousand collections find next to nothing and take a quarter of the time.
@@ -20,5 +20,6 @@ def in_one_go() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        gc.unfreeze()  # they are the oldest of all now, which the next collections leave alone
         if was:
             gc.enable()

@@ -123,7 +123,8 @@ def leave_optimizers_alone() -> None:
         function = getattr(torch.optim.Optimizer, name).__wrapped__
         function.__dynamo_disable = function
     # What it was wrapped in does this and breaks the compiler's graph; none is asked for gradients of its steps.
-    torch.optim.Adam.step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)
+    step: Any = torch.optim.Adam.step
+    setattr(torch.optim.Adam, "step", torch.no_grad()(step.__wrapped__))  # noqa: B010
 
 
 class Unfilled(TorchFunctionMode):
@@ -148,6 +149,7 @@ def when_called() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    now: dict[tuple[ModuleType, str], Callable[..., Any]]
     now = {(torch, "compile"): torch.compile, (torch.compiler, "disable"): torch.compiler.disable}
     for (module, name), function in now.items():
         vars(module)[name] = _put_off(function)

@@ -80,7 +80,7 @@ class SGTConfig(PretrainedConfig):
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = 1
 
-    before_the_first: ClassVar[Callable[[], Any]] = staticmethod(lambda: None)
+    before_the_first: ClassVar[Callable[..., Any]] = staticmethod(lambda: None)
     """Makes ``AutoModel`` know whose config this is."""
 
     def __post_init__(self, **fields: Any) -> None:

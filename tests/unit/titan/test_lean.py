@@ -108,9 +108,7 @@ def test_the_names_of_transformers_models_are_looked_for_once():
         "print(LlamaForCausalLM.__name__, Qwen3Config.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split("\n")[:2] == ["sgt_titan.titan.lean []", "LlamaForCausalLM Qwen3Config"], done.stderr[
-        -2000:
-    ]
+    assert done.stdout.split("\n")[:2] == ["True []", "LlamaForCausalLM Qwen3Config"], done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU torchtitan's attention is compiled when imported")
