@@ -39,7 +39,7 @@ FLOORS = {
 
 
 class Run(NamedTuple):
-    """Until a line appeared, or the end: seconds of the wall, of the CPU; and in the end: the most that was resident."""
+    """Seconds of the wall and of the CPU until a line appeared, or the end; the most bytes that were ever resident."""
 
     wall: float
     cpu: float

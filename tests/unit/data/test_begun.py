@@ -21,7 +21,7 @@ def long(write, make_config, monkeypatch):
     monkeypatch.setattr(tokenization, "CHUNK_ROWS", 60 // CHUNKS)
     rows = [
         {"messages": [{"role": "user", "content": f"name {i}"}, {"role": "assistant", "content": "yes " * (i % 9)}]}
-        | {"private": [{"turn": 0, "start": 5, "stop": 6, "kind": f"kind{i % 3}"}] * (i % 2)}
+        | {"private": [{"message": 0, "start": 5, "end": 6, "kind": f"kind{i % 3}"}] * (i % 2)}
         for i in range(60)
     ]
     rows[7]["messages"][0]["content"] = 7
