@@ -62,7 +62,7 @@ TOGETHER = {
     "unit/serving/test_openapi.py": "serving.guard",
     "unit/serving/test_private_proxy.py": "serving.main",
     "unit/serving/test_proxy_agents.py": "serving.render serving.responses serving.schema",
-    "unit/serving/test_proxy_attacks.py": "serving.admission serving.disconnect serving.origin serving.protocol",
+    "unit/serving/test_proxy_attacks.py": "serving.admission serving.disconnect serving.origin",
     "unit/serving/test_proxy_openai.py": "serving.app serving.metrics serving.service",
     "unit/serving/test_proxy_refusals.py": "serving.errors serving.settings serving.upstream",
     "unit/serving/test_serve_command.py": "",
