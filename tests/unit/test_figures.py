@@ -21,6 +21,13 @@ def test_a_page_says_what_its_files_say(page, part):
     assert not found, "\n".join(found)
 
 
+def test_what_every_report_says_of_an_attacker_that_still_learns():
+    from sgt_titan.evaluation.report.words import LEARNING
+
+    said = "quick suite's read {demo-rate-0.05-seed0-quick/attacks.sequence.top1:%0}, the standard suite's "
+    assert figures.filled(said + "{demo-rate-0.05-seed1-standard/attacks.sequence.top1:%0}") in LEARNING
+
+
 def test_every_file_is_quoted():
     quoted = figures.RESULTS.joinpath("quotes.yaml").read_text(encoding="utf-8")
     assert FILES and [file.stem for file in FILES if file.stem not in quoted] == []
