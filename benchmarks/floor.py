@@ -1,19 +1,20 @@
 """What follows from an answer, and from the places of what it repeats: ``python benchmarks/floor.py EXPORT``.
 
-Two readers without anything that was sent, trained as the sequence attacker is (same suite, same public rows):
+Three readers without anything that was sent, trained as the sequence attacker is (same suite, same public rows):
 
 * who has the true answer (the attack ``answer``);
-* who has it and, in their places, the hidden tokens that it repeats: what a transform gives away that sends exactly
-  what an answer needs and keeps it at its position.
+* who has it and, in their places, the marked values that it holds: what a transform gives away that sends the values
+  which an answer copies, where they stand, and not a nat of any other token;
+* who has it and, in their places, all hidden tokens that it repeats.
 
-The second's tokens in place count as read. It is in no evaluation: it takes an oracle to know what an answer repeats.
+Tokens in place count as read. The last two are in no evaluation: it takes an oracle to know what an answer repeats.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ GROUPS = {
 }
 
 
-def in_place(rows: Sequence[Sample], tokenizer) -> list[Sample]:
+def repeated(rows: Sequence[Sample], tokenizer) -> list[Sample]:
     """The rows with the hidden tokens that their answers repeat in clear."""
     world = World(rows, (), nothing(), None)  # type: ignore[arg-type]
     repeated_N = recovery.repeated_tokens(world, {}, tokenizer)
@@ -60,13 +61,29 @@ def in_place(rows: Sequence[Sample], tokenizer) -> list[Sample]:
     return found
 
 
-def read(setting: Setting, suite: str, placed: bool) -> dict:
+def needed_values(rows: Sequence[Sample], tokenizer) -> list[Sample]:
+    """The rows with the marked values that their answers hold in clear."""
+    others = recovery.with_unneeded(World(rows, (), nothing(), None), tokenizer)  # type: ignore[arg-type]
+    return [
+        row._replace(obfuscate=row.obfuscate & (~row.marked | other.marked))
+        for row, other in zip(rows, others, strict=True)
+    ]
+
+
+READERS: dict[str, Callable | None] = {
+    "the answer": None,
+    "the answer, and the values that it holds in their places": needed_values,
+    "the answer, and all that it repeats in its place": repeated,
+}
+
+
+def read(setting: Setting, suite: str, in_place: Callable | None) -> dict:
     """Scores of the reader who has the answers, of all hidden tokens. Who has them alone is found once, as in an
     evaluation."""
     attack, rows, corpus = ATTACKS[ANSWER], setting.prompts, setting.corpus
     effort = attack.arguments(suite) or {}
     world = whole = World(rows, corpus, nothing(), setting.trunk, guessing.SEED)
-    if placed:
+    if in_place:
         shown = (in_place(part, setting.tokenizer) for part in (rows, corpus))
         world = World(*shown, nothing(), setting.trunk, guessing.SEED)
     cache = cache_dir(setting.config)
@@ -99,8 +116,8 @@ def main() -> None:
     setting = load_setting(arguments.export, config, rows=suite.rows, corpus=suite.corpus)
     with written(arguments.out, machine()) as tables:
         tables.start("", dict.fromkeys(("who has", *GROUPS), ""))
-        for name, placed in (("the answer", False), ("the answer, and what it repeats in its place", True)):
-            found = read(setting, arguments.suite, placed)
+        for name, in_place in READERS.items():
+            found = read(setting, arguments.suite, in_place)
             tables.row(name, *(percent(found.get(key)) for key in GROUPS.values()))
             print(f"({'; '.join(found['notes'])})", file=sys.stderr)
 

@@ -394,15 +394,13 @@ def _guesses(reader: Reader, observation: Observation | Unseen, beams: int) -> t
     for x_TD, hidden_T, tokens_T in zip(sent, observation.hidden, observation.tokens, strict=True):
         hidden_T, tokens_T = hidden_T.to(device), tokens_T.to(device)
         x_TD = None if x_TD is None else x_TD.float().to(device)
-        h_1TH = reader.encode(
-            None if x_TD is None else x_TD[None], tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None]
-        )
-        if reader.points:
-            logits_NV = reader.posterior(h_1TH, None, tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None])
-            found.append(logits_NV.topk(min(GUESSES, logits_NV.shape[1])).indices.cpu())
-        elif reader.decoder is None:
+        tokens_1T, hidden_1T, valid_1T = tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None]
+        h_1TH = reader.encode(None if x_TD is None else x_TD[None], tokens_1T, hidden_1T, valid_1T)
+        if reader.decoder is None:
             for part_C in hidden_T.nonzero()[:, 0].split(CHUNK):
-                logits_CV = reader.marginal(h_1TH[0, part_C], None if x_TD is None else x_TD[part_C])
+                asked_1T = torch.zeros_like(hidden_T).index_fill_(0, part_C, True)[None]
+                x_CD = None if x_TD is None else x_TD[part_C]
+                logits_CV = reader.posterior(h_1TH, x_CD, tokens_1T, hidden_1T, valid_1T, asked_1T)
                 found.append(logits_CV.topk(min(GUESSES, logits_CV.shape[1])).indices.cpu())
         else:
             emission = _Decoding(reader, h_1TH, x_TD)

@@ -170,18 +170,20 @@ class Reader(nn.Module):
         tokens_BT: torch.Tensor,
         hidden_BT: torch.Tensor,
         valid_BT: torch.Tensor,
+        asked_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (N, V) of all hidden tokens: ``marginal``, mixed with the clean tokens of the row that each looks at
-        where the reader points."""
-        logits_NV = self.marginal(h_BTH[hidden_BT], x_ND)
+        """Logits (N, V) of the hidden tokens, or of those ``asked`` for: ``marginal``, mixed with the clean tokens of
+        the row that each looks at where the reader points. ``x_ND``: what was sent for these tokens."""
+        asked_BT = hidden_BT if asked_BT is None else asked_BT
+        logits_NV = self.marginal(h_BTH[asked_BT], x_ND)
         if not self.points:
             return logits_NV
-        row_N = hidden_BT.nonzero()[:, 0]
+        row_N = asked_BT.nonzero()[:, 0]
         clean_NT = (valid_BT & ~hidden_BT)[row_N]
         score_BTT = self.ask(h_BTH) @ self.key(h_BTH).mT / h_BTH.shape[-1] ** 0.5
-        look_NT = torch.softmax(score_BTT[hidden_BT].masked_fill(~clean_NT, -1e9), -1) * clean_NT
+        look_NT = torch.softmax(score_BTT[asked_BT].masked_fill(~clean_NT, -1e9), -1) * clean_NT
         copied_NV = torch.zeros_like(logits_NV).scatter_add_(1, tokens_BT.clamp_min(0)[row_N], look_NT)
-        share_N1 = torch.sigmoid(self.share(h_BTH[hidden_BT])) * clean_NT.any(1, keepdim=True)
+        share_N1 = torch.sigmoid(self.share(h_BTH[asked_BT])) * clean_NT.any(1, keepdim=True)
         mixed_NV = (1 - share_N1) * torch.softmax(logits_NV, -1) + share_N1 * copied_NV
         return mixed_NV.clamp_min(1e-20).log()
 
