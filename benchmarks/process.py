@@ -130,8 +130,8 @@ def compiled(tables) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "sgt_titan.cli", "train", "demo", "--export.at_end", "false"]
         words += ["--data.cache_dir", f"{folder}/cache", "--training.steps", "1"]
-        ways = [("eager", "off", 1), ("compiled, nothing kept", "on", 1), ("the next start", "on", 1)]
-        ways += [("the next start, two processes", "on", 2)]
+        ways = [("eager", "false", 1), ("compiled, nothing kept", "true", 1), ("the next start", "true", 1)]
+        ways += [("the next start, two processes", "true", 2)]
         run([*words, "--run.output_dir", f"{folder}/first"], HERE)  # prepares the data
         for number, (name, enable, processes) in enumerate(ways):
             more = ["--run.output_dir", f"{folder}/{number}", "--compile.enable", enable, "--nproc", str(processes)]
