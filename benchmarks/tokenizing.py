@@ -5,7 +5,8 @@
 
 Rows are Alpaca's of the assets (SGT_TITAN_ASSETS), over and over, each with a number of its own. ``speed``: one core,
 the same texts by `tokenizers`' encode_batch alone, which is the limit, by `datasets`' map with the tokenizer in
-batches, and by a preparation (data read, conversations found, templates, roles, hashes, arrays written); the best of three.
+batches, and by a preparation (data read, conversations found, templates, roles, hashes, arrays written); the best of
+three.
 ``size``: `sgt-titan prepare` as it is, a process a core beside the one that writes; resident memory at most of that one
 and of the largest of the others.
 """
@@ -95,6 +96,8 @@ def speed(rows: int, tables) -> None:
 
 
 def size(counts: list[int], tables) -> None:
+    from sgt_titan.data.tokenization import PARALLEL_ROWS
+
     columns = {"rows": ",.0f", "tokens": ",.0f", "s": ",.0f", "tokens/s a core": ",.0f"}
     tables.start(
         "", columns | {"peak MiB, who writes": ",.0f", "peak MiB, of the others": ",.0f", "on disk, MiB": ",.0f"}
@@ -107,7 +110,7 @@ def size(counts: list[int], tables) -> None:
             said = subprocess.check_output([sys.executable, __file__, "--one", name], text=True, env={**os.environ})
             about = json.loads(said.splitlines()[-1])
             stored = sum(path.stat().st_size for path in (folder / "cache").rglob("*.npy"))
-        cores = len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if count > PARALLEL_ROWS else 1
         rate = about["tokens"] / about["seconds"] / cores
         tables.row(count, about["tokens"], about["seconds"], rate, about["writer"], about["worker"], stored / 2**20)
 
