@@ -38,7 +38,10 @@ from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import learned, nothing
 from sgt_titan.evaluation.world.rotated import load_rotation
 from sgt_titan.evaluation.world.samples import data_config, load_trunk
+from sgt_titan.evaluation.world.threat import Guess
 from sgt_titan.transform.trunk_files import TrunkFiles
+
+TABLE = {name: ATTACKS[name] for name in ("nearest_l2", "nearest_cosine", "known_plaintext", "inverter")} | ROTATION
 
 
 def model_of(path: str, dtype: torch.dtype = torch.float32):
@@ -80,13 +83,20 @@ def perplexity(arguments: argparse.Namespace) -> None:
 
 
 def _say_perplexity(name: str, model, setting) -> None:
+    nats, count = held_out(model, setting.full_batches)
+    print(f"{name}: perplexity {math.exp(nats):.3f}, {nats:.4f} nats, N = {count}", flush=True)
+
+
+@torch.no_grad()
+def held_out(model, batches) -> tuple[float, int]:
+    """Nats a token of the next one, over the tokens of all rows, and how many these are."""
     nats, count = 0.0, 0
-    for batch in setting.full_batches:
+    for batch in batches:
         logits = model(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long()).logits[:, :-1].float()
         keep = batch.valid_BT[:, 1:]
         nats += torch.nn.functional.cross_entropy(logits[keep], batch.tokens_BT[:, 1:][keep], reduction="sum").item()
         count += int(keep.sum())
-    print(f"{name}: perplexity {math.exp(nats / count):.3f}, {nats / count:.4f} nats, N = {count}", flush=True)
+    return nats / count, count
 
 
 @torch.no_grad()
@@ -111,8 +121,7 @@ def attacks(arguments: argparse.Namespace) -> None:
     setting = _setting(arguments)
     before = learned(setting.transform) if arguments.sgt else nothing()
     frequent = recovery.frequent_tokens(setting.corpus)
-    table = {name: ATTACKS[name] for name in ("nearest_l2", "nearest_cosine", "known_plaintext", "inverter")} | ROTATION
-    only = arguments.only.split(",") if arguments.only else list(table)
+    only = arguments.only.split(",") if arguments.only else list(TABLE)
     worlds = {}
     known = load_trunk(arguments.own, torch.device("cpu")) if arguments.own else setting.trunk
     for entry in arguments.server:
@@ -134,10 +143,7 @@ def attacks(arguments: argparse.Namespace) -> None:
             if world.mechanism.rotation is None and key in ROTATION:
                 continue
             started = time.monotonic()
-            run = table[key].run
-            effort = table[key].arguments("quick") or {}
-            effort |= {"steps": arguments.steps} if "steps" in effort and arguments.steps else {}
-            guess = run(**world.granted(run), **effort)
+            guess = attacked(key, world, arguments.steps)
             found = recovery.score(guess.top_NK, world, setting.tokenizer, frequent=frequent)
             top1, top10 = found["top1"]["value"], found["top10"]["value"]
             print(
@@ -149,6 +155,13 @@ def attacks(arguments: argparse.Namespace) -> None:
                 values = [recovery.top1_estimate(top_N, world).value for top_N in guess.curve.top_N]
                 at = ", ".join(f"{a:g}: {v:.1%}" for a, v in zip(guess.curve.at, values, strict=True))
                 print(f"{'':<38}{guess.curve.axis} {at}", flush=True)
+
+
+def attacked(key: str, world: World, steps: int | None = None) -> Guess:
+    """What an attack of ``TABLE`` reads, with the quick suite's effort; steps: of those that learn."""
+    run = TABLE[key].run
+    effort = TABLE[key].arguments("quick") or {}
+    return run(**world.granted(run), **effort | ({"steps": steps} if "steps" in effort and steps else {}))
 
 
 def gains(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a step against the obvious way to write them, in one run: ``python benchmarks/pieces.py``.
+"""Parts of a step against the obvious way to write them, each in one run: ``python benchmarks/pieces.py [PART]``.
 
     loss      Eq. 3 from hidden states in chunks of tokens, against whole logits
     pairs     the MI term over all pairs shift by shift, against a (B, B, T, D) tensor
@@ -71,7 +71,7 @@ def show(tables: Tables, size: str, found: dict) -> None:
         tables.row(size, way, tuple(times), peak)
 
 
-def main(tables: Tables) -> None:
+def loss(tables: Tables) -> None:
     tables.start(f"loss: {N} tokens, D {D}, float32", COLUMNS)
     fused = compiled_kernels()
     for vocab in (32_000, 128_256, 152_064):
@@ -80,14 +80,23 @@ def main(tables: Tables) -> None:
             cases[f"chunks of {chunk}"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk)
             cases[f"chunks of {chunk}, compiled"] = lambda *inputs, chunk=chunk: in_chunks(*inputs, chunk, fused)
         show(tables, f"V {vocab:,}", compared(cases, [(N, D), (N, D), (vocab, D)], 3))
+
+
+def pairs(tables: Tables) -> None:
     tables.start("pairs: T 256, D 256, float32", COLUMNS)
     for count in (4, 8, 16):
         cases = {"(B, B, T, D)": all_pairs, "shift by shift": by_shifts}
         show(tables, f"B {count}", compared(cases, [(count, 256, 256)] * 3, 5))
 
 
+PARTS = {"loss": loss, "pairs": pairs}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="all")
     add_out(parser)
-    with written(parser.parse_args().out, machine()) as found:
-        main(found)
+    words = parser.parse_args()
+    with written(words.out, machine()) as found:
+        for part in PARTS if words.part == "all" else (words.part,):
+            PARTS[part](found)

@@ -1,4 +1,4 @@
-"""What more ranks bring and cost, on gloo processes of this machine: ``python benchmarks/ranks.py``.
+"""What more ranks bring and cost, on gloo processes of this machine: ``python benchmarks/ranks.py [PART]``.
 
     gathers   one gather for both streams against a walk for each
     pairs     the MI term's exchange while the trunk works, against one that is waited for at once
@@ -7,7 +7,7 @@
 The ways of the first two are in the same processes and alternate. The network is loopback and the ranks share the
 cores: memory, the number of gathers and their bytes carry over to a cluster, the seconds do not. To see them wait for
 a network, give them one (root): ``ip netns add slow; ip -n slow link set lo up; tc -n slow qdisc add dev lo root tbf
-rate 400mbit burst 256kb latency 100ms``, then ``ip netns exec slow python benchmarks/ranks.py gathers pairs``.
+rate 400mbit burst 256kb latency 100ms``, then ``ip netns exec slow python benchmarks/ranks.py gathers``, and ``pairs``.
 """
 
 from __future__ import annotations
@@ -229,12 +229,12 @@ PARTS = {"gathers": gathers, "pairs": pairs, "growth": growth}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=list(PARTS), help="default: all")
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--plots", help="draw into this folder")
     add_out(parser)
     words = parser.parse_args()
     with written(words.out, machine()) as tables:
-        for part in words.parts or PARTS:
+        for part in PARTS if words.part == "all" else (words.part,):
             PARTS[part](tables, words.plots)
 
 

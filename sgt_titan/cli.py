@@ -54,7 +54,7 @@ _FORWARDED: Mapping[str, tuple[str, ...]] = {
     "inspect": ("sgt_titan.inspect_command", "What a text of yours would reveal, token by token."),
     "readings": ("sgt_titan.readings", "One prompt through the client: who reads what of it, and what comes back."),
     "conjformer": (
-        "sgt_titan.conjformer.commands",
+        "sgt_titan.conjformer.command",
         "A checkpoint in a secretly rotated basis: convert | serve | generate.",
     ),
     "frontier": (

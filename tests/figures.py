@@ -12,10 +12,12 @@ a figure cannot change on one side alone. Every percentage of a section with ``q
 
 ``tables`` names files whose tables stand in the section as the command prints them: those with the same first line, in
 the same order. A section that has this key has no table but those, and those whose first line is among its ``own``.
+Where a measurement costs hours and was made before there were files, its file was written down from the page: its
+``about`` has ``transcribed``, and the section says so.
 
 Forms: ``%1`` is a share in percent with one decimal, ``x1`` the same without the sign, ``f3`` a number, ``n`` a count;
 ``[]`` behind a form adds the 95% interval, ``[0]`` with so many decimals; ``i1`` is an interval alone, ``I1`` that of a
-share. Paths start at the top of the file or at its ``mechanisms.sgt``.
+share. Paths start at the top of the file or at its ``mechanisms.sgt``; ``tables.0.cells.2.5`` is a cell.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from benchmarks.tables import markdown  # noqa: E402
 RESULTS = REPO / "docs" / "results"
 PERCENT = re.compile(r"-?\d[\d,]*(?:\.\d+)?%")
 _PLACE = re.compile(r"\{(?:([\w.-]+)/)?([^:/{}]+):([%xfniI])(\d?)(\[(\d?)\])?\}")
+_PRINTED = re.compile(r"([-+]?[\d,.]+(?:e[-+]\d+)?)(%?)(?: \[(\S+), (\S+)\])?")
 # Texts, and what only a program reads.
 _LEFT_OUT = {"examples", "histogram", "classes", "counts", "rows", "scores", "sees", "source", "extra", "extra_label"}
 
@@ -66,12 +69,25 @@ def look_up(name: str, path: str) -> Any:
     return found
 
 
+def printed(cell: str) -> dict[str, float]:
+    """The figure of a cell that is text, ``5.3% [4.9, 5.8]``: shares are those of 1."""
+    if (found := _PRINTED.match(cell)) is None:
+        raise ValueError(f"no figure: {cell!r}")
+    unit = 100 if found[2] else 1
+    numbers = zip(("value", "low", "high"), found.group(1, 3, 4), strict=True)
+    return {key: float(number.replace(",", "")) / unit for key, number in numbers if number}
+
+
 def filled(sentence: str, file: str = "") -> str:
     """A sentence of ``quotes.yaml`` with its figures; ``file``: of those that name none."""
 
     def figure(place: re.Match[str]) -> str:
         name, path, form, digits, interval, bounds = place.groups()
         found = look_up(name or file, path)
+        if isinstance(found, str):
+            found = printed(found)
+        if isinstance(found, list):
+            found = dict(zip(("value", "low", "high"), found, strict=True))
         values = [found.get(key) for key in ("value", "low", "high")] if isinstance(found, Mapping) else [found]
         if form == "n":
             return f"{round(values[0]):,}"
@@ -151,6 +167,8 @@ def wrong(page: str, part: Mapping[str, Any]) -> Iterator[str]:
         for name in names:
             if not any(table in meant for table in tables_of(name)):
                 yield f"{page}, {part['section']}: has no table of {name}"
+            if _read(name)["about"].get("transcribed") and "transcribed" not in bare:
+                yield f"{page}, {part['section']}: {name} was transcribed; the section has to say so"
         bare = _TABLE.sub(lambda table: first_line(table.group()), meant)
     left = text = flat(bare)
     for sentence in part.get("quotes", []):

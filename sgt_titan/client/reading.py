@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sgt_titan.client.answer import Delta, ToolCall
 from sgt_titan.client.reasoning import ThoughtScanner, begins_inside, reasons
@@ -37,12 +39,12 @@ def reading_of(template: str | None, calls: str | None = None, thoughts: str | N
 
 
 class ChoiceReader:
-    """Deltas of one choice in; out the same with ``reasoning`` and ``calls`` apart from ``text``. ``one``: only the
-    first call is wanted."""
+    """Deltas of one choice in; out the same with ``reasoning`` and ``calls`` apart from ``text``. ``tools``: as the
+    request defines them; ``one``: only the first call is wanted."""
 
-    def __init__(self, reading: Reading, *, tools: bool, prompt_end: str, one: bool = False):
+    def __init__(self, reading: Reading, *, tools: Sequence[Mapping[str, Any]], prompt_end: str, one: bool = False):
         self._thoughts = ThoughtScanner(begins_inside(prompt_end)) if reading.thoughts else None
-        self._calls = CallScanner(reading.calls) if tools and reading.calls else None
+        self._calls = CallScanner(reading.calls, tools) if tools and reading.calls else None
         self._count, self._most = 0, 1 if one else None
 
     def feed(self, delta: Delta) -> Delta:

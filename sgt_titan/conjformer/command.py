@@ -1,15 +1,16 @@
-"""``sgt-titan conjformer convert``: a checkpoint into a secretly rotated basis, or scalar norms for fine-tuning."""
+"""``sgt-titan conjformer``, and its first command: a checkpoint into a rotated basis, or scalar norms to fine-tune."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sgt_titan import disk
-from sgt_titan.arguments import Parser
+from sgt_titan.arguments import Parser, number
+from sgt_titan.conjformer import talk
 from sgt_titan.errors import UserError
 from sgt_titan.terminal import say
 
@@ -52,11 +53,13 @@ def parser() -> argparse.ArgumentParser:
         "--compute", choices=("float64", "float32"), default="float64", help="of the products (default float64)"
     )
     found.add_argument("--device", default="cpu", help="where the products are computed (default cpu)")
-    found.add_argument("--shard-size", type=float, default=2.0, metavar="GB", help="of a written file (default 2)")
+    found.add_argument(
+        "--shard-size", type=number(float, above=0), default=2.0, metavar="GB", help="of a written file (default 2)"
+    )
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def convert(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0.
 
     Raises:
@@ -122,8 +125,6 @@ def _checked(arguments: argparse.Namespace, client: Path) -> None:
         raise UserError("--shake belongs to --plain: a rotation is made of what was fine-tuned")
     if not 0 <= arguments.shake < 1:
         raise UserError(f"--shake must be in [0, 1), got {arguments.shake:g}")
-    if not 0 < arguments.shard_size < math.inf:
-        raise UserError(f"--shard-size must be positive, got {arguments.shard_size:g}")
     if file is not None:
         if out.resolve() in file.resolve().parents:
             raise UserError(f"--secret {file}: lies in {out}, which the server gets; keep the secret elsewhere")
@@ -135,3 +136,28 @@ def _checked(arguments: argparse.Namespace, client: Path) -> None:
             raise UserError(f"--client {client}: lies in {out}, which the server gets; choose another directory")
         if file.exists():
             raise UserError(f"--secret {file}: exists; a conversion makes a new secret, choose another file")
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "convert": (convert, "Write a checkpoint in a secretly rotated basis, or with scalar norms."),
+    "serve": (talk.serve, "Serve a rotated checkpoint, to try it out."),
+    "generate": (talk.generate, "Answer a prompt with a served rotated checkpoint."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of ``COMMANDS``; returns its exit code.
+
+    Raises:
+        UserError: no such command, or what it refuses.
+    """
+    found = Parser(
+        prog="sgt-titan conjformer",
+        description="Inference in a secretly rotated basis (docs/CONJFORMER.md says what that is worth).",
+        epilog="\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    found.add_argument("command", choices=tuple(COMMANDS), metavar="|".join(COMMANDS), help="see `COMMAND --help`")
+    argv = list(sys.argv[2:] if argv is None else argv)
+    return COMMANDS[found.parse_args(argv[:1]).command][0](argv[1:])

@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sgt_titan.arguments import http_url
 from sgt_titan.errors import UserError
+from sgt_titan.serving.credentials import upstream_keys
 from sgt_titan.serving.keys import plain_keys, read_keys
 from sgt_titan.serving.options import ModelOptions, ProxyOptions, UpstreamOptions, read_options
 from sgt_titan.terminal import quiet
@@ -21,7 +21,7 @@ from sgt_titan.terminal import quiet
 if TYPE_CHECKING:
     from sgt_titan.serving.settings import Served, Settings, Target
 
-KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "SGT_TITAN_API_KEY", "SGT_TITAN_UPSTREAM_API_KEY"
+KEY_VARIABLE = "SGT_TITAN_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,14 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = read_options(argv)
     keys = _keys(options)
-    for model in options.models:
-        for upstream in model.upstreams:
-            parts = http_url(upstream.url)
-            if parts is not None and parts.scheme == "http" and not is_loopback(parts.hostname):
-                _say("warning: --upstream is http: embeddings and answers, in clear, can be read on the way; use https")
-    listener = _listen(options.host, options.port)
+    upstreams = [upstream for model in options.models for upstream in model.upstreams]
+    theirs = upstream_keys(upstreams)
+    for upstream in upstreams:
+        parts = http_url(upstream.url)
+        if parts is not None and parts.scheme == "http" and not is_loopback(parts.hostname):
+            _say("warning: --upstream is http: embeddings and answers, in clear, can be read on the way; use https")
+    listener = _listen(options.host, options.port, options.silence_timeout)
     try:
-        return _serve(options, keys, listener)
+        return _serve(options, keys, theirs, listener)
     finally:
         listener.close()
 
@@ -76,8 +77,9 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost"
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bound before the export is loaded: a port in use is found in no time."""
+def _listen(host: str, port: int, patience_s: float) -> socket.socket:
+    """Bound before the export is loaded: a port in use is found in no time. ``patience_s``: for a peer that takes
+    nothing of what it is sent."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol has to be named: asyncio switches Nagle's delays off only for sockets that name it, and with them
     # every small answer and every piece of a stream would come 40 ms late.
@@ -85,6 +87,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it: the kernel finds out about a peer that has gone without a word.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # and, on Linux, gives up one that is there and never reads
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(int(1e3 * patience_s), 2**31 - 1))
     try:
         listener.bind((host, port))
     except OSError as error:
@@ -128,14 +132,11 @@ def _settings(options: ProxyOptions, keys: tuple[str, ...]) -> Settings:
     )
 
 
-def _served(model: ModelOptions, options: ProxyOptions) -> Served:
+def _served(model: ModelOptions, options: ProxyOptions, targets: tuple[Target, ...]) -> Served:
     """The model, loaded."""
     from sgt_titan.client import StainedGlassTransform
-    from sgt_titan.client.inspect import best_attacker
     from sgt_titan.serving.settings import Served
 
-    best_attacker(model.results)
-    targets = tuple(_target(upstream) for upstream in model.upstreams)
     with quiet(_say):
         sgt = StainedGlassTransform.from_pretrained(
             model.export,
@@ -147,40 +148,34 @@ def _served(model: ModelOptions, options: ProxyOptions) -> Served:
     return Served(sgt, targets, model.name, model.tool_format, model.reasoning, model.results)
 
 
-def _target(upstream: UpstreamOptions) -> Target:
+def _targets(model: ModelOptions, keys: Mapping[UpstreamOptions, str | None]) -> tuple[Target, ...]:
     from sgt_titan.serving.settings import Target
 
-    if upstream.api_key_file is None:
-        keys = _lines(os.environ.get(UPSTREAM_KEY_VARIABLE, ""))
-    else:
-        try:
-            keys = _lines(Path(upstream.api_key_file).read_text(encoding="ascii"))
-        except OSError as error:
-            raise UserError(f"{upstream.api_key_file}: cannot be read ({type(error).__name__})") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{upstream.api_key_file}: a key is not ASCII") from None
-        if len(keys) != 1:
-            raise UserError(f"--upstream-api-key-file: holds {len(keys)} keys, expected one")
-    if len(keys) > 1:
-        raise UserError(f"{UPSTREAM_KEY_VARIABLE}: holds {len(keys)} keys, expected one")
-    key = keys[0] if keys else None
-    return Target(upstream.url, upstream.backend, upstream.model, key, upstream.wire_dtype)
+    return tuple(Target(u.url, u.backend, u.model, keys[u], u.wire_dtype) for u in model.upstreams)
 
 
-def _serve(options: ProxyOptions, keys: tuple[str, ...], listener: socket.socket) -> int:
+def _serve(
+    options: ProxyOptions,
+    keys: tuple[str, ...],
+    theirs: Mapping[UpstreamOptions, str | None],
+    listener: socket.socket,
+) -> int:
+    """``keys``: of clients; ``theirs``: ours at the upstreams."""
     try:
         import uvicorn
 
+        from sgt_titan.client.inspect import best_attacker
         from sgt_titan.serving.app import create_app
         from sgt_titan.serving.protocol import PatientProtocol
         from sgt_titan.serving.telemetry import to_collector
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'sgt-titan[client]'") from None
 
+    for model in options.models:
+        best_attacker(model.results)  # a file that is none is found before anything is loaded
     telemetry = to_collector() if options.telemetry else None
-    app = create_app(
-        _settings(options, keys), [_served(model, options) for model in options.models], telemetry=telemetry
-    )
+    served = [_served(model, options, _targets(model, theirs)) for model in options.models]
+    app = create_app(_settings(options, keys), served, telemetry=telemetry)
     if options.fresh_noise:
         _say("warning: --fresh-noise: whatever is sent twice, a client's retry too, can be averaged by the upstream")
     _log_to_stderr()

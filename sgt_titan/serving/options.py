@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sgt_titan.arguments import Parser, http_url
+from sgt_titan.arguments import Parser, http_url, number
 from sgt_titan.client.tool_calls import FORMATS
 from sgt_titan.errors import UserError
 
@@ -38,12 +38,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class UpstreamOptions:
-    """A server of a model."""
+    """A server of a model. Its key: of a file, or of the environment's variable ``api_key_env`` (credentials.py)."""
 
     url: str
     backend: str = "vllm"
     model: str | None = None
     api_key_file: str | None = None
+    api_key_env: str | None = None
     wire_dtype: str | None = None
 
 
@@ -106,9 +107,14 @@ DEFAULTS: dict[str, Any] = {
     "telemetry": False,
     "results": None,
 }
-_NUMBERS = {"port": int, "max_prompt_tokens": int}
+# What [[models]] say themselves.
+_OF_ONE_MODEL = (
+    *("export", "upstream", "backend", "model", "served_name", "trunk", "weights", "tool_format", "reasoning"),
+    *("upstream_api_key_file", "wire_dtype", "results"),
+)
 _CHOICES = {"backend": BACKENDS, "weights": WEIGHTS, "wire_dtype": DTYPES, "reasoning": ("think", "none")}
 _CHOICES |= {"tool_format": (*FORMATS, "none")}
+_COUNT = number(int, 1)
 
 
 def parser() -> Parser:
@@ -138,7 +144,7 @@ def parser() -> Parser:
     add("--noise-key", metavar="FILE", help="key of the held noise, made if there is none; or SGT_TITAN_NOISE_KEY")
     add("--fresh-noise", action="store_true", help="new noise with every request: repeats and retries can be averaged")
     add("--host", help="address to listen on (default 127.0.0.1)")
-    add("--port", type=int, help="0: any free one (default 8080)")
+    add("--port", type=number(int, 0, 65535), help="0: any free one (default 8080)")
     add(
         "--allowed-host",
         metavar="NAME",
@@ -150,25 +156,29 @@ def parser() -> Parser:
     add("--no-auth", action="store_true", help="let anybody who reaches --host use the upstream through this proxy")
     add("--upstream-api-key-file", metavar="FILE", help="our key; or SGT_TITAN_UPSTREAM_API_KEY")
     add("--wire-dtype", choices=DTYPES, help="of the embeddings sent (default: as encoded)")
-    add("--max-body-mib", type=float, help="of a client's request (default 4)")
-    add("--max-prompt-tokens", type=int, help="of a prompt (default: what fits the trunk)")
-    add("--max-tokens", type=int, help="of an answer (default 4096)")
+    add("--max-body-mib", type=number(float, above=0), help="of a client's request (default 4)")
+    add("--max-prompt-tokens", type=_COUNT, help="of a prompt (default: what fits the trunk)")
+    add("--max-tokens", type=_COUNT, help="of an answer (default 4096)")
     add("--clamp-max-tokens", action="store_true", help="answer with what fits where a client asks for more")
     add("--drop-params", action="store_true", help="leave out what is unsupported, said in X-Dropped-Params; no 400")
-    add("--active", type=int, help="requests answered at a time (default 64)")
-    add("--waiting", type=int, help="requests that may wait; the rest gets a 503 (default 256)")
-    add("--wait-timeout", type=float, metavar="S", help="for a request that waits for its turn (default 30)")
-    add("--retries", type=int, help="times the same embeddings are sent again while no answer has begun (default 2)")
-    add("--answer-tries", type=int, help="answers that are asked for until one fits its schema or call (default 3)")
-    add("--encode-threads", type=int, help="prompts encoded at a time (default 1)")
+    add("--active", type=_COUNT, help="requests answered at a time (default 64)")
+    add("--waiting", type=number(int, 0), help="requests that may wait; the rest gets a 503 (default 256)")
+    add("--wait-timeout", type=number(float, 0), metavar="S", help="for a request that waits for its turn (default 30)")
+    add(
+        "--retries",
+        type=number(int, 0),
+        help="times the same embeddings are sent again while no answer has begun (default 2)",
+    )
+    add("--answer-tries", type=_COUNT, help="answers that are asked for until one fits its schema or call (default 3)")
+    add("--encode-threads", type=_COUNT, help="prompts encoded at a time (default 1)")
     add(
         "--silence-timeout",
-        type=float,
+        type=number(float, above=0),
         metavar="S",
         help="without a byte from the upstream, or taken by a client (default 120)",
     )
-    add("--total-timeout", type=float, metavar="S", help="for a whole answer (default 600)")
-    add("--shutdown-timeout", type=int, metavar="S", help="to finish answers when stopped (default 30)")
+    add("--total-timeout", type=number(float, above=0), metavar="S", help="for a whole answer (default 600)")
+    add("--shutdown-timeout", type=number(int, 0), metavar="S", help="to finish answers when stopped (default 30)")
     add("--tls-cert", metavar="FILE", help="serve https with this certificate")
     add("--tls-key", metavar="FILE", help="and this key")
     add("--private", metavar="A,B", help="surrogates for what patterns, names or a detector find; values come back")
@@ -205,11 +215,16 @@ def read_options(argv: Sequence[str] | None) -> ProxyOptions:
     if tables is None:
         models: tuple[ModelOptions, ...] = (_one(values),)
     else:
-        if given.keys() & {"export", "upstream"} or content.keys() & {"export", "upstream"}:
-            raise UserError(f"{file}: has [[models]]; leave out EXPORT and --upstream")
+        if beside := [name for name in _OF_ONE_MODEL if name in given or name in content]:
+            names = ", ".join("EXPORT" if name == "export" else _flag(name) for name in beside)
+            raise UserError(f"{file}: has [[models]], which say so themselves; leave out {names}")
         models = _models(tables, file)
     _check(values, models)
     return ProxyOptions(values, models)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -219,25 +234,30 @@ def _file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({type(error).__name__})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config {path}: is not valid TOML ({error})") from None
+    read = {action.dest: action.type for action in parser()._actions}
     for name, value in content.items():
         if name == "models":
             continue
         if name not in DEFAULTS:
             raise UserError(f"--config {path}: {name}: no such option; known are {', '.join(DEFAULTS)}, models")
-        _check_type(f"--config {path}: {name}", name, value)
+        _check_type(f"--config {path}: {name}", name, value, read[name])
     return content
 
 
-def _check_type(where: str, name: str, value: Any) -> None:
-    default = DEFAULTS[name]
-    wanted: Any = str if default is None else type(default)
-    if name in _NUMBERS:
-        wanted = _NUMBERS[name]
-    fits = type(value) is wanted or (wanted is float and type(value) is int)
+def _check_type(where: str, name: str, value: Any, read: Any) -> None:
+    """``read``: type of the flag, where it takes a number of a range; else None."""
+    if read is not None:
+        try:
+            read(repr(value))  # in which a text or a truth is no number
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{where}: {error}") from None
+        return
+    wanted: type = str if DEFAULTS[name] is None else type(DEFAULTS[name])
+    fits = type(value) is wanted
     if wanted is list:
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
     if not fits:
-        names = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list of texts"}
+        names = {str: "text", bool: "true or false", list: "a list of texts"}
         raise UserError(f"{where}: must be {names[wanted]}")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise UserError(f"{where}: must be one of {', '.join(_CHOICES[name])}")
@@ -249,7 +269,13 @@ def _one(values: dict[str, Any]) -> ModelOptions:
     if not values["upstream"]:
         raise UserError("--upstream is missing: the URL of a server of the trunk")
     upstreams = tuple(
-        UpstreamOptions(url, values["backend"], values["model"], values["upstream_api_key_file"], values["wire_dtype"])
+        UpstreamOptions(
+            url,
+            values["backend"],
+            values["model"],
+            values["upstream_api_key_file"],
+            wire_dtype=values["wire_dtype"],
+        )
         for url in values["upstream"]
     )
     same = {f.name: values[f.name] for f in fields(ModelOptions) if f.name in values}
@@ -295,24 +321,6 @@ def _check(values: dict[str, Any], models: Sequence[ModelOptions]) -> None:
     for model in models:
         for upstream in model.upstreams:
             _check_url(upstream.url)
-    for name in (
-        "max_body_mib",
-        "max_tokens",
-        "active",
-        "answer_tries",
-        "encode_threads",
-        "silence_timeout",
-        "total_timeout",
-    ):
-        if not values[name] > 0:
-            raise UserError(f"--{name.replace('_', '-')}: {values[name]}, must be more than 0")
-    for name in ("waiting", "wait_timeout", "retries", "shutdown_timeout"):
-        if not values[name] >= 0:
-            raise UserError(f"--{name.replace('_', '-')}: {values[name]}, must be at least 0")
-    if values["max_prompt_tokens"] is not None and values["max_prompt_tokens"] < 1:
-        raise UserError(f"--max-prompt-tokens: {values['max_prompt_tokens']}, must be at least 1")
-    if not 0 <= values["port"] < 65536:
-        raise UserError(f"--port: {values['port']}, must be between 0 and 65535")
     if values["fresh_noise"] and values["noise_key"] is not None:
         raise UserError("--noise-key: a key is given, but --fresh-noise holds none; choose one")
     if values["private_key_file"] and values["private"] is None and not values["private_own"]:

@@ -170,7 +170,7 @@ class Service:
 
     async def _read(self, turn: _Turn) -> Deltas:
         """The answer with thoughts and calls apart; surrogates are still in it."""
-        readers = self._readers(turn.model, turn.request, turn.prompt, turn.options.n)
+        readers = self._readers(turn)
         async with aclosing(self._answer(turn.model, turn.prompt, turn.options, turn.caller)) as stream:
             async for delta in _until(turn.deadline, stream):
                 yield readers[delta.index].feed(delta) if readers else delta
@@ -255,15 +255,14 @@ class Service:
         with self.metrics.encode.time():
             return model.sgt.encode(prompt, gone=gone.is_set)
 
-    def _readers(
-        self, model: Model, request: ChatRequest | CompletionRequest, prompt: Prompt, n: int
-    ) -> list[ChoiceReader]:
+    def _readers(self, turn: _Turn) -> list[ChoiceReader]:
         """Of a chat: one a choice."""
+        request, reading = turn.request, turn.model.reading
         if isinstance(request, CompletionRequest):
             return []
-        end = self._end(model, prompt)
-        how: dict[str, Any] = {"tools": bool(request.tools), "one": request.parallel_tool_calls is False}
-        return [ChoiceReader(model.reading, prompt_end=end, **how) for _ in range(n)]
+        end, one = self._end(turn.model, turn.prompt), request.parallel_tool_calls is False
+        tools = turn.asked.tools(request.tools or ())  # as the model was told them
+        return [ChoiceReader(reading, tools=tools, prompt_end=end, one=one) for _ in range(turn.options.n)]
 
     @staticmethod
     def _end(model: Model, prompt: Prompt) -> str:

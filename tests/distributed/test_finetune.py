@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import launch
 from sgt_titan import checkpoint, train
-from sgt_titan.conjformer.command import main as convert
+from sgt_titan.conjformer.command import convert
 
 pytestmark = pytest.mark.distributed
 

@@ -21,13 +21,20 @@ def test_a_page_says_what_its_files_say(page, part):
     assert not found, "\n".join(found)
 
 
+def test_what_every_report_says_of_an_attacker_that_still_learns():
+    from sgt_titan.evaluation.report.words import LEARNING
+
+    said = "quick suite's read {demo-rate-0.05-seed0-quick/attacks.sequence.top1:%0}, the standard suite's "
+    assert figures.filled(said + "{demo-rate-0.05-seed1-standard/attacks.sequence.top1:%0}") in LEARNING
+
+
 def test_every_file_is_quoted():
     quoted = figures.RESULTS.joinpath("quotes.yaml").read_text(encoding="utf-8")
     assert FILES and [file.stem for file in FILES if file.stem not in quoted] == []
 
 
-def test_no_table_of_measurements_is_left_out():
-    page = "docs/PERFORMANCE.md"
+@pytest.mark.parametrize("page", ["docs/PERFORMANCE.md"])
+def test_no_table_of_measurements_is_left_out(page):
     titles = re.findall(r"^## (.*)$", figures.REPO.joinpath(page).read_text(encoding="utf-8"), re.M)
     with_tables = [title for title in titles if "\n|" in figures.section(page, title)]
     assert with_tables == [part["section"] for part in figures.quotes()[page]]
@@ -130,6 +137,19 @@ def test_forms(page, form, text):
     assert figures.filled(form, "one") == text
 
 
+def test_a_figure_of_a_cell(page):
+    cells = [["ours", [0.5, 0.4, 0.62]], ["theirs", "97.1% [96.1, 98.0]"], ["clean", "1,024"]]
+    page.with_name("cells.json").write_text(json.dumps({"about": {}, "tables": [{"cells": cells}]}))
+    for form, text in (
+        ("{tables.0.cells.0.1:f1[]}", "0.5 [0.4, 0.6]"),
+        ("{tables.0.cells.1.1:%0}, {tables.0.cells.1.1:I0}", "97%, [96, 98]"),
+        ("{tables.0.cells.2.1:n}", "1,024"),
+    ):
+        assert figures.filled(form, "cells") == text
+    with pytest.raises(ValueError, match="no figure: 'ours'"):
+        figures.filled("{tables.0.cells.0.0:f1}", "cells")
+
+
 @pytest.fixture
 def benchmark(page, monkeypatch, capsys):
     """A page with the table that a benchmark has printed, and the benchmark's file."""
@@ -172,3 +192,13 @@ def test_a_table_of_no_file_needs_a_reason(benchmark):
     assert list(figures.wrong("page.md", {"section": "Speed", "tables": [], "own": {head: "by hand"}})) == []
     (found,) = figures.wrong("page.md", {"section": "After", "tables": ["steps"]})
     assert "no table of steps" in found
+
+
+def test_what_was_written_down_from_a_page_says_so(benchmark):
+    file, part = benchmark.with_name("steps.json"), {"section": "Speed", "tables": ["steps"]}
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"about": found["about"] | {"transcribed": "2026-11-26"}}))
+    (said,) = figures.wrong("page.md", part)
+    assert "steps was transcribed; the section has to say so" in said
+    benchmark.write_text(benchmark.read_text().replace("## Speed\n", "## Speed\n\nOf May, transcribed.\n"))
+    assert list(figures.wrong("page.md", part)) == []

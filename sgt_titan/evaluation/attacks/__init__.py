@@ -33,7 +33,7 @@ from sgt_titan.evaluation.world.threat import Cost, Guess
 
 @dataclass(frozen=True)
 class Attack:
-    """``cost(size, **effort)`` -> Cost. ``learned_only``: without meaning for a mechanism that is no SGT."""
+    """``cost(size, **effort)`` -> Cost."""
 
     title: str
     run: Callable[..., Guess]
@@ -166,6 +166,10 @@ ROTATION: dict[str, Attack] = {
         "a substitution cipher, deciphered", rotation_substitution.substitution, rotation_substitution.cost,
         "Ravi and Knight, ACL 2011", _by_suite("words", 800, 1_500, 3_000), {"rounds": 15},
     ),
+    "substitution_table": Attack(
+        "the cipher, then Procrustes with what it read", rotation_substitution.substitution_table,
+        rotation_substitution.cost, CONJFORMER, _by_suite("words", 800, 1_500, 3_000), {"rounds": 15},
+    ),
     "invariant_inverter": Attack(
         "learned inverter without the secret", rotation_inverter.invariant_inverter, rotation_inverter.cost, CONJFORMER,
         _by_suite("steps", 300, 1_500, 10_000),
@@ -173,9 +177,8 @@ ROTATION: dict[str, Attack] = {
     "spectral": Attack(
         "spectral weight matching", rotation_spectral.spectral, rotation_spectral.cost, CONJFORMER, EVERY
     ),
-    "spectral_inverter": Attack(
-        "spectral matching, then learned inverter", rotation_spectral.spectral_inverter, rotation_spectral.cost,
-        CONJFORMER,
-        {"quick": {"steps": 300}, "standard": {"steps": 1500}, "full": {"steps": 10_000, "layers": 6, "width": 384}},
+    "spectral_sequence": Attack(
+        "spectral matching, then the sequence attacker", rotation_spectral.spectral_sequence, rotation_spectral.cost,
+        CONJFORMER, READER,
     ),
 }  # fmt: skip

@@ -24,12 +24,12 @@ Legend: D width, F units of an MLP, N hidden tokens flat, K matrices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from sgt_titan.conjformer.convert import Conversion, Norms
-from sgt_titan.evaluation.attacks import inverter as learned
+from sgt_titan.evaluation.attacks import sequence
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
 from sgt_titan.evaluation.attacks.rotation_products import Kinds, gate_rows, grams, products
@@ -69,7 +69,7 @@ def spectral(observation: Observation, served: Served, public: Public, table: Ta
     return Guess(top_NK.cpu(), flops=_flops(found.U_DD), notes=(_note(found),))
 
 
-def spectral_inverter(
+def spectral_sequence(
     observation: Observation,
     served: Served,
     public: Public,
@@ -77,18 +77,13 @@ def spectral_inverter(
     corpus: Corpus,
     table: Table,
     seed: Seed,
-    *,
-    layers: int = 3,
-    width: int = 256,
-    steps: int = 400,
+    **effort: Any,
 ) -> Guess:
-    """Undo the recovered rotation, then the learned inverter of the SGT before it."""
+    """Undo the recovered rotation, then the sequence attacker of the SGT before it."""
     found = recover(served.files, public.files)
     undone = tuple((x_TD.double() @ found.U_DD.to(x_TD.device)).float() for x_TD in observation.x_tilde)
     seen = Observation(undone, observation.hidden, observation.tokens)
-    guess = learned.inverter(
-        seen, Transform(without.mechanism), corpus, table, seed, layers=layers, width=width, steps=steps
-    )
+    guess = sequence.sequence(seen, Transform(without.mechanism), corpus, table, seed, **effort)
     return Guess(guess.top_NK, guess.curve, guess.flops + _flops(found.U_DD), (_note(found), *guess.notes))
 
 
@@ -187,8 +182,9 @@ def _flops(U_DD: torch.Tensor) -> float:
     return 40.0 * len(U_DD) ** 3
 
 
-def cost(size: Size, *, layers: int = 0, width: int = 256, steps: int = 0) -> Cost:
+def cost(size: Size, **effort: Any) -> Cost:
+    """effort: of the sequence attacker behind it, if there is one."""
     matrices = max(1.0, size.trunk / (4.0 * size.width**2))
     flops = 4.0 * matrices * ROUNDS * size.width**3 + 2.0 * size.tokens * size.vocab * size.width
-    more = learned.cost(size, layers=layers, width=width, steps=steps) if steps else Cost(0.0, 0.0)
+    more = sequence.cost(size, **effort) if effort else Cost(0.0, 0.0)
     return Cost(flops + more.flops, 32.0 * matrices * size.width**2 + more.bytes)

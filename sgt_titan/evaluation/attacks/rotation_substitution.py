@@ -9,9 +9,13 @@ Legend: N hidden tokens flat, B runs of them, T longest run, S symbols, W words 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from sgt_titan.evaluation.world.threat import UNKNOWN, Corpus, Cost, Guess, Observation, Size
+from sgt_titan.evaluation.attacks.nearest import top_rows
+from sgt_titan.evaluation.attacks.rotation_procrustes import orthogonal
+from sgt_titan.evaluation.world.threat import UNKNOWN, Corpus, Cost, Guess, Observation, Size, Table
 
 GUESSES = 10
 SAME = 1e-3  # of a vector's length: rounding of the wire
@@ -19,6 +23,48 @@ SAME = 1e-3  # of a vector's length: rounding of the wire
 
 def substitution(observation: Observation, corpus: Corpus, *, words: int = 800, rounds: int = 30) -> Guess:
     """Each symbol's most probable words; a note says how many symbols were seen."""
+    read = decipher(observation, corpus, words, rounds)
+    top_NK = torch.full((len(read.symbol_N), GUESSES), UNKNOWN)
+    likely_NK = read.share_NW.topk(min(GUESSES, len(read.word_W))).indices
+    top_NK[:, : likely_NK.shape[1]] = read.word_W[likely_NK]
+    return Guess(top_NK, flops=read.flops, notes=(read.note,))
+
+
+def substitution_table(
+    observation: Observation, corpus: Corpus, table: Table, *, words: int = 800, rounds: int = 30, turns: int = 20
+) -> Guess:
+    """What the cipher gave away is known plaintext: the rotation that fits it and the table best, nearest rows, the
+    rotation that fits these, and so on until they stay. Needs neither weights nor pairs.
+
+    turns: of fitting and looking up, at most.
+    """
+    read = decipher(observation, corpus, words, rounds)
+    rows_VD, x_ND = table.rows_VD.double().cpu(), observation.x_tilde_ND.double().cpu()
+    # Where the posterior is flat the expected row is short, and weighs little.
+    U_DD, before_N = orthogonal(x_ND.T @ (read.share_NW.double() @ rows_VD[read.word_W])), None
+    for _ in range(turns):
+        top_NK = top_rows(x_ND @ U_DD, rows_VD, GUESSES)
+        if before_N is not None and torch.equal(top_NK[:, 0], before_N):
+            break
+        before_N = top_NK[:, 0]
+        U_DD = orthogonal(x_ND.T @ rows_VD[before_N])
+    fit = torch.nn.functional.cosine_similarity(x_ND @ U_DD, rows_VD[before_N], dim=-1).mean()
+    note = f"turned, the vectors agree with the rows of the table to a cosine of {fit:.3f}"
+    return Guess(top_NK, flops=read.flops, notes=(read.note, note))
+
+
+class Deciphered(NamedTuple):
+    """symbol_N; word_W: tokens of the model's words; share_NW: the posterior of each place."""
+
+    symbol_N: torch.Tensor
+    word_W: torch.Tensor
+    share_NW: torch.Tensor
+    note: str
+    flops: float
+
+
+def decipher(observation: Observation, corpus: Corpus, words: int, rounds: int) -> Deciphered:
+    """Expectation maximisation over what was sent."""
     symbol_N = symbols(observation.x_tilde_ND)
     runs = [symbol_N[observation.row_N.to(symbol_N.device) == b] for b in range(len(observation.hidden))]
     texts = [torch.as_tensor(row.ids, dtype=torch.int64) for row in corpus.rows]
@@ -26,7 +72,6 @@ def substitution(observation: Observation, corpus: Corpus, *, words: int = 800, 
     first_W, next_WW = bigrams(texts, word_W)
     counts_S = symbol_N.bincount().double()
     emit_WS = by_frequency(first_W, counts_S)
-    top_NK = torch.full((len(symbol_N), GUESSES), UNKNOWN)
     batch_BT, valid_BT = _padded(runs)
     for turn in range(rounds + 1):
         share_BTW, emitted_WS = expectation(batch_BT, valid_BT, emit_WS, next_WW, first_W)
@@ -34,11 +79,9 @@ def substitution(observation: Observation, corpus: Corpus, *, words: int = 800, 
             break
         emit_WS = emitted_WS + SMOOTHING * by_frequency(first_W, counts_S)
         emit_WS = emit_WS / emit_WS.sum(-1, keepdim=True)
-    likely_NK = share_BTW[valid_BT].topk(min(GUESSES, len(word_W))).indices
-    top_NK[:, : likely_NK.shape[1]] = word_W[likely_NK]
     note = f"{len(counts_S)} different vectors among {len(symbol_N)}"
     flops = 4.0 * rounds * batch_BT.numel() * len(word_W) ** 2
-    return Guess(top_NK, flops=flops, notes=(note,))
+    return Deciphered(symbol_N, word_W, share_BTW[valid_BT], note, flops)
 
 
 SMOOTHING = 1e-3
@@ -117,6 +160,9 @@ def _padded(runs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return batch_BT, torch.arange(batch_BT.shape[1]) < length_B1
 
 
-def cost(size: Size, *, words: int = 800, rounds: int = 30) -> Cost:
+def cost(size: Size, *, words: int = 800, rounds: int = 30, turns: int = 0) -> Cost:
     W = min(words, size.vocab)
-    return Cost(4.0 * rounds * size.rows * size.longest * W**2, 16.0 * size.rows * size.longest * W + 16.0 * W**2)
+    look_up = 2.0 * turns * size.tokens * size.vocab * size.width
+    return Cost(
+        look_up + 4.0 * rounds * size.rows * size.longest * W**2, 16.0 * size.rows * size.longest * W + 16.0 * W**2
+    )

@@ -184,6 +184,13 @@ def _all(rows: Rows, pii: Rows) -> list[tuple[str, Table]]:
     return tables
 
 
+def tables(rows: Rows, pii: Rows) -> list[dict[str, Any]]:
+    """All tables as they are shown, for a file that a page's tables come from."""
+    return [
+        {"title": title, "columns": dict.fromkeys(head, ""), "cells": body} for title, (head, body) in _all(rows, pii)
+    ]
+
+
 def markdown(rows: Rows, pii: Rows, about: Mapping[str, str]) -> str:
     """All tables as Markdown."""
     lines = ["# The paper's tables, here", "", f"    {about.get('command', '')}", ""]

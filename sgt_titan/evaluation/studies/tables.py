@@ -7,6 +7,7 @@ a process of its own and goes on where an interruption left it.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train and evaluate the rows of the paper's Table I (and Table III, Figures 3 and 4) and print "
         "them beside the published ones.",
         epilog="Further words are config overrides of every training (--training.steps 500 ...). Run it again to go "
-        "on. OUT/tables.md and OUT/tables.html hold the tables.",
+        "on. OUT/tables.md, tables.html and tables.json hold the tables.",
         allow_abbrev=False,
     )
     study_arguments(found, "tables")
@@ -147,7 +148,10 @@ def main(argv: Sequence[str] | None = None, execute: Execute = execute) -> int:
     about = {
         "config": dump(load(arguments.config, overrides)),
         "command": command(["tables", *(sys.argv[2:] if argv is None else argv)]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+    shown = {"about": about, "tables": published.tables(rows, pii)}
+    write(arguments.out / "tables.json", json.dumps(shown, indent=1))
     write(arguments.out / "tables.md", published.markdown(rows, pii, about))
     write(arguments.out / "tables.html", published.page(rows, pii, about))
     print(published.terminal(rows, pii))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rotated_trunks import Rotated, write_gpt2
 
-from sgt_titan.conjformer.command import main
+from sgt_titan.conjformer.command import convert
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,7 @@ def rotated(trunk_of, tmp_path_factory):
         if key not in made:
             folder = tmp_path_factory.mktemp("rotated")
             found = Rotated(trunk_of(name), folder / "server", folder / "server-client", folder / "keys" / "a.secret")
-            assert main([str(found.trunk), str(found.server), "--secret", str(found.secret), *options]) == 0
+            assert convert([str(found.trunk), str(found.server), "--secret", str(found.secret), *options]) == 0
             made[key] = found
         return made[key]
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from sgt_titan.cli import main
 from sgt_titan.config.check import validate
 from sgt_titan.config.load import load
 from sgt_titan.config.resolve import resolve
@@ -33,3 +35,16 @@ def test_refusals(words, monkeypatch):
     path = next(path for path in CONFIGS if path.stem == "stories3m")
     with pytest.raises(UserError, match=r"run\.task finetune"):
         validate(resolve(load(str(path), list(words)), world_size=2), 2, None)
+
+
+@pytest.mark.parametrize("name", ("gpt2_pubmed", "llama3_1b_pubmed"))
+@pytest.mark.parametrize("published", (False, True), ids=("folded", "averaged"))
+def test_what_was_never_run_here_passes_a_dry_run(name, published, monkeypatch, capsys):
+    """Through the command: the recipe that won, exact folding, and the published one, distilled."""
+    monkeypatch.setenv("SGT_TRUNKS", "/nothing")
+    path = next(path for path in CONFIGS if path.stem == name)
+    words = ["--finetune.teacher", "/nothing/original", "--finetune.distil", "0.9"] if published else []
+    assert main(["train", str(path), "--dry-run", *words]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["training"]["global_batch_size"] == 8 * resolved["training"]["local_batch_size"]
+    assert resolved["finetune"]["distil"] == (0.9 if published else 0.0)

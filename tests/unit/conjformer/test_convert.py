@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sgt_titan.conjformer.basis import Basis
 from sgt_titan.conjformer.client import Client
-from sgt_titan.conjformer.command import main
+from sgt_titan.conjformer.command import convert
 from sgt_titan.conjformer.convert import Conversion
 from sgt_titan.conjformer.families import FAMILIES as ROWS
 from sgt_titan.conjformer.families import Sizes, symmetries_of
@@ -73,8 +73,8 @@ def test_heads_change_places():
 def test_shaking_keeps_the_scale_and_is_marked(trunk_of, tmp_path):
     trunk = trunk_of("llama")
     for out in ("a", "b"):
-        assert main([str(trunk), str(tmp_path / out), "--plain", "--shake", "0.75"]) == 0
-    assert main([str(trunk), str(tmp_path / "plain"), "--plain"]) == 0
+        assert convert([str(trunk), str(tmp_path / out), "--plain", "--shake", "0.75"]) == 0
+    assert convert([str(trunk), str(tmp_path / "plain"), "--plain"]) == 0
     a, b, plain = (load_file(tmp_path / out / "model.safetensors") for out in ("a", "b", "plain"))
     name = "model.layers.0.mlp.gate_proj.weight"
     cosine = torch.nn.functional.cosine_similarity
@@ -110,8 +110,8 @@ def test_licences_travel_with_every_part(trunk_of, tmp_path):
     trunk = shutil.copytree(trunk_of("llama"), tmp_path / "trunk")
     (trunk / "LICENSE").write_text("mine")
     (trunk / "USE_POLICY.md").write_text("be good")
-    assert main([str(trunk), str(tmp_path / "s"), "--secret", str(tmp_path / "key")]) == 0
-    assert main([str(trunk), str(tmp_path / "plain"), "--plain"]) == 0
+    assert convert([str(trunk), str(tmp_path / "s"), "--secret", str(tmp_path / "key")]) == 0
+    assert convert([str(trunk), str(tmp_path / "plain"), "--plain"]) == 0
     for part in ("s", "s-client", "plain"):
         assert (tmp_path / part / "LICENSE").read_text() == "mine", part
         assert (tmp_path / part / "USE_POLICY.md").is_file(), part
@@ -133,7 +133,7 @@ def test_folded_is_exact_in_float64(rotated, name):
 def test_mean_norms_rotated_equal_the_scalar_norm_model(rotated, name, tmp_path):
     """The rotation is exact for any gains; what `mean` changes is seen in the plain basis alone."""
     found = rotated(name, "--norms", "mean")
-    assert main([str(found.trunk), str(tmp_path / "plain"), "--plain", "--norms", "mean"]) == 0
+    assert convert([str(found.trunk), str(tmp_path / "plain"), "--plain", "--norms", "mean"]) == 0
     scalar = logits(tmp_path / "plain")
     torch.testing.assert_close(answers(found), scalar, atol=1e-4, rtol=0)
     assert (scalar - logits(found.trunk)).abs().max() > 0.1  # it is another function than the trunk's
@@ -141,11 +141,11 @@ def test_mean_norms_rotated_equal_the_scalar_norm_model(rotated, name, tmp_path)
 
 @pytest.mark.parametrize("name", ("llama-tied", "qwen3", "gpt2"))
 def test_plain_fold_is_the_same_function_with_unit_gains(trunk_of, name, tmp_path):
-    assert main([str(trunk_of(name)), str(tmp_path / "plain"), "--plain"]) == 0
+    assert convert([str(trunk_of(name)), str(tmp_path / "plain"), "--plain"]) == 0
     torch.testing.assert_close(logits(tmp_path / "plain"), logits(trunk_of(name)), atol=1e-4, rtol=0)
     # The result is a trunk like any other: it converts again, which is how a fine-tuned model is rotated.
     again = tmp_path / "again"
-    assert main([str(tmp_path / "plain"), str(again), "--secret", str(tmp_path / "b.secret")]) == 0
+    assert convert([str(tmp_path / "plain"), str(again), "--secret", str(tmp_path / "b.secret")]) == 0
 
 
 def test_mean_of_qk_gains_frees_every_plane(rotated, trunk_of):
@@ -185,7 +185,7 @@ def test_gpt2_without_prefix_and_with_old_buffers(tmp_path):
     save_file(old, trunk / "model.safetensors", metadata={"format": "pt"})
     (trunk / "tokenizer.json").write_text("{}")
     out = tmp_path / "server"
-    assert main([str(trunk), str(out), "--secret", str(tmp_path / "s")]) == 0
+    assert convert([str(trunk), str(out), "--secret", str(tmp_path / "s")]) == 0
     from rotated_trunks import Rotated
 
     found = Rotated(trunk, out, tmp_path / "server-client", tmp_path / "s")
@@ -194,7 +194,7 @@ def test_gpt2_without_prefix_and_with_old_buffers(tmp_path):
 
 def test_another_secret_gives_another_server(rotated, trunk_of, tmp_path):
     one, other = rotated("llama-tied"), tmp_path / "other"
-    assert main([str(one.trunk), str(other), "--secret", str(tmp_path / "s")]) == 0
+    assert convert([str(one.trunk), str(other), "--secret", str(tmp_path / "s")]) == 0
     a, b = load_file(one.server / "model.safetensors"), load_file(other / "model.safetensors")
     name = "model.layers.0.self_attn.v_proj.weight"
     assert torch.nn.functional.cosine_similarity(a[name].flatten(), b[name].flatten(), dim=0).abs() < 0.2
@@ -237,11 +237,11 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
     code = (
         "import resource, sys, torch\n"
         "from transformers import AutoConfig\n"
-        "from sgt_titan.conjformer.command import main\n"
+        "from sgt_titan.conjformer.command import convert\n"
         "torch.set_num_threads(1)\n"
         "AutoConfig.for_model('llama')\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "main(sys.argv[1:])\n"
+        "convert(sys.argv[1:])\n"
         "print('grown', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     words = [str(trunk), str(tmp_path / "out"), "--secret", str(tmp_path / "s"), "--shard-size", "0.02", "--compute",
@@ -258,7 +258,7 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
 
 def refused(words, part, *absent):
     with pytest.raises(UserError, match=part):
-        main([str(word) for word in words])
+        convert([str(word) for word in words])
     assert not any(path.exists() for path in absent)
 
 
@@ -269,7 +269,7 @@ def test_refusals_write_nothing(rotated, trunk_of, trunk_dir, tmp_path):
     refused([trunk, out, "--secret", out / "s"], "which the server gets", out)
     refused([trunk, out, "--secret", secret, "--client", out / "c"], "which the server gets", out, secret)
     for size in ("0", "nan", "inf"):
-        refused([trunk, out, "--secret", secret, "--shard-size", size], "--shard-size must be positive", out, secret)
+        refused([trunk, out, "--secret", secret, "--shard-size", size], "--shard-size must be above 0", out, secret)
     client = tmp_path / "out-client"
     refused([trunk, out, "--secret", client / "s"], "lies in the client's directory", out, client)
     (tmp_path / "sub").mkdir()
@@ -295,7 +295,7 @@ def test_a_server_that_cannot_be_written_leaves_nothing(trunk_of, tmp_path, monk
     out.mkdir()  # an empty one may be there
     monkeypatch.setattr("sgt_titan.transform.shards.plan_shards", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main([str(trunk_of("llama")), str(out), "--secret", str(secret)])
+        convert([str(trunk_of("llama")), str(out), "--secret", str(secret)])
     assert not secret.exists() and not client.exists() and not list(out.iterdir())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rotated_trunks import Rotated, model_of
 
-from sgt_titan.conjformer.command import main
+from sgt_titan.conjformer.command import convert
 
 
 def converted(folder, layers: int, *, context: int) -> Rotated:
@@ -26,7 +26,7 @@ def converted(folder, layers: int, *, context: int) -> Rotated:
             tensor.copy_(1 + 0.3 * random if "norm" in name else random / tensor.shape[-1] ** 0.5)
     model.save_pretrained(folder / "trunk")
     (folder / "trunk" / "tokenizer.json").write_text(json.dumps({}))
-    assert main([str(folder / "trunk"), str(folder / "server"), "--secret", str(folder / "key")]) == 0
+    assert convert([str(folder / "trunk"), str(folder / "server"), "--secret", str(folder / "key")]) == 0
     return Rotated(folder / "trunk", folder / "server", folder / "server-client", folder / "key")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from math import exp
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,24 @@ def test_the_page_and_its_numbers(capsys):
     assert "32 x 8 H100-80GB" in page and "fits; at least 1 node" in page
     assert f"{told['days']['best']:.2f} to {told['days']['worst']:.2f} days" in page
     assert main(["demo"]) == 0 and "CPU processes" in capsys.readouterr().out
+
+
+def test_what_the_performance_page_says_of_a_plan(capsys):
+    def told(*words):
+        assert main([BIG, *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def trunk(plan):
+        return plan["traffic_per_step"][0]["bytes"] / 1e9, plan["memory_per_gpu"]["trunk"] / 1e9
+
+    plan, bare, float8 = told(), told("--denoiser.layers", "0"), told("--trunk.float8", "weights")
+    work, without = (one["flops_per_token"]["model"] / 1e9 for one in (plan, bare))
+    (received, kept), (received8, kept8) = trunk(plan), trunk(float8)
+    page = " ".join((Path(__file__).parents[3] / "docs" / "PERFORMANCE.md").read_text().split())
+    assert f"two of them add {work / without - 1:.1%} to a step's work" in page
+    assert f"{work:.0f} Gflop a token, {without:.0f} without" in page
+    assert f"receives {received8:.1f} instead of {received:.1f} GB of trunk a step" in page
+    assert f"keeps {kept8:.2f} instead of {kept:.2f} GB" in page
 
 
 def test_samples_are_not_packed_rows(capsys):

@@ -73,6 +73,10 @@ def test_every_flag_has_a_default_and_the_reverse():
         ("prot = 3", "prot: no such option; known are"),
         ('port = "3"', "port: must be a whole number"),
         ("port = true", "port: must be a whole number"),
+        ("port = 65536", "port: must be from 0 to 65535"),
+        ("max_tokens = 0", "max_tokens: must be at least 1"),
+        ("max_body_mib = nan", "max_body_mib: must be above 0"),
+        ('wait_timeout = "30"', "wait_timeout: must be a number"),
         ("drop_params = 1", "drop_params: must be true or false"),
         ('backend = "tgi"', "backend: must be one of"),
         ('upstream = "http://a"', "upstream: must be a list of texts"),
@@ -84,6 +88,7 @@ def test_every_flag_has_a_default_and_the_reverse():
         ("[[models]]\nexport = 'x'\n[[models.upstreams]]\nurl = 'ftp://a'", "is no URL"),
         (TWO.replace('"b"', '"a"'), "need a name each"),
         ("export = 'x'\n" + TWO, "leave out EXPORT"),
+        ("upstream_api_key_file = 'k'\nresults = 'r'\n" + TWO, "leave out --upstream-api-key-file, --results"),
         ("[", "is not valid TOML"),
     ],
 )
@@ -98,7 +103,7 @@ def test_files_that_are_none(tmp_path, text, message):
     [
         ([], "EXPORT is missing"),
         (["x"], "--upstream is missing"),
-        (["x", "--upstream", "http://a", "--wait-timeout", "-1"], "--wait-timeout"),
+        (["x", "--upstream", "http://a", "--wait-timeout", "-1"], "--wait-timeout must be at least 0"),
         (["x", "--upstream", "http://a", "--retries", "-1"], "--retries"),
         (["x", "--upstream", "http://a", "--allowed-origin", "app"], "--allowed-origin"),
         (["x", "--upstream", "http://a", "--fresh-noise", "--noise-key", "k"], "choose one"),
@@ -108,6 +113,12 @@ def test_files_that_are_none(tmp_path, text, message):
 def test_flags_that_are_none(words, message):
     with pytest.raises(UserError, match=message):
         read_options(words)
+
+
+def test_what_models_say_themselves_is_not_said_beside_them(tmp_path):
+    """It would be for none of them, in silence."""
+    with pytest.raises(UserError, match=r"has \[\[models\]\].*; leave out --wire-dtype"):
+        read_options(["--config", written(tmp_path, TWO), "--wire-dtype", "float16"])
 
 
 def test_the_example_that_is_shipped(tmp_path):

@@ -120,6 +120,28 @@ def test_without_tools_and_with_a_format_said_otherwise_calls_are_text(sgt, mode
         assert model.asked[-1]["skip_special_tokens"] is False, "its marks would not have come"
 
 
+def test_bare_arguments_have_the_types_of_the_tool(sgt, model):
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"properties": properties}}}
+    model.says = (
+        "<function=weather>\n<parameter=city>\n94107\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>"
+    )
+    with client(sgt, model, tool_format="qwen_xml") as found:
+        (call,) = found.chat.completions.create(**ASK, tools=[tool]).choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "94107", "days": 3}
+
+
+def test_half_a_character_in_arguments_ends_nothing(shared, shared_model):
+    """Escaped, it is text to JSON, and none to UTF-8."""
+    shared_model.says = CALL.replace("Rome", "\\ud83d")
+    for stream in (False, True):
+        got = shared.chat.completions.create(**ASK, tools=[TOOL], stream=stream)
+        choices = [chunk.choices[0] for chunk in got if chunk.choices] if stream else got.choices
+        said = [choice.delta if stream else choice.message for choice in choices]
+        (call,) = [call for message in said for call in message.tool_calls or ()]
+        assert json.loads(call.function.arguments) == {"city": "\ud83d"}
+
+
 def test_reasoning(sgt, shared, shared_model):
     shared_model.says = "<think>\nhm\n</think>\n\nyes"
     message = shared.chat.completions.create(**ASK).choices[0].message

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sgt_titan.config.load import dump
-from sgt_titan.conjformer.command import main as convert
+from sgt_titan.conjformer.command import convert
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.attacks import ATTACKS

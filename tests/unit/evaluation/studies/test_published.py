@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from benchmarks.tables import markdown
 from sgt_titan.evaluation.studies import published
 from tests.unit.evaluation.made_up import e, parsed, results
 
@@ -14,6 +17,9 @@ def test_published_tables_are_the_papers(tmp_path):
     assert "| 86.77 | 86.66 | 46.98 | 47.04 |" in lines[1]
     assert text.count("| here |") == 3 and "80.0% [78.0, 82.0] | learned inverter" in text
     assert "unreadable" in text and "Figure 4" in text and "300" in text
+    tables = published.tables(rows, {"mi": results()})
+    assert [table["title"] for table in tables] == ["Table I", "Table III", "Figure 4, constant noise"]
+    assert all(markdown(table) in re.sub(" +", " ", text) for table in tables), "what a page of docs/ shows of it"
     parsed(published.page(rows, {"mi": results()}, {"command": "x"}))
     assert "Table III" in published.terminal(rows, {"mi": results()})
     assert "Table III" not in published.terminal(rows, {})
