@@ -250,6 +250,21 @@ def cache_dir(config: schema.Config) -> Path:
     return Path(resolve.cache_dir(config))
 
 
+@contextmanager
+def filled_once(path: Path) -> Iterator[None]:
+    """A block that looks for ``path``, a file below ``cache_dir``, and makes it: one of several processes at a time.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk.alone(path.with_suffix(".lock")):
+            yield
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
+
+
 def fingerprint(found: list[Part], tokenizer_dir: str) -> str:
     """sha256 over the sources' content, the tokenizer's files, every option that changes tokens, and the format."""
     total = hashlib.sha256()

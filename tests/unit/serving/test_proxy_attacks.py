@@ -9,13 +9,11 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from starlette.requests import Request
 
 from sgt_titan import outgoing
 from sgt_titan.client import VLLM, UpstreamError
 from sgt_titan.serving import protocol
 from sgt_titan.serving.app import create_app
-from sgt_titan.serving.disconnect import EventStream
 from sgt_titan.serving.protocol import PatientProtocol
 from sgt_titan.serving.settings import Settings
 from tests.serving_kit import load_trunk
@@ -177,31 +175,6 @@ def test_an_idle_connection_outlives_what_clients_keep(trunk, sgt):
                 found.read()
             time.sleep(0.05)
         assert len(ports) == 1
-
-
-def test_a_client_that_takes_no_event_ends_its_stream():
-    closed = []
-
-    async def events():
-        try:
-            while True:
-                yield b"data: {}\n\n"
-        finally:
-            closed.append(True)
-
-    async def send(message):
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    async def receive():
-        await asyncio.Event().wait()
-
-    async def stream():
-        request = Request({"type": "http"}, receive)
-        await EventStream(request, events(), 0.02, {})(request.scope, receive, send)
-
-    asyncio.run(asyncio.wait_for(stream(), 10))
-    assert closed
 
 
 def test_a_body_that_never_comes(trunk, sgt):
