@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger
 
 from sgt_titan import disk
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 WANDB_ID = "wandb_id.txt"
 
@@ -25,16 +27,25 @@ class Curve(BaseLogger):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.first: int | None = None
         self.writer: SummaryWriter | None = None
 
-    def begin(self, step: int) -> SummaryWriter:
-        """What earlier attempts wrote of ``step`` and later is no longer shown: it comes again."""
+    def begin(self, step: int) -> None:
+        """What earlier attempts wrote of ``step`` and later is no longer shown once something is: it comes again."""
+        if self.first is None:
+            self.first = step
+
+    def open(self) -> SummaryWriter:
         if self.writer is None:
-            self.writer = SummaryWriter(str(self.folder), max_queue=1000, purge_step=step)
+            # Here, since nobody waits for the first step any more.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), max_queue=1000, purge_step=self.first)
         return self.writer
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        writer = self.begin(step)
+        self.begin(step)
+        writer = self.open()
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step)
         writer.flush()  # a run that is killed has shown what it had saved

@@ -31,6 +31,7 @@ from .estimator import Denoiser, Estimator
 from .flops import model_flops_per_token
 from .head import DistillationHead
 from .layout import like, local, whole
+from .lean import Unfilled
 from .pairs import Exchange, PairGroups
 from .parallelize import head_sharding, prior_sharding
 from .prior import Prior
@@ -144,12 +145,13 @@ class SGTModel(BaseModel):
         self.config = config
         self.bounds = config.bounds
         self.enable_sp = config.enable_sp
-        with set_default_dtype(config.trunk_dtype):
+        with set_default_dtype(config.trunk_dtype), Unfilled():
             self.trunk = config.trunk.build()
         for index, block in self.trunk.layers.items():
             self.trunk.layers[index] = DualStream(block)
         self.trunk.norm, self.trunk.lm_head = DualStream(self.trunk.norm), DistillationHead(self.trunk.lm_head)
-        self.estimator = config.estimator().build()
+        with Unfilled():
+            self.estimator = config.estimator().build()
         self.trunk.requires_grad_(False)
         self.tp_mesh: DeviceMesh | None = None
 
