@@ -299,7 +299,7 @@ class CallScanner:
             return [], whole
         try:
             return [self._made(name, arguments) for name, arguments in found], inner[end:]
-        except (ValueError, RecursionError):  # a number without a word in JSON
+        except (ValueError, RecursionError):  # a number without a word in JSON, half of a pair in a name
             return [], whole
 
     def _made(self, name: str, arguments: dict[str, Any]) -> ToolCall:
@@ -310,17 +310,12 @@ class CallScanner:
         alphabet = string.ascii_letters + string.digits
         made = "".join(secrets.choice(alphabet) for _ in range(length)) if length else f"call_{secrets.token_hex(12)}"
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        if not _is_unicode(text):  # half of a pair can be escaped, not sent
+        name.encode()
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a pair can be escaped, not sent
             text = json.dumps(arguments, allow_nan=False)
         return ToolCall(name, text, made)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

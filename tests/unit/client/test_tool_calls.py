@@ -333,6 +333,8 @@ def test_arguments_are_json():
         assert scan("hermes", [text]) == (text, [])
     _, (call,) = scan("hermes", ['<tool_call>{"name": "f", "arguments": {"x": "\\ud83d"}}</tool_call>'])
     assert call.arguments.encode() and json.loads(call.arguments) == {"x": "\ud83d"}
+    text = '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'
+    assert scan("hermes", [text]) == (text, [])
     deep = "[" * 100_000
     text = f'<tool_call>{{"name": "f", "arguments": {{"x": {deep}</tool_call>'
     assert scan("hermes", [text]) == (text, [])
