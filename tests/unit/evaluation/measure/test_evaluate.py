@@ -211,7 +211,7 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         (["--benchmark-dir", "/nowhere"], "--benchmark-dir without --benchmarks"),
         (["--benchmarks", "piqa", "--benchmark-dir", "."], r"llmfoundry_piqa\.jsonl is missing"),
         (["--memory", "0.001"], r"needs about .* GiB.*take fewer --rows, a smaller --suite"),
-        (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),
+        (["--attacks", "nearest_cosine", "--minutes", "1e-9"], "--minutes 1e-09: this would take about"),
         (["--zero-steps", "0"], "--zero-steps must be at least 1, got 0"),
         (["--zero-steps", "11"], "another configuration .zero_steps is 10 there, 11 here"),
         (["--minutes", "-1"], "--minutes must be above 0, got -1"),
