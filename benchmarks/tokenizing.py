@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -123,6 +124,8 @@ def one(folder: Path) -> None:
     began = time.monotonic()
     code = cli.main(words)
     seconds = time.monotonic() - began
+    for process in multiprocessing.active_children():
+        process.join()  # or nothing is known of it
     (meta,) = (folder / "cache").glob("*/meta.json")
     peaks = {name: resource.getrusage(who).ru_maxrss / 1024 for name, who in
              (("writer", resource.RUSAGE_SELF), ("worker", resource.RUSAGE_CHILDREN))}  # fmt: skip
