@@ -46,7 +46,7 @@ def test_a_training_imports_none_of_these_until_its_first_step_is_done(make_run,
         cli.main(["train", "run.yaml"])
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lean.__file__).parents[2])}
+    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1", "PYTHONPATH": str(Path(lean.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
