@@ -40,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="Options of the data as in a config (--data.prompt_tokens 48, --training.seq_len 96, ...). "
         "Writes OUT/results.json and OUT/report.html; run it again to go on after an interruption. "
         "docs/EVALUATION.md explains every number.",
-        allow_abbrev=False,
     )
     found.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     found.add_argument(
