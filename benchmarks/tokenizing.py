@@ -99,7 +99,7 @@ def speed(rows: int, tables) -> None:
 def size(counts: list[int], tables) -> None:
     from sgt_titan.data.tokenization import PARALLEL_ROWS
 
-    columns = {"rows": ",.0f", "tokens": ",.0f", "s": ",.0f", "tokens/s a core": ",.0f"}
+    columns = {"rows prepared": ",.0f", "tokens": ",.0f", "s": ",.0f", "tokens/s a core": ",.0f"}
     tables.start(
         "", columns | {"peak MiB, who writes": ",.0f", "peak MiB, of the others": ",.0f", "on disk, MiB": ",.0f"}
     )
