@@ -70,10 +70,10 @@ def needed_values(rows: Sequence[Sample], tokenizer) -> list[Sample]:
     ]
 
 
-READERS: dict[str, Callable | None] = {
-    "the answer": None,
-    "the answer, and the values that it holds in their places": needed_values,
-    "the answer, and all that it repeats in its place": repeated,
+READERS: dict[str, tuple[str, Callable | None]] = {
+    "answer": ("the answer", None),
+    "values": ("the answer, and the values that it holds in their places", needed_values),
+    "repeats": ("the answer, and all that it repeats in its place", repeated),
 }
 
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--trunk", help="directory or a config's name (default: the run's own)")
     parser.add_argument("--data", help="as data.source, or a config's name (default: the run's)")
     suite_argument(parser, "of the readers' effort, prompts and public rows (default quick)")
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="default: all")
     add_out(parser)
     arguments, overrides = split_words(parser, sys.argv[1:])
     settle(arguments)
@@ -116,7 +117,7 @@ def main() -> None:
     setting = load_setting(arguments.export, config, rows=suite.rows, corpus=suite.corpus)
     with written(arguments.out, machine()) as tables:
         tables.start("", dict.fromkeys(("who has", *GROUPS), ""))
-        for name, in_place in READERS.items():
+        for name, in_place in (READERS[reader] for reader in arguments.readers):
             found = read(setting, arguments.suite, in_place)
             tables.row(name, *(percent(found.get(key)) for key in GROUPS.values()))
             print(f"({'; '.join(found['notes'])})", file=sys.stderr)

@@ -17,7 +17,6 @@ from sgt_titan.config.load import load
 from sgt_titan.config.schema import TERMS, Config
 from sgt_titan.errors import UserError
 from sgt_titan.transform.configuration import SGTConfig, estimator_config, needed_version
-from sgt_titan.transform.export import check_target, write_export
 from sgt_titan.transform.fingerprint import fingerprint_tensor
 from sgt_titan.transform.trunk_files import TrunkFiles
 from sgt_titan.trunk.tokenizer_files import copy_accompanying, is_accompanying, tokenizer_files
@@ -54,6 +53,9 @@ def export_checkpoint(
     Raises:
         UserError: no or a damaged checkpoint, another trunk than the one trained on, ``out_dir`` in use, no room.
     """
+    # Here: it brings transformers' models, for which no training need wait before its end.
+    from sgt_titan.transform.export import check_target, write_export
+
     path = resolve_checkpoint(path)
     state, config = checkpoint.read_state(path), load(str(path / checkpoint.CONFIG))
     if config.run.task == "finetune":

@@ -16,6 +16,7 @@ from sgt_titan.config.door import read_config
 from sgt_titan.config.schema import Config
 from sgt_titan.config.tracking import require_tracking
 from sgt_titan.errors import UserError, guarded
+from sgt_titan.imports import in_one_go
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +70,8 @@ def run_rank(name: str, overrides: list[str]) -> int:
     world_size = _world_size()
     notice.listen()
     config = prepared(name, overrides, world_size)
-    from sgt_titan.titan.main import run
+    with in_one_go():
+        from sgt_titan.titan.main import run
 
     return run(config)
 

@@ -28,6 +28,7 @@ class ToolCall:
 
 
 Written = list[tuple[str, dict[str, Any]]]  # names and arguments
+Read = tuple[Written, int] | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Format:
     """How one family writes calls.
 
     begin: what opens a call or a list of them. end: what closes it, where the answer's end does not; None: only that.
-    read: the calls in what is between, and the text that follows them; None if it begins with none. known_by: words of
+    read: the calls in what is between, and where they end; None if it begins with none. known_by: words of
     templates that teach it. special: whether begin or end are special tokens, which a server leaves out of its text
     unless told otherwise. bare, bare_end: what opens and closes a call whose ``begin`` the model forgot; only calls of
     tools that there are count then, and without ``bare_end`` only at the start of an answer. untyped: whether arguments
@@ -44,7 +45,7 @@ class Format:
 
     begin: str
     end: str | None
-    read: Callable[[str], tuple[Written, str] | None]
+    read: Callable[[str], Read]
     known_by: tuple[str, ...]
     special: bool = False
     id_length: int | None = None
@@ -64,20 +65,27 @@ def _value(text: str, at: int) -> tuple[Any, int] | None:
         return None
 
 
-_BETWEEN = re.compile(r"[\s;,]*")
+# Patterns give nothing back (``*+``), and nothing is cut or looked through twice: what is read here may have been made
+# to keep us busy.
+_SPACE, _BETWEEN = re.compile(r"\s*+"), re.compile(r"[\s;,]*+")
 
 
-def _objects(text: str) -> tuple[Written, str] | None:
+def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where a run of what may be left out ends."""
+    match = pattern.match(text, at)
+    return at if match is None else match.end()
+
+
+def _objects(text: str, at: int = 0) -> Read:
     """JSON objects ``{"name", "arguments" or "parameters"}``, alone, in a list, or one after the other."""
     found: Written = []
-    at = 0
-    while (value := _value(text, _BETWEEN.match(text, at).end())) is not None:  # type: ignore[union-attr]
+    while (value := _value(text, _after(_BETWEEN, text, at))) is not None:
         calls = [_named(item) for item in (value[0] if isinstance(value[0], list) else [value[0]])]
         if not calls or None in calls:
             break
         found += [call for call in calls if call is not None]
         at = value[1]
-    return (found, text[_BETWEEN.match(text, at).end() :]) if found else None  # type: ignore[union-attr]
+    return (found, _after(_BETWEEN, text, at)) if found else None
 
 
 def _named(item: Any) -> tuple[str, dict[str, Any]] | None:
@@ -96,37 +104,38 @@ def _named(item: Any) -> tuple[str, dict[str, Any]] | None:
 
 
 # [CALL_ID] and [ARGS] are special tokens, which some servers leave out even where they keep [TOOL_CALLS].
-_NAMED = re.compile(r"\s*([^\s{\[]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?(?=\{)")
+_NAMED = re.compile(r"\s*+([^\s{\[]++)\s*+(?:\[CALL_ID\]\s*+\w++\s*+)?+(?:\[ARGS\]\s*+)?+(?=\{)")
 _MARK = "[TOOL_CALLS]"
 
 
-def _mistral(text: str) -> tuple[Written, str] | None:
+def _mistral(text: str) -> Read:
     """A JSON list, or ``name[ARGS]{...}`` of the newer ones, and again after each mark."""
     found: Written = []
-    left, after = text, text
+    end = at = 0
     while True:
-        match = _NAMED.match(after)
+        match = _NAMED.match(text, at)
         if match is None:
-            read = _objects(after)
+            read = _objects(text, at)
         else:
-            value = _value(after, match.end())
-            read = None if value is None else ([(match[1], value[0])], after[value[1] :].lstrip())
+            value = _value(text, match.end())
+            read = None if value is None else ([(match[1], value[0])], value[1])
         if read is None:
-            return (found, left) if found else None
-        found, left = found + read[0], read[1]
-        if not left.startswith(_MARK):
-            return found, left
-        after = left.removeprefix(_MARK)
+            return (found, end) if found else None
+        found += read[0]
+        end = _after(_SPACE, text, read[1])
+        if not text.startswith(_MARK, end):
+            return found, end
+        at = end + len(_MARK)
 
 
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEP, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 # ``function SEP name, fenced JSON`` of V3 and R1; ``name SEP JSON`` of V3.1.
-_DEEPSEEK = re.compile(rf"\s*{_CALL}([^<\n]*){_SEP}\s*([^\s`{{][^\n`{{]*)?\s*(?:```(?:json)?\s*)?(?=\{{)")
-_DEEPSEEK_END = re.compile(rf"\s*(?:```\s*)?(?:{_CALL_END}|\Z)")
+_DEEPSEEK = re.compile(rf"\s*+{_CALL}([^<\n]*+){_SEP}\s*+([^\s`{{][^\n`{{]*+)?+\s*+(?:```(?:json)?\s*+)?+(?=\{{)")
+_DEEPSEEK_END = re.compile(rf"\s*+(?:```\s*+)?+(?:{_CALL_END}|\Z)")
 
 
-def _deepseek(text: str) -> tuple[Written, str] | None:
+def _deepseek(text: str) -> Read:
     found: Written = []
     at = 0
     while match := _DEEPSEEK.match(text, at):
@@ -136,17 +145,17 @@ def _deepseek(text: str) -> tuple[Written, str] | None:
             break
         found.append((name, value[0]))
         at = end.end()
-    return (found, text[at:].lstrip()) if found else None
+    return (found, _after(_SPACE, text, at)) if found else None
 
 
-_FUNCTION, _FUNCTION_END = re.compile(r"\s*<function=([^>\n]+)>"), re.compile(r"\s*</function>")
+_FUNCTION, _FUNCTION_END = re.compile(r"\s*+<function=([^>\n]++)>"), re.compile(r"\s*+</function>")
 # A parameter that the model did not close ends where the next begins, or the function ends.
 _PARAMETER = re.compile(
-    r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?(?:</parameter>|(?=\n<parameter=)|(?=\n</function>))", re.DOTALL
+    r"\s*+<parameter=([^>\n]++)>\n?+(.*?)\n?(?:</parameter>|(?=\n<parameter=)|(?=\n</function>))", re.DOTALL
 )
 
 
-def _qwen_xml(text: str) -> tuple[Written, str] | None:
+def _qwen_xml(text: str) -> Read:
     """``<function=name><parameter=key>value</parameter></function>``, values as text."""
     found: Written = []
     at = 0
@@ -161,7 +170,7 @@ def _qwen_xml(text: str) -> tuple[Written, str] | None:
             break
         found.append((match[1].strip(), arguments))
         at = end.end()
-    return (found, text[at:].lstrip()) if found else None
+    return (found, _after(_SPACE, text, at)) if found else None
 
 
 # In the order in which a template is asked: the first whose words it has.
@@ -199,95 +208,98 @@ class CallScanner:
     defines them."""
 
     def __init__(self, name: str, tools: Sequence[Mapping[str, Any]] = ()):
-        self._format = FORMATS[name]
+        self._format = row = FORMATS[name]
         self._parameters = _parameters(tools)
+        marks = [row.begin] + ([row.bare] if row.bare is not None and row.bare_end is not None else [])
+        self._marks, self._begin_of_one = marks, re.compile("|".join(map(re.escape, marks)))
         self._text, self._inside, self._started = "", False, False
+        self._searched = 0  # how much of a call that is not complete has been looked through for its end
         self.called = False
 
     def feed(self, text: str, last: bool = False) -> tuple[str, list[ToolCall]]:
         """What may be shown of the text so far, and the calls that are complete. ``last``: no more will come."""
         self._text += text
-        shown = ""
+        at = 0
+        said: list[str] = []
         calls: list[ToolCall] = []
         while True:
             if self._inside:
-                whole = self._take(last)
-                if whole is None:
+                end = self._end(at)
+                if end is None and not last:
                     break
-                found, left = self._read(whole)
-                shown, calls = shown + left, calls + found
+                end = len(self._text) if end is None else end
+                found, left = self._read(self._text[at:end])
+                calls += found
+                said.append(left)
+                at, self._inside, self._searched = end, False, 0
                 continue
-            at = self._begin()
-            if at is None:
-                keep = 0 if last else self._may_begin()
-                cut = len(self._text) - keep
-                shown, self._text = shown + self._text[:cut], self._text[cut:]
+            begin = self._begin(at)
+            if begin is None:
+                cut = len(self._text) - (0 if last else self._may_begin(at))
+                said.append(self._text[at:cut])
+                at = cut
                 break
-            shown, self._text = shown + self._text[:at], self._text[at:]
-            self._inside = True
-            self._started = self._started or bool(shown.strip())
+            said.append(self._text[at:begin])
+            at, self._inside = begin, True
+        self._text = self._text[at:]
+        shown = "".join(said)
         self._started = self._started or bool(shown.strip())
         self.called = self.called or bool(calls)
         return shown if shown.strip() or not self.called else "", calls
 
-    def _begin(self) -> int | None:
+    def _first_is_bare(self, at: int) -> bool:
+        """Whether nothing has been said before ``at``, and a call may begin there without a mark."""
         row = self._format
-        places = [self._text.find(row.begin)]
-        if row.bare is not None and row.bare_end is not None:
-            places.append(self._text.find(row.bare))
-        elif row.bare is not None and not self._started and self._text.lstrip().startswith(row.bare):
-            places.append(0)
-        return min((at for at in places if at >= 0), default=None)
+        return row.bare is not None and row.bare_end is None and at == 0 and not self._started
 
-    def _may_begin(self) -> int:
-        row = self._format
-        if row.bare is not None and row.bare_end is None and not self._started and not self._text.strip():
-            return len(self._text)
-        marks = [row.begin] + ([row.bare] if row.bare is not None else [])
-        longest = min(max(map(len, marks)) - 1, len(self._text))
-        return next((k for k in range(longest, 0, -1) if any(m.startswith(self._text[-k:]) for m in marks)), 0)
+    def _begin(self, at: int) -> int | None:
+        if self._first_is_bare(at) and self._text.startswith(self._format.bare or "", _after(_SPACE, self._text, at)):
+            return at
+        match = self._begin_of_one.search(self._text, at)
+        return match.start() if match else None
 
-    def _take(self, last: bool) -> str | None:
-        """The whole of a call as written; None: it is not complete yet."""
-        cut = self._end()
-        if cut is None:
-            if not last:
-                return None
-            cut = len(self._text)
-        whole, self._text, self._inside = self._text[:cut], self._text[cut:], False
-        return whole
+    def _may_begin(self, at: int) -> int:
+        """How many of the last characters may be the beginning of a mark."""
+        length = len(self._text) - at
+        if self._first_is_bare(at) and _after(_SPACE, self._text, at) == len(self._text):
+            return length
+        longest = min(max(map(len, self._marks)) - 1, length)
+        return next((k for k in range(longest, 0, -1) if any(m.startswith(self._text[-k:]) for m in self._marks)), 0)
 
-    def _end(self) -> int | None:
-        """Where the call ends at whose begin the text begins, if that can be said before the answer ends."""
+    def _end(self, at: int) -> int | None:
+        """Where the call ends that begins at ``at``; None: at the end of the answer, as far as can be said."""
         row = self._format
         if row.end is None:
             return None
-        if self._text.startswith(row.begin) or row.bare_end is None:
-            at = self._text.find(row.end)
-            return None if at < 0 else at + len(row.end)
-        at = self._text.find(row.bare_end)
-        if at < 0:
+        marked = row.bare_end is None or self._text.startswith(row.begin, at)
+        closes = row.end if marked else row.bare_end or ""
+        found = self._text.find(closes, at + max(0, self._searched - len(closes)))
+        if found < 0:
+            self._searched = len(self._text) - at
             return None
-        at += len(row.bare_end)
-        rest = self._text[at:].lstrip()
-        if rest.startswith(row.end):  # what opens was forgotten, what closes was not
-            return len(self._text) - len(rest) + len(row.end)
-        return None if row.end.startswith(rest) else at
+        end = found + len(closes)
+        if marked:
+            return end
+        after = _after(_SPACE, self._text, end)  # what opens was forgotten, what closes perhaps not
+        if self._text.startswith(row.end, after):
+            return after + len(row.end)
+        return None if row.end.startswith(self._text[after : after + len(row.end)]) else end
 
     def _read(self, whole: str) -> tuple[list[ToolCall], str]:
-        """Calls of what ``_take`` gave, and what is text of it."""
+        """Calls of what is one from begin to end, and what is text of it."""
         row = self._format
-        opened = whole.startswith(row.begin)
+        marked = whole.startswith(row.begin)
         inner = whole.removeprefix(row.begin)
-        read = row.read(inner.removesuffix(row.end) if row.end is not None else inner)
+        inner = inner.removesuffix(row.end) if row.end is not None else inner
+        read = row.read(inner)
         if read is None:
             return [], whole
-        found, left = read
-        if not opened and self._parameters and any(name not in self._parameters for name, _ in found):
+        found, end = read
+        if not marked and self._parameters and any(name not in self._parameters for name, _ in found):
             return [], whole
         try:
-            return [self._made(name, arguments) for name, arguments in found], left
-        except (ValueError, RecursionError):  # a number without a word in JSON
+            return [self._made(name, arguments) for name, arguments in found], inner[end:]
+        except (ValueError, RecursionError):  # a number without a word in JSON, half of a pair in a name
             return [], whole
 
     def _made(self, name: str, arguments: dict[str, Any]) -> ToolCall:
@@ -298,17 +310,12 @@ class CallScanner:
         alphabet = string.ascii_letters + string.digits
         made = "".join(secrets.choice(alphabet) for _ in range(length)) if length else f"call_{secrets.token_hex(12)}"
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        if not _is_unicode(text):  # half of a pair can be escaped, not sent
+        name.encode()
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a pair can be escaped, not sent
             text = json.dumps(arguments, allow_nan=False)
         return ToolCall(name, text, made)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

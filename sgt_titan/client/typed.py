@@ -13,7 +13,7 @@ from typing import Any
 _KINDS = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, str: {"string"}, list: {"array"}}
 _KINDS |= {dict: {"object"}, type(None): {"null"}}
 _WORDS = {"True": True, "False": False, "None": None}  # as templates print what Python has
-_DEEPEST = 8  # references in references
+_MOST = 1000
 
 
 def json_of(text: str) -> Any:
@@ -53,23 +53,35 @@ def _kinds(value: Any) -> set[str]:
     return _KINDS[type(value)]
 
 
-def _types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
-    """The names of all types that a schema lets through, as far as it says so."""
-    if not isinstance(schema, Mapping) or depth > _DEEPEST:
-        return set()
-    said = schema.get("type")
-    found = {one for one in (said if isinstance(said, list) else [said]) if isinstance(one, str)}
-    for value in [*_listed(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]:
-        found |= _KINDS.get(type(value), set())
-    for part in (*_listed(schema.get("anyOf")), *_listed(schema.get("oneOf")), *_listed(schema.get("allOf"))):
-        found |= _types(part, root, depth + 1)
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        target: Any = root
-        for step in reference[2:].split("/"):
-            target = target.get(step) if isinstance(target, Mapping) else None
-        found |= _types(target, root, depth + 1)
+def _types(schema: Any, root: Mapping[str, Any]) -> set[str]:
+    """The names of all types that a schema lets through, as far as it says so within its first ``_MOST`` parts: it is
+    a client's, and may refer to itself in any way."""
+    found: set[str] = set()
+    todo: list[Any] = [schema]
+    seen: set[int] = set()
+    while todo and len(seen) < _MOST:
+        part = todo.pop()
+        if not isinstance(part, Mapping) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        said = part.get("type")
+        found |= {one for one in (said if isinstance(said, list) else [said]) if isinstance(one, str)}
+        for value in [*_listed(part.get("enum"))[:_MOST], *([part["const"]] if "const" in part else [])]:
+            found |= _KINDS.get(type(value), set())
+        for name in ("anyOf", "oneOf", "allOf"):
+            todo += _listed(part.get(name))[:_MOST]
+        todo.append(_target(part.get("$ref"), root))
     return found
+
+
+def _target(reference: Any, root: Mapping[str, Any]) -> Any:
+    """What ``#/...`` refers to; None: nothing, or something elsewhere."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    target: Any = root
+    for step in reference[2:].split("/")[:_MOST]:
+        target = target.get(step) if isinstance(target, Mapping) else None
+    return target
 
 
 def _listed(value: Any) -> list[Any]:

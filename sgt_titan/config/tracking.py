@@ -1,4 +1,6 @@
-"""Whether Weights & Biases would take a run: asked before it starts, because the logger goes on without it."""
+"""Whether TensorBoard and Weights & Biases would take a run: asked before it starts, because torchtitan's logger goes
+on without the latter, and ours opens the former after the first step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ HOST = "https://api.wandb.ai"
 
 
 def require_tracking(config: Config, env: Mapping[str, str]) -> None:
-    """Raises UserError where ``metrics.wandb`` is on and its package or a key is missing."""
+    """Raises UserError where ``metrics.tensorboard`` or ``metrics.wandb`` is on and its package or a key is missing."""
+    if config.metrics.tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "metrics.tensorboard: the package tensorboard is not installed; pip install it, or set it to false"
+        )
     if not config.metrics.wandb:
         return
     if find_spec("wandb") is None:

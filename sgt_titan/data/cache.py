@@ -14,7 +14,8 @@ A directory ``<cache_dir>/<fingerprint>`` holds
                                                     sources, whose samples follow one another
 
 It is built under another name and renamed when complete, so a directory that exists is whole unless someone
-damaged it, and two builders cannot disturb each other: the first to rename wins.
+damaged it, and two builders cannot disturb each other: the first to rename wins. Of many rows what is done is kept
+beside it until then (``begun.py``), so that a start that was killed is gone on with.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import numpy as np
 from sgt_titan import disk
 from sgt_titan.config import resolve, schema
 from sgt_titan.config.paths import expand
+from sgt_titan.data.begun import Begun
 from sgt_titan.data.marks import MarkError
 from sgt_titan.data.mixture import Part, parts
 from sgt_titan.data.order import quotas
@@ -48,6 +50,7 @@ from sgt_titan.data.tokenization import (
     MARK_FIELDS,
     Chunk,
     load_tokenizer,
+    many,
     private_tokens,
     take_note,
     tokenize_rows,
@@ -248,6 +251,21 @@ def split(hashes: np.ndarray, validation_samples: int, own: int = 0) -> tuple[np
 def cache_dir(config: schema.Config) -> Path:
     """Where the caches of a configuration live, resolved or not."""
     return Path(resolve.cache_dir(config))
+
+
+@contextmanager
+def filled_once(path: Path) -> Iterator[None]:
+    """A block that looks for ``path``, a file below ``cache_dir``, and makes it: one of several processes at a time.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk.alone(path.with_suffix(".lock")):
+            yield
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
 
 
 def fingerprint(found: list[Part], tokenizer_dir: str) -> str:
@@ -459,9 +477,13 @@ def _build(
 ) -> None:
     largest = max(tokenizer.get_vocab().values(), default=0)
     kind = np.uint16 if largest < 2**16 else np.uint32
-    chunks = (
-        (part, tokenize_rows(part.rows, tokenizer, tokenizer_dir, part.options, workers=workers)) for part in found
-    )
+    begun = final.parent / "begun" / name
+
+    def chunks_of(number: int, part: Part) -> Iterator[Chunk]:
+        kept = Begun(begun, number) if many(part.rows, part.options) else None
+        return tokenize_rows(part.rows, tokenizer, tokenizer_dir, part.options, workers=workers, kept=kept)
+
+    chunks = ((part, chunks_of(number, part)) for number, part in enumerate(found))
     try:
         with disk.whole(final) as work:
             meta = _write(work, chunks, name, kind, progress, 0.0 if data.on_bad_row == "stop" else data.max_bad_share)
@@ -473,6 +495,7 @@ def _build(
         if not final.is_dir():
             raise
         # Another builder was first; its arrays are the same.
+    disk.discard(begun)
 
 
 class Arrays:
@@ -699,6 +722,7 @@ def _sweep(root: Path) -> None:
         *root.glob(".*.tmp"),
         *root.glob("sessions/*"),
         *root.glob("rows/*"),
+        *root.glob("begun/*"),
         *root.glob("remote/*"),
     ]:
         try:

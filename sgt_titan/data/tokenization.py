@@ -7,11 +7,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -412,24 +412,60 @@ def tokenize_chunk(rows: Rows, tokenizer: Any, options: TokenOptions, start: int
     return parts.chunk(stop - start)
 
 
+class Kept(Protocol):
+    """Chunks that an earlier start has left, and where this one leaves its own (``data/begun.py``)."""
+
+    def has(self, start: int, stop: int) -> bool: ...
+    def read(self, start: int, stop: int) -> Chunk | None: ...
+    def write(self, start: int, stop: int, chunk: Chunk) -> None: ...
+
+
 def tokenize_rows(
-    rows: Rows, tokenizer: Any, tokenizer_dir: str, options: TokenOptions, *, workers: int | None = None
+    rows: Rows,
+    tokenizer: Any,
+    tokenizer_dir: str,
+    options: TokenOptions,
+    *,
+    workers: int | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Chunk]:
     """All rows as chunks, in order, holding a few chunks in memory at a time.
 
-    ``workers`` processes; None: one per available core when there are more than PARALLEL_ROWS rows.
+    ``workers`` processes; None: one per available core when there are many rows (``many``). Of ``kept`` chunks, those
+    that are whole are taken as they are.
 
     Raises:
         UserError: as ``tokenize_chunk``; a process was killed.
+        OSError: a chunk cannot be kept.
     """
     ranges = [(a, min(a + CHUNK_ROWS, len(rows))) for a in range(0, len(rows), CHUNK_ROWS)]
+    missing = [bounds for bounds in ranges if kept is None or not kept.has(*bounds)]
     if workers is None:
-        expected = min(len(rows), options.max_samples or len(rows))
-        workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS) if expected > PARALLEL_ROWS else 1
-    if workers <= 1 or len(ranges) <= 1:
-        for start, stop in ranges:
-            yield tokenize_chunk(rows, tokenizer, options, start, stop)
-        return
+        workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS) if many(rows, options) else 1
+    if workers <= 1 or len(missing) <= 1:
+        made: Generator[Chunk, None, None] = (tokenize_chunk(rows, tokenizer, options, *bounds) for bounds in missing)
+    else:
+        made = _by_processes(rows, tokenizer_dir, options, missing, workers)
+    wanted = set(missing)
+    with closing(made):
+        for bounds in ranges:
+            if bounds not in wanted and kept is not None and (found := kept.read(*bounds)) is not None:
+                yield found
+                continue
+            chunk = next(made) if bounds in wanted else tokenize_chunk(rows, tokenizer, options, *bounds)
+            if kept is not None:
+                kept.write(*bounds, chunk)
+            yield chunk
+
+
+def many(rows: Rows, options: TokenOptions) -> bool:
+    """So many rows that it pays to tokenize by processes, and to keep what is done."""
+    return min(len(rows), options.max_samples or len(rows)) > PARALLEL_ROWS
+
+
+def _by_processes(
+    rows: Rows, tokenizer_dir: str, options: TokenOptions, ranges: list[tuple[int, int]], workers: int
+) -> Generator[Chunk, None, None]:
     # Spawned, not forked: the parent may hold threads of torch and of the tokenizer. A pipe each and chunks in turn: a
     # killed process is the end of its pipe at once, where a pool's shared queues would wait for ever.
     import multiprocessing

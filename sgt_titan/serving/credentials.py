@@ -23,11 +23,12 @@ def upstream_keys(upstreams: Sequence[UpstreamOptions]) -> dict[UpstreamOptions,
 
     Raises UserError for a file or variable that holds no key, and for a ``VARIABLE`` that could be for several origins.
     """
-    shared = _one(os.environ.get(VARIABLE, ""), VARIABLE) if os.environ.get(VARIABLE, "").strip() else None
     unsaid = [upstream for upstream in upstreams if upstream.api_key_file is None and upstream.api_key_env is None]
+    given = os.environ.get(VARIABLE, "") if unsaid else ""
+    shared = _one(given, VARIABLE) if given.strip() else None
     origins = sorted({_origin(upstream.url) for upstream in upstreams})
     if len(origins) > 1:
-        if shared and unsaid and all(upstream.api_key_env != VARIABLE for upstream in upstreams):
+        if shared and all(upstream.api_key_env != VARIABLE for upstream in upstreams):
             raise UserError(
                 f"{VARIABLE}: is set, and could be for {' or '.join(origins[:3])}: say which gets it, "
                 f'api_key_env = "{VARIABLE}" beside its url in --config (who says nothing then gets no key), '

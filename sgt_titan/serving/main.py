@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = http_url(upstream.url)
         if parts is not None and parts.scheme == "http" and not is_loopback(parts.hostname):
             _say("warning: --upstream is http: embeddings and answers, in clear, can be read on the way; use https")
-    listener = _listen(options.host, options.port)
+    listener = _listen(options.host, options.port, options.silence_timeout)
     try:
         return _serve(options, keys, theirs, listener)
     finally:
@@ -77,8 +77,9 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost"
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bound before the export is loaded: a port in use is found in no time."""
+def _listen(host: str, port: int, patience_s: float) -> socket.socket:
+    """Bound before the export is loaded: a port in use is found in no time. ``patience_s``: for a peer that takes
+    nothing of what it is sent."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol has to be named: asyncio switches Nagle's delays off only for sockets that name it, and with them
     # every small answer and every piece of a stream would come 40 ms late.
@@ -86,6 +87,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it: the kernel finds out about a peer that has gone without a word.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # and, on Linux, gives up one that is there and never reads
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(int(1e3 * patience_s), 2**31 - 1))
     try:
         listener.bind((host, port))
     except OSError as error:

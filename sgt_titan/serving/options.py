@@ -122,7 +122,6 @@ def parser() -> Parser:
     made = Parser(
         prog="sgt-titan serve",
         description="A local OpenAI-compatible proxy: prompts leave this machine only as obfuscated embeddings.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = made.add_argument
@@ -216,15 +215,11 @@ def read_options(argv: Sequence[str] | None) -> ProxyOptions:
         models: tuple[ModelOptions, ...] = (_one(values),)
     else:
         if beside := [name for name in _OF_ONE_MODEL if name in given or name in content]:
-            names = ", ".join("EXPORT" if name == "export" else _flag(name) for name in beside)
+            names = ", ".join("EXPORT" if name == "export" else f"--{name.replace('_', '-')}" for name in beside)
             raise UserError(f"{file}: has [[models]], which say so themselves; leave out {names}")
         models = _models(tables, file)
     _check(values, models)
     return ProxyOptions(values, models)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from sgt_titan.config.load import dump
 from sgt_titan.config.schema import Config
@@ -36,6 +36,9 @@ from .metrics import SGTMetricsProcessor
 from .optimizer import adamw, guarded_adamw
 from .options import common
 from .startup import Prepared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TERMS = {
     "loss": "loss/total",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 import tyro
@@ -26,7 +26,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import disable_fsdp_gradient_division, get_fsdp_reshard_after_forward_policy
 from torchtitan.protocols.model import BaseModel
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from sgt_titan.conjformer.families import FAMILIES, Family, Linear
 from sgt_titan.objectives.distillation import chunk_size
@@ -34,6 +34,9 @@ from sgt_titan.objectives.drift import gram_cosine, table_cosine
 from sgt_titan.objectives.utility import soft_cross_entropy
 
 from .compilation import compile_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PAIRS, ROWS = 8, 512  # of the drift's estimate: weights, and rows of the table
 
@@ -158,6 +161,8 @@ class FinetuneModel(BaseModel):
 
 
 def _bare(hf: PretrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation="sdpa")
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import norm_config
 from torchtitan.models.common.linear import Linear
@@ -31,6 +32,7 @@ from .estimator import Denoiser, Estimator
 from .flops import model_flops_per_token
 from .head import DistillationHead
 from .layout import like, local, whole
+from .lean import Unfilled
 from .pairs import Exchange, PairGroups
 from .parallelize import head_sharding, prior_sharding
 from .prior import Prior
@@ -144,12 +146,13 @@ class SGTModel(BaseModel):
         self.config = config
         self.bounds = config.bounds
         self.enable_sp = config.enable_sp
-        with set_default_dtype(config.trunk_dtype):
+        with set_default_dtype(config.trunk_dtype), Unfilled():
             self.trunk = config.trunk.build()
         for index, block in self.trunk.layers.items():
             self.trunk.layers[index] = DualStream(block)
         self.trunk.norm, self.trunk.lm_head = DualStream(self.trunk.norm), DistillationHead(self.trunk.lm_head)
-        self.estimator = config.estimator().build()
+        with Unfilled():
+            self.estimator = config.estimator().build()
         self.trunk.requires_grad_(False)
         self.tp_mesh: DeviceMesh | None = None
 
@@ -157,6 +160,15 @@ class SGTModel(BaseModel):
         super().train(mode)
         self.trunk.eval()  # frozen: no router statistics, no dropout
         return self
+
+    def to_empty(self, *, device, recurse: bool = True):
+        """torch's, whose ``empty_like`` of what is on the meta device goes by way of sympy."""
+
+        def empty(t: torch.Tensor) -> torch.Tensor:
+            plain = not isinstance(t, DTensor) and t.is_contiguous()
+            return torch.empty(t.shape, dtype=t.dtype, device=device) if plain else torch.empty_like(t, device=device)
+
+        return self._apply(empty, recurse=recurse)
 
     def tie(self) -> None:
         """One parameter for a tied table and lm_head: sharding and ``to_empty`` make two of them."""

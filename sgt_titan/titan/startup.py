@@ -37,6 +37,7 @@ from sgt_titan.transform.tokenizer import fingerprint_ids
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 from .flops import hardware_flops_per_token
+from .lean import Unfilled
 from .load_trunk import check_trunk
 from .timeline import Timeline
 from .trunks import Family, build, build_body, family_of
@@ -206,7 +207,7 @@ def check_weights(config: Config, hf: PretrainedConfig, family: Family, files: T
         if part.layers and part.init_from_trunk:
             decoders.append(build_body(hf, part.layers, "sdpa"))
     for decoder in decoders:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             check_trunk(decoder.build(), family, files)
 
 

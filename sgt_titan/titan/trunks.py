@@ -63,6 +63,9 @@ def rotary_frequencies(hf: PretrainedConfig, dim: int) -> tuple[tuple[float, ...
 
 
 def _angles(inv_freq: tuple[float, ...], length: int) -> torch.Tensor:
+    """(length, frequencies) in radians; empty on the meta device, where torch reckons by way of its compiler."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(length, len(inv_freq), dtype=torch.float32)
     return torch.outer(torch.arange(length).float(), torch.tensor(inv_freq))
 
 
@@ -75,7 +78,10 @@ class HalfRoPE(CosSinRoPE):
         factor: float = 1.0
 
     def _precompute_cache(self) -> torch.Tensor:
-        angles = _angles(self.config.inv_freq, self.config.max_seq_len).repeat(1, 2)
+        angles = _angles(self.config.inv_freq, self.config.max_seq_len)
+        if angles.is_meta:
+            return angles.new_empty(len(angles), 4 * angles.shape[1])
+        angles = angles.repeat(1, 2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1) * self.config.factor
 
 
@@ -89,6 +95,8 @@ class InterleavedRoPE(ComplexRoPE):
 
     def _precompute_cache(self) -> torch.Tensor:
         angles = _angles(self.config.inv_freq, self.config.max_seq_len)
+        if angles.is_meta:
+            return torch.empty_like(angles, dtype=torch.complex64)
         return torch.polar(torch.full_like(angles, self.config.factor), angles)
 
 

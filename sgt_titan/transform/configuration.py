@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -78,6 +79,13 @@ class SGTConfig(PretrainedConfig):
     fingerprints: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = 1
+
+    before_the_first: ClassVar[Callable[..., Any]] = staticmethod(lambda: None)
+    """Makes ``AutoModel`` know whose config this is."""
+
+    def __post_init__(self, **fields: Any) -> None:
+        self.before_the_first()
+        super().__post_init__(**fields)
 
     @property
     def bounds(self) -> Bounds:

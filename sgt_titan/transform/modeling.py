@@ -503,3 +503,6 @@ def _download(repo_id: str, hub: dict[str, Any]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{repo_id}: no such directory, and not on the hub: {reason}") from error
+
+
+AutoModel.register(SGTConfig, ExportedTransform, exist_ok=True)

@@ -15,6 +15,7 @@ PACKAGE = Path(sgt_titan.__file__).parent
 # area -> areas it may import, lazily or not. `titan` and `evaluation` do not know each other.
 MAY_IMPORT = {
     "errors": set(),
+    "imports": set(),
     "arguments": {"errors"},
     "terminal": set(),
     "disk": {"errors"},
@@ -63,7 +64,7 @@ MAY_IMPORT = {
         "cluster",
         "conjformer",
     },
-    "train": {"errors", "disk", "config", "cluster", "titan"},
+    "train": {"errors", "imports", "disk", "config", "cluster", "titan"},
     "doctor": {"errors", "disk", "arguments", "cluster", "config", "plan", "transform"},
     "config_registry": {"errors", "config", "train", "titan"},
     "inspect_command": {"errors", "terminal", "arguments", "config", "client", "private"},

@@ -47,7 +47,8 @@ TOGETHER = {
     "evaluation.attacks.rotation_inverter evaluation.attacks.rotation_procrustes evaluation.attacks.rotation_products "
     "evaluation.attacks.rotation_spectral evaluation.attacks.rotation_substitution evaluation.world.rotated",
     "unit/evaluation/attacks/test_sequence.py": "evaluation.attacks.linear_start evaluation.attacks.sequence_reader",
-    "unit/evaluation/measure/test_evaluate.py": "evaluation.measure.runner evaluation.measure.suite evaluation.options",
+    "unit/evaluation/measure/test_evaluate.py": "evaluation.measure.runner evaluation.measure.suite "
+    "evaluation.measure.workers evaluation.options",
     "unit/evaluation/measure/test_glance.py": "",
     "unit/evaluation/report/test_report.py": "evaluation.report.html evaluation.report.plots "
     "evaluation.report.terminal evaluation.report.words",
@@ -62,7 +63,7 @@ TOGETHER = {
     "unit/serving/test_openapi.py": "serving.guard",
     "unit/serving/test_private_proxy.py": "serving.main",
     "unit/serving/test_proxy_agents.py": "serving.render serving.responses serving.schema",
-    "unit/serving/test_proxy_attacks.py": "serving.admission serving.disconnect serving.origin serving.protocol",
+    "unit/serving/test_proxy_attacks.py": "serving.admission serving.disconnect serving.origin",
     "unit/serving/test_proxy_openai.py": "serving.app serving.metrics serving.service",
     "unit/serving/test_proxy_refusals.py": "serving.errors serving.settings serving.upstream",
     "unit/serving/test_serve_command.py": "",

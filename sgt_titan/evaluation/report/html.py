@@ -17,15 +17,16 @@ from sgt_titan.evaluation.report.words import (
     KEPT,
     LEARNING,
     NUMBERS,
-    PRIVACY_ROWS,
     THREATS,
     UTILITY_ROWS,
     Results,
     at_least,
+    baseline,
     best_attack,
     bound_text,
     conclusions,
     glanced,
+    metric_rows,
     number,
     percent,
     sees,
@@ -291,53 +292,17 @@ def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     privacy = sgt.get("privacy") or {}
     if not privacy:
         return ""
-    rows = [[esc(label), percent(privacy.get(key), interval=True), ""] for key, label in PRIVACY_ROWS.items()]
-    rows[-1][-1] = f"at most {percent(privacy.get('rank_entropy_ceiling'))} at this N"
-    limit, ceiling = number(about.get("ln_vocab")), number(privacy.get("mi_log_mean_exp_ceiling"))
-    rows += [
-        ["mutual information, Algorithm 1, nats per feature", number(privacy.get("mi"), interval=True),
-         f"an upper bound; ln V = {limit}"],
-        ["log-mean-exp estimate, nats per token", number(privacy.get("mi_log_mean_exp"), interval=True),
-         f"a lower bound, at most {ceiling} at this N"],
-        ["PAC-Adv of one feature, prior 1/V", percent(privacy.get("pac_adv_uniform")), ""],
-        ["PAC-Adv of one feature, prior LM top-1", percent(privacy.get("pac_adv_lm")),
-         f"LM top-1 {percent(privacy.get('lm_top1'), interval=True)}"],
-    ]  # fmt: skip
+    rows = [[esc(label), figure, esc(remark)] for label, figure, remark in metric_rows(privacy, about)]
     return table(["metric", "95% interval", ""], rows)
 
 
 def _mechanism_table(mechanisms: Mapping[str, Any]) -> str:
-    rows = []
+    rows, head = [], []
     for mechanism in mechanisms.values():
-        facts, privacy, use = (mechanism.get(key) or {} for key in ("facts", "privacy", "utility"))
-        best = best_attack(mechanism)
-        by = f"<span class='sees'>{esc(best[1].get('title'))}</span>" if best else ""
-        rows.append(
-            [
-                esc(mechanism.get("title", "?")),
-                number(facts.get("std")),
-                number(facts.get("epsilon")),
-                number(facts.get("epsilon_classical")),
-                percent(privacy.get("nn_fr")),
-                (percent(best[1].get("top1"), interval=True) if best else "-") + by,
-                percent(use.get("kept"), interval=True),
-                number(use.get("kl")),
-                number(privacy.get("mi")),
-                percent(privacy.get("pac_adv_uniform")),
-            ]
-        )
-    head = [
-        "mechanism",
-        "std",
-        "&epsilon;",
-        "&epsilon;, classical",
-        "NN-FR",
-        "best attack",
-        "kept",
-        "KL",
-        "MI",
-        "PAC-Adv",
-    ]
+        cells, best = baseline(mechanism, interval=True), best_attack(mechanism)
+        cells["best attack"] += f"<span class='sees'>{esc(best[1].get('title'))}</span>" if best else ""
+        rows.append([esc(mechanism.get("title", "?")), *cells.values()])
+        head = ["mechanism", *(title.replace("epsilon", "&epsilon;") for title in cells)]
     legend = (
         "std in table stds; epsilon: local differential privacy of one token at delta 1e-5, T times that for T tokens."
     )

@@ -17,10 +17,12 @@ from sgt_titan.evaluation.report.words import (
     UTILITY_ROWS,
     Results,
     at_least,
+    baseline,
     best_attack,
     bound_text,
     conclusions,
     glanced,
+    metric_rows,
     number,
     percent,
     sees,
@@ -163,21 +165,7 @@ def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     privacy = sgt.get("privacy") or {}
     n = (privacy.get("nn_fr") or {}).get("n", 0)
     lines = [f"Metrics without an attacker (N = {n:,} hidden tokens)"]
-    for key, label in PRIVACY_ROWS.items():
-        ceiling = f"  at most {percent(privacy.get('rank_entropy_ceiling'))} at this N" if key == "rank_entropy" else ""
-        lines.append(f"  {label:<44}{percent(privacy.get(key), interval=True):>26}{ceiling}")
-    rows = {
-        "mutual information, Algorithm 1, nats/feature": (number(privacy.get("mi"), interval=True), "an upper bound"),
-        "log-mean-exp, nats/token": (
-            number(privacy.get("mi_log_mean_exp"), interval=True),
-            f"at most {number(privacy.get('mi_log_mean_exp_ceiling'))} at this N; ln V = {number(about.get('ln_vocab'))}",
-        ),
-        "PAC-Adv of a feature, prior 1/V": (percent(privacy.get("pac_adv_uniform")), ""),
-        "PAC-Adv of a feature, prior LM top-1": (
-            percent(privacy.get("pac_adv_lm")), f"LM top-1 {percent(privacy.get('lm_top1'))}"
-        ),
-    }  # fmt: skip
-    lines += [f"  {label:<44}{cell:>26}  {remark}" for label, (cell, remark) in rows.items()]
+    lines += [f"  {label:<46}{figure:>24}  {remark}" for label, figure, remark in metric_rows(privacy, about)]
     if privacy.get("tied_tokens") or about.get("near_duplicate_rows"):
         lines.append(
             f"  {about.get('near_duplicate_rows', 0)} rows of the table are near-duplicates ({about.get('untrained_rows', 0)} "
@@ -187,22 +175,10 @@ def _metrics(sgt: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
 
 
 def _mechanisms(mechanisms: Mapping[str, Any]) -> list[str]:
-    titles = ("std", "epsilon", "NN-FR", "best attack", "kept", "KL", "MI", "PAC-Adv")
-    lines = [f"{'Against the baselines':<40}" + "".join(f"{t:>{w}}" for t, w in zip(titles, _WIDTHS, strict=True))]
+    lines = [f"{'Against the baselines':<40}" + "".join(f"{title:>{width}}" for title, width in _WIDTHS.items())]
     for mechanism in mechanisms.values():
-        facts, privacy = mechanism.get("facts") or {}, mechanism.get("privacy") or {}
-        use, best = mechanism.get("utility") or {}, best_attack(mechanism)
-        cells = (
-            number(facts.get("std")),
-            number(facts.get("epsilon")),
-            percent(privacy.get("nn_fr")),
-            percent(best[1].get("top1")) if best else "-",
-            percent(use.get("kept")),
-            number(use.get("kl")),
-            number(privacy.get("mi")),
-            percent(privacy.get("pac_adv_uniform")),
-        )
-        row = "".join(f"{cell:>{w}}" for cell, w in zip(cells, _WIDTHS, strict=True))
+        cells = baseline(mechanism, interval=False)
+        row = "".join(f"{cells[title]:>{width}}" for title, width in _WIDTHS.items())
         lines.append(f"  {mechanism.get('title', '?'):<38}{row}")
     lines.append(
         "std: of the noise, in table stds; epsilon: local DP of one token at delta 1e-5 (a prompt of T: T times)"
@@ -210,7 +186,7 @@ def _mechanisms(mechanisms: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-_WIDTHS = (7, 10, 8, 12, 8, 9, 10, 8)
+_WIDTHS = {"std": 7, "epsilon": 10, "NN-FR": 8, "best attack": 12, "kept": 8, "KL": 9, "MI": 10, "PAC-Adv": 8}
 
 
 def _example(shown: Mapping[str, Any], best: str) -> list[str]:

@@ -90,6 +90,45 @@ def number(estimate: Mapping[str, Any] | float | None, *, interval: bool = False
 NUMBERS = {"perplexity": number, "kl": number}  # of ``UTILITY_ROWS``; the others are shares
 
 
+def metric_rows(privacy: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, figure with its interval, and remark of what is measured without an attacker."""
+    lme = number(privacy.get("mi_log_mean_exp_ceiling"))
+    entropy = f"at most {percent(privacy.get('rank_entropy_ceiling'))} at this N"
+    found = lambda key, show=percent: show(privacy.get(key), interval=True)  # noqa: E731
+    return [
+        *((label, found(key), entropy if key == "rank_entropy" else "") for key, label in PRIVACY_ROWS.items()),
+        (
+            "mutual information, Algorithm 1, nats/feature",
+            found("mi", number),
+            f"an upper bound; ln V = {number(about.get('ln_vocab'))}",
+        ),
+        ("log-mean-exp, nats/token", found("mi_log_mean_exp", number), f"a lower bound, at most {lme} at this N"),
+        ("PAC-Adv of a feature, prior 1/V", percent(privacy.get("pac_adv_uniform")), ""),
+        (
+            "PAC-Adv of a feature, prior LM top-1",
+            percent(privacy.get("pac_adv_lm")),
+            f"LM top-1 {percent(privacy.get('lm_top1'), interval=True)}",
+        ),
+    ]
+
+
+def baseline(mechanism: Mapping[str, Any], *, interval: bool) -> dict[str, str]:
+    """Cells of one way to hide a prompt, beside the others', by column; ``interval``: of what is read and kept."""
+    facts, privacy, use = (mechanism.get(key) or {} for key in ("facts", "privacy", "utility"))
+    best = best_attack(mechanism)
+    return {
+        "std": number(facts.get("std")),
+        "epsilon": number(facts.get("epsilon")),
+        "epsilon, classical": number(facts.get("epsilon_classical")),
+        "NN-FR": percent(privacy.get("nn_fr")),
+        "best attack": percent(best[1].get("top1"), interval=interval) if best else "-",
+        "kept": percent(use.get("kept"), interval=interval),
+        "KL": number(use.get("kl")),
+        "MI": number(privacy.get("mi")),
+        "PAC-Adv": percent(privacy.get("pac_adv_uniform")),
+    }
+
+
 def bound_text(bound: float | None) -> str:
     return "no bound" if bound is None else f"at most {percent(bound)}"
 

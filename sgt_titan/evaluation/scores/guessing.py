@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sgt_titan import disk
-from sgt_titan.errors import UserError
+from sgt_titan.data.cache import filled_once
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Curve, Guess
 
@@ -53,15 +53,11 @@ def once(path: Path, find: Callable[[], Guess]) -> Guess:
     Raises:
         UserError: the cache cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with disk.alone(path.with_suffix(".lock")):  # several evaluations side by side find it once
-            if (known := _read(path)) is None:
-                known = find()
-                _write(path, known)
-            return known
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
+    with filled_once(path):  # several evaluations side by side find it once
+        if (known := _read(path)) is None:
+            known = find()
+            _write(path, known)
+        return known
 
 
 def _write(path: Path, found: Guess) -> None:

@@ -32,7 +32,7 @@ from sgt_titan import disk
 from sgt_titan.arguments import Parser, number
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.config.schema import Config
-from sgt_titan.data.cache import cache_dir, prepare
+from sgt_titan.data.cache import cache_dir, filled_once, prepare
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import ZERO_STEPS, zero_argument
 from sgt_titan.evaluation.scores.utility import (
@@ -221,17 +221,12 @@ def fitted(
         UserError: the cache cannot be written.
     """
     path = location(config, trunk_fingerprint, data_fingerprint)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with disk.alone(path.with_suffix(".lock")):  # several evaluations side by side fit it once
-            found = read(path)
-            if found is not None and found.done(steps):
-                return found
+    with filled_once(path):  # several evaluations side by side fit it once
+        found = read(path)
+        if found is None or not found.done(steps):
             found = fit(trunk, rows, steps, begin=found, say=say)
             write(path, found)
-            return found
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
+        return found
 
 
 def location(config: Config, trunk_fingerprint: str, data_fingerprint: str) -> Path:
@@ -279,7 +274,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sgt-titan zero",
         description="Fit the constant prompt that `kept` counts from, and say what that changes.",
         epilog="Further words are config overrides (--data.max_samples 6000 ...), as the trainings had them.",
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="NAME", help="a config's name or file, or a run's directory")
     parser.add_argument("--rows", type=number(int, 2), default=128, help="held-out rows to measure it on (default 128)")

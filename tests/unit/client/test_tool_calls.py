@@ -304,6 +304,28 @@ def test_a_call_without_its_mark_has_to_be_of_a_tool_that_there_is():
             assert scan(name, split, [TOOL]) == (text, []), split
 
 
+@pytest.mark.parametrize(
+    "name, begin, unit",
+    [
+        ("hermes", "<tool_call>", " "),
+        ("hermes", "<tool_call>", '{"name": "f", "arguments": {}};'),
+        ("llama3_json", "{", "{"),
+        ("mistral", "[TOOL_CALLS]", "f"),
+        ("mistral", "[TOOL_CALLS]f", " "),
+        ("mistral", "[TOOL_CALLS]f[CALL_ID]", "1"),
+        ("mistral", "", "[TOOL_CALLS]f{}"),
+        ("deepseek", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>f", " "),
+        ("deepseek", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>f", "```\n"),
+        ("qwen_xml", "<function=f>", "<parameter=a>"),
+        ("qwen_xml", "<tool_call><function=f><parameter=a>", "\n"),
+        ("qwen_xml", "", "<function=f></function>"),
+    ],
+)
+def test_no_answer_keeps_it_busy(name, begin, unit):
+    """It is read on the loop that serves everybody; work that grows with its square would take hours here."""
+    scan(name, [begin + unit * (300_000 // len(unit))])
+
+
 def test_arguments_are_json():
     """Whoever reads them has a stricter parser than ours."""
     for number in ("NaN", "-Infinity", "1e999"):
@@ -311,6 +333,8 @@ def test_arguments_are_json():
         assert scan("hermes", [text]) == (text, [])
     _, (call,) = scan("hermes", ['<tool_call>{"name": "f", "arguments": {"x": "\\ud83d"}}</tool_call>'])
     assert call.arguments.encode() and json.loads(call.arguments) == {"x": "\ud83d"}
+    text = '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'
+    assert scan("hermes", [text]) == (text, [])
     deep = "[" * 100_000
     text = f'<tool_call>{{"name": "f", "arguments": {{"x": {deep}</tool_call>'
     assert scan("hermes", [text]) == (text, [])

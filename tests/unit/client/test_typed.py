@@ -78,3 +78,14 @@ def test_without_a_schema_json_is_json(schema):
 def test_what_json_has_no_word_for(text):
     with pytest.raises(ValueError):
         json_of(text)
+
+
+def test_no_schema_keeps_it_busy():
+    """It is a client's: one that is ten of itself, and one that is long."""
+    again = {"$ref": "#/properties/a"}
+    assert typed("1", {"properties": {"a": {"anyOf": [again] * 10, "allOf": [again] * 10}}}, "a") == 1
+    deep: dict = {"type": "string"}
+    for _ in range(20_000):
+        deep = {"anyOf": [deep]}
+    assert typed("1", {"properties": {"a": deep}}, "a") == 1
+    assert typed("1", {"properties": {"a": {"$ref": "#" + "/a" * 20_000}}}, "a") == 1

@@ -10,7 +10,10 @@ def test_a_run_that_is_to_be_tracked_needs_package_and_key(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     config = Config()
     require_tracking(config, {})
-    config.metrics.wandb = True
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tensorboard is not installed"):
+        require_tracking(config, {})
+    config.metrics.tensorboard, config.metrics.wandb = False, True
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
         require_tracking(config, {"WANDB_API_KEY": "k"})

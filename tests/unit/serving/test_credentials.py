@@ -77,6 +77,8 @@ def test_a_key_that_is_none(value, message, monkeypatch, tmp_path):
     (tmp_path / "key").write_text(value)
     with pytest.raises(UserError, match=message):
         keys(UpstreamOptions(ONE, api_key_file=str(tmp_path / "key")))
+    (tmp_path / "key").write_text(OTHER)
+    assert keys(UpstreamOptions(ONE, api_key_file=str(tmp_path / "key"))) == [OTHER], "who needs it not is not asked"
 
 
 @pytest.mark.parametrize(

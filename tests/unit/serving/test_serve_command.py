@@ -165,7 +165,7 @@ def test_small_answers_are_not_held_back_by_the_kernel():
 
     async def accepted():
         found = asyncio.get_running_loop().create_future()
-        listener = _listen("127.0.0.1", 0)
+        listener = _listen("127.0.0.1", 0, 60)
         server = await asyncio.start_server(lambda _, writer: found.set_result(writer), sock=listener)
         async with server:
             _, ours = await asyncio.open_connection(*listener.getsockname())
@@ -176,6 +176,25 @@ def test_small_answers_are_not_held_back_by_the_kernel():
             return nodelay
 
     assert asyncio.run(accepted())
+
+
+def test_a_client_that_never_reads_is_given_up():
+    """Else its connection, and whatever waits to write into it, stay for ever."""
+
+    async def flooded():
+        accepted = asyncio.get_running_loop().create_future()
+        listener = _listen("127.0.0.1", 0, 0.3)
+        server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
+        async with server:
+            _, ours = await asyncio.open_connection(*listener.getsockname(), limit=1)
+            theirs = await accepted
+            with pytest.raises((TimeoutError, ConnectionError)):
+                while True:
+                    theirs.write(b"x" * (1 << 20))
+                    await theirs.drain()
+            ours.transport.abort()
+
+    asyncio.run(asyncio.wait_for(flooded(), 20))
 
 
 def test_no_export(capsys):

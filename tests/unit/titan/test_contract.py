@@ -57,6 +57,7 @@ SIGNATURES = {
     "torchtitan.models.common.decoder:Decoder.get_attention_masks": "self positions",
     "torch._dynamo:maybe_mark_dynamic": "t index",
     "torch.distributed.distributed_c10d:_set_pg_timeout": "timeout group",
+    "transformers.utils.import_utils:create_import_structure_from_path": "module_path",
     "torch.distributed.fsdp._fully_shard._fsdp_init:_get_mesh_info": "mesh dp_mesh_dims",
     "torch.distributed.fsdp:FSDPModule.set_modules_to_backward_prefetch": "self modules",
     "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms": "self enable",
