@@ -61,9 +61,12 @@ clients: $(READY) .venv-clients/.ready ## the table of clients in docs/SERVING.m
 test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 	$(PYTHON) -m pytest
 
-bench: $(READY) ## a training step against the naive way, torchtitan and the bound, in minutes (GPU=1: Llama shapes)
-	$(if $(GPU),,OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py)
+bench: $(READY) ## one page: steps, loss, start, memory, tokenizing as ratios, in minutes (GPU=1: steps of Llama shapes)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py $(if $(GPU),--gpu)
+	$(if $(GPU),,OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py)
+	$(if $(GPU),,$(PYTHON) benchmarks/process.py start)
+	$(if $(GPU),,$(PYTHON) benchmarks/process.py memory)
+	$(if $(and $(SGT_TITAN_ASSETS),$(if $(GPU),,x)),$(PYTHON) benchmarks/tokenizing.py speed)
 
 guard: $(READY) ## time and memory as ratios, against limits: fails where something has become slower (a minute)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py

@@ -359,6 +359,54 @@ def work(size: Size, *, recompute: bool = False) -> float:
     return (6.0 * (trunk_parameters(size) + estimator) + again) * size.tokens
 
 
+@torch.no_grad()
+def necessary(size: Size, *, more: bool = False) -> Arm:
+    """The matrix products of an SGT step in their own shapes, and nothing else: no way to make the step is quicker.
+
+    Products with lm_head are in our chunks of tokens. more: also attention of both streams, forward and backward of the
+    student's, and a softmax of every logit, which no way can leave out either.
+    """
+    from sgt_titan.objectives.distillation import chunk_size
+
+    torch.manual_seed(0)
+    kv, heads = size.width // size.heads * size.kv_heads, ESTIMATOR_LAYERS * [(size.width, size.width)]
+    layer = [(size.width, size.width)] * 2 + [(kv, size.width)] * 2
+    layer += [(size.hidden, size.width)] * 2 + [(size.width, size.hidden)]
+    like = {"device": device(), "dtype": size.dtype}
+    frozen = [torch.randn(shape, **like) for _ in range(size.layers) for shape in layer]
+    trained = [torch.randn(shape, **like) for shape in [*layer * ESTIMATOR_LAYERS, *heads]]
+    lm_head_VD = torch.randn(size.vocab, size.width, **like)
+    rows = {width: torch.randn(size.tokens, width, **like) for width in {size.width, size.hidden, kv}}
+    shape = (size.rows, size.heads, size.length, size.width // size.heads)
+    q, k, v = (torch.randn(shape, **like) for _ in "qkv")
+    chunk = chunk_size(size.vocab, device().type)
+
+    def attention(*, teacher: bool) -> None:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = F.scaled_dot_product_attention(*inputs, is_causal=True)
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+        if teacher:
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def step() -> None:
+        for weight in frozen:
+            out, into = weight.shape
+            F.linear(rows[into], weight), F.linear(rows[into], weight), rows[out] @ weight
+        for weight in trained:
+            out, into = weight.shape
+            F.linear(rows[into], weight), rows[out] @ weight, rows[out].T @ rows[into]
+        for part in rows[size.width].split(chunk):
+            logits = [F.linear(part, lm_head_VD) for _ in range(2)]
+            if more:
+                logits = [x.softmax(-1) for x in logits]
+            logits[0] @ lm_head_VD
+        for index in range(size.layers + ESTIMATOR_LAYERS if more else 0):
+            attention(teacher=index < size.layers)
+
+    return Arm(step, work(size))
+
+
 AS_STARTED = "glibc as it is started"
 ARMS: dict[str, Callable[[Size], Arm]] = {
     "(a) naive: transformers twice, whole logits": naive,
@@ -376,6 +424,8 @@ ARMS: dict[str, Callable[[Size], Arm]] = {
     "(b) + rate, context": lambda size: ours(size, prior="context"),
     "(b) + a denoiser of 2 layers": lambda size: ours(size, denoiser=2),
     "(c) torchtitan pretraining": pretraining,
+    "(d) the products of a step alone": necessary,
+    "(d) and attention, and a softmax of the logits": lambda size: necessary(size, more=True),
 }
 
 

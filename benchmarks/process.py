@@ -2,12 +2,14 @@
 
     python benchmarks/process.py start [--against CHECKOUT] [--repeats 5] [--out FILE]
     python benchmarks/process.py memory [--steps 40] [--out FILE]
+    python benchmarks/process.py compile [--out FILE]
 
 ``start``: the demo with its data prepared, `sgt-titan train demo --training.steps 1`, from exec to the line that the
 first step is done; what a process waits for that only imports torch, or torchtitan's trainer, is the floor. Wall and
 CPU seconds, the ways in turn. ``--against``: another checkout of this project (git worktree add DIR COMMIT).
 ``memory``: resident bytes at most of the shipped configs for CPUs until their last step, probes included, without the
-export at the end, which is a command of its own.
+export at the end, which is a command of its own. ``compile``: the start of the demo compiled, with an empty cache of
+compiled code and with what that start has left, by one process and by two.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from tables import add_out, written  # no torch: it would be in the way
 
 HERE = Path(__file__).resolve().parents[1]
 FIRST = re.compile(r"First step done")
-CPU_CONFIGS = ("demo", "stories3m")
+CPU_CONFIGS = ("demo", *(["stories3m"] if os.environ.get("SGT_TITAN_ASSETS") else []))
 FLOORS = {
     "`import torch`": "import torch",
     "`import torch, transformers`": "import torch, transformers.configuration_utils",
@@ -46,8 +48,8 @@ class Run(NamedTuple):
     peak: int
 
 
-def run(words: list[str], tree: Path, until: re.Pattern[str] | None = None) -> Run:
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+def run(words: list[str], tree: Path, until: re.Pattern[str] | None = None, **more: str) -> Run:
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", **more}
     began, at = time.monotonic(), None
     with subprocess.Popen(
         words, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -122,9 +124,25 @@ def memory(steps: int, tables) -> None:
         tables.row(f"`{config}`", planned / 2**20, found / 2**20, found / planned)
 
 
+def compiled(tables) -> None:
+    """The first step is done when all of it is compiled: forward, backward and loss."""
+    tables.start("", {"start of the demo": "", "s": ".1f", "CPU s": ".1f", "compiled code, MiB": ".1f"})
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "sgt_titan.cli", "train", "demo", "--export.at_end", "false"]
+        words += ["--data.cache_dir", f"{folder}/cache", "--training.steps", "1"]
+        ways = [("eager", "false", 1), ("compiled, nothing kept", "true", 1), ("the next start", "true", 1)]
+        ways += [("the next start, two processes", "true", 2)]
+        run([*words, "--run.output_dir", f"{folder}/first"], HERE)  # prepares the data
+        for number, (name, enable, processes) in enumerate(ways):
+            more = ["--run.output_dir", f"{folder}/{number}", "--compile.enable", enable, "--nproc", str(processes)]
+            found = run([*words, *more], HERE, FIRST, TORCHINDUCTOR_CACHE_DIR=f"{folder}/code")
+            kept = sum(path.stat().st_size for path in Path(folder, "code").rglob("*") if path.is_file())
+            tables.row(name, found.wall, found.cpu, kept / 2**20)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "memory"))
+    parser.add_argument("what", choices=("start", "memory", "compile"))
     parser.add_argument("--against", type=Path, help="another checkout of this project")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
@@ -134,6 +152,9 @@ def main() -> int:
     with written(options.out, machine) as tables:
         if options.what == "memory":
             memory(options.steps, tables)
+            return 0
+        if options.what == "compile":
+            compiled(tables)
             return 0
         trees = {"the demo's first step": HERE}
         if options.against:

@@ -6,14 +6,17 @@ import argparse
 import re
 from collections.abc import Callable
 from math import inf
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import SplitResult, urlsplit
 
 from sgt_titan.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """``argparse.ArgumentParser`` that raises UserError where argparse exits."""
+    """``argparse.ArgumentParser`` that raises UserError where argparse exits, and takes no option's first letters."""
+
+    def __init__(self, *positional: Any, **options: Any):
+        super().__init__(*positional, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         if found := re.match(r"argument (--[\w-]+)\S*: (must be .*)", message):  # of ``number``

@@ -104,7 +104,7 @@ def _main(argv: list[str]) -> int:
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The parser of all commands, and those of each."""
     text = "Train and export Stained Glass Transforms against a frozen language model."
-    parser = Parser(prog="sgt-titan", description=text, allow_abbrev=False)
+    parser = Parser(prog="sgt-titan", description=text)
     parser.add_argument("--version", action="version", version=f"sgt-titan {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
@@ -114,7 +114,6 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
             help=text,
             description=text,
             epilog=epilog,
-            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 

@@ -66,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Check this machine: devices, disks, clock, versions, trunk and data of a config. Jobs run it on all "
         "their nodes before they train (docs/CLUSTER.md).",
         epilog="Further words are config overrides.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a config, whose trunk, data and directories are checked too"

@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sgt-titan inspect",
         description="What a text of yours would reveal: nats a token, and what a nearest neighbour reads. Nothing is "
         "sent anywhere.",
-        allow_abbrev=False,
     )
     parser.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     # No --text: arguments can be seen by every user of a machine and stay in the shell's history.

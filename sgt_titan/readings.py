@@ -29,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="sgt-titan readings",
         description="One prompt through the client: what a server sees, a cheap attacker reads, and what comes back.",
-        allow_abbrev=False,
     )
     parser.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     parser.add_argument("file", metavar="FILE", type=Path, help="the prompt, one turn of a user")

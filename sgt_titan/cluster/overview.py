@@ -23,7 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = Parser(
         prog="sgt-titan status", description="A run at a glance: progress, checkpoints, attempts, who holds it.",
-        allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("dirs", metavar="DIR", nargs="+", type=Path, help="a run's directory (run.output_dir)")
     parser.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")

@@ -25,7 +25,6 @@ def parser() -> argparse.ArgumentParser:
         "the client. The server answers inputs_embeds with a rotated output and never sees a token.",
         epilog="docs/CONJFORMER.md says what this protects against and what it does not: against a server that knows "
         "the public checkpoint it does not protect.",
-        allow_abbrev=False,
     )
     found.add_argument("trunk", metavar="TRUNK", help="Hugging Face checkpoint: Llama, Qwen2, Qwen3 or GPT-2")
     found.add_argument("out", metavar="OUT", type=Path, help="the server's directory, to be made")
@@ -156,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Inference in a secretly rotated basis (docs/CONJFORMER.md says what that is worth).",
         epilog="\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     found.add_argument("command", choices=tuple(COMMANDS), metavar="|".join(COMMANDS), help="see `COMMAND --help`")
     argv = list(sys.argv[2:] if argv is None else argv)

@@ -21,7 +21,6 @@ def serve(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="sgt-titan conjformer serve",
         description="Serve a rotated checkpoint over HTTP, in plain transformers: for trying out, not for load.",
-        allow_abbrev=False,
     )
     parser.add_argument("server", metavar="SERVER", type=Path, help="OUT of `sgt-titan conjformer convert`")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine only; there is no authentication")
@@ -65,7 +64,6 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="sgt-titan conjformer generate",
         description="Read a prompt from standard input and write the answer of a served rotated trunk.",
-        allow_abbrev=False,
     )
     parser.add_argument("client", metavar="CLIENT", type=Path, help="what `conjformer convert` wrote for the client")
     parser.add_argument("--secret", metavar="FILE", type=Path, required=True)

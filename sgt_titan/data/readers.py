@@ -60,6 +60,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(
     parse_float=Written, parse_constant=_constant, parse_int=_integer, object_pairs_hook=_object
 )
+WINDOW = 1 << 24  # bytes, a multiple of every page
 _MANY_MISSES = 1000
 
 
@@ -174,7 +175,7 @@ class JsonLines:
             if not len(self.offsets[f]):
                 continue
             with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                at, misses = content.find(needle), 0
+                at, misses = _find(content, needle, 0), 0
                 while at >= 0:
                     row = int(np.searchsorted(self.offsets[f], at, side="right")) - 1
                     try:
@@ -186,8 +187,20 @@ class JsonLines:
                     if misses >= _MANY_MISSES:
                         return True  # a word of every row; a column that nobody has costs nothing
                     following = self.offsets[f][row + 1] if row + 1 < len(self.offsets[f]) else len(content)
-                    at = content.find(needle, int(following))
+                    at = _find(content, needle, int(following))
         return False
+
+
+def _find(content: mmap.mmap, needle: bytes, start: int) -> int:
+    """``content.find``, window by window: pages that were looked through count as this process's memory no longer."""
+    for begin in range(start - start % mmap.PAGESIZE, len(content), WINDOW):
+        end = min(begin + WINDOW, len(content))
+        at = content.find(needle, max(start, begin), min(end + len(needle) - 1, len(content)))
+        if at >= 0:
+            return at
+        if hasattr(mmap, "MADV_DONTNEED"):
+            content.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+    return -1
 
 
 def _why(error: Exception) -> str:

@@ -43,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Memory by kind, communication, time and checkpoint interval of a config, by arithmetic.",
         epilog="Further words are config overrides (--training.local_batch_size 4 ...). Without NAME: the tables of "
         "docs/MEMORY.md.",
-        allow_abbrev=False,
     )
     name_argument(parser, needed=False)
     parser.add_argument("--nodes", type=COUNT, metavar="N", help="instead of the config's cluster.nodes")

@@ -1,4 +1,5 @@
-"""Bytes on the fullest GPU, by kind. What stays is exact; what a step adds is an estimate, held to a trace.
+"""Bytes on the fullest GPU, or of a process on a CPU, by kind. What stays is exact; what a step adds is an estimate,
+held to a trace.
 
 ``tests/unit/plan/test_memory.py`` traces the real model's allocations with fake tensors. Letters as in ``weights``.
 """
@@ -31,6 +32,8 @@ from .weights import (
 
 BF16, FP32 = 2, 4
 RESERVED = int(6e9)  # CUDA context, NCCL buffers, cuBLAS workspaces and fragmentation: an allowance
+# On a CPU: Python with torch, torchtitan and transformers, as measured (benchmarks/process.py memory).
+RESERVED_CPU = int(480e6)
 
 # Tensors of a step that grow with the batch, by number of copies; see the fields of Memory.
 LAYERS_IN_FLIGHT = 3  # FSDP2: the layer at work, its gather buffer, and the next one's
@@ -38,7 +41,8 @@ DENOISER_COPIES = 8  # float32 (B, T, D): z beside what is sent, where it is noi
 TRANSFORM_COPIES = 18  # float32 (B, T, D): x, mu, log sigma, x~, what their bounds and the terms save, and gradients
 PAIR_COPIES = 6  # float32 (G, T, D): both sides of a pair, their gradients, two temporaries
 HIDDEN_COPIES = 5  # (B, T, D): both streams whole, their utility positions, and the student's gradient
-CHUNK_LOGITS = 2**26  # as in objectives/distillation.py, which needs torch
+CHUNK_LOGITS, CHUNK_TOKENS = 2**26, 64  # as in objectives/distillation.py, which needs torch
+CHUNK_LOGITS_CPU, CHUNK_TOKENS_CPU = 2**22, 128
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         in_flight = size * total(gathered_elements, layer_weights(trunk, experts=False), degrees)
         stay_gathered = heads
     vocabulary = ceil(trunk["vocab_size"] / tp)
-    chunk = training.loss_chunk_tokens or 1 << max(6, (CHUNK_LOGITS // vocabulary).bit_length() - 1)
+    cpu = not config.cluster.gpu
+    logits, least = (CHUNK_LOGITS_CPU, CHUNK_TOKENS_CPU) if cpu else (CHUNK_LOGITS, CHUNK_TOKENS)
+    chunk = training.loss_chunk_tokens or max(least, 1 << max(0, (logits // vocabulary).bit_length() - 1))
     temporaries = 3 if tp > 1 else 2  # of the loss: ranks that share a vocabulary keep both exponentials
     # torchtitan's caches: cos and sin of every feature, or a complex number for each pair of them.
     rope = trunk["qk_rope_head_dim"] if "kv_lora_rank" in trunk else 2 * head_dim(trunk)
@@ -117,6 +123,7 @@ def memory(config: Config, trunk: dict[str, Any], degrees: Degrees, layer_gather
         logits=(size * gathered_elements(lm_head, degrees) if degrees.gathers and not tied else 0)
         + HIDDEN_COPIES * size * tokens * width
         + (2 * size + temporaries * FP32) * min(chunk, tokens) * vocabulary,
+        reserved=RESERVED_CPU if cpu else RESERVED,
     )
 
 

@@ -39,6 +39,7 @@ KINDS = {
     "logits": "lm_head, hidden states, a chunk of both logits",
     "reserved": "CUDA, NCCL buffers, fragmentation (allowance)",
 }
+OF_A_CPU = "Python and all that it imports (measured)"
 
 
 def steps_of_run(config: Config, plan: Plan, rows: int | None) -> float | None:
@@ -91,12 +92,13 @@ def terminal(config: Config, plan: Plan, found: Saving, rows: int | None, fewest
         f"{config.run.name}: {nodes} x {d.world // nodes} {plan.gpu or 'CPU processes'}  ({mesh})",
         f"trunk {_count(plan.trunk_parameters)} parameters, frozen; SGT {_count(plan.estimator_parameters)}",
         "",
-        "Memory of the fullest GPU",
+        "Memory of the fullest GPU" if plan.gpu else "Memory of a process",
     ]
     widest = max(getattr(m, f.name) for f in fields(Memory))
     for f in fields(Memory):
         size = getattr(m, f.name)
-        lines.append(f"  {KINDS[f.name]:<46} {size / GB:8.2f} GB  {'#' * round(20 * size / widest)}")
+        kind = OF_A_CPU if f.name == "reserved" and not plan.gpu else KINDS[f.name]
+        lines.append(f"  {kind:<46} {size / GB:8.2f} GB  {'#' * round(20 * size / widest)}")
     peak = "peak (logits and one layer do not coincide)"
     lines += [f"  {peak:<46} {m.peak / GB:8.2f} GB  {_verdict(plan, fewest)}"]
     lines += ["", "Communication of a step, received by a GPU"]

@@ -122,7 +122,6 @@ def parser() -> Parser:
     made = Parser(
         prog="sgt-titan serve",
         description="A local OpenAI-compatible proxy: prompts leave this machine only as obfuscated embeddings.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = made.add_argument

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import lean
+
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 WATCHED = 5
 """Steps that are looked at, without the first, which makes what is made once."""
@@ -92,6 +94,7 @@ class Watch:
 
 def compile_blocks(blocks: Iterable[nn.Module], backend: str, *, fullgraph: bool) -> None:
     """Each on its own, in place; may come before or after FSDP, and before any step of a run."""
+    lean.compiling()
     # Teacher and student, training and probe, dense layers and experts are variants of one function; past dynamo's
     # limit, 8 by default, a run would end.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)

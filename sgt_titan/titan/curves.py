@@ -23,34 +23,39 @@ WANDB_ID = "wandb_id.txt"
 
 
 class Curve(BaseLogger):
-    """TensorBoard's scalars; the file is begun with the first step of an attempt, when that is known."""
+    """TensorBoard's scalars. Its library is loaded with the second point: nobody waits for it before the first step."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.first: int | None = None
         self.writer: SummaryWriter | None = None
+        self.held: list[tuple[dict[str, Any], int]] = []
 
     def begin(self, step: int) -> None:
         """What earlier attempts wrote of ``step`` and later is no longer shown once something is: it comes again."""
         if self.first is None:
             self.first = step
 
-    def open(self) -> SummaryWriter:
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.begin(step)
+        self.held.append((metrics, step))
+        if self.writer is not None or len(self.held) > 1:
+            self._write()
+
+    def _write(self) -> None:
         if self.writer is None:
-            # Here, since nobody waits for the first step any more.
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.folder), max_queue=1000, purge_step=self.first)
-        return self.writer
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        self.begin(step)
-        writer = self.open()
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
-        writer.flush()  # a run that is killed has shown what it had saved
+        for metrics, step in self.held:
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, value, step)
+        self.held.clear()
+        self.writer.flush()  # a run that is killed has shown what it had saved
 
     def close(self) -> None:
+        if self.held:
+            self._write()
         if self.writer is not None:
             self.writer.close()
 

@@ -41,6 +41,12 @@ COMPILERS = (
 )
 """What brings torch's compiler, the last two for pipelines and ragged attention. Not where there is a GPU."""
 
+SYMBOLS = ("torch.fx.experimental.symbolic_shapes",)
+"""What is known of shapes that are symbols, by way of sympy. DTensors ask, so it is there where there are processes."""
+
+OF_BOOLEANS = ("guard_or_false", "guard_or_true", "statically_known_true")
+"""Functions of it that say of a plain boolean what it is."""
+
 OF_OPTIMIZERS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 """Methods of torch's ``Optimizer`` that import the compiler when they are first called, to tell it that they are not
 for it."""
@@ -68,6 +74,14 @@ class _Later(type):
         return getattr(cls.real(), name)
 
 
+class _OfABoolean:
+    def __init__(self, later: _Later):
+        self.later = later
+
+    def __call__(self, value: Any) -> Any:
+        return value if type(value) is bool else self.later(value)
+
+
 class StandIn(ModuleType):
     """A module whose every name is a class to be written in a signature, or to be called later."""
 
@@ -78,7 +92,10 @@ class StandIn(ModuleType):
         def refuse(cls: type, **kwargs: Any) -> None:
             raise TypeError(f"{self.__name__}.{name} is left away (sgt_titan/titan/lean.py), and was built upon")
 
-        return _Later(name, (), {"__module__": self.__name__, "__init_subclass__": classmethod(refuse)})
+        if self.__name__ in SYMBOLS and name in OF_BOOLEANS:
+            return _OfABoolean(_Later(name, (), {"__module__": self.__name__}))
+        # An exception, so that it may stand behind `except`, too.
+        return _Later(name, (Exception,), {"__module__": self.__name__, "__init_subclass__": classmethod(refuse)})
 
 
 @contextmanager
@@ -106,10 +123,12 @@ def stand_ins(*libraries: tuple[str, ...]) -> Iterator[None]:
 def spare() -> None:
     """Import transformers and torchtitan without these libraries, and without the compiler where there is no GPU."""
     look_once()
-    with stand_ins(*OF_TRANSFORMERS), when_called():
+    compilers: tuple[tuple[str, ...], ...] = () if torch.cuda.is_available() else COMPILERS
+    if compilers and os.environ.get("WORLD_SIZE") == "1":
+        compilers += (SYMBOLS,)
+    with stand_ins(*OF_TRANSFORMERS, *(library for library in compilers if library is SYMBOLS)), when_called():
         importlib.import_module("transformers.loss.loss_utils")
         importlib.import_module("transformers.activations")  # of which every model's config takes the names
-    compilers = () if torch.cuda.is_available() else COMPILERS
     if compilers:
         leave_optimizers_alone()
     with stand_ins(*OF_TORCHTITAN, *compilers), when_called():
@@ -125,6 +144,16 @@ def leave_optimizers_alone() -> None:
     # What it was wrapped in does this and breaks the compiler's graph; none is asked for gradients of its steps.
     step: Any = torch.optim.Adam.step
     setattr(torch.optim.Adam, "step", torch.no_grad()(step.__wrapped__))  # noqa: B010
+
+
+def compiling() -> None:
+    """Before anything is compiled: what brings the compiler is there by its real names, wherever they were taken."""
+    names = {name for library in (*COMPILERS, SYMBOLS) for name in library}
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            later = value.later if type(value) is _OfABoolean else value
+            if type(later) is _Later and later.__module__ in names:
+                setattr(module, name, later.real())
 
 
 class Unfilled(TorchFunctionMode):

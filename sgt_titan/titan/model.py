@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import norm_config
 from torchtitan.models.common.linear import Linear
@@ -159,6 +160,15 @@ class SGTModel(BaseModel):
         super().train(mode)
         self.trunk.eval()  # frozen: no router statistics, no dropout
         return self
+
+    def to_empty(self, *, device, recurse: bool = True):
+        """torch's, whose ``empty_like`` of what is on the meta device goes by way of sympy."""
+
+        def empty(t: torch.Tensor) -> torch.Tensor:
+            plain = not isinstance(t, DTensor) and t.is_contiguous()
+            return torch.empty(t.shape, dtype=t.dtype, device=device) if plain else torch.empty_like(t, device=device)
+
+        return self._apply(empty, recurse=recurse)
 
     def tie(self) -> None:
         """One parameter for a tied table and lm_head: sharding and ``to_empty`` make two of them."""

@@ -65,7 +65,7 @@ def rotary_frequencies(hf: PretrainedConfig, dim: int) -> tuple[tuple[float, ...
 def _angles(inv_freq: tuple[float, ...], length: int) -> torch.Tensor:
     """(length, frequencies) in radians; empty on the meta device, where torch reckons by way of its compiler."""
     if torch.get_default_device().type == "meta":
-        return torch.empty(length, len(inv_freq))
+        return torch.empty(length, len(inv_freq), dtype=torch.float32)
     return torch.outer(torch.arange(length).float(), torch.tensor(inv_freq))
 
 

@@ -28,6 +28,7 @@ def test_no_http_url(text):
         ("--hours nan", "--hours must be above 0, got nan"),
         ("--hours x", "--hours must be a number, got 'x'"),
         ("--seed 2147483648", "--seed must be from 0 to 2147483647, got 2147483648"),
+        ("--row 2", "unrecognized arguments: --row 2 (see it --help)"),
         ("--rows", "argument --rows/--samples: expected one argument (see it --help)"),
     ],
 )

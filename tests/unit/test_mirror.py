@@ -47,7 +47,8 @@ TOGETHER = {
     "evaluation.attacks.rotation_inverter evaluation.attacks.rotation_procrustes evaluation.attacks.rotation_products "
     "evaluation.attacks.rotation_spectral evaluation.attacks.rotation_substitution evaluation.world.rotated",
     "unit/evaluation/attacks/test_sequence.py": "evaluation.attacks.linear_start evaluation.attacks.sequence_reader",
-    "unit/evaluation/measure/test_evaluate.py": "evaluation.measure.runner evaluation.measure.suite evaluation.options",
+    "unit/evaluation/measure/test_evaluate.py": "evaluation.measure.runner evaluation.measure.suite "
+    "evaluation.measure.workers evaluation.options",
     "unit/evaluation/measure/test_glance.py": "",
     "unit/evaluation/report/test_report.py": "evaluation.report.html evaluation.report.plots "
     "evaluation.report.terminal evaluation.report.words",

@@ -14,8 +14,9 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgt_titan import __version__
 from sgt_titan.arguments import Parser, http_url, number, seed_argument
@@ -24,6 +25,9 @@ from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import GLANCE, suite_argument, zero_argument
 from sgt_titan.terminal import clock, say
+
+if TYPE_CHECKING:
+    from sgt_titan.evaluation.measure import runner
 
 FORMAT = 2  # 1: `kept` from a zero that a constant prompt beats
 
@@ -36,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="Options of the data as in a config (--data.prompt_tokens 48, --training.seq_len 96, ...). "
         "Writes OUT/results.json and OUT/report.html; run it again to go on after an interruption. "
         "docs/EVALUATION.md explains every number.",
-        allow_abbrev=False,
     )
     found.add_argument("export", metavar="EXPORT", help="an exported directory, or a run's")
     found.add_argument(
@@ -83,6 +86,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="refuse to start what would need more (default: free)",
     )
+    found.add_argument(
+        "--jobs",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="measure N parts at a time, each in a process with its share of the CPU's threads (default 1)",
+    )
     found.add_argument("--estimate", action="store_true", help="print what would run, how long and how large; stop")
     return found
 
@@ -101,53 +111,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from sgt_titan.evaluation.attacks import ATTACKS, ROTATION
-    from sgt_titan.evaluation.measure import runner
+    from sgt_titan.evaluation.measure import runner, workers
     from sgt_titan.evaluation.measure.parts import Parts, open_parts, write
-    from sgt_titan.evaluation.measure.setting import fingerprint_export, load_setting
-    from sgt_titan.evaluation.measure.suite import SUITES
+    from sgt_titan.evaluation.measure.setting import fingerprint_export
     from sgt_titan.evaluation.report.html import page
     from sgt_titan.evaluation.report.terminal import render
     from sgt_titan.evaluation.scores.recovery import similarities
-    from sgt_titan.evaluation.world.samples import data_config
     from sgt_titan.transform.trunk_files import TrunkFiles
 
-    only = tuple(filter(None, arguments.attacks.split(",")))
-    if unknown := [name for name in only if name not in ATTACKS | ROTATION]:
+    if unknown := [name for name in _attacks(arguments) if name not in ATTACKS | ROTATION]:
         raise UserError(f"--attacks: {unknown[0]!r} is unknown; there are {', '.join(ATTACKS | ROTATION)}")
-    benchmarks = benchmark_names(arguments)
-    if benchmarks:  # they run last: the harness that is not installed is missed now
+    if benchmark_names(arguments):  # they run last: the harness that is not installed is missed now
         import sgt_titan.evaluation.scores.harness  # noqa: F401
     similarities()  # nor is what every score needs missed after the first attack
-    suite = SUITES[arguments.suite]
     disable_progress_bar()
-    config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
-    rows = arguments.rows or suite.rows
-    setting = load_setting(arguments.export, config, rows=rows, corpus=suite.corpus, zero_steps=arguments.zero_steps)
     out = arguments.out
     if out is None and arguments.suite != GLANCE:
         out = Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
-    evaluation = runner.Evaluation(
-        setting=setting,
-        suite=arguments.suite,
-        seed=arguments.seed,
-        examples=arguments.examples,
-        only=only,
-        baselines=not arguments.no_baselines,
-        benchmarks=benchmarks,
-        benchmark_dir=arguments.benchmark_dir,
-        judge=(arguments.judge, arguments.judge_model) if arguments.judge else None,
-        rotation=(*arguments.rotated.split(","), config.trunk.path) if arguments.rotated else None,
-        begun=Parts(out).get("no_prompt"),  # of another evaluation: refused below, before anything runs
-    )
-    jobs = list(evaluation.jobs())
-    seconds, size = runner.check_budget(jobs, minutes=arguments.minutes, memory=arguments.memory)
+    # What is begun may be of another evaluation: refused below, before anything runs.
+    evaluation = evaluation_of(arguments, overrides, Parts(out).get(runner.FIRST))
+    setting, jobs = evaluation.setting, list(evaluation.jobs())
+    if arguments.jobs > 1 and setting.device.type != "cpu":
+        raise UserError(f"--jobs {arguments.jobs}: several processes would share one GPU; leave it out")
+    models = sum(p.numel() * p.element_size() for m in (setting.trunk, setting.transform) for p in m.parameters())
+    size = runner.check_memory(jobs, arguments.memory, arguments.jobs, models)
+    waiting = [job for job in jobs if not out or Parts(out).get(job.name) is None]
+    if waiting and arguments.suite != GLANCE:  # which takes no longer than to look how long
+        speed = runner.measured_speed(evaluation, waiting)
+        jobs = [replace(job, seconds=speed.seconds(job)) for job in jobs]
+        waiting = [job for job in jobs if job.name in {job.name for job in waiting}]
+    seconds = runner.check_time(waiting, arguments.minutes, arguments.jobs)
     say(
-        f"{len(jobs)} parts on {len(setting.prompts)} prompts; roughly {clock(seconds)} (a factor of three "
-        f"either way) and {size / 2**30:.2f} GiB beside the models"
+        f"{len(jobs)} parts on {len(setting.prompts)} prompts; about {clock(seconds)}, less where an attacker settles "
+        f"early, and {size / 2**30:.2f} GiB beside the models"
     )
     if arguments.estimate:
         for job in jobs:
-            print(f"{job.name:<44}{job.cost.flops / 1e9:>14,.1f} GFLOP{job.cost.bytes / 2**20:>12,.0f} MiB")
+            print(f"{job.name:<44}{job.seconds:>10,.1f} s{job.cost.bytes / 2**20:>12,.0f} MiB")
         return 0
     # What changes a part that is there already. More attacks, baselines or benchmarks only add parts.
     identity = {
@@ -163,12 +163,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": setting.data_fingerprint,
         "rows": len(setting.rows),
         "zero_steps": arguments.zero_steps,
-        "seq_len": config.training.seq_len,
+        "seq_len": setting.config.training.seq_len,
         "version": __version__,
     }
     parts = open_parts(out, identity) if out else Parts(None)
     began = time.monotonic()
-    runner.run_jobs(jobs, parts, say)
+    several = None
+    if arguments.jobs > 1:
+        several = lambda left: workers.several(  # noqa: E731
+            left, arguments.jobs, jobs_of, (arguments, overrides, parts.get(runner.FIRST))
+        )
+    runner.run_jobs(jobs, parts, say, several)
     found = runner.merged(evaluation, jobs, parts)
     results = {
         "format": FORMAT,
@@ -182,6 +187,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out:
         print(f"\n{out / 'results.json'}\n{out / 'report.html'}")
     return 0
+
+
+def evaluation_of(
+    arguments: argparse.Namespace, overrides: Sequence[str], begun: dict[str, Any] | None
+) -> runner.Evaluation:
+    """What the command means, with everything loaded. ``begun``: the part of an earlier start that others go by.
+
+    Raises:
+        UserError: an export, trunk or data that do not fit.
+    """
+    from sgt_titan.evaluation.measure import runner
+    from sgt_titan.evaluation.measure.setting import load_setting
+    from sgt_titan.evaluation.measure.suite import SUITES
+    from sgt_titan.evaluation.world.samples import data_config
+
+    suite = SUITES[arguments.suite]
+    config = data_config(arguments.export, arguments.trunk, arguments.data, overrides)
+    rows = arguments.rows or suite.rows
+    setting = load_setting(arguments.export, config, rows=rows, corpus=suite.corpus, zero_steps=arguments.zero_steps)
+    return runner.Evaluation(
+        setting=setting,
+        suite=arguments.suite,
+        seed=arguments.seed,
+        examples=arguments.examples,
+        only=_attacks(arguments),
+        baselines=not arguments.no_baselines,
+        benchmarks=benchmark_names(arguments),
+        benchmark_dir=arguments.benchmark_dir,
+        judge=(arguments.judge, arguments.judge_model) if arguments.judge else None,
+        rotation=(*arguments.rotated.split(","), config.trunk.path) if arguments.rotated else None,
+        begun=begun,
+    )
+
+
+def jobs_of(arguments: argparse.Namespace, overrides: Sequence[str], begun: dict[str, Any] | None) -> list[runner.Job]:
+    """The same in a process of ``--jobs``."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return list(evaluation_of(arguments, overrides, begun).jobs())
+
+
+def _attacks(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(filter(None, arguments.attacks.split(",")))
 
 
 def checked(arguments: argparse.Namespace) -> None:

@@ -43,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="sgt-titan private",
         description="Measure surrogates for private values: what is found, what is left, what an attacker reads.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--data",

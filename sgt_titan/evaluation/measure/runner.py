@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sgt_titan.data.cache import cache_dir
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.attacks import Attack
+from sgt_titan.evaluation.attacks import ATTACKS, Attack
 from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
@@ -35,7 +35,8 @@ from sgt_titan.transform import glow
 from sgt_titan.transform.chat_template import look
 
 CHOICE_ROWS = 256  # public rows that token dropping learns its choice on
-USEFUL_SHARE = 0.25  # of a large matmul's speed that small ones reach: estimates are no better than a factor of three
+TRAINED = ("sequence", "autoregressive", "sequence_repeats", "sequence_at_z", *UNSENT)  # by steps of a reader
+UNITS = (2, 8)  # steps of it that are timed
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Job:
     name: str
     run: Callable[[], dict[str, Any]] = field(repr=False)
     cost: Cost
+    seconds: float = 0.0  # estimated
 
 
 @dataclass(frozen=True)
@@ -318,16 +320,40 @@ def placeholder(tokenizer: Any) -> int:
 # -- before anything runs ----------------------------------------------------------------------------------------------
 
 
-def measured_flops() -> float:
-    """Floating-point operations a second of a large float32 matrix product on this machine, as it is now."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(1024, 1024, device=device)
-    best = math.inf
-    for _ in range(5):
+class Speed(NamedTuple):
+    """Floating-point operations a second, by the estimates' own count: of a pass of the trunk, of training a reader."""
+
+    passing: float
+    training: float
+
+    def seconds(self, job: Job) -> float:
+        """Training attacks end earlier where they settle: this is of their whole budget."""
+        return job.cost.flops / (self.training if job.name.rpartition("/")[2] in TRAINED else self.passing)
+
+
+def measured_speed(evaluation: Evaluation, jobs: Sequence[Job]) -> Speed:
+    """What this machine, trunk, export and data do, by doing a little of it: seconds."""
+    setting = evaluation.setting
+    batch, size = setting.full_batches[0], evaluation.world(nothing()).size
+
+    @torch.no_grad()
+    def once() -> float:
         started = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 1024**3 / best
+        setting.trunk(input_ids=batch.tokens_BT, attention_mask=batch.valid_BT.long()).logits[0, 0, 0].item()
+        return time.perf_counter() - started
+
+    passing = 2.0 * (size.trunk + evaluation._table_size) * batch.tokens_BT.numel() / min(once() for _ in range(3))
+    if not any(job.name.rpartition("/")[2] in TRAINED for job in jobs):
+        return Speed(passing, passing)
+    attack, world = ATTACKS["sequence"], evaluation.world(evaluation.mechanisms["sgt"])
+    effort, taken = attack.arguments(evaluation.suite) or {}, {}
+    for steps in UNITS:
+        budget = {**effort, "first": steps, "most": steps}
+        started = time.perf_counter()
+        attack.run(**world.granted(attack.run), **budget)
+        taken[steps] = time.perf_counter() - started, attack.cost(size, **budget).flops
+    (first, few), (last, more) = taken.values()
+    return Speed(passing, (more - few) / max(last - first, 1e-9))
 
 
 def available_bytes() -> float:
@@ -348,54 +374,87 @@ def available_bytes() -> float:
     return free
 
 
-def estimate(jobs: Sequence[Job]) -> tuple[float, float, str]:
-    """Seconds of all jobs, bytes of the largest, and its name."""
-    largest = max(jobs, key=lambda job: job.cost.bytes)
-    return sum(job.cost.flops for job in jobs) / (measured_flops() * USEFUL_SHARE), largest.cost.bytes, largest.name
+def estimate(jobs: Sequence[Job], processes: int = 1) -> tuple[float, float, str]:
+    """Seconds of all jobs, bytes of the largest that may run together, and the name of the largest."""
+    largest = sorted(jobs, key=lambda job: -job.cost.bytes)[:processes]
+    seconds = max(sum(job.seconds for job in jobs) / processes, max(job.seconds for job in jobs))
+    return seconds, sum(job.cost.bytes for job in largest), largest[0].name
 
 
-def check_budget(jobs: Sequence[Job], *, minutes: float | None, memory: float | None) -> tuple[float, float]:
-    """Seconds and bytes of the estimate.
+def check_memory(jobs: Sequence[Job], memory: float | None, processes: int = 1, models: float = 0.0) -> float:
+    """Bytes of the estimate, with ``models`` of every process but this one, which has them already.
 
     Raises:
-        UserError: they exceed ``minutes`` or ``memory`` (GiB; default: what is free).
+        UserError: they exceed ``memory`` (GiB; default: what is free).
     """
     if not jobs:
-        return 0.0, 0.0
-    seconds, size, name = estimate(jobs)
+        return 0.0
+    _, size, name = estimate(jobs, processes)
+    size += models * (processes - 1)
     limit = memory * 2**30 if memory is not None else available_bytes()
     if size > limit:
         raise UserError(
             f"{name}: needs about {size / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB "
-            f"{'are given (--memory)' if memory is not None else 'are free'}; take fewer --rows, a smaller --suite, or "
-            "--attacks without it"
+            f"{'are given (--memory)' if memory is not None else 'are free'}; take fewer --rows, a smaller --suite, "
+            + ("fewer --jobs, " if processes > 1 else "")
+            + "or --attacks without it"
         )
+    return size
+
+
+def check_time(jobs: Sequence[Job], minutes: float | None, processes: int = 1) -> float:
+    """Seconds of the estimate.
+
+    Raises:
+        UserError: they exceed ``minutes``.
+    """
+    if not jobs:
+        return 0.0
+    seconds, _, _ = estimate(jobs, processes)
     if minutes is not None and seconds > 60 * minutes:
-        slow = max(jobs, key=lambda job: job.cost.flops)
+        slow = max(jobs, key=lambda job: job.seconds)
         raise UserError(
             f"--minutes {minutes:g}: this would take about {seconds / 60:.0f} minutes, {slow.name} the longest; take "
             "fewer --rows, a smaller --suite, or fewer --attacks"
         )
-    return seconds, size
+    return seconds
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: Sequence[Job], parts: Parts, say: Callable[[str], None] = say) -> None:
-    """Run what is not yet there, in order."""
+FIRST = "no_prompt"  # the zero that others are measured against: nobody begins before it is there
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    parts: Parts,
+    say: Callable[[str], None] = say,
+    several: Callable[[Sequence[Job]], Iterator[tuple[Job, dict[str, Any]]]] | None = None,
+) -> None:
+    """Run what is not yet there: in order, or, but for the first, by ``several`` processes."""
     waiting = [job for job in jobs if parts.get(job.name) is None]
     if len(waiting) < len(jobs):
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} parts are there already")
-    total, done, began = sum(job.cost.flops for job in waiting) or 1.0, 0.0, time.monotonic()
-    for index, job in enumerate(waiting, start=1):
-        started = time.monotonic()
-        parts.put(job.name, job.run())
-        done += job.cost.flops
-        elapsed = time.monotonic() - began
-        left = elapsed * (total - done) / done if done else math.nan
+    alone = [job for job in waiting if several is None or job.name == FIRST]
+    together = [job for job in waiting if job not in alone]
+    total, done, began = sum(job.seconds for job in waiting) or 1.0, 0.0, time.monotonic()
+    last, index = began, 0
+
+    def finished(job: Job, part: dict[str, Any]) -> None:
+        nonlocal done, last, index
+        parts.put(job.name, part)
+        done, index, now = done + job.seconds, index + 1, time.monotonic()
+        left = (now - began) * (total - done) / done if done else math.nan
         remark = f", about {clock(left)} left" if index < len(waiting) else ""
-        say(f"[{index}/{len(waiting)}] {job.name}: {time.monotonic() - started:.1f} s{remark}")
+        say(f"[{index}/{len(waiting)}] {job.name}: {part.get('seconds', now - last):.1f} s{remark}")
+        last = now
+
+    for job in alone:
+        finished(job, job.run())
+    if together and several is not None:
+        for job, part in several(together):
+            finished(job, part)
 
 
 def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[str, Any]:

@@ -274,7 +274,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sgt-titan zero",
         description="Fit the constant prompt that `kept` counts from, and say what that changes.",
         epilog="Further words are config overrides (--data.max_samples 6000 ...), as the trainings had them.",
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="NAME", help="a config's name or file, or a run's directory")
     parser.add_argument("--rows", type=number(int, 2), default=128, help="held-out rows to measure it on (default 128)")

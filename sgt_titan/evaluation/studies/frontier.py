@@ -245,7 +245,6 @@ def parser() -> argparse.ArgumentParser:
         "attacker reads.",
         epilog="Further words are config overrides of every training (--training.steps 2400 ...). Run it again to go "
         "on. OUT/results.json and frontier.svg, .md and .html are written anew whenever one more is measured.",
-        allow_abbrev=False,
     )
     study_arguments(found, "frontier")
     found.add_argument(

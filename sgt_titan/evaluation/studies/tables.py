@@ -73,7 +73,6 @@ def parser() -> argparse.ArgumentParser:
         "them beside the published ones.",
         epilog="Further words are config overrides of every training (--training.steps 500 ...). Run it again to go "
         "on. OUT/tables.md, tables.html and tables.json hold the tables.",
-        allow_abbrev=False,
     )
     study_arguments(found, "tables")
     found.add_argument(

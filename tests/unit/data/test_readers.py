@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import mmap
 import os
 import pickle
 from decimal import Decimal
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sgt_titan.config.schema import Data
+from sgt_titan.data import readers
 from sgt_titan.data.readers import ParquetRows
 from sgt_titan.data.sources import load_rows
 from sgt_titan.errors import UserError
@@ -277,3 +279,15 @@ def test_columns_that_no_early_row_has_are_said(tmp_path):
     found = load_rows(Data(source=str(tmp_path / "a.jsonl")))
     assert found.conversation(0).ignored == ()
     assert found.conversation(120).ignored == ("column note, which no early row has",)
+
+
+def test_a_column_is_found_wherever_a_window_ends(tmp_path, monkeypatch):
+    """Files that are longer than a window, with the only row that has the column at every place of one."""
+    monkeypatch.setattr(readers, "WINDOW", mmap.PAGESIZE)
+    file = tmp_path / "rows.jsonl"
+    for before in (0, 1, *range(mmap.PAGESIZE - 24, mmap.PAGESIZE + 4), 3 * mmap.PAGESIZE - 9):
+        file.write_text(
+            json.dumps({"text": "a" * before}) + "\n" + json.dumps({"rare": 1}) + "\n" + '{"text": ""}\n' * 900
+        )
+        rows = readers.JsonLines([file])
+        assert rows.has("rare") and rows.has("text") and not rows.has("nobody's")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from sgt_titan.titan import lean
 FORBIDDEN = ["datasets", "pandas", "aiohttp", "scipy", "sklearn", "matplotlib", "networkx", "tensorboard"]
 FORBIDDEN += ["transformers.modeling_utils", "torchtitan.distributed.flex_shard"]
 if not torch.cuda.is_available():
-    FORBIDDEN += ["torch._dynamo", "torch._inductor.standalone_compile"]
+    FORBIDDEN += ["torch._dynamo", "torch._inductor.standalone_compile", "sympy"]
 
 
 def test_a_training_imports_none_of_these_until_its_first_step_is_done(make_run, tmp_path):
@@ -44,7 +46,7 @@ def test_a_training_imports_none_of_these_until_its_first_step_is_done(make_run,
         cli.main(["train", "run.yaml"])
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lean.__file__).parents[2])}
+    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1", "PYTHONPATH": str(Path(lean.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
@@ -67,6 +69,24 @@ def test_a_name_that_was_taken_from_a_stand_in(monkeypatch):
 
     assert type(Fraction(1, 2)) is fractions.Fraction and isinstance(fractions.Fraction(1), Fraction)
     assert not isinstance(1, Fraction) and Fraction.from_float(0.5) == Fraction(1, 2)
+
+
+def test_who_compiles_has_the_real_names(monkeypatch):
+    real, taken = importlib.import_module(lean.SYMBOLS[0]), ModuleType("taken")
+    monkeypatch.setitem(sys.modules, "taken", taken)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, real.__name__, lean.StandIn(real.__name__))
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_false
+    taken.guard, taken.error = guard_or_false, GuardOnDataDependentSymNode
+    assert guard_or_false(True) is True and guard_or_false(False) is False
+    try:
+        raise ValueError
+    except GuardOnDataDependentSymNode:
+        raise AssertionError from None
+    except ValueError:
+        pass
+    lean.compiling()
+    assert taken.guard is real.guard_or_false and taken.error is real.GuardOnDataDependentSymNode
 
 
 def test_what_has_no_numbers_is_not_filled():

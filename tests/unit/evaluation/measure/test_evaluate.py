@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from sgt_titan.conjformer.command import convert
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.attacks import ATTACKS
-from sgt_titan.evaluation.measure import evaluate, runner
+from sgt_titan.evaluation.measure import evaluate, runner, workers
 from sgt_titan.evaluation.measure.suite import EXACT, SUITES, battery
 from sgt_titan.evaluation.world.threat import Cost
 from sgt_titan.transform.trunk_files import TrunkFiles
@@ -210,7 +211,7 @@ def test_another_rotation_in_the_same_place_is_another_evaluation(export, tmp_pa
         (["--benchmark-dir", "/nowhere"], "--benchmark-dir without --benchmarks"),
         (["--benchmarks", "piqa", "--benchmark-dir", "."], r"llmfoundry_piqa\.jsonl is missing"),
         (["--memory", "0.001"], r"needs about .* GiB.*take fewer --rows, a smaller --suite"),
-        (["--minutes", "0.0001"], "--minutes 0.0001: this would take about"),
+        (["--attacks", "nearest_cosine", "--minutes", "1e-9"], "--minutes 1e-09: this would take about"),
         (["--zero-steps", "0"], "--zero-steps must be at least 1, got 0"),
         (["--zero-steps", "11"], "another configuration .zero_steps is 10 there, 11 here"),
         (["--minutes", "-1"], "--minutes must be above 0, got -1"),
@@ -247,17 +248,53 @@ def test_marked_values_that_are_not_in_the_text(make_export, tmp_path, demo_conf
 def test_estimate_runs_nothing(export, tmp_path, capsys):
     assert evaluate.main(words(export, tmp_path / "out", "--estimate")) == 0
     printed = capsys.readouterr()
-    assert "sgt/attacks/map_search" in printed.out and "GFLOP" in printed.out and "GiB" in printed.err
+    assert "sgt/attacks/map_search" in printed.out and " s " in printed.out and "GiB" in printed.err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_names_what_does_not_fit():
-    jobs = [runner.Job("a", dict, Cost(1e9, 1e6)), runner.Job("b", dict, Cost(1e15, 5e12))]
+    jobs = [runner.Job("a", dict, Cost(1e9, 1e6), 1.0), runner.Job("b", dict, Cost(1e15, 5e12), 60.0)]
     with pytest.raises(UserError, match=r"b: needs about 4656\.6 GiB"):
-        runner.check_budget(jobs, minutes=None, memory=1.0)
+        runner.check_memory(jobs, 1.0)
     with pytest.raises(UserError, match="b the longest"):
-        runner.check_budget(jobs, minutes=0.001, memory=1e6)
-    assert runner.check_budget([], minutes=1, memory=1) == (0.0, 0.0)
+        runner.check_time(jobs, 0.001)
+    assert runner.check_memory([], 1) == runner.check_time([], 1) == 0.0
+    # Two at a time hold both, and the models once more; and take as long as the longest.
+    assert runner.check_memory(jobs, 1e6, 2, models=7.0) == 5e12 + 1e6 + 7.0
+    assert runner.check_time(jobs, 2, 2) == 60.0 and runner.check_time(jobs, 2) == 61.0
+
+
+def test_two_processes_measure_the_same(export, results, tmp_path):
+    out = tmp_path / "out"
+    assert evaluate.main(words(export, out, "--jobs", "2")) == 0
+    found = json.loads((out / "results.json").read_text())
+
+    def without_time(value):
+        if isinstance(value, dict):
+            return {key: without_time(inner) for key, inner in value.items() if key != "seconds"}
+        return [without_time(inner) for inner in value] if isinstance(value, list) else value
+
+    assert without_time(found["mechanisms"]) == without_time(results["mechanisms"])
+    assert without_time(found["no_prompt"]) == without_time(results["no_prompt"])
+
+
+def refusing(*_):
+    def run():
+        raise UserError("this part is refused")
+
+    return [runner.Job("a", run, Cost(1.0, 1.0)), runner.Job("b", dict, Cost(1.0, 1.0), 1.0)]
+
+
+def dying(*_):
+    return [runner.Job("a", lambda: os._exit(9), Cost(1.0, 1.0))]
+
+
+@pytest.mark.parametrize(
+    ("build", "words"), [(refusing, "^this part is refused$"), (dying, r"--jobs 1: a process that measured a ended")]
+)
+def test_what_a_process_says_is_said(build, words):
+    with pytest.raises(UserError, match=words):
+        list(workers.several(build(), 1, build, ()))
 
 
 def test_a_glance_meets_the_nearest_neighbour_alone():

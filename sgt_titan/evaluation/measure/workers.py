@@ -1,0 +1,79 @@
+"""``--jobs``: the parts of an evaluation by several processes.
+
+A process loads the setting for itself and is told names of parts, the longest first; it answers with their values in
+JSON. A part is a function of the setting, the seed and its name, so it makes no difference who measures it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from sgt_titan.errors import UserError
+from sgt_titan.evaluation.measure.runner import Job
+
+
+def several(
+    jobs: Sequence[Job], count: int, build: Callable[..., Sequence[Job]], arguments: Sequence[Any]
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Each of ``jobs`` with its part, as they come.
+
+    Args:
+        build: makes all jobs from ``arguments``, in a process; a function of a module.
+
+    Raises:
+        UserError: what a process says, or that it was killed.
+    """
+    context = multiprocessing.get_context("spawn")  # the parent may hold threads of torch
+    left, told = sorted(jobs, key=lambda job: -job.seconds), dict[Connection, Job]()
+    threads = max(1, torch.get_num_threads() // count)
+    pipes = []
+    try:
+        for _ in range(min(count, len(jobs))):
+            ours, theirs = context.Pipe()
+            context.Process(target=_work, args=(theirs, threads, build, arguments), daemon=True).start()
+            theirs.close()
+            pipes.append(ours)
+        for pipe in pipes:
+            told[pipe] = left.pop(0)
+            pipe.send(told[pipe].name)
+        while told:
+            for pipe in [pipe for pipe in wait(list(told)) if isinstance(pipe, Connection)]:
+                job = told.pop(pipe)
+                answer = json.loads(pipe.recv_bytes())
+                if "error" in answer:
+                    raise UserError(answer["error"])
+                if left:
+                    told[pipe] = left.pop(0)
+                    pipe.send(told[pipe].name)
+                yield job, answer["part"]
+    except (EOFError, ConnectionError):
+        raise UserError(
+            f"--jobs {count}: a process that measured {job.name} ended; its last words are above, or it was killed for "
+            "want of memory: take fewer --jobs. What is finished is kept"
+        ) from None
+    finally:
+        for pipe in pipes:
+            pipe.close()  # a process that reads the end of its pipe ends
+
+
+def _work(pipe: Connection, threads: int, build: Callable[..., Sequence[Job]], arguments: Sequence[Any]) -> None:
+    """A process: names come, parts or errors go, until the pipe is closed."""
+    torch.set_num_threads(threads)
+    jobs: dict[str, Job] = {}
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        while True:
+            name = pipe.recv()
+            answer: dict[str, Any]
+            try:
+                jobs = jobs or {job.name: job for job in build(*arguments)}
+                answer = {"part": jobs[name].run()}
+            except UserError as error:
+                answer = {"error": str(error)}
+            pipe.send_bytes(json.dumps(answer, ensure_ascii=False, allow_nan=False).encode())
