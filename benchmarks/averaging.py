@@ -84,11 +84,11 @@ def measure(arguments: argparse.Namespace, overrides: list[str], tables: Tables)
 
     tables.start(
         "Rates",
-        {"start": "", "rate": "", f"perplexity after {arguments.short} steps": ".3f", "above the original": "+.1%"},
+        {"start": "", "rate": ".0e", f"perplexity after {arguments.short} steps": ".3f", "above the original": "+.1%"},
     )
     for start, one in [("averaged gains", r) for r in arguments.rates.split(",")] + [("folded gains", rate)]:
         found = short({"averaged gains": "mean", "folded gains": "fold"}[start], one)
-        tables.row(start, one, found, found / original - 1)
+        tables.row(start, float(one), found, found / original - 1)
 
     runs = [
         trained(out, f"seed-{s}", "mean", arguments, [*overrides, "--run.seed", s]) for s in arguments.seeds.split(",")
@@ -100,8 +100,9 @@ def measure(arguments: argparse.Namespace, overrides: list[str], tables: Tables)
     tables.row("gains averaged", plain[out / "mean"], plain[out / "mean"] / original - 1)
     found = {step: sorted(c[step] for c in curves) for step in sorted(set.intersection(*map(set, curves)))}
     for step, values in found.items():
-        cell = (median(values), values[0], values[-1])
-        tables.row(f"averaged, fine-tuned {step:,} steps", cell, tuple(value / original - 1 for value in cell))
+        cell = (median(values), values[0], values[-1]) if len(values) > 1 else tuple(values)
+        over = tuple(value / original - 1 for value in cell)
+        tables.row(f"averaged, fine-tuned {step:,} steps", *((cell, over) if len(values) > 1 else (cell[0], over[0])))
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/conjformer.py equivalence TRUNK SERVER CLIENT SECRET [--tokens 4096]
     python benchmarks/conjformer.py perplexity MODEL... --data tinystories
-    python benchmarks/conjformer.py attacks EXPORT --trunk TRUNK --data tinystories \
+    python benchmarks/conjformer.py attacks --export EXPORT --trunk TRUNK --data tinystories [--out FILE] \
         --server NAME=SERVER,CLIENT,SECRET ... [--sgt] [--own MODEL] [--wire bfloat16] [--only a,b] [--rows 32]
     python benchmarks/conjformer.py gains MODEL...            # how much the gains of each norm differ
     python benchmarks/conjformer.py between --trunk TRUNK --export EXPORT --data tinystories
@@ -27,6 +27,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.tables import add_out, written
+from benchmarks.timing import machine
 from sgt_titan.conjformer.client import Client
 from sgt_titan.conjformer.families import FAMILIES
 from sgt_titan.conjformer.secret import load
@@ -79,12 +81,8 @@ def perplexity(arguments: argparse.Namespace) -> None:
     """Over all tokens of the held-out rows."""
     setting = _setting(arguments)
     for path in arguments.models:
-        _say_perplexity(path, model_of(path), setting)
-
-
-def _say_perplexity(name: str, model, setting) -> None:
-    nats, count = held_out(model, setting.full_batches)
-    print(f"{name}: perplexity {math.exp(nats):.3f}, {nats:.4f} nats, N = {count}", flush=True)
+        nats, count = held_out(model_of(path), setting.full_batches)
+        print(f"{path}: perplexity {math.exp(nats):.3f}, {nats:.4f} nats, N = {count}", flush=True)
 
 
 @torch.no_grad()
@@ -104,20 +102,25 @@ def between(arguments: argparse.Namespace) -> None:
     """Every gain is its mean, and the linears behind are times (g / mean)^s: 0 the averaged gains, 1 the exact fold.
     Llama's names."""
     setting = _setting(arguments)
-    for share in (0.0, 0.5, 0.75, 0.9, 0.95, 1.0):
-        model = model_of(arguments.trunk)
-        family = FAMILIES[model.config.model_type]
-        for layer in model.base_model.layers:
-            for norm in family.norms:
-                gain_D = layer.get_submodule(norm).weight
-                for module, rule in family.linears.items():
-                    if rule.norm == norm:
-                        layer.get_submodule(module).weight.mul_((gain_D / gain_D.mean()).abs() ** share)
-                gain_D.fill_(gain_D.mean())
-        _say_perplexity(f"{share:.0%} made up", model, setting)
+    original = math.exp(held_out(setting.trunk, setting.full_batches)[0])
+    with written(arguments.out, machine()) as tables:
+        tables.start("", {"made up of what averaging took": ".0%", "perplexity": ".3f", "above the original": "+.1%"})
+        for share in (0.0, 0.5, 0.75, 0.9, 0.95, 1.0):
+            model = model_of(arguments.trunk)
+            family = FAMILIES[model.config.model_type]
+            for layer in model.base_model.layers:
+                for norm in family.norms:
+                    gain_D = layer.get_submodule(norm).weight
+                    for module, rule in family.linears.items():
+                        if rule.norm == norm:
+                            layer.get_submodule(module).weight.mul_((gain_D / gain_D.mean()).abs() ** share)
+                    gain_D.fill_(gain_D.mean())
+            found = math.exp(held_out(model, setting.full_batches)[0])
+            tables.row(share, found, found / original - 1)
 
 
 def attacks(arguments: argparse.Namespace) -> None:
+    """Top-1 and top-10 of every attack on every server, and what known pairs give away."""
     setting = _setting(arguments)
     before = learned(setting.transform) if arguments.sgt else nothing()
     frequent = recovery.frequent_tokens(setting.corpus)
@@ -137,24 +140,31 @@ def attacks(arguments: argparse.Namespace) -> None:
     if arguments.bare:
         worlds["not rotated"] = World(setting.prompts, setting.corpus, before, setting.trunk, arguments.seed)
     first = next(iter(worlds.values()))
-    print(f"{len(first.rows)} prompts, N = {len(first.truth_N)} hidden tokens, D = {first.size.width}")
+    print(f"{len(first.rows)} prompts, N = {len(first.truth_N)} hidden tokens, D = {first.size.width}", file=sys.stderr)
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    curves: dict[str, dict[float, float]] = {name: {} for name in worlds}
     for name, world in worlds.items():
         for key in only:
             if world.mechanism.rotation is None and key in ROTATION:
                 continue
             started = time.monotonic()
             guess = attacked(key, world, arguments.steps)
-            found = recovery.score(guess.top_NK, world, setting.tokenizer, frequent=frequent)
-            top1, top10 = found["top1"]["value"], found["top10"]["value"]
-            print(
-                f"{name:<16}{key:<22}top-1 {top1:7.2%}  top-10 {top10:7.2%}  {time.monotonic() - started:6.1f} s  "
-                f"{'; '.join(guess.notes)[:150]}",
-                flush=True,
-            )
-            if guess.curve:
+            scores = recovery.score(guess.top_NK, world, setting.tokenizer, frequent=frequent)
+            found[name, key] = scores["top1"]["value"], scores["top10"]["value"]
+            if key == "procrustes":
                 values = [recovery.top1_estimate(top_N, world).value for top_N in guess.curve.top_N]
-                at = ", ".join(f"{a:g}: {v:.1%}" for a, v in zip(guess.curve.at, values, strict=True))
-                print(f"{'':<38}{guess.curve.axis} {at}", flush=True)
+                curves[name] = dict(zip(guess.curve.at, values, strict=True))
+            said = f"{time.monotonic() - started:.0f} s; {'; '.join(guess.notes)[:150]}"
+            print(f"{name} {key}: top-1 {found[name, key][0]:.2%}; {said}", file=sys.stderr, flush=True)
+    with written(arguments.out, machine()) as tables:
+        tables.start("", {"attack": ""} | {f"{name}, {top}": ".1%" for name in worlds for top in ("top-1", "top-10")})
+        for key in only:
+            cells = [found.get((name, key), (None, None)) for name in worlds]
+            tables.row(TABLE[key].title, *(value for pair in cells for value in pair))
+        if counts := sorted({at for curve in curves.values() for at in curve}):
+            tables.start("Procrustes", {"known pairs": ",.0f"} | {name: ".1%" for name in worlds})
+            for at in counts:
+                tables.row(at, *(curve.get(at) for curve in curves.values()))
 
 
 def attacked(key: str, world: World, steps: int | None = None) -> Guess:
@@ -248,9 +258,11 @@ def main() -> None:
     three.add_argument("--wire", default="float32")
     three.add_argument("--only", default="")
     three.add_argument("--seed", type=int, default=0)
+    add_out(three)
     five = parts.add_parser("gains")
     five.add_argument("models", nargs="+")
     six = parts.add_parser("between")
+    add_out(six)
     four = parts.add_parser("gpt2")
     four.add_argument("out")
     four.add_argument("--steps", type=int, default=400)

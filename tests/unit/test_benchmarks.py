@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import arms
+from benchmarks import arms, drift
+from benchmarks.tables import Tables
 from sgt_titan.titan.flops import hardware_flops_per_token
 
 SIZE = replace(arms.CPU, width=128, layers=2, hidden=256, vocab=500, length=16)
@@ -35,3 +36,23 @@ def test_work_is_counted_as_the_model_counts_it(recompute, gloo):
     full = recompute == "full"
     expected = hardware_flops_per_token(model, full_recompute=full) * SIZE.tokens
     assert arms.work(SIZE, recompute=full) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_frontier_of_drift_counts_the_better_attacker():
+    """Whoever drifted a model of his own has the public one, too."""
+
+    def read(value: float) -> dict:
+        keys = (*drift.MATCHING, *drift.CIPHERS)
+        return {key: {"top1": {"value": value}, "top10": {"value": 2 * value}} for key in keys}
+
+    points = [
+        {"share": None, "perplexity": 2.0, "public": read(0.4)},
+        {"share": 0.5, "perplexity": 3.0, "public": read(0.1), "own": read(0.2)},
+    ]
+    tables = Tables("here")
+    drift.reported(points, 2.0, tables)
+    exact, drifted = tables.tables[0]["cells"]
+    assert exact[:4] == ["none: the original", 2.0, 0.0, 0.4] and drifted[:4] == ["0.5", 3.0, 0.5, 0.2]
+    assert drifted[-1] == 0.1  # a cipher asks nothing of his model
+    assert tables.tables[1]["cells"][1][3] == 0.4
+    assert drift.figure(points, 2.0).startswith("<svg")

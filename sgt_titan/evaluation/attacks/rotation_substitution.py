@@ -40,17 +40,25 @@ def substitution_table(
     """
     read = decipher(observation, corpus, words, rounds)
     rows_VD, x_ND = table.rows_VD.double().cpu(), observation.x_tilde_ND.double().cpu()
-    # Where the posterior is flat the expected row is short, and weighs little.
-    U_DD, before_N = orthogonal(x_ND.T @ (read.share_NW.double() @ rows_VD[read.word_W])), None
+    # At first a vector weighs as often as it was seen: of those seen often more is known, and where the posterior is
+    # flat the expected row is short. Then each once, since rare ones bring what directions are missing.
+    U_DD = orthogonal(x_ND.T @ (read.share_NW.double() @ rows_VD[read.word_W]))
+    x_SD, before_S = mean_by(x_ND, read.symbol_N), None
     for _ in range(turns):
-        top_NK = top_rows(x_ND @ U_DD, rows_VD, GUESSES)
-        if before_N is not None and torch.equal(top_NK[:, 0], before_N):
+        top_SK = top_rows(x_SD @ U_DD, rows_VD, GUESSES)
+        if before_S is not None and torch.equal(top_SK[:, 0], before_S):
             break
-        before_N = top_NK[:, 0]
-        U_DD = orthogonal(x_ND.T @ rows_VD[before_N])
-    fit = torch.nn.functional.cosine_similarity(x_ND @ U_DD, rows_VD[before_N], dim=-1).mean()
+        before_S = top_SK[:, 0]
+        U_DD = orthogonal(x_SD.T @ rows_VD[before_S])
+    fit = torch.nn.functional.cosine_similarity(x_SD @ U_DD, rows_VD[before_S], dim=-1).mean()
     note = f"turned, the vectors agree with the rows of the table to a cosine of {fit:.3f}"
-    return Guess(top_NK, flops=read.flops, notes=(read.note, note))
+    return Guess(top_SK[read.symbol_N], flops=read.flops, notes=(read.note, note))
+
+
+def mean_by(x_ND: torch.Tensor, symbol_N: torch.Tensor) -> torch.Tensor:
+    """(S, D): the mean over each symbol's places."""
+    count_S = symbol_N.bincount()
+    return x_ND.new_zeros(len(count_S), x_ND.shape[1]).index_add_(0, symbol_N, x_ND) / count_S[:, None]
 
 
 class Deciphered(NamedTuple):

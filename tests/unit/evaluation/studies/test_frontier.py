@@ -193,6 +193,21 @@ def test_evaluations_made_before_are_drawn(tmp_path):
         frontier.measured_before([str(tmp_path / "ev-0")])
 
 
+def test_a_rotated_basis_stands_in_the_plane(tmp_path):
+    """What `evaluate --rotated` measured beside the SGT is drawn and listed, whatever it is named."""
+    results = evaluation(0.9, 0.7)
+    turned = {**results["mechanisms"]["sgt"], "title": "this SGT, then a secret rotation"}
+    results["mechanisms"]["sgt_rotated"] = turned
+    (tmp_path / "results.json").write_text(json.dumps(results | {"format": frontier.EVALUATION_FORMAT}))
+    out = tmp_path / "out"
+    words = ["demo", "--measured", f"rate 0.05={tmp_path}", "--draw", "--out", str(out)]
+    assert frontier.main(words) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert found["baselines"]["sgt_rotated"]["kept"]["value"] == found["runs"][0]["kept"]["value"] == 0.9
+    assert "then a secret rotation" in (out / "frontier.md").read_text()
+    assert "then a secret rotation" in (out / "frontier.svg").read_text()
+
+
 def test_rows_and_grids():
     config = resolve(load("demo"), world_size=None)
     found = frontier.rows(["rate=0.1+denoiser.layers=2", "preset:mi"], ["estimator.layers=1,2"], config)
