@@ -21,7 +21,8 @@ def require_tracking(config: Config, env: Mapping[str, str]) -> None:
     """Raises UserError where ``metrics.tensorboard`` or ``metrics.wandb`` is on and its package or a key is missing."""
     if config.metrics.tensorboard and find_spec("tensorboard") is None:
         raise UserError(
-            "metrics.tensorboard: the package tensorboard is not installed; pip install it, or set it to false"
+            "metrics.tensorboard: the package tensorboard is not installed; pip install 'sgt-titan[train]', or set it "
+            "to false"
         )
     if not config.metrics.wandb:
         return

@@ -11,7 +11,7 @@ def test_a_run_that_is_to_be_tracked_needs_package_and_key(tmp_path, monkeypatch
     config = Config()
     require_tracking(config, {})
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="tensorboard is not installed"):
+    with pytest.raises(UserError, match=r"tensorboard is not installed; pip install 'sgt-titan\[train\]'"):
         require_tracking(config, {})
     config.metrics.tensorboard, config.metrics.wandb = False, True
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
