@@ -174,8 +174,9 @@ def _serve(
     for model in options.models:
         best_attacker(model.results)  # a file that is none is found before anything is loaded
     telemetry = to_collector() if options.telemetry else None
+    settings = _settings(options, keys)  # and so is whatever is wrong with the private values
     served = [_served(model, options, _targets(model, theirs)) for model in options.models]
-    app = create_app(_settings(options, keys), served, telemetry=telemetry)
+    app = create_app(settings, served, telemetry=telemetry)
     if options.fresh_noise:
         _say("warning: --fresh-noise: whatever is sent twice, a client's retry too, can be averaged by the upstream")
     _log_to_stderr()
