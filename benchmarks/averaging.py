@@ -21,12 +21,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.conjformer import held_out, model_of, trunk_path
-from benchmarks.drift import command, once
+from benchmarks.drift import converted, fine_tuned, once
 from benchmarks.tables import Tables, add_out, written
 from benchmarks.timing import machine
 from sgt_titan.config.door import read_config, split_words
 from sgt_titan.data.cache import prepare
-from sgt_titan.evaluation.studies import grid
 from sgt_titan.evaluation.world.samples import Padded, Sample, batched, padded
 from sgt_titan.export import export_checkpoint
 
@@ -45,10 +44,7 @@ def rows_of(config: Any) -> list[Padded]:
 def trained(out: Path, name: str, start: str, arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """The directory of a fine-tuning from what ``convert --plain --norms start`` wrote."""
     words = ["--trunk.path", str(out / start), "--finetune.teacher", arguments.trunk, *overrides]
-    step = grid.training(name, arguments.config, out / name, words)
-    if not step.is_done():
-        command(*step.words)
-    return out / name
+    return fine_tuned(name, arguments.config, out / name, words)
 
 
 def curve(run: Path, batches: list[Padded]) -> dict[int, float]:
@@ -68,8 +64,7 @@ def measure(arguments: argparse.Namespace, overrides: list[str], tables: Tables)
     """Both tables."""
     out, trunk = arguments.dir, arguments.trunk
     for start in STARTS:
-        if not (out / start / "config.json").is_file():
-            command("conjformer", "convert", trunk, out / start, "--plain", "--norms", start)
+        converted(trunk, out / start, "--plain", "--norms", start)
     config, _ = read_config(
         arguments.config, ["--trunk.path", str(out / "mean"), "--finetune.teacher", trunk, *overrides]
     )

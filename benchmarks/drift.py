@@ -64,24 +64,32 @@ def once(file: Path, measured: Callable[[], dict]) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def trained(home: Path, start: list[str], config: str, overrides: list[str]) -> Path:
-    """The export of a fine-tuning in ``home/run``, from what `convert *start home/start --plain` writes."""
-    if not (home / "start" / "config.json").is_file():
-        command("conjformer", "convert", start[0], home / "start", "--plain", *start[1:])
-    step = grid.training(
-        "-".join(home.parts[-2:]), config, home / "run", ["--trunk.path", str(home / "start"), *overrides]
-    )
+def converted(model: str | Path, out: Path, *words: str | Path) -> Path:
+    """``out``, which `conjformer convert` writes."""
+    if not (out / "config.json").is_file():
+        command("conjformer", "convert", model, out, *words)
+    return out
+
+
+def fine_tuned(name: str, config: str, run: Path, overrides: list[str]) -> Path:
+    """``run``, the directory of a training."""
+    step = grid.training(name, config, run, overrides)
     if not step.is_done():
         command(*step.words)
-    return home / "run" / "export"
+    return run
+
+
+def trained(home: Path, start: list[str], config: str, overrides: list[str]) -> Path:
+    """The export of a fine-tuning in ``home/run``, from what ``convert *start home/start --plain`` writes."""
+    begun = converted(start[0], home / "start", "--plain", *start[1:])
+    words = ["--trunk.path", str(begun), *overrides]
+    return fine_tuned("-".join(home.parts[-2:]), config, home / "run", words) / "export"
 
 
 def rotated(model: Path, home: Path) -> tuple[Path, Path, Path]:
     """Server, client and secret of a model."""
-    found = home / "server", home / "server-client", home / "secret.json"
-    if not (found[0] / "config.json").is_file():
-        command("conjformer", "convert", model, found[0], "--secret", found[2])
-    return found
+    secret = home / "secret.json"
+    return converted(model, home / "server", "--secret", secret), home / "server-client", secret
 
 
 def attacks(setting: Setting, server: tuple[Path, Path, Path], own: Path | None, steps: int) -> dict:
@@ -123,16 +131,21 @@ def point(arguments: argparse.Namespace, overrides: list[str], setting: Setting,
     return once(home / "point.json", measured)
 
 
+def best(p: dict, key: str, score: str) -> float:
+    """What the better attacker reads; a cipher asks nothing of his model."""
+    attackers = (PUBLIC,) if key in CIPHERS else (PUBLIC, OWN)
+    return max(p[who][key][score]["value"] for who in attackers if who in p)
+
+
 def reported(points: list[dict], original: float, tables: Tables) -> None:
     """One table of top-1, the better of both attackers in each; one of what a longer list of guesses holds."""
     head = {"share of noise": "", "perplexity": ".3f", "above the original": "+.1%"}
     for title, score in (("top-1", "top1"), ("top-10", "top10")):
         tables.start(title, head | dict.fromkeys((*MATCHING.values(), *CIPHERS.values()), ".1%"))
         for p in points:
-            best = [max(p[who][key][score]["value"] for who in (PUBLIC, OWN) if who in p) for key in MATCHING]
-            ciphers = [p[PUBLIC][key][score]["value"] for key in CIPHERS]
+            read = [best(p, key, score) for key in (*MATCHING, *CIPHERS)]
             name = "none: the original" if p["share"] is None else f"{p['share']:g}"
-            tables.row(name, p["perplexity"], p["perplexity"] / original - 1, *best, *ciphers)
+            tables.row(name, p["perplexity"], p["perplexity"] / original - 1, *read)
 
 
 def figure(points: list[dict], original: float) -> str:
@@ -144,11 +157,7 @@ def figure(points: list[dict], original: float) -> str:
         for (key, name), colour, mark in zip(
             names.items(), (*plots.COLOURS, *2 * [plots.GREY]), (*plots.MARKERS, "x", "+"), strict=True
         ):
-            best = [
-                max(100 * p[who][key]["top1"]["value"] for who in (PUBLIC, OWN) if key in p.get(who, {}))
-                for p in points
-            ]
-            axes.plot(cost, best, color=colour, marker=mark, label=name)
+            axes.plot(cost, [100 * best(p, key, "top1") for p in points], color=colour, marker=mark, label=name)
         axes.axhline(1.3, color=plots.GREY, linestyle=":")
         axes.set_xlabel("perplexity above the original, %")
         axes.set_ylabel("tokens read (top-1), %")

@@ -22,6 +22,7 @@ from sgt_titan.data.marks import MarkError, Units, fold, forms, mark
 from sgt_titan.data.sources import Rows
 from sgt_titan.data.surrogates import finders, found_by, with_surrogates
 from sgt_titan.errors import UserError
+from sgt_titan.processes import told
 from sgt_titan.transform.chat_template import CallStyle, call_style, look, marks_answers, source, thinking
 from sgt_titan.transform.prompts import PROMPT, RESPONSE, TEMPLATE, EncodedPrompt, encode_turns, response_start
 from sgt_titan.transform.tokenizer import load_tokenizer as load_from
@@ -466,34 +467,23 @@ def many(rows: Rows, options: TokenOptions) -> bool:
 def _by_processes(
     rows: Rows, tokenizer_dir: str, options: TokenOptions, ranges: list[tuple[int, int]], workers: int
 ) -> Generator[Chunk, None, None]:
-    # Spawned, not forked: the parent may hold threads of torch and of the tokenizer. A pipe each and chunks in turn: a
-    # killed process is the end of its pipe at once, where a pool's shared queues would wait for ever.
-    import multiprocessing
-
-    context, pipes = multiprocessing.get_context("spawn"), []
+    # Chunks in turn, so that they come in order.
     try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            pipes.append(ours)
-            context.Process(target=_work, args=(theirs, rows, str(tokenizer_dir), options), daemon=True).start()
-            theirs.close()
-        asked = 0
-        for chunk in range(len(ranges)):
-            while asked < min(chunk + 2 * workers, len(ranges)):  # no faster than results are taken
-                pipes[asked % workers].send(ranges[asked])
-                asked += 1
-            result = pipes[chunk % workers].recv()
-            if isinstance(result, Exception):
-                raise result
-            yield result
+        with told(workers, _work, rows, str(tokenizer_dir), options) as pipes:
+            asked = 0
+            for chunk in range(len(ranges)):
+                while asked < min(chunk + 2 * workers, len(ranges)):  # no faster than results are taken
+                    pipes[asked % workers].send(ranges[asked])
+                    asked += 1
+                result = pipes[chunk % workers].recv()
+                if isinstance(result, Exception):
+                    raise result
+                yield result
     except (EOFError, ConnectionError):
         raise UserError(
             f"data.source: a process that tokenized {rows.name} was killed, most likely for want of memory; start "
             "again with more memory or fewer cores (one process each)"
         ) from None
-    finally:
-        for pipe in pipes:
-            pipe.close()  # a process that reads the end of its pipe ends
 
 
 def _work(pipe: Any, rows: Rows, tokenizer_dir: str, options: TokenOptions) -> None:

@@ -129,18 +129,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out is None and arguments.suite != GLANCE:
         out = Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
     # What is begun may be of another evaluation: refused below, before anything runs.
-    evaluation = evaluation_of(arguments, overrides, Parts(out).get(runner.FIRST))
+    begun = Parts(out)
+    evaluation = evaluation_of(arguments, overrides, begun.get(runner.FIRST))
     setting, jobs = evaluation.setting, list(evaluation.jobs())
     if arguments.jobs > 1 and setting.device.type != "cpu":
         raise UserError(f"--jobs {arguments.jobs}: several processes would share one GPU; leave it out")
     models = sum(p.numel() * p.element_size() for m in (setting.trunk, setting.transform) for p in m.parameters())
     size = runner.check_memory(jobs, arguments.memory, arguments.jobs, models)
-    waiting = [job for job in jobs if not out or Parts(out).get(job.name) is None]
-    if waiting and arguments.suite != GLANCE:  # which takes no longer than to look how long
+    if waiting := runner.missing(jobs, begun):
         speed = runner.measured_speed(evaluation, waiting)
         jobs = [replace(job, seconds=speed.seconds(job)) for job in jobs]
-        waiting = [job for job in jobs if job.name in {job.name for job in waiting}]
-    seconds = runner.check_time(waiting, arguments.minutes, arguments.jobs)
+    seconds = runner.check_time(runner.missing(jobs, begun), arguments.minutes, arguments.jobs)
     say(
         f"{len(jobs)} parts on {len(setting.prompts)} prompts; about {clock(seconds)}, less where an attacker settles "
         f"early, and {size / 2**30:.2f} GiB beside the models"

@@ -426,6 +426,11 @@ def check_time(jobs: Sequence[Job], minutes: float | None, processes: int = 1) -
 FIRST = "no_prompt"  # the zero that others are measured against: nobody begins before it is there
 
 
+def missing(jobs: Sequence[Job], parts: Parts) -> list[Job]:
+    """Those of which there is no part yet."""
+    return [job for job in jobs if parts.get(job.name) is None]
+
+
 def run_jobs(
     jobs: Sequence[Job],
     parts: Parts,
@@ -433,7 +438,7 @@ def run_jobs(
     several: Callable[[Sequence[Job]], Iterator[tuple[Job, dict[str, Any]]]] | None = None,
 ) -> None:
     """Run what is not yet there: in order, or, but for the first, by ``several`` processes."""
-    waiting = [job for job in jobs if parts.get(job.name) is None]
+    waiting = missing(jobs, parts)
     if len(waiting) < len(jobs):
         say(f"{len(jobs) - len(waiting)} of {len(jobs)} parts are there already")
     alone = [job for job in waiting if several is None or job.name == FIRST]

@@ -7,7 +7,6 @@ JSON. A part is a function of the setting, the seed and its name, so it makes no
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -17,6 +16,7 @@ import torch
 
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.runner import Job
+from sgt_titan.processes import told
 
 
 def several(
@@ -30,37 +30,28 @@ def several(
     Raises:
         UserError: what a process says, or that it was killed.
     """
-    context = multiprocessing.get_context("spawn")  # the parent may hold threads of torch
-    left, told = sorted(jobs, key=lambda job: -job.seconds), dict[Connection, Job]()
+    left, busy = sorted(jobs, key=lambda job: -job.seconds), dict[Connection, Job]()
     threads = max(1, torch.get_num_threads() // count)
-    pipes = []
     try:
-        for _ in range(min(count, len(jobs))):
-            ours, theirs = context.Pipe()
-            context.Process(target=_work, args=(theirs, threads, build, arguments), daemon=True).start()
-            theirs.close()
-            pipes.append(ours)
-        for pipe in pipes:
-            told[pipe] = left.pop(0)
-            pipe.send(told[pipe].name)
-        while told:
-            for pipe in [pipe for pipe in wait(list(told)) if isinstance(pipe, Connection)]:
-                job = told.pop(pipe)
-                answer = json.loads(pipe.recv_bytes())
-                if "error" in answer:
-                    raise UserError(answer["error"])
-                if left:
-                    told[pipe] = left.pop(0)
-                    pipe.send(told[pipe].name)
-                yield job, answer["part"]
+        with told(min(count, len(jobs)), _work, threads, build, arguments) as pipes:
+            for pipe in pipes:
+                busy[pipe] = left.pop(0)
+                pipe.send(busy[pipe].name)
+            while busy:
+                for pipe in [pipe for pipe in wait(list(busy)) if isinstance(pipe, Connection)]:
+                    job = busy.pop(pipe)
+                    answer = json.loads(pipe.recv_bytes())
+                    if "error" in answer:
+                        raise UserError(answer["error"])
+                    if left:
+                        busy[pipe] = left.pop(0)
+                        pipe.send(busy[pipe].name)
+                    yield job, answer["part"]
     except (EOFError, ConnectionError):
         raise UserError(
             f"--jobs {count}: a process that measured {job.name} ended; its last words are above, or it was killed for "
             "want of memory: take fewer --jobs. What is finished is kept"
         ) from None
-    finally:
-        for pipe in pipes:
-            pipe.close()  # a process that reads the end of its pipe ends
 
 
 def _work(pipe: Connection, threads: int, build: Callable[..., Sequence[Job]], arguments: Sequence[Any]) -> None:

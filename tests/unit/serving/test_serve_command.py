@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -160,16 +161,22 @@ def test_the_upstream_s_key_may_be_short(chat_export, monkeypatch):
     assert cli.main(["serve", str(chat_export), "--upstream", "http://127.0.0.1:1", "--port", "0"]) == 0
 
 
+@contextlib.asynccontextmanager
+async def connected(patience_s, **options):
+    """The client's and the proxy's side of a connection to the proxy's own socket."""
+    accepted = asyncio.get_running_loop().create_future()
+    listener = _listen("127.0.0.1", 0, patience_s)
+    server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
+    async with server:
+        _, ours = await asyncio.open_connection(*listener.getsockname(), **options)
+        yield ours, await accepted
+
+
 def test_small_answers_are_not_held_back_by_the_kernel():
     """Nagle's algorithm would keep the second of two small writes until the first is acknowledged, up to 40 ms."""
 
     async def accepted():
-        found = asyncio.get_running_loop().create_future()
-        listener = _listen("127.0.0.1", 0, 60)
-        server = await asyncio.start_server(lambda _, writer: found.set_result(writer), sock=listener)
-        async with server:
-            _, ours = await asyncio.open_connection(*listener.getsockname())
-            theirs = await found
+        async with connected(60) as (ours, theirs):
             nodelay = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             for writer in (ours, theirs):
                 writer.close()
@@ -182,12 +189,7 @@ def test_a_client_that_never_reads_is_given_up():
     """Else its connection, and whatever waits to write into it, stay for ever."""
 
     async def flooded():
-        accepted = asyncio.get_running_loop().create_future()
-        listener = _listen("127.0.0.1", 0, 0.3)
-        server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
-        async with server:
-            _, ours = await asyncio.open_connection(*listener.getsockname(), limit=1)
-            theirs = await accepted
+        async with connected(0.3, limit=1) as (ours, theirs):
             with pytest.raises((TimeoutError, ConnectionError)):
                 while True:
                     theirs.write(b"x" * (1 << 20))
