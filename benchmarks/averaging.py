@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.conjformer import held_out, model_of, trunk_path
 from benchmarks.drift import converted, fine_tuned, once
 from benchmarks.tables import Tables, add_out, written

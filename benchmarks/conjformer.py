@@ -21,11 +21,14 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import add_out, written
 from benchmarks.timing import machine

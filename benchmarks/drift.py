@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.conjformer import attacked, held_out, model_of, trunk_path
 from benchmarks.tables import ROOT, Tables, add_out, written
 from benchmarks.timing import machine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ from benchmarks.tables import Tables
 from sgt_titan.titan.flops import hardware_flops_per_token
 
 SIZE = replace(arms.CPU, width=128, layers=2, hidden=256, vocab=500, length=16)
+
+
+@pytest.mark.parametrize("path", sorted(Path(arms.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_what_is_run_as_a_file_finds_its_neighbours(path):
+    """`python benchmarks/NAME.py` has its own folder on the path, not the checkout."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    needs = [number for number, line in enumerate(lines) if line.startswith(("from benchmarks", "from tests"))]
+    if 'if __name__ == "__main__":' in lines and needs:
+        assert lines.index("sys.path.insert(0, str(Path(__file__).resolve().parents[1]))") < needs[0]
 
 
 @pytest.mark.parametrize("name", [name for name in arms.ARMS if "compile" not in name])
