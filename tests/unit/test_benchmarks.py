@@ -21,7 +21,7 @@ def test_what_is_run_as_a_file_finds_its_neighbours(path):
     lines = path.read_text(encoding="utf-8").split("\n")
     needs = [number for number, line in enumerate(lines) if line.startswith(("from benchmarks", "from tests"))]
     if 'if __name__ == "__main__":' in lines and needs:
-        assert lines.index("sys.path.insert(0, str(Path(__file__).resolve().parents[1]))") < needs[0]
+        assert any(line.startswith("sys.path.insert(0, ") for line in lines[: needs[0]])
 
 
 @pytest.mark.parametrize("name", [name for name in arms.ARMS if "compile" not in name])
