@@ -102,6 +102,16 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str, *, fullgraph: bool
         block.compile(backend=backend, fullgraph=fullgraph)
 
 
+def kept_code(device: torch.device) -> str:
+    """How much of what all ranks have compiled they found kept, by an earlier start or by each other. Collective."""
+    from torch._dynamo.utils import counters
+
+    counts = torch.tensor([counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss")], device=device)
+    dist.all_reduce(counts)
+    kept, made = counts.tolist()
+    return f"{kept} of {kept + made} compiled pieces were kept from before, {made} were made"
+
+
 def keep_code() -> None:
     """Say where the compiler keeps its code, so that the other ranks and the next start find it; call it before torch
     compiles anything.
