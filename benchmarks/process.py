@@ -2,14 +2,15 @@
 
     python benchmarks/process.py start [--against CHECKOUT] [--repeats 5] [--out FILE]
     python benchmarks/process.py memory [--steps 40] [--out FILE]
-    python benchmarks/process.py compile [--out FILE]
+    python benchmarks/process.py compile [--repeats 5] [--out FILE]
 
 ``start``: the demo with its data prepared, `sgt-titan train demo --training.steps 1`, from exec to the line that the
 first step is done; what a process waits for that only imports torch, or torchtitan's trainer, is the floor. Wall and
 CPU seconds, the ways in turn. ``--against``: another checkout of this project (git worktree add DIR COMMIT).
 ``memory``: resident bytes at most of the shipped configs for CPUs until their last step, probes included, without the
-export at the end, which is a command of its own. ``compile``: the start of the demo compiled, with nothing kept and with what that start has kept, by one process and by
-two. Here CPU seconds are those of all processes together, compilers included.
+export at the end, which is a command of its own. ``compile``: the start of the demo compiled, with nothing kept and
+with what that start has kept, by one process and by two. CPU seconds are those of all processes of a start together,
+compilers included.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import launch
 import pytest
 from test_parallelism import HSDP, ROWS, TP2, assert_same_terms
+
+import launch
 
 pytestmark = pytest.mark.distributed
 
@@ -30,7 +31,7 @@ def reference(small):
 
 @dataclass
 class CodeIn:
-    """Where a rank keeps its code. It compiles by itself: a pool of compilers a rank is more than two cores can feed."""
+    """Where a rank keeps its code. It compiles by itself: a pool of compilers a rank is more than two cores feed."""
 
     folder: Path
 
