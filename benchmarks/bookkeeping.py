@@ -65,8 +65,7 @@ BESIDE = ("a probe", "a checkpoint")
 
 def watched(clock: Clock) -> None:
     import torch
-    from torchtitan.components.lr_scheduler import LRSchedulersContainer
-    from torchtitan.components.optimizer import OptimizersContainer
+    from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
     from torchtitan.distributed import utils
     from torchtitan.trainer import Trainer
 
@@ -136,7 +135,7 @@ def main() -> int:
     watched(clock)
     with written(words.out, machine()) as tables, tempfile.TemporaryDirectory() as folder:
         options = ["--run.output_dir", f"{folder}/out", "--data.cache_dir", f"{folder}/cache"]
-        options += ["--export.at_end", "false", "--training.steps", str(words.steps)]
+        options += ["--data.max_samples", "1000", "--export.at_end", "false", "--training.steps", str(words.steps)]
         if code := cli.main(["train", words.config, *options]):
             return code
         steps = clock.steps[FIRST:]

@@ -9,6 +9,7 @@ with attention and a softmax of every logit. All alternate.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -110,18 +111,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     add_out(parser)
-    parser.add_argument("--plots", help="draw into this folder")
+    parser.add_argument("--plots", help="draw into this folder; of all sizes")
+    parser.add_argument("--compiled", action="store_true", help="ours by torch.compile")
+    parser.add_argument("--sizes", default="", help="only sizes whose name this regular expression is found in")
     words = parser.parse_args()
+    if words.plots and words.sizes:
+        parser.error("--plots: needs all sizes")
+    ways, columns = WAYS, COLUMNS
+    if words.compiled:
+        ways = WAYS | {"ours": lambda size: ours(size, compiled=True)}
+        columns = {name.replace("s a step, ours", "s a step, ours compiled"): form for name, form in COLUMNS.items()}
     keep_memory()
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     known: dict[Size, dict[str, dict[str, float]]] = {}
     with written(words.out, machine()) as tables:
-        tables.start("", COLUMNS)
+        tables.start("", columns)
 
         def point(name: str, size: Size) -> dict[str, dict[str, float]]:
             """Each size once: every axis goes through the first."""
+            if not re.search(words.sizes, name):
+                return {}
             if size not in known:
-                measured = measure({way: build(size) for way, build in WAYS.items()}, words.repeats)
+                measured = measure({way: build(size) for way, build in ways.items()}, words.repeats)
                 known[size] = of = figures(measured)
                 shown = [*(of[way]["peak"] for way in ("ours", "naive"))]
                 shown += [(of[way]["seconds"], of[way]["low"], of[way]["high"]) for way in ("ours", "naive")]

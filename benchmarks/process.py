@@ -153,7 +153,8 @@ def compiled(repeats: int, tables) -> None:
         "not compiled": ("false", 1),
         "compiled, nothing kept": ("true", 1),
         "compiled, the next start": ("true", 1),
-        "compiled, the next start, of two processes": ("true", 2),
+        "compiled, then two processes": ("true", 2),
+        "compiled, their next start": ("true", 2),
     }
     found: dict[str, list[Run]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
