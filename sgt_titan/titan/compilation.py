@@ -33,8 +33,8 @@ class Price(NamedTuple):
 
 
 PRICES = {"cpu": Price(30.0, 0.02), "cuda": Price(120.0, 0.15)}
-"""Measured on a CPU: 25 s on two cores, 7 where the code was kept, and 2 to 4% of a step, since the loss works in blocks
-without a compiler. Both of a GPU are assumed, on the careful side: nobody has measured them.
+"""Measured on a CPU: 25 s on two cores, 7 where the code was kept, and 2 to 4% of a step, since the loss works in
+blocks without a compiler. Both of a GPU are assumed, on the careful side: nobody has measured them.
 """
 
 MARGIN = 2.0
