@@ -20,8 +20,8 @@ BLIND = ("nearest_l2", "nearest_cosine", "known_plaintext", "inverter")
 class Suite:
     """rows: prompts under attack, at most. corpus: public rows an attacker trains on, at most. sigmas: of constant
     noise, units of the table's per-feature std, beside the SGT's own mean std. whole: baselines that get the whole
-    battery; the others get ``EXACT``. read: those that the sequence attacker reads too, since what they leave out or drown
-    is guessed from the rest. greedy: prompts answered greedily; questions: per benchmark.
+    battery; the others get ``EXACT``. read: those that the sequence attacker reads too, since what they leave out or
+    drown is guessed from the rest. greedy: prompts answered greedily; questions: per benchmark.
     drops: shares of the tokens that token dropping sends in clear."""
 
     rows: int
