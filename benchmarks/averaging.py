@@ -1,11 +1,12 @@
 """What averaging a trunk's gains costs, and how much of it a fine-tuning takes back.
 
     python benchmarks/averaging.py OUT --trunk TRUNK --config train_configs/conjformer/stories3m.yaml \
-        [--rates 3e-5,1e-4,3e-4 --short 400] [--seeds 0,1,2] [--out FILE.json] [--training.steps N ...]
+        [--rates 3e-5,1e-4,5e-5:constant --short 400] [--seeds 0,1,2] [--out FILE.json] [--training.steps N ...]
 
-Converts (`--norms mean`, and `fold` for comparison), fine-tunes for --short steps at every rate, then with the config's
-own rate and steps for every seed. Perplexities are those of every checkpoint on all held-out rows of the config. Goes
-on where it was interrupted: what lies in OUT is not done again.
+Converts (`--norms mean`, and `fold` for comparison), fine-tunes for --short steps at every rate (RATE:SCHEDULE: of
+another schedule than the config's), then with the config's own rate and steps for every seed. Perplexities are those of
+every checkpoint on all held-out rows of the config. Goes on where it was interrupted: what lies in OUT is not done
+again.
 """
 
 from __future__ import annotations
@@ -22,16 +23,22 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conjformer import held_out, model_of, trunk_path
+from benchmarks.conjformer import held_out, model_of
 from benchmarks.drift import converted, fine_tuned, once
 from benchmarks.tables import Tables, add_out, written
 from benchmarks.timing import machine
 from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.origin import trunk_directory
 from sgt_titan.data.cache import prepare
 from sgt_titan.evaluation.world.samples import Padded, Sample, batched, padded
 from sgt_titan.export import export_checkpoint
 
 STARTS = ("mean", "fold")
+SCHEDULES = {
+    "": [],  # the config's
+    "linear": ["--lr_scheduler.decay_type", "linear"],
+    "constant": ["--lr_scheduler.min_lr_factor", "1"],
+}
 
 
 def rows_of(config: Any) -> list[Padded]:
@@ -74,18 +81,25 @@ def measure(arguments: argparse.Namespace, overrides: list[str], tables: Tables)
     plain = {path: math.exp(held_out(model_of(str(path)), batches)[0]) for path in (trunk, *(out / s for s in STARTS))}
     original = plain[trunk]
 
-    def short(start: str, rate: str) -> float:
-        words = [*overrides, "--optimizer.lr", rate, "--training.steps", str(arguments.short)]
-        run = trained(out, f"{start}-{rate}", start, arguments, words)
+    def short(start: str, rate: str, schedule: str) -> float:
+        words = [*overrides, "--optimizer.lr", rate, *SCHEDULES[schedule], "--training.steps", str(arguments.short)]
+        run = trained(out, "-".join(filter(None, (start, rate, schedule))), start, arguments, words)
         return curve(run, batches)[arguments.short]
 
     tables.start(
         "Rates",
-        {"start": "", "rate": ".0e", f"perplexity after {arguments.short} steps": ".3f", "above the original": "+.1%"},
+        {
+            "start": "",
+            "rate": ".0e",
+            "schedule": "",
+            f"perplexity after {arguments.short} steps": ".3f",
+            "above the original": "+.1%",
+        },
     )
     for start, one in [("averaged gains", r) for r in arguments.rates.split(",")] + [("folded gains", rate)]:
-        found = short({"averaged gains": "mean", "folded gains": "fold"}[start], one)
-        tables.row(start, float(one), found, found / original - 1)
+        lr, _, schedule = one.partition(":")
+        found = short({"averaged gains": "mean", "folded gains": "fold"}[start], lr, schedule)
+        tables.row(start, float(lr), schedule or config.lr_scheduler.decay_type, found, found / original - 1)
 
     runs = [
         trained(out, f"seed-{s}", "mean", arguments, [*overrides, "--run.seed", s]) for s in arguments.seeds.split(",")
@@ -112,7 +126,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     add_out(parser)
     arguments, overrides = split_words(parser, sys.argv[1:])
-    arguments.trunk = trunk_path(arguments.trunk)
+    if unknown := {rate.partition(":")[2] for rate in arguments.rates.split(",")} - {*SCHEDULES}:
+        parser.error(f"--rates: RATE:SCHEDULE with {' or '.join(filter(None, SCHEDULES))}, not {', '.join(unknown)}")
+    arguments.trunk = trunk_directory(arguments.trunk)
     disable_progress_bar()
     with written(arguments.out, machine()) as tables:
         measure(arguments, overrides, tables)

@@ -87,7 +87,7 @@ def beam_step() -> None:
         torch.manual_seed(0)
         sgt, table = make_sgt(4096), 0.1 * torch.randn(4096, WIDTH)
         prefix, candidates = torch.randint(0, 4096, (T,)), torch.randint(0, 4096, (1, C))
-        emission = Causal(learned(sgt), Table(table), torch.zeros(T + 1, WIDTH), lambda t: None, 0)
+        emission = Causal(learned(sgt), Table(table), [torch.zeros(T + 1, WIDTH)], None, 0)
         sgt(inputs_embeds=table[prefix][None], past_key_values=emission.caches)
 
         def naive(table=table, prefix=prefix, candidates=candidates, sgt=sgt):

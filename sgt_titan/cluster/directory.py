@@ -122,7 +122,8 @@ def check(config: Config, fingerprints: Mapping[str, str] | None = None, *, unkn
     ]
     old = load(str(folder / RECORDED))
     found += mixture_difference(old, config)
-    excused = (*MAY_DIFFER, *unknown)
+    teachers = {"finetune.teacher"} if old.finetune.teacher and config.finetune.teacher else set()  # by fingerprint
+    excused = (*MAY_DIFFER, *unknown, *teachers)
     found += [line for line in difference(old, config) if not _is_of(line.partition(":")[0], excused)]
     if found and not config.checkpoint.accept_changes:
         raise UserError(

@@ -8,16 +8,19 @@ from x, and fitting that guess to what was decoded. Two surrogates:
 
 Nothing is taken from the mechanism: not the scale of its noise, not one known pair. What was estimated is in the notes.
 
-Legend: N hidden tokens flat, T positions of a row, C candidates, V vocabulary, D width, B beams.
+Legend: N hidden tokens flat, T positions of a row, C candidates, V vocabulary, D width, P prompts, L lanes
+(their beams).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from sgt_titan.evaluation.attacks.beam import search
+from sgt_titan.evaluation.attacks.beam import groups, search
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.world.threat import Cost, Guess, Observation, Prior, Size, Table
 
@@ -96,18 +99,18 @@ def refit(x_ND: torch.Tensor, clean_ND: torch.Tensor, *, affine: bool) -> Surrog
 
 
 class Fixed:
-    """Candidates and their scores per position, the same whatever stands before."""
+    """Candidates and their scores per position of some prompts, the same whatever stands before."""
 
-    def __init__(self, tokens_TC: torch.Tensor, score_TC: torch.Tensor):
-        self.tokens_TC, self.score_TC = tokens_TC, score_TC
+    def __init__(self, tokens_PTC: Sequence[torch.Tensor], score_PTC: Sequence[torch.Tensor]):
+        self.tokens_PTC, self.score_PTC = (pad_sequence(list(p), batch_first=True) for p in (tokens_PTC, score_PTC))
 
-    def shortlist(self, t: int, log_prior_BV: torch.Tensor) -> torch.Tensor:
-        return self.tokens_TC[t].expand(len(log_prior_BV), -1)
+    def shortlist(self, t: int, row_L: torch.Tensor, log_prior_LV: torch.Tensor) -> torch.Tensor:
+        return self.tokens_PTC[row_L, t]
 
-    def score(self, t: int, tokens_BC: torch.Tensor) -> torch.Tensor:
-        return self.score_TC[t].expand(len(tokens_BC), -1)
+    def score(self, t: int, row_L: torch.Tensor, tokens_LC: torch.Tensor) -> torch.Tensor:
+        return self.score_PTC[row_L, t]
 
-    def advance(self, t: int, parent_B: torch.Tensor, token_B: torch.Tensor) -> None: ...
+    def advance(self, t: int, row_L: torch.Tensor, parent_M: torch.Tensor, token_M: torch.Tensor) -> None: ...
 
 
 def decode(
@@ -122,12 +125,15 @@ def decode(
     """Guesses (N, K) of every prompt under a surrogate; the vocabulary is scanned in blocks."""
     centers_VD = surrogate.centers(table.rows_VD) / surrogate.std_D
     found = []
-    for x_TD, hidden_T, tokens_T in zip(observation.x_tilde, observation.hidden, observation.tokens, strict=True):
-        scaled_TD = x_TD.double() / surrogate.std_D
-        tokens_TC = top_rows(scaled_TD, centers_VD, candidates)
-        score_TC = -0.5 * (scaled_TD[:, None] - centers_VD[tokens_TC]).square().sum(-1)
-        path = search(prior.model, tokens_T, Fixed(tokens_TC, score_TC), beams=beams, weight=prior_weight)
-        found.append(path.guesses_TK[hidden_T])
+    for part in groups(len(observation.hidden), 3.0 * beams * len(table.rows_VD)):
+        tokens, scores = [], []
+        for x_TD in observation.x_tilde[part]:
+            scaled_TD = x_TD.double() / surrogate.std_D
+            tokens.append(top_rows(scaled_TD, centers_VD, candidates))
+            scores.append(-0.5 * (scaled_TD[:, None] - centers_VD[tokens[-1]]).square().sum(-1))
+        emission = Fixed(tokens, scores)
+        paths = search(prior.model, observation.tokens[part], emission, beams=beams, weight=prior_weight)
+        found += [path.guesses_TK[h] for path, h in zip(paths, observation.hidden[part], strict=True)]
     return torch.cat(found)
 
 

@@ -7,18 +7,19 @@ to their beam's prefix and to themselves, all in one call.
 Scoring every token of the vocabulary is exact (``candidates`` 0). A shortlist comes from a linear map back to the
 table, fitted on the attacker's own obfuscations, alone and combined with the prior.
 
-Legend: B beams, C candidates, T positions, V vocabulary, D width, S cached positions.
+Legend: P prompts, L lanes (their beams), C candidates, T positions, V vocabulary, D width, S cached positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from sgt_titan.evaluation.attacks.beam import search, select
+from sgt_titan.evaluation.attacks.beam import groups, search, select
 from sgt_titan.evaluation.attacks.known_plaintext import fit
 from sgt_titan.evaluation.world.granted import observe
 from sgt_titan.evaluation.world.mechanisms import Mechanism
@@ -64,11 +65,13 @@ def map_search(
     whole = not candidates or candidates >= len(table.rows_VD)
     nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows, type(observation))
     guesses, spent = [], 0
-    for x_TD, hidden_T, tokens_T in zip(observation.x_tilde, observation.hidden, observation.tokens, strict=True):
-        shortlist = (lambda t: None) if nearness is None else _cached(nearness(x_TD))
-        emission = make_emission(transform.mechanism, table, x_TD.to(device), shortlist, candidates)
-        path = search(prior.model, tokens_T, emission, beams=beams, weight=prior_weight)
-        guesses.append(path.guesses_TK[hidden_T])
+    V, D = table.rows_VD.shape
+    for part in groups(len(observation.hidden), _numbers(beams, V if whole else candidates, V, D)):
+        x_PTD = [x_TD.to(device) for x_TD in observation.x_tilde[part]]
+        near_PTV = None if nearness is None else [nearness(x_TD) for x_TD in x_PTD]
+        emission = make_emission(transform.mechanism, table, x_PTD, near_PTV, candidates)
+        paths = search(prior.model, observation.tokens[part], emission, beams=beams, weight=prior_weight)
+        guesses += [path.guesses_TK[h] for path, h in zip(paths, observation.hidden[part], strict=True)]
         spent += emission.scored
     size = transform.mechanism.transform
     parameters = (
@@ -117,96 +120,109 @@ def fitted(
     return nearness
 
 
-def _cached(near_TV: torch.Tensor) -> Callable[[int], torch.Tensor]:
-    return lambda t: near_TV[t]
+def _numbers(beams: int, candidates: int, vocab: int, width: int) -> float:
+    """Of one prompt: the candidates' Gaussians, the prior, and how near each token is to each position."""
+    return beams * (16.0 * min(candidates, CHUNK) * width + 3.0 * vocab)
 
 
 def make_emission(
     mechanism: Mechanism,
     table: Table,
-    x_TD: torch.Tensor,
-    nearness: Callable[[int], torch.Tensor | None],
+    x_PTD: Sequence[torch.Tensor],
+    near_PTV: Sequence[torch.Tensor] | None,
     candidates: int,
 ) -> ContextFree | Causal:
-    """The emission of a mechanism for one prompt."""
+    """The emission of a mechanism for some prompts."""
     kind = ContextFree if mechanism.transform is None else Causal
-    return kind(mechanism, table, x_TD, nearness, candidates)
+    return kind(mechanism, table, x_PTD, near_PTV, candidates)
 
 
 class ContextFree:
-    """A mechanism whose Gaussian depends on the token alone: constant noise, redaction, nothing."""
+    """A mechanism whose Gaussian depends on the token alone: constant noise, redaction, nothing.
 
-    def __init__(self, mechanism, table, x_TD, nearness, candidates):
-        self.mechanism, self.rows_VD, self.x_TD = mechanism, table.rows_VD, x_TD.double()
-        self.nearness, self.candidates, self.scored = nearness, candidates, 0
+    x_PTD: what was sent, (T, D) each. near_PTV: how near each token is to each position, (T, V) each, for the
+    shortlist; None: all tokens are scored.
+    """
+
+    def __init__(
+        self,
+        mechanism: Mechanism,
+        table: Table,
+        x_PTD: Sequence[torch.Tensor],
+        near_PTV: Sequence[torch.Tensor] | None,
+        candidates: int,
+    ):
+        self.mechanism, self.rows_VD = mechanism, table.rows_VD
+        self.x_PTD = nn.utils.rnn.pad_sequence(list(x_PTD), batch_first=True).double()
+        self.near_PTV = None if near_PTV is None else nn.utils.rnn.pad_sequence(list(near_PTV), batch_first=True)
+        self.candidates, self.scored = candidates, 0
         self.floor = math.log(FLOOR * table.rows_VD.double().std().item())
 
-    def shortlist(self, t: int, log_prior_BV: torch.Tensor) -> torch.Tensor:
-        near_V = self.nearness(t)
-        if near_V is None:
-            return torch.arange(log_prior_BV.shape[1], device=log_prior_BV.device).expand(len(log_prior_BV), -1)
+    def shortlist(self, t: int, row_L: torch.Tensor, log_prior_LV: torch.Tensor) -> torch.Tensor:
+        if self.near_PTV is None:
+            return torch.arange(log_prior_LV.shape[1], device=log_prior_LV.device).expand(len(log_prior_LV), -1)
         # Half by what was sent alone: a confident prior must not hide an unlikely word.
-        half = max(1, self.candidates // 2)
-        alone = near_V.topk(half).indices.expand(len(log_prior_BV), -1)
-        both = (near_V + log_prior_BV.double()).scatter(1, alone, -torch.inf).topk(half).indices
-        return torch.cat([alone, both], 1)
+        near_LV, half = self.near_PTV[row_L, t], max(1, self.candidates // 2)
+        alone_LC = near_LV.topk(half).indices
+        both_LC = (near_LV + log_prior_LV.double()).scatter(1, alone_LC, -torch.inf).topk(half).indices
+        return torch.cat([alone_LC, both_LC], 1)
 
-    def score(self, t: int, tokens_BC: torch.Tensor) -> torch.Tensor:
+    def score(self, t: int, row_L: torch.Tensor, tokens_LC: torch.Tensor) -> torch.Tensor:
         parts = []
-        for tokens_Bc in tokens_BC.split(CHUNK, dim=1):
-            center, log_std = self.gaussian(t, tokens_Bc)
-            parts.append(log_normal(self.x_TD[t], center.double(), log_std.double()))
-            self.scored += tokens_Bc.numel()
+        for tokens_Lc in tokens_LC.split(CHUNK, dim=1):
+            center_LCD, log_std_LCD = self.gaussian(t, tokens_Lc)
+            parts.append(log_normal(self.x_PTD[row_L, t, None], center_LCD.double(), log_std_LCD.double()))
+            self.scored += tokens_Lc.numel()
         return torch.cat(parts, 1)
 
-    def gaussian(self, t: int, tokens_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Center and log std of what would be sent, (B, C, D) each."""
-        x_BCD, yes_BC = self.rows_VD[tokens_BC], torch.ones_like(tokens_BC, dtype=torch.bool)
-        batch = Padded(tokens_BC, yes_BC, ~yes_BC, yes_BC, ~yes_BC)
+    def gaussian(self, t: int, tokens_LC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Center and log std of what would be sent, (L, C, D) each."""
+        x_LCD, yes_LC = self.rows_VD[tokens_LC], torch.ones_like(tokens_LC, dtype=torch.bool)
+        batch = Padded(tokens_LC, yes_LC, ~yes_LC, yes_LC, ~yes_LC)
         # The attacker asks for the Gaussian; the sample that comes with it is not used.
-        sent = self.mechanism.obfuscate(batch, x_BCD, generator(0, x_BCD.device))
-        log_std = torch.zeros_like(x_BCD) - torch.inf if sent.log_std_BTD is None else sent.log_std_BTD
+        sent = self.mechanism.obfuscate(batch, x_LCD, generator(0, x_LCD.device))
+        log_std = torch.zeros_like(x_LCD) - torch.inf if sent.log_std_BTD is None else sent.log_std_BTD
         return sent.center_BTD, log_std.clamp_min(self.floor)
 
-    def advance(self, t: int, parent_B: torch.Tensor, token_B: torch.Tensor) -> None: ...
+    def advance(self, t: int, row_L: torch.Tensor, parent_M: torch.Tensor, token_M: torch.Tensor) -> None: ...
 
 
 class Causal(ContextFree):
     """An SGT: one cached step per candidate."""
 
-    def __init__(self, mechanism, table, x_TD, nearness, candidates):
-        super().__init__(mechanism, table, x_TD, nearness, candidates)
+    def __init__(self, mechanism, table, x_PTD, near_PTV, candidates):
+        super().__init__(mechanism, table, x_PTD, near_PTV, candidates)
         self.transform: ExportedTransform = mechanism.transform
         self.caches = self.transform.new_caches()
 
-    def gaussian(self, t: int, tokens_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        B, C = tokens_BC.shape
+    def gaussian(self, t: int, tokens_LC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        L, C = tokens_LC.shape
         before = self.caches[0].get_seq_length()
         # Each candidate sees the prefix and itself, at the same position.
         sees_CS = torch.cat([torch.ones(C, before, dtype=torch.bool), torch.eye(C, dtype=torch.bool)], 1)
-        x_BCD = self.rows_VD[tokens_BC].to(self.transform.dtype)
-        mask = torch.zeros(sees_CS.shape, dtype=x_BCD.dtype).masked_fill(~sees_CS, torch.finfo(x_BCD.dtype).min)
+        x_LCD = self.rows_VD[tokens_LC].to(self.transform.dtype)
+        mask = torch.zeros(sees_CS.shape, dtype=x_LCD.dtype).masked_fill(~sees_CS, torch.finfo(x_LCD.dtype).min)
         out = self.transform(
-            inputs_embeds=x_BCD,
-            attention_mask=mask.to(x_BCD.device).expand(B, 1, -1, -1),
-            position_ids=torch.full((B, C), t, device=x_BCD.device),
+            inputs_embeds=x_LCD,
+            attention_mask=mask.to(x_LCD.device).expand(L, 1, -1, -1),
+            position_ids=torch.full((L, C), t, device=x_LCD.device),
             past_key_values=self.caches,
         )
         for cache in self.caches:
             cache.crop(-C)
-        return self.rows_VD[tokens_BC] + out.mean_BTD, out.log_std_BTD
+        return self.rows_VD[tokens_LC] + out.mean_BTD, out.log_std_BTD
 
-    def advance(self, t: int, parent_B: torch.Tensor, token_B: torch.Tensor) -> None:
+    def advance(self, t: int, row_L: torch.Tensor, parent_M: torch.Tensor, token_M: torch.Tensor) -> None:
         for cache in self.caches:
-            select(cache, parent_B)
-        x_B1D = self.rows_VD[token_B][:, None].to(self.transform.dtype)
-        position_B1 = torch.full((len(token_B), 1), t, device=x_B1D.device)
-        self.transform(inputs_embeds=x_B1D, position_ids=position_B1, past_key_values=self.caches)
+            select(cache, parent_M)
+        x_M1D = self.rows_VD[token_M][:, None].to(self.transform.dtype)
+        position_M1 = torch.full((len(token_M), 1), t, device=x_M1D.device)
+        self.transform(inputs_embeds=x_M1D, position_ids=position_M1, past_key_values=self.caches)
 
 
-def log_normal(x_D: torch.Tensor, center_BCD: torch.Tensor, log_std_BCD: torch.Tensor) -> torch.Tensor:
-    """log N(x; center, std^2) without the constant, (B, C)."""
-    return -0.5 * ((x_D - center_BCD) * torch.exp(-log_std_BCD)).square().sum(-1) - log_std_BCD.sum(-1)
+def log_normal(x_D: torch.Tensor, center_LCD: torch.Tensor, log_std_LCD: torch.Tensor) -> torch.Tensor:
+    """log N(x; center, std^2) without the constant, (L, C)."""
+    return -0.5 * ((x_D - center_LCD) * torch.exp(-log_std_LCD)).square().sum(-1) - log_std_LCD.sum(-1)
 
 
 def cost(size: Size, *, beams: int = 4, candidates: int = 64, prior_weight: float = 1.0, rows: int = 64) -> Cost:

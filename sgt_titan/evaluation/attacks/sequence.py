@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from sgt_titan.evaluation.attacks import beam
@@ -389,55 +390,80 @@ def _stage(
 @torch.no_grad()
 def _guesses(reader: Reader, observation: Observation | Unseen, beams: int) -> torch.Tensor:
     """The ten most probable tokens at every hidden position, (N, 10) on the CPU."""
-    device, found = reader.rows_VD.device, []
-    sent = getattr(observation, "x_tilde", [None] * len(observation.hidden))
-    for x_TD, hidden_T, tokens_T in zip(sent, observation.hidden, observation.tokens, strict=True):
-        hidden_T, tokens_T = hidden_T.to(device), tokens_T.to(device)
-        x_TD = None if x_TD is None else x_TD.float().to(device)
-        tokens_1T, hidden_1T, valid_1T = tokens_T[None], hidden_T[None], torch.ones_like(hidden_T)[None]
-        h_1TH = reader.encode(None if x_TD is None else x_TD[None], tokens_1T, hidden_1T, valid_1T)
+    found: list[torch.Tensor] = []
+    numbers = 3.0 * max(beams, 1) * len(reader.rows_VD)
+    for part in beam.groups(len(observation.hidden), numbers):
+        tokens_BT, hidden_BT, valid_BT, x_BTD = _together(observation, part, reader.rows_VD.device)
+        h_BTH = reader.encode(x_BTD, tokens_BT, hidden_BT, valid_BT)
         if reader.decoder is None:
-            for part_C in hidden_T.nonzero()[:, 0].split(CHUNK):
-                asked_1T = torch.zeros_like(hidden_T).index_fill_(0, part_C, True)[None]
-                x_CD = None if x_TD is None else x_TD[part_C]
-                logits_CV = reader.posterior(h_1TH, x_CD, tokens_1T, hidden_1T, valid_1T, asked_1T)
-                found.append(logits_CV.topk(min(GUESSES, logits_CV.shape[1])).indices.cpu())
+            found += _marginals(reader, h_BTH, x_BTD, tokens_BT, hidden_BT, valid_BT)
         else:
-            emission = _Decoding(reader, h_1TH, x_TD)
-            path = beam.search(None, tokens_T, emission, beams=beams)
-            found.append(path.guesses_TK[hidden_T.cpu()])
+            paths = beam.search(None, observation.tokens[part], _Decoding(reader, h_BTH, x_BTD), beams=beams)
+            found += [path.guesses_TK[h] for path, h in zip(paths, observation.hidden[part], strict=True)]
     return torch.cat(found)
 
 
-class _Decoding:
-    """``beam.Emission`` of a decoder: log p(token | what was sent, the beam's prefix), one cached step a position."""
+def _together(
+    observation: Observation | Unseen, part: slice, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Some prompts padded on the right, (B, T) each: tokens, where they are hidden, where there are any; and what was
+    sent, (B, T, D)."""
+    tokens = [tokens_T.to(device) for tokens_T in observation.tokens[part]]
+    tokens_BT = pad_sequence(tokens, batch_first=True)
+    hidden_BT = pad_sequence([h.to(device) for h in observation.hidden[part]], batch_first=True)
+    valid_BT = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in tokens], batch_first=True)
+    if not isinstance(observation, Observation):
+        return tokens_BT, hidden_BT, valid_BT, None
+    sent = [x_TD.float().to(device) for x_TD in observation.x_tilde[part]]
+    return tokens_BT, hidden_BT, valid_BT, pad_sequence(sent, batch_first=True)
 
-    def __init__(self, reader: Reader, h_1TH: torch.Tensor, x_TD: torch.Tensor | None, candidates: int = GUESSES):
+
+def _marginals(
+    reader: Reader,
+    h_BTH: torch.Tensor,
+    x_BTD: torch.Tensor | None,
+    tokens_BT: torch.Tensor,
+    hidden_BT: torch.Tensor,
+    valid_BT: torch.Tensor,
+) -> Iterator[torch.Tensor]:
+    """Guesses at the hidden positions in their order, by chunks."""
+    for part_C2 in hidden_BT.nonzero().split(CHUNK):
+        asked_BT = torch.zeros_like(hidden_BT)
+        asked_BT[part_C2[:, 0], part_C2[:, 1]] = True
+        x_CD = None if x_BTD is None else x_BTD[asked_BT]
+        logits_CV = reader.posterior(h_BTH, x_CD, tokens_BT, hidden_BT, valid_BT, asked_BT)
+        yield logits_CV.topk(min(GUESSES, logits_CV.shape[1])).indices.cpu()
+
+
+class _Decoding:
+    """``beam.Emission`` of a decoder: log p(token | what was sent, the lane's prefix), one cached step a position."""
+
+    def __init__(self, reader: Reader, h_PTH: torch.Tensor, x_PTD: torch.Tensor | None, candidates: int = GUESSES):
         assert reader.decoder is not None, "this reader goes both ways alone"
-        self.reader, self.h_1TH, self.x_TD, self.candidates = reader, h_1TH, x_TD, candidates
+        self.reader, self.h_PTH, self.x_PTD, self.candidates = reader, h_PTH, x_PTD, candidates
         self.cache = DynamicCache(config=reader.decoder.config)
-        self.previous_B = torch.full((1,), UNKNOWN, device=h_1TH.device)
-        self.log_BV = h_1TH.new_zeros(1, 0)
+        self.previous_L: torch.Tensor | None = None  # the token before; none before the first
+        self.log_LV = h_PTH.new_zeros(1, 0)
         self.done = 0  # positions that are in the cache
 
-    def _step(self, t: int) -> torch.Tensor:
+    def _step(self, t: int, row_L: torch.Tensor) -> torch.Tensor:
         self.done += 1
-        h_B1H = self.h_1TH[:, t : t + 1].expand(len(self.previous_B), -1, -1)
-        return self.reader.decode(h_B1H, self.previous_B[:, None], cache=self.cache)[:, 0]
+        previous_L = torch.full_like(row_L, UNKNOWN) if self.previous_L is None else self.previous_L
+        return self.reader.decode(self.h_PTH[row_L, t, None], previous_L[:, None], cache=self.cache)[:, 0]
 
-    def shortlist(self, t: int, log_prior_BV: torch.Tensor) -> torch.Tensor:
-        x_1D = None if self.x_TD is None else self.x_TD[t : t + 1]
-        self.log_BV = torch.log_softmax(self.reader.following(self._step(t), x_1D), -1)
-        return self.log_BV.topk(min(self.candidates, self.log_BV.shape[1])).indices
+    def shortlist(self, t: int, row_L: torch.Tensor, log_prior_LV: torch.Tensor) -> torch.Tensor:
+        x_LD = None if self.x_PTD is None else self.x_PTD[row_L, t]
+        self.log_LV = torch.log_softmax(self.reader.following(self._step(t, row_L), x_LD), -1)
+        return self.log_LV.topk(min(self.candidates, self.log_LV.shape[1])).indices
 
-    def score(self, t: int, tokens_BC: torch.Tensor) -> torch.Tensor:
-        return self.log_BV.gather(1, tokens_BC).double()
+    def score(self, t: int, row_L: torch.Tensor, tokens_LC: torch.Tensor) -> torch.Tensor:
+        return self.log_LV.gather(1, tokens_LC).double()
 
-    def advance(self, t: int, parent_B: torch.Tensor, token_B: torch.Tensor) -> None:
-        if self.done == t:  # a clean token: nothing was asked about it
-            self._step(t)
-        beam.select(self.cache, parent_B)
-        self.previous_B = token_B
+    def advance(self, t: int, row_L: torch.Tensor, parent_M: torch.Tensor, token_M: torch.Tensor) -> None:
+        if self.done == t:  # clean tokens: nothing was asked about them
+            self._step(t, row_L)
+        beam.select(self.cache, parent_M)
+        self.previous_L = token_M
 
 
 def cost(size: Size, *, times: int = 1, **effort: Any) -> Cost:

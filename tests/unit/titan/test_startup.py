@@ -153,6 +153,18 @@ def test_what_may_differ(prepared):
     assert run_directory.check(prepared) == 0
 
 
+def test_a_teacher_may_move_but_not_change_nor_leave(prepared):
+    config = prepared.config
+    config.finetune.teacher, prepared.fingerprints["teacher"] = "/here", "a" * 64
+    run_directory.claim(prepared)
+    config.finetune.teacher = "/elsewhere"
+    assert run_directory.check(prepared) == 0
+    prepared.fingerprints["teacher"] = "b" * 64
+    assert "teacher fingerprint aaaaaaaaaaaa -> bbbbbbbbbbbb. Choose" in refused(prepared)
+    config.finetune.teacher = ""
+    assert "finetune.teacher: /here -> " in refused(prepared)
+
+
 def test_what_must_not_differ():
     """Every key of the schema is on one of the two sides, and the ones that decide what is learned are not excused."""
     free = [key for key in keys() if key.startswith(MAY_DIFFER)]

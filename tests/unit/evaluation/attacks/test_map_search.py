@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sgt_titan.evaluation.attacks import beamclean, map_search
+from sgt_titan.evaluation.attacks import beam, beamclean, map_search
 from sgt_titan.evaluation.attacks.beam import search
 from sgt_titan.evaluation.attacks.map_search import Causal, ContextFree, log_normal
 from sgt_titan.evaluation.attacks.nearest import l2
@@ -44,10 +45,9 @@ def test_the_cached_step_is_the_whole_forward(trunk, moving):
     """Every candidate of every beam at every position, with beams that changed parents on the way."""
     table_VD = trunk.get_input_embeddings().weight
     beams = [[5, 17, 3], [5, 9, 200]]
-    emission = Causal(moving, Table(table_VD), torch.zeros(4, 32), lambda t: None, 0)
-    emission.advance(0, torch.tensor([0]), torch.tensor([5]))
-    emission.advance(1, torch.tensor([0, 0]), torch.tensor([9, 17]))
-    emission.advance(2, torch.tensor([1, 0]), torch.tensor([3, 200]))
+    emission = Causal(moving, Table(table_VD), [torch.zeros(4, 32)], None, 0)
+    for t, (parents, tokens) in enumerate([([0], [5]), ([0, 0], [9, 17]), ([1, 0], [3, 200])]):
+        emission.advance(t, torch.zeros(1), torch.tensor(parents), torch.tensor(tokens))
     candidates = torch.tensor([[1, 2, 299], [40, 41, 42]])
     center, log_std = emission.gaussian(3, candidates)
     assert emission.caches[0].get_seq_length() == 3
@@ -108,11 +108,32 @@ def test_the_search_is_exhaustive_when_the_beam_is(tmp_path):
         prior = sum(logits[t, token] for t, token in enumerate(tail))
         scores[tail] = (log_likelihood + 0.7 * prior.double()).item()
     best = max(scores, key=scores.__getitem__)
-    emission = Causal(mechanism, Table(table_VD), here.observation.x_tilde[0], lambda t: None, 0)
-    path = search(model, here.observation.tokens[0], emission, beams=125, weight=0.7)
+    emission = Causal(mechanism, Table(table_VD), here.observation.x_tilde, None, 0)
+    (path,) = search(model, here.observation.tokens, emission, beams=125, weight=0.7)
     assert tuple(path.tokens_T[1:].tolist()) == best and path.tokens_T[0] == 2
     assert path.score == pytest.approx(scores[best], abs=1e-3)
     assert path.guesses_TK[1:, 0].tolist() == list(best)
+
+
+def test_prompts_searched_side_by_side_are_found_as_alone(trunk, moving, monkeypatch):
+    """Of different lengths, clean at different places, one of them to its end."""
+    random, rows = np.random.default_rng(3), []
+    for length, clean in ((9, (0,)), (5, (0, 1, 4)), (7, (0, 3)), (7, (0, 5, 6)), (4, (0, 1, 2))):
+        hidden = ~np.isin(np.arange(length), clean)
+        rows.append(Sample(random.integers(0, 300, length), hidden, np.zeros(length, dtype=bool)))
+    # Noise that leaves choices to the prior: the beams change parents.
+    for mechanism in (moving, learned(random_sgt(trunk, mean=2.0, std=3.0)), constant_noise(0.3)):
+        here = World(rows, random_rows(64, 9, 300, 5), mechanism, trunk, 0)
+        granted, cleaned = here.granted(map_search.map_search), here.granted(beamclean.beamclean)
+        found = []
+        for side_by_side in (16, 2, 1):
+            monkeypatch.setattr(beam, "PROMPTS", side_by_side)
+            by_map = map_search.map_search(**granted, beams=3, candidates=32)
+            found.append((by_map, beamclean.beamclean(**cleaned, candidates=8, rounds=2)))
+        for others in found[1:]:
+            for one, other in zip(found[0], others, strict=True):
+                assert torch.equal(one.top_NK, other.top_NK)
+        assert 0.0 < top1(found[0][0], here) < 1.0 or mechanism is moving
 
 
 def test_without_a_prior_it_is_maximum_likelihood_per_token(trunk):
@@ -181,6 +202,6 @@ def test_the_affine_surrogate_follows_a_mild_map(trunk):
 def test_a_mechanism_without_noise_matches_exactly(trunk):
     from sgt_titan.evaluation.world.mechanisms import nothing
 
-    emission = ContextFree(nothing(), Table(trunk.get_input_embeddings().weight), torch.zeros(1, 32), lambda t: None, 0)
+    emission = ContextFree(nothing(), Table(trunk.get_input_embeddings().weight), [torch.zeros(1, 32)], None, 0)
     center, log_std = emission.gaussian(0, torch.tensor([[3, 4]]))
     assert torch.equal(center[0, 0], trunk.get_input_embeddings().weight[3]) and log_std.isfinite().all()

@@ -261,15 +261,35 @@ def test_decoding_step_by_step_is_the_whole_forward(trunk):
     hidden = torch.from_numpy(here.rows[0].obfuscate)
     with torch.no_grad():
         h = reader.encode(x[None], ids[None], hidden[None], torch.ones_like(hidden)[None])
-        emission = sequence._Decoding(reader, h, x, candidates=300)
+        row = torch.zeros(1, dtype=torch.int64)
+        emission = sequence._Decoding(reader, h, x[None], candidates=300)
         whole = torch.log_softmax(reader.following(reader.decode(h, sequence.before(ids[None]))[0], x), -1)
         for t, token in enumerate(ids):
             if hidden[t]:
-                emission.shortlist(t, None)
-                assert torch.allclose(emission.log_BV[0], whole[t], atol=1e-4)
-            emission.advance(t, torch.tensor([0]), token[None])
-    path = beam.search(None, here.observation.tokens[0], sequence._Decoding(reader, h, x), beams=3)
+                emission.shortlist(t, row, None)
+                assert torch.allclose(emission.log_LV[0], whole[t], atol=1e-4)
+            emission.advance(t, row, row, token[None])
+    (path,) = beam.search(None, here.observation.tokens, sequence._Decoding(reader, h, x[None]), beams=3)
     assert path.tokens_T[0] == ids[0]
+
+
+@pytest.mark.parametrize("beams", [0, 3])
+def test_prompts_read_side_by_side_are_read_as_alone(trunk, monkeypatch, beams):
+    here = worlds(trunk, markov, constant_noise(0.5), rows=5, corpus=60)
+    lengths = (8, 5, 3, 7, 8)
+    rows = [row.cut(length) for row, length in zip(here.rows, lengths, strict=True)]
+    rows[3].obfuscate[[2, 6]] = False  # clean in the middle and at the end
+    here = World(rows, here.corpus, here.mechanism, trunk, 0)
+    own = OwnText(here.corpus, here.mechanism, here.table_VD, 0)
+    torch.manual_seed(0)
+    reader, _ = sequence._begin(own, here.corpus, Trunk(trunk), sequence.Effort(1, 1, 1, 32, 4, 1e-3, True, beams), 8)
+    for layer in (reader.leave, *((reader.leave_decoder, reader.bridge) if beams else ())):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    read = []
+    for side_by_side in (16, 1):
+        monkeypatch.setattr(beam, "PROMPTS", side_by_side)
+        read.append(sequence._guesses(reader, here.observation, beams))
+    assert torch.equal(read[0], read[1]) and len(read[0]) == len(here.truth_N)
 
 
 def test_the_trunk_is_copied_without_its_table(trunk):

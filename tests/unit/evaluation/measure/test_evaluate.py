@@ -310,6 +310,11 @@ def test_suites(suite):
     assert set(battery(suite, "sgt", denoises=True)) == here
     assert set(battery(suite, "sgt")) == here - {"sequence_at_z", "map_search_at_z"}  # z is what is sent
     assert set(battery(suite, "none")) == set(EXACT)
+    there = SUITES[suite]
+    made = {f"noise-{sigma:g}" for sigma in there.sigmas}
+    made |= {f"{way}-{100 * share:g}" for way in ("dropping", "choosing") for share in there.drops}
+    assert "choosing-30" in there.read and made.issuperset(there.read)  # what is left out is guessed from the rest
+    assert set(battery(suite, "choosing-30")) == {*EXACT, "sequence"}
     assert set(battery(suite, "sgt", ["mrp"])) == {"mrp"}
 
 
