@@ -97,17 +97,17 @@ def tokens(rows: dict[str, list[Any]]) -> Rows:
 
 def training(size: str) -> list[str]:
     names = "|".join(arm.replace("(", r"\(").replace(")", r"\)").replace("+", r"\+") for arm in ARMS.values())
-    return ["training.py", "--sizes", size, "--arms", f"^({names})$"]
+    return ["training.py", "--sizes", size, "--arms", f"^({names})$", "--repeats", "4"]
 
 
 PIECES = (
     Piece("a step, V 32,000", training("V 32,000"), steps),
     Piece("a step, V 128,256", training("V 128,256"), steps),
     Piece("loss and small steps", ["guard.py"], guarded),
-    Piece("a start", ["process.py", "start", "--repeats", "3"], start),
+    Piece("a start", ["process.py", "start", "--repeats", "2"], start),
     Piece("a compiled start", ["process.py", "compile", "--repeats", "1"], compiled),
     Piece("memory of a run", ["process.py", "memory"], memory),
-    Piece("preparation", ["tokenizing.py", "speed", "--rows", "5000"], tokens, "SGT_TITAN_ASSETS"),
+    Piece("preparation", ["tokenizing.py", "speed", "--rows", "3000"], tokens, "SGT_TITAN_ASSETS"),
 )
 
 
