@@ -64,12 +64,8 @@ clients: $(READY) .venv-clients/.ready ## the table of clients in docs/SERVING.m
 test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 	$(PYTHON) -m pytest
 
-bench: $(READY) ## one page: steps, loss, start, memory, tokenizing as ratios, in minutes (GPU=1: steps of Llama shapes)
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py $(if $(GPU),--gpu)
-	$(if $(GPU),,OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py)
-	$(if $(GPU),,$(PYTHON) benchmarks/process.py start)
-	$(if $(GPU),,$(PYTHON) benchmarks/process.py memory)
-	$(if $(and $(SGT_TITAN_ASSETS),$(if $(GPU),,x)),$(PYTHON) benchmarks/tokenizing.py speed)
+bench: $(READY) ## one page of ratios: steps, loss, starts, memory, tokenizing; 10 minutes (GPU=1: steps of Llama shapes)
+	$(if $(GPU),OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py --gpu,$(PYTHON) benchmarks/page.py)
 
 guard: $(READY) ## time and memory as ratios, against limits: fails where something has become slower (a minute)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py
