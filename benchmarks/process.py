@@ -168,7 +168,7 @@ def compiled(repeats: int, tables) -> None:
                 kept = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/code-{number}"}
                 found[name].append(run([*words, *more], HERE, FIRST, **kept))
     columns = {"start of the demo": "", "s, median (spread)": ".1f", "CPU s, median (spread)": ".1f"}
-    tables.start("", columns | {"pieces found, of": ""})
+    tables.start("", columns | {"found, of the pieces": ""})
     for name, runs in found.items():
         pieces = COMPILED.search(runs[-1].said)
         shown = "{} of {}".format(*pieces.groups()) if pieces else ""
