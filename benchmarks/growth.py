@@ -129,10 +129,8 @@ def main() -> None:
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     bounds = ["products", "attention"]
     if words.passes:
-        ways, columns = (
-            ways | {"passes": lambda size: necessary(size, passes=True)},
-            columns | {"and every pass": ".2f"},
-        )
+        ways = ways | {"passes": lambda size: necessary(size, passes=True)}
+        columns = columns | {"and every pass": ".2f"}
         bounds.append("passes")
     known: dict[Size, dict[str, dict[str, float]]] = {}
     with written(words.out, machine()) as tables:
