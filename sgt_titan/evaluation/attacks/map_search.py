@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 
 from sgt_titan.evaluation.attacks.beam import groups, search, select
 from sgt_titan.evaluation.attacks.known_plaintext import fit
+from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.world.granted import observe
 from sgt_titan.evaluation.world.mechanisms import Mechanism
 from sgt_titan.evaluation.world.samples import Padded, generator
@@ -39,6 +41,7 @@ from sgt_titan.evaluation.world.threat import (
 from sgt_titan.transform import ExportedTransform
 
 CHUNK = 512  # candidates in one call
+CERTAIN = 1e6  # nats by which a token that was sent in clear is likelier than any other
 FLOOR = 1e-4  # std of a mechanism without noise, units of the table's std: anything but an exact match is out
 
 
@@ -63,7 +66,10 @@ def map_search(
     """
     device = table.rows_VD.device
     whole = not candidates or candidates >= len(table.rows_VD)
-    nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows, type(observation))
+    nearness: Callable[[torch.Tensor], torch.Tensor] | None = partial(in_clear, table)
+    if not transform.mechanism.drops:
+        kind = type(observation)
+        nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows, kind)
     guesses, spent = [], 0
     V, D = table.rows_VD.shape
     for part in groups(len(observation.hidden), _numbers(beams, V if whole else candidates, V, D)):
@@ -120,6 +126,15 @@ def fitted(
     return nearness
 
 
+def in_clear(table: Table, x_TD: torch.Tensor) -> torch.Tensor:
+    """(T, D) tokens sent in clear or left out -> (T, V) log likelihood: one row of the table, or nothing is known."""
+    nearest_T = top_rows(x_TD, table.rows_VD, 1)[:, 0]
+    near_TV = torch.zeros(len(x_TD), len(table.rows_VD), dtype=torch.float64, device=x_TD.device)
+    known_T = (table.rows_VD[nearest_T] == x_TD).all(-1)
+    near_TV[known_T, nearest_T[known_T]] = CERTAIN
+    return near_TV
+
+
 def _numbers(beams: int, candidates: int, vocab: int, width: int) -> float:
     """Of one prompt: the candidates' Gaussians, the prior, and how near each token is to each position."""
     return beams * (16.0 * min(candidates, CHUNK) * width + 3.0 * vocab)
@@ -131,9 +146,9 @@ def make_emission(
     x_PTD: Sequence[torch.Tensor],
     near_PTV: Sequence[torch.Tensor] | None,
     candidates: int,
-) -> ContextFree | Causal:
+) -> ContextFree:
     """The emission of a mechanism for some prompts."""
-    kind = ContextFree if mechanism.transform is None else Causal
+    kind = Dropping if mechanism.drops else ContextFree if mechanism.transform is None else Causal
     return kind(mechanism, table, x_PTD, near_PTV, candidates)
 
 
@@ -154,7 +169,9 @@ class ContextFree:
     ):
         self.mechanism, self.rows_VD = mechanism, table.rows_VD
         self.x_PTD = nn.utils.rnn.pad_sequence(list(x_PTD), batch_first=True).double()
-        self.near_PTV = None if near_PTV is None else nn.utils.rnn.pad_sequence(list(near_PTV), batch_first=True)
+        self.near_PTV: torch.Tensor | None = None
+        if near_PTV is not None:
+            self.near_PTV = nn.utils.rnn.pad_sequence(list(near_PTV), batch_first=True)
         self.candidates, self.scored = candidates, 0
         self.floor = math.log(FLOOR * table.rows_VD.double().std().item())
 
@@ -185,6 +202,21 @@ class ContextFree:
         return sent.center_BTD, log_std.clamp_min(self.floor)
 
     def advance(self, t: int, row_L: torch.Tensor, parent_M: torch.Tensor, token_M: torch.Tensor) -> None: ...
+
+
+class Dropping(ContextFree):
+    """Token dropping: a token that was sent is known, and of another the prior alone says what it may be."""
+
+    near_PTV: torch.Tensor
+
+    def shortlist(self, t: int, row_L: torch.Tensor, log_prior_LV: torch.Tensor) -> torch.Tensor:
+        near_LV = self.near_PTV[row_L, t]
+        count = min(self.candidates or near_LV.shape[1], near_LV.shape[1])
+        return (near_LV + log_prior_LV.double()).topk(count).indices
+
+    def score(self, t: int, row_L: torch.Tensor, tokens_LC: torch.Tensor) -> torch.Tensor:
+        self.scored += tokens_LC.numel()
+        return self.near_PTV[row_L, t].gather(1, tokens_LC)
 
 
 class Causal(ContextFree):

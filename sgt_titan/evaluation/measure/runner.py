@@ -106,8 +106,22 @@ class Evaluation:
         ]
 
     def world(self, mechanism: Mechanism) -> World:
+        """The last one is kept: a mechanism's attacks share what it sent and the pairs that are known of it."""
+        setting, last = self.setting, self._last
+        if not last or last[0].mechanism is not mechanism:
+            last[:] = [World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed)]
+        return last[0]
+
+    @cached_property
+    def _last(self) -> list[World]:
+        return []
+
+    @cached_property
+    def clean_answers(self) -> list[list[int]]:
+        """Greedy, to the clean prompts whose answers are compared with a mechanism's."""
         setting = self.setting
-        return World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed)
+        prompts = utility.compared(setting.rows, SUITES[self.suite].greedy)
+        return utility.greedy_answers(setting.trunk, prompts, nothing(), generator(self.seed, setting.device))
 
     @cached_property
     def frequent(self) -> set[int]:
@@ -212,8 +226,8 @@ class Evaluation:
             mechanism,
             generator(self.seed, setting.device),
             reference=self.reference,
-            # An answer is the client's work here; what it is worth is measured with the response given.
-            greedy_prompts=0 if mechanism.rotation else SUITES[self.suite].greedy,
+            # An answer is the client's work there; what it is worth is measured with the response given.
+            clean_answers=() if mechanism.rotation else self.clean_answers,
         )
 
     def _attack(self, mechanism: Mechanism, name: str, attack: Attack) -> dict[str, Any]:

@@ -104,6 +104,11 @@ class World:
     def observation(self) -> Observation:
         return observe(self.rows, self.mechanism, self.trunk, self._noise(0))
 
+    @cached_property
+    def pairs(self) -> KnownPairs:
+        """The same for every attack that asks."""
+        return known_pairs(self.corpus, self.mechanism, self.trunk, self._noise(-1))
+
     def granted(self, attack: Callable[..., Guess]) -> dict[str, Any]:
         """The arguments an attack's type asks for, and no more."""
         make: dict[type, Callable[[], Any]] = {
@@ -114,7 +119,7 @@ class World:
             Repeats: lambda: Repeats(
                 MAX_REPEATS, lambda k: observe(self.rows, self.mechanism, self.trunk, self._noise(1 + k))
             ),
-            KnownPairs: lambda: known_pairs(self.corpus, self.mechanism, self.trunk, self._noise(-1)),
+            KnownPairs: lambda: self.pairs,
             Table: lambda: Table(self.public_VD),
             Trunk: lambda: Trunk(self.trunk),
             Prior: lambda: Prior(self.trunk),
