@@ -50,7 +50,9 @@ def running_means(observation: Observation, repeats: Repeats, most: int) -> dict
 
 def cost(size: Size, *, most: int = 64, known: int = 0) -> Cost:
     sends = 2.0 * most * size.rows * size.longest * (size.transform + size.width)
-    guesses = 2.0 * (most.bit_length() + 1) * size.tokens * size.vocab * size.width
-    regression = 2.0 * known * size.width**2 + 60.0 * size.width**3 if known else 0.0
+    read = (most.bit_length() + 1.0) * size.tokens * size.vocab
+    guesses = 4.0 * read * size.width
+    regression = 16.0 * known * size.width**2 + 200.0 * size.width**3 if known else 0.0
     means = 8.0 * (most.bit_length() + 1) * size.tokens * size.width
-    return Cost(sends + guesses + regression, means + 32.0 * known * size.width + 24.0 * 1024 * min(size.vocab, 8192))
+    memory = means + 32.0 * known * size.width + 24.0 * 1024 * min(size.vocab, 8192)
+    return Cost(sends + guesses + regression, memory, numbers=3.0 * read)

@@ -121,5 +121,8 @@ def _solve(sent_MD: torch.Tensor, clean_MD: torch.Tensor):
 
 
 def cost(size: Size, *, most: int = 65_536) -> Cost:
-    flops = 2.0 * most * size.width**2 + 60.0 * size.width**3 + 16.0 * size.tokens * size.vocab * size.width
-    return Cost(flops, 32.0 * most * size.width + 80.0 * size.width**2 + 24.0 * 1024 * min(size.vocab, 8192))
+    pairs, counts = most * 1.2, 8  # of all points of the curve together
+    read = counts * (size.tokens + 2.0 * MAX_HELD) * size.vocab
+    flops = 48.0 * pairs * size.width**2 + 2_000.0 * counts * size.width**3 + 4.0 * read * size.width
+    memory = 32.0 * most * size.width + 80.0 * size.width**2 + 24.0 * 1024 * min(size.vocab, 8192)
+    return Cost(flops, memory, numbers=3.0 * read + 20.0 * pairs * size.width)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgt_titan.evaluation.attacks.beam import groups, search, select
+from sgt_titan.evaluation.attacks.beam import groups, held, search, select
 from sgt_titan.evaluation.attacks.known_plaintext import fit
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.world.granted import observe
@@ -42,6 +42,7 @@ from sgt_titan.transform import ExportedTransform
 
 CHUNK = 512  # candidates in one call
 CERTAIN = 1e6  # nats by which a token that was sent in clear is likelier than any other
+VISITS = 10.0  # of every feature of a candidate: its Gaussian, and what was sent under it
 FLOOR = 1e-4  # std of a mechanism without noise, units of the table's std: anything but an exact match is out
 
 
@@ -258,13 +259,11 @@ def log_normal(x_D: torch.Tensor, center_LCD: torch.Tensor, log_std_LCD: torch.T
 
 
 def cost(size: Size, *, beams: int = 4, candidates: int = 64, prior_weight: float = 1.0, rows: int = 64) -> Cost:
-    scored = size.tokens * beams * (candidates or size.vocab)
-    step = 2.0 * (size.transform + 12 * size.width)
-    prior = 2.0 * size.tokens * beams * (size.trunk + size.vocab * size.width) * (prior_weight > 0)
-    flops = (
-        scored * step + prior + (2.0 * rows * size.longest * size.width**2 + 60.0 * size.width**3) * (candidates > 0)
-    )
+    each = candidates or size.vocab
+    lanes = _numbers(beams, each, size.vocab, size.width)
+    scored = 1.0 * size.tokens * beams * each
+    flops = scored * 2.0 * size.transform
+    flops += (2.0 * rows * size.longest * size.width**2 + 60.0 * size.width**3) * (candidates > 0)
     near = 8.0 * size.longest * size.vocab * (candidates > 0)
-    return Cost(
-        flops, near + 64.0 * beams * min(candidates or size.vocab, CHUNK) * size.width + 16.0 * size.vocab * size.width
-    )
+    memory = near + 64.0 * beams * min(each, CHUNK) * size.width + 16.0 * size.vocab * size.width + held(lanes)
+    return Cost(flops, memory, len(groups(size.rows, lanes)) * size.longest, VISITS * scored * size.width)

@@ -98,11 +98,18 @@ class World:
             vocab=V,
             trunk=parameters(self.trunk),
             transform=parameters(self.mechanism.transform),
+            answered=max(len(row.ids) + len(row.answer) for row in self.rows),
         )
 
     @cached_property
     def observation(self) -> Observation:
         return observe(self.rows, self.mechanism, self.trunk, self._noise(0))
+
+    @cached_property
+    def repeats_itself(self) -> bool:
+        """The same prompts are sent as the same bytes: a mean of repeats says no more than one of them."""
+        again = observe(self.rows, self.mechanism, self.trunk, self._noise(1))
+        return all(torch.equal(a, b) for a, b in zip(again.x_tilde, self.observation.x_tilde, strict=True))
 
     @cached_property
     def pairs(self) -> KnownPairs:

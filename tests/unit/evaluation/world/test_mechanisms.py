@@ -74,8 +74,8 @@ def test_repeats_are_as_many_calls_that_share_the_moments(trunk_dir):
     trunk = tiny_trunk(trunk_dir)
     torch.manual_seed(0)
     config = SGTConfig(
-        trunk_config=estimator_config(trunk.config, 1), denoiser_layers=1, format_version=2, vocab_size=300, hidden_size=32,
-        embeddings=False,
+        trunk_config=estimator_config(trunk.config, 1), denoiser_layers=1, format_version=2, vocab_size=300,
+        hidden_size=32, embeddings=False,
     )  # fmt: skip
     transform = ExportedTransform(config).eval().requires_grad_(False)
     for head in (transform.mean_head, transform.log_std_head, transform.denoiser.head):
