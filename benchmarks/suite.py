@@ -31,6 +31,7 @@ from tables import add_out, written  # beside this file: PYTHONPATH may name ano
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS = {"most": "first", "steps": None}  # the effort that says how long an attack trains, and what goes with it
+LOOKS = 8  # of an attack without cycles at its curve, however short it is
 
 
 def stands_for(mechanism: str) -> str:
@@ -62,7 +63,9 @@ def trained(attack: Any, effort: dict[str, Any], worlds: list[Any], rows: list[i
     """Seconds of a whole training on as many prompts: (prompts) -> seconds."""
     word = next(word for word in STEPS if word in effort)
     cycles = 2.0
-    if first := STEPS[word]:
+    if not (first := STEPS[word]):
+        steps = [count + LOOKS for count in steps]
+    else:
         cycles += math.ceil(math.log2(max(1, effort[word] / effort[first])))
 
     def run(world: Any, count: int) -> float:
@@ -115,6 +118,50 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"parts": parts, "seconds": found, "estimates": estimates, "prompts": prompts}
 
 
+def products(arguments: argparse.Namespace) -> None:
+    """Table: of a training step's seconds, those in matrix products, and how near these are to the ceiling."""
+    import torch
+
+    from sgt_titan.evaluation.attacks import ATTACKS
+
+    torch.set_num_threads(1)
+    a = torch.randn(1024, 1024)
+    ceiling = 2e-9 * 1024**3 / min(seconds(lambda: a @ a) for _ in range(9))
+    evaluation, steps = evaluation_of(arguments, 2), [int(n) for n in arguments.steps.split(",")]
+    world = evaluation.world(evaluation.mechanisms["sgt"])
+    columns = {
+        "attack": "",
+        "s a step": ".2f",
+        "in products": ".0%",
+        "Gflop/s of these": ".0f",
+        "at the ceiling": ".0%",
+    }
+    machine = f"{os.cpu_count()} x {platform.machine()} CPU, torch {torch.__version__}, ceiling {ceiling:.0f} Gflop/s"
+    with written(arguments.out, machine) as tables:
+        tables.start(f"a training step, suite {arguments.suite}", columns)
+        for name in arguments.products.split(","):
+            attack, sums = ATTACKS[name], []
+            effort = attack.arguments(arguments.suite) or {}
+            word = next(word for word in STEPS if word in effort)
+            for count in steps:
+                short = {**effort, word: count, **({first: count} if (first := STEPS[word]) else {})}
+                granted = world.granted(attack.run)
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
+                    attack.run(**granted, **short)
+                events = [e for e in seen.key_averages()]
+                within = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+                sums.append(
+                    (
+                        sum(e.self_cpu_time_total for e in events) / 1e6,
+                        sum(e.self_cpu_time_total for e in within) / 1e6,
+                        sum(e.flops for e in within) / 1e9,
+                    )
+                )
+            all_s, within_s, gflop = (later - first for first, later in zip(*sums, strict=True))
+            speed = gflop / within_s
+            tables.row(name, all_s / (steps[1] - steps[0]), within_s / all_s, speed, speed / ceiling)
+
+
 def of_all(found: dict[str, Any], key: str = "seconds") -> dict[str, float]:
     """Part by its kind -> seconds, with those that another stands for; parts that were not run are left out."""
     total: dict[str, float] = {}
@@ -139,12 +186,18 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=10.0, help="parts below so many seconds are summed in one row")
     parser.add_argument("--parts", default="", metavar="REGEX", help="only these (sgt/attacks/map_search)")
     parser.add_argument("--against", type=Path, help="another checkout of this project")
+    parser.add_argument(
+        "--products", metavar="A,B", help="instead: how much of a training step of these attacks is matrix products"
+    )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--estimates", action="store_true", help=argparse.SUPPRESS)
     add_out(parser)
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.measure:
         print(json.dumps(measure(arguments)))
+        return
+    if arguments.products:
+        products(arguments)
         return
     trees = {"now": HERE} | ({"before": arguments.against.resolve()} if arguments.against else {})
     words = [sys.executable, __file__, *sys.argv[1:], "--measure"]

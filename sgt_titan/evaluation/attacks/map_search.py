@@ -262,7 +262,7 @@ def cost(size: Size, *, beams: int = 4, candidates: int = 64, prior_weight: floa
     each = candidates or size.vocab
     lanes = _numbers(beams, each, size.vocab, size.width)
     scored = 1.0 * size.tokens * beams * each
-    flops = scored * 2.0 * size.transform
+    flops = scored * 2.0 * size.estimator
     flops += (2.0 * rows * size.longest * size.width**2 + 60.0 * size.width**3) * (candidates > 0)
     near = 8.0 * size.longest * size.vocab * (candidates > 0)
     memory = near + 64.0 * beams * min(each, CHUNK) * size.width + 16.0 * size.vocab * size.width + held(lanes)

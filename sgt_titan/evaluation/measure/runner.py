@@ -175,7 +175,7 @@ class Evaluation:
                 if key == MEAN and mechanism.transform is None and world.repeats_itself:
                     cost = replace(cost, flops=0.0, steps=0.0)  # what ``sequence`` read
                 if KnownPairs in grants(attack.run).values():  # the first that asks makes them, and they stay
-                    flops = 0.0 if asked else 4.0 * KNOWN_TOKENS * (world.size.transform + world.size.width)
+                    flops = 0.0 if asked else 8.0 * KNOWN_TOKENS * (world.size.transform + world.size.width)
                     asked = True
                     cost = replace(cost, flops=cost.flops + flops, bytes=cost.bytes + 8.0 * KNOWN_TOKENS * width)
                 yield Job(f"{name}/attacks/{key}", partial(self._attack, mechanism, key, attack), cost)

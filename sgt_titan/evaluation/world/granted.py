@@ -90,6 +90,7 @@ class World:
             return sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
         V, D = self.table_VD.shape
+        denoiser = None if self.mechanism.transform is None else self.mechanism.transform.denoiser
         return Size(
             rows=len(self.rows),
             tokens=len(self.truth_N),
@@ -98,6 +99,7 @@ class World:
             vocab=V,
             trunk=parameters(self.trunk),
             transform=parameters(self.mechanism.transform),
+            estimator=parameters(self.mechanism.transform) - parameters(denoiser),
             answered=max(len(row.ids) + len(row.answer) for row in self.rows),
         )
 

@@ -261,7 +261,7 @@ def kind_of(attack: Callable[..., Guess]) -> str:
 class Size:
     """What the cost of an attack depends on. rows: prompts; tokens: hidden ones of all rows; longest: tokens of the
     longest row; answered: of the longest with its answer; width, vocab: of the table; trunk, transform: parameters
-    without embedding tables."""
+    without embedding tables; estimator: of the transform's without its denoiser."""
 
     rows: int
     tokens: int
@@ -271,6 +271,7 @@ class Size:
     trunk: int
     transform: int
     answered: int = 0
+    estimator: int = 0
 
 
 @dataclass(frozen=True)
