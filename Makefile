@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Nothing to set up for an interpreter that was given.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: help setup demo test test-slurm test-vllm clients test-all bench guard lint docs release clean
+.PHONY: help setup demo test test-compiled test-slurm test-vllm clients test-all bench guard lint docs release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,7 +34,10 @@ demo: $(READY) ## train an SGT on the shipped trunk, export it, print before and
 	$(PYTHON) -m sgt_titan.demo.run $(if $(FRESH),--fresh)
 
 test: $(READY) ## unit, parity and distributed tests on the CPU
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm and not gpu and not vllm"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm and not gpu and not vllm and not inductor"
+
+test-compiled: $(READY) ## tensor parallelism under torch's compiler (minutes)
+	$(PYTHON) -m pytest -m inductor tests/distributed
 
 test-slurm: $(READY) ## what a cluster does to a run, on a real Slurm of four virtual nodes (root; installs Slurm)
 	$(PYTHON) -m pytest -m slurm tests/slurm
@@ -61,12 +64,8 @@ clients: $(READY) .venv-clients/.ready ## the table of clients in docs/SERVING.m
 test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 	$(PYTHON) -m pytest
 
-bench: $(READY) ## one page: steps, loss, start, memory, tokenizing as ratios, in minutes (GPU=1: steps of Llama shapes)
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py $(if $(GPU),--gpu)
-	$(if $(GPU),,OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py)
-	$(if $(GPU),,$(PYTHON) benchmarks/process.py start)
-	$(if $(GPU),,$(PYTHON) benchmarks/process.py memory)
-	$(if $(and $(SGT_TITAN_ASSETS),$(if $(GPU),,x)),$(PYTHON) benchmarks/tokenizing.py speed)
+bench: $(READY) ## one page of ratios: steps, loss, starts, memory, tokenizing; 10 minutes (GPU=1: steps of Llama shapes)
+	$(if $(GPU),OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py --gpu,$(PYTHON) benchmarks/page.py)
 
 guard: $(READY) ## time and memory as ratios, against limits: fails where something has become slower (a minute)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/guard.py

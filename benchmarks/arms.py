@@ -360,11 +360,12 @@ def work(size: Size, *, recompute: bool = False) -> float:
 
 
 @torch.no_grad()
-def necessary(size: Size, *, more: bool = False) -> Arm:
+def necessary(size: Size, *, more: bool = False, passes: bool = False) -> Arm:
     """The matrix products of an SGT step in their own shapes, and nothing else: no way to make the step is quicker.
 
     Products with lm_head are in our chunks of tokens. more: also attention of both streams, forward and backward of the
-    student's, and a softmax of every logit, which no way can leave out either.
+    student's, and a softmax of every logit, which no way can leave out either. passes: also, by torch's operators and
+    each once, norms, rotations, SwiGLU and residuals of every layer, the loss's sum and difference, and AdamW.
     """
     from sgt_titan.objectives.distillation import chunk_size
 
@@ -375,10 +376,18 @@ def necessary(size: Size, *, more: bool = False) -> Arm:
     like = {"device": device(), "dtype": size.dtype}
     frozen = [torch.randn(shape, **like) for _ in range(size.layers) for shape in layer]
     trained = [torch.randn(shape, **like) for shape in [*layer * ESTIMATOR_LAYERS, *heads]]
+    optimizer = torch.optim.AdamW([weight.requires_grad_() for weight in trained], lr=1e-4)
     lm_head_VD = torch.randn(size.vocab, size.width, **like)
     rows = {width: torch.randn(size.tokens, width, **like) for width in {size.width, size.hidden, kv}}
     shape = (size.rows, size.heads, size.length, size.width // size.heads)
     q, k, v = (torch.randn(shape, **like) for _ in "qkv")
+    x, residual, gate, up = (
+        rows[size.width],
+        torch.randn_like(rows[size.width]),
+        *torch.randn(2, size.tokens, size.hidden, **like),
+    )
+    turned = torch.randn(*shape[:-1], shape[-1] // 2, 2, device=device())  # q; of k there are kv_heads
+    angles = torch.polar(torch.ones_like(turned[0, 0, :, :, 0]), turned[0, 0, :, :, 0])
     chunk = chunk_size(size.vocab, device().type)
 
     def attention(*, teacher: bool) -> None:
@@ -389,20 +398,42 @@ def necessary(size: Size, *, more: bool = False) -> Arm:
         if teacher:
             F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    def activations(*given: torch.Tensor) -> list[torch.Tensor]:
+        x, turned, gate, up = given
+        norms = [F.rms_norm(x, x.shape[-1:]) for _ in range(2)]
+        rotated = [torch.view_as_complex(part) * angles for part in (turned, turned[:, : size.kv_heads])]
+        return [*norms, *rotated, F.silu(gate) * up, x + residual, x + residual]
+
+    def layer_passes(*, teacher: bool) -> None:
+        with torch.enable_grad():
+            inputs = [given.detach().requires_grad_() for given in (x, turned, gate, up)]
+            out = activations(*inputs)
+            torch.autograd.grad(out, inputs, [given.detach() for given in out])
+        if teacher:
+            activations(x, turned, gate, up)
+
     def step() -> None:
         for weight in frozen:
             out, into = weight.shape
             F.linear(rows[into], weight), F.linear(rows[into], weight), rows[out] @ weight
         for weight in trained:
             out, into = weight.shape
-            F.linear(rows[into], weight), rows[out] @ weight, rows[out].T @ rows[into]
+            F.linear(rows[into], weight), rows[out] @ weight
+            weight.grad = rows[out].T @ rows[into]
         for part in rows[size.width].split(chunk):
             logits = [F.linear(part, lm_head_VD) for _ in range(2)]
-            if more:
-                logits = [x.softmax(-1) for x in logits]
+            if more or passes:
+                shares = [x.softmax(-1) for x in logits]
+            if passes:
+                torch.linalg.vecdot(shares[0], logits[1])
+                logits = [shares[1].sub_(shares[0])]
             logits[0] @ lm_head_VD
-        for index in range(size.layers + ESTIMATOR_LAYERS if more else 0):
+        for index in range(size.layers + ESTIMATOR_LAYERS if more or passes else 0):
             attention(teacher=index < size.layers)
+            if passes:
+                layer_passes(teacher=index < size.layers)
+        if passes:
+            optimizer.step()
 
     return Arm(step, work(size))
 
@@ -426,6 +457,7 @@ ARMS: dict[str, Callable[[Size], Arm]] = {
     "(c) torchtitan pretraining": pretraining,
     "(d) the products of a step alone": necessary,
     "(d) and attention, and a softmax of the logits": lambda size: necessary(size, more=True),
+    "(d) and every other pass once, and AdamW": lambda size: necessary(size, passes=True),
 }
 
 

@@ -23,11 +23,12 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conjformer import held_out, model_of, trunk_path
+from benchmarks.conjformer import held_out, model_of
 from benchmarks.drift import converted, fine_tuned, once
 from benchmarks.tables import Tables, add_out, written
 from benchmarks.timing import machine
 from sgt_titan.config.door import read_config, split_words
+from sgt_titan.config.origin import trunk_directory
 from sgt_titan.data.cache import prepare
 from sgt_titan.evaluation.world.samples import Padded, Sample, batched, padded
 from sgt_titan.export import export_checkpoint
@@ -127,7 +128,7 @@ def main() -> None:
     arguments, overrides = split_words(parser, sys.argv[1:])
     if unknown := {rate.partition(":")[2] for rate in arguments.rates.split(",")} - {*SCHEDULES}:
         parser.error(f"--rates: RATE:SCHEDULE with {' or '.join(filter(None, SCHEDULES))}, not {', '.join(unknown)}")
-    arguments.trunk = trunk_path(arguments.trunk)
+    arguments.trunk = trunk_directory(arguments.trunk)
     disable_progress_bar()
     with written(arguments.out, machine()) as tables:
         measure(arguments, overrides, tables)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import add_out, written
 from benchmarks.timing import machine
+from sgt_titan.config.origin import trunk_directory
 from sgt_titan.conjformer.client import Client
 from sgt_titan.conjformer.families import FAMILIES
 from sgt_titan.conjformer.secret import load
@@ -50,7 +51,7 @@ TABLE = {name: ATTACKS[name] for name in ("nearest_l2", "nearest_cosine", "known
 
 
 def model_of(path: str, dtype: torch.dtype = torch.float32):
-    return AutoModelForCausalLM.from_pretrained(trunk_path(path), dtype=dtype, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(trunk_directory(path), dtype=dtype, local_files_only=True).eval()
 
 
 @torch.no_grad()
@@ -135,7 +136,7 @@ def attacks(arguments: argparse.Namespace) -> None:
         mechanism = load_rotation(
             before,
             *paths.split(","),
-            arguments.own or trunk_path(arguments.trunk),
+            arguments.own or trunk_directory(arguments.trunk),
             wire=getattr(torch, arguments.wire),
             own=bool(arguments.own),
         )
@@ -180,15 +181,11 @@ def attacked(key: str, world: World, steps: int | None = None) -> Guess:
 def gains(arguments: argparse.Namespace) -> None:
     """Std over mean of each norm's gains: 0 is a scalar norm."""
     for path in arguments.models:
-        files = TrunkFiles(trunk_path(path))
+        files = TrunkFiles(trunk_directory(path))
         for name in sorted(name for name in files.entries if "norm" in name or ".ln_" in name):
             gain = files.read(name).double()
             if name.endswith("weight"):
                 print(f"{name:<52} std/mean {gain.std() / gain.mean():.3f}  {gain.min():.2f} to {gain.max():.2f}")
-
-
-def trunk_path(name: str) -> str:
-    return str(TRUNK) if name == "demo" else name
 
 
 def gpt2(arguments: argparse.Namespace) -> None:

@@ -24,11 +24,12 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.conjformer import attacked, held_out, model_of, trunk_path
+from benchmarks.conjformer import attacked, held_out, model_of
 from benchmarks.tables import ROOT, Tables, add_out, written
 from benchmarks.timing import machine
 from sgt_titan import disk
 from sgt_titan.config.door import split_words
+from sgt_titan.config.origin import trunk_directory
 from sgt_titan.evaluation.measure.setting import Setting, load_setting
 from sgt_titan.evaluation.report import plots
 from sgt_titan.evaluation.scores import recovery
@@ -184,7 +185,7 @@ def main() -> None:
     add_out(parser)
     arguments, overrides = split_words(parser, sys.argv[1:])
     disable_progress_bar()
-    config = data_config(arguments.export, trunk_path(arguments.trunk), arguments.data, [])
+    config = data_config(arguments.export, trunk_directory(arguments.trunk), arguments.data, [])
     setting = load_setting(arguments.export, config, rows=arguments.rows, corpus=2000)
     original = math.exp(held_out(setting.trunk, setting.full_batches)[0])
     with written(arguments.out, machine()) as tables:

@@ -2,14 +2,15 @@
 
     python benchmarks/process.py start [--against CHECKOUT] [--repeats 5] [--out FILE]
     python benchmarks/process.py memory [--steps 40] [--out FILE]
-    python benchmarks/process.py compile [--out FILE]
+    python benchmarks/process.py compile [--repeats 5] [--out FILE]
 
 ``start``: the demo with its data prepared, `sgt-titan train demo --training.steps 1`, from exec to the line that the
 first step is done; what a process waits for that only imports torch, or torchtitan's trainer, is the floor. Wall and
 CPU seconds, the ways in turn. ``--against``: another checkout of this project (git worktree add DIR COMMIT).
 ``memory``: resident bytes at most of the shipped configs for CPUs until their last step, probes included, without the
-export at the end, which is a command of its own. ``compile``: the start of the demo compiled, with an empty cache of
-compiled code and with what that start has left, by one process and by two.
+export at the end, which is a command of its own. ``compile``: the start of the demo compiled, with nothing kept and
+with what that start has kept, by one process and by two. CPU seconds are those of all processes of a start together,
+compilers included.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tables import add_out, written  # no torch: it would be in the way
 
 HERE = Path(__file__).resolve().parents[1]
 FIRST = re.compile(r"First step done")
+COMPILED = re.compile(r"(\d+) of (\d+) compiled pieces were kept")
 CPU_CONFIGS = ("demo", *(["stories3m"] if os.environ.get("SGT_TITAN_ASSETS") else []))
 FLOORS = {
     "`import torch`": "import torch",
@@ -41,11 +43,33 @@ FLOORS = {
 
 
 class Run(NamedTuple):
-    """Seconds of the wall and of the CPU until a line appeared, or the end; the most bytes that were ever resident."""
+    """Seconds of the wall and of the CPU until a line appeared, or the end; the most bytes that were ever resident; all
+    that was said.
+    """
 
     wall: float
     cpu: float
     peak: int
+    said: str
+
+
+def cpu_seconds(root: int) -> float:
+    """Of a process and all below it, also of those that have ended and were waited for."""
+    parents, ticks = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        pid = int(file.parent.name)
+        parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+
+    def below(pid: int) -> bool:
+        while pid not in (0, root):
+            pid = parents.get(pid, 0)
+        return pid == root
+
+    return sum(used for pid, used in ticks.items() if below(pid)) / os.sysconf("SC_CLK_TCK")
 
 
 def run(words: list[str], tree: Path, until: re.Pattern[str] | None = None, **more: str) -> Run:
@@ -59,14 +83,13 @@ def run(words: list[str], tree: Path, until: re.Pattern[str] | None = None, **mo
         for line in process.stdout:
             said.append(line)
             if until and until.search(line):
-                fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-                at = time.monotonic() - began, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                at = time.monotonic() - began, cpu_seconds(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or (until and at is None):
         sys.exit("".join(said[-20:]))
     wall, cpu = at or (time.monotonic() - began, usage.ru_utime + usage.ru_stime)
-    return Run(wall, cpu, usage.ru_maxrss * 1024)
+    return Run(wall, cpu, usage.ru_maxrss * 1024, "".join(said))
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -124,20 +147,32 @@ def memory(steps: int, tables) -> None:
         tables.row(f"`{config}`", planned / 2**20, found / 2**20, found / planned)
 
 
-def compiled(tables) -> None:
+def compiled(repeats: int, tables) -> None:
     """The first step is done when all of it is compiled: forward, backward and loss."""
-    tables.start("", {"start of the demo": "", "s": ".1f", "CPU s": ".1f", "compiled code, MiB": ".1f"})
+    ways = {
+        "not compiled": ("false", 1),
+        "compiled, nothing kept": ("true", 1),
+        "compiled, the next start": ("true", 1),
+        "compiled, then two processes": ("true", 2),
+        "compiled, their next start": ("true", 2),
+    }
+    found: dict[str, list[Run]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "sgt_titan.cli", "train", "demo", "--export.at_end", "false"]
         words += ["--data.cache_dir", f"{folder}/cache", "--training.steps", "1"]
-        ways = [("eager", "false", 1), ("compiled, nothing kept", "true", 1), ("the next start", "true", 1)]
-        ways += [("the next start, two processes", "true", 2)]
         run([*words, "--run.output_dir", f"{folder}/first"], HERE)  # prepares the data
-        for number, (name, enable, processes) in enumerate(ways):
-            more = ["--run.output_dir", f"{folder}/{number}", "--compile.enable", enable, "--nproc", str(processes)]
-            found = run([*words, *more], HERE, FIRST, TORCHINDUCTOR_CACHE_DIR=f"{folder}/code")
-            kept = sum(path.stat().st_size for path in Path(folder, "code").rglob("*") if path.is_file())
-            tables.row(name, found.wall, found.cpu, kept / 2**20)
+        for number in range(repeats):
+            for name, (enable, processes) in ways.items():
+                more = ["--run.output_dir", f"{folder}/{number}-{name}", "--compile.enable", enable]
+                more += ["--nproc", str(processes)]
+                kept = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/code-{number}"}
+                found[name].append(run([*words, *more], HERE, FIRST, **kept))
+    columns = {"start of the demo": "", "s, median (spread)": ".1f", "CPU s, median (spread)": ".1f"}
+    tables.start("", columns | {"found, of the pieces": ""})
+    for name, runs in found.items():
+        pieces = COMPILED.search(runs[-1].said)
+        shown = "{} of {}".format(*pieces.groups()) if pieces else ""
+        tables.row(name, spread([r.wall for r in runs]), spread([r.cpu for r in runs]), shown)
 
 
 def main() -> int:
@@ -154,7 +189,7 @@ def main() -> int:
             memory(options.steps, tables)
             return 0
         if options.what == "compile":
-            compiled(tables)
+            compiled(options.repeats, tables)
             return 0
         trees = {"the demo's first step": HERE}
         if options.against:

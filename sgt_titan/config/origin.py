@@ -9,6 +9,7 @@ from sgt_titan.config.keys import get
 from sgt_titan.config.load import RECORDED, available, load, recorded
 from sgt_titan.config.paths import expand
 from sgt_titan.config.schema import Config
+from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 
 EXPORT = "export"  # in a run's directory
@@ -74,3 +75,13 @@ def meant(given: str, key: str) -> str:
     if not value:
         raise UserError(f"{given}: this config has no {key}")
     return expand(value, f"{given}: {key}")
+
+
+def trunk_directory(given: str) -> str:
+    """The directory of a trunk: as it is given, of a config's name its ``trunk.path``, of ``demo`` the one that ships.
+
+    Raises:
+        UserError: as ``meant``.
+    """
+    found = meant(given, KEYS["trunk"])
+    return str(TRUNK) if found == "demo" else found

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 
 from sgt_titan.config.degrees import degree_problems, dp_degree
 from sgt_titan.config.keys import get
 from sgt_titan.config.paths import expand, unset
 from sgt_titan.config.schema import PRESETS, TERMS, Config, Term
+from sgt_titan.demo import TRUNK
 
 _PATHS = (
     "run.output_dir", "trunk.path", "trunk.architecture", "finetune.teacher", "data.source", "data.cache_dir",
@@ -45,10 +45,9 @@ def resolve(config: Config, *, world_size: int | None, home: str = "outputs") ->
     for key, table in data.tables():
         if "source" in table:
             table["source"] = expand(table["source"], f"{key}.source")
-    demo = str(Path(__file__).resolve().parents[1] / "demo" / "trunk")
     for holder, name in ((config.trunk, "path"), (config.finetune, "teacher")):
         if getattr(holder, name) == "demo":
-            setattr(holder, name, demo)
+            setattr(holder, name, str(TRUNK))
     if config.trunk.architecture:
         config.trunk.architecture = os.path.abspath(config.trunk.architecture)
     run.output_dir = run.output_dir or os.path.join(home, run.name)

@@ -358,7 +358,7 @@ class ActivationCheckpoint:
 
 @dataclass(kw_only=True)
 class Compile:
-    enable: Auto = opt(False, "torch.compile every block and the loss. The first step takes longer, by about a minute; the "
+    enable: Auto = opt(False, "torch.compile every block and the loss. The first step takes longer, half a minute on a CPU; the "
                               "others less. `auto`: after a few steps, where those that are left earn it back; the log says so.")  # fmt: skip
 
 

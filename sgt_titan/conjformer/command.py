@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sgt_titan import disk
 from sgt_titan.arguments import Parser, number
+from sgt_titan.config.origin import trunk_directory
 from sgt_titan.conjformer import talk
 from sgt_titan.errors import UserError
 from sgt_titan.terminal import say
@@ -26,7 +27,11 @@ def parser() -> argparse.ArgumentParser:
         epilog="docs/CONJFORMER.md says what this protects against and what it does not: against a server that knows "
         "the public checkpoint it does not protect.",
     )
-    found.add_argument("trunk", metavar="TRUNK", help="Hugging Face checkpoint: Llama, Qwen2, Qwen3 or GPT-2")
+    found.add_argument(
+        "trunk",
+        metavar="TRUNK",
+        help="checkpoint of Llama, Qwen2, Qwen3 or GPT-2; or a config's name (demo: the one that ships)",
+    )
     found.add_argument("out", metavar="OUT", type=Path, help="the server's directory, to be made")
     found.add_argument("--secret", metavar="FILE", type=Path, help="where to write the secret (mode 0600), not in OUT")
     found.add_argument("--client", metavar="DIR", type=Path, help="the client's directory (default: OUT-client)")
@@ -85,7 +90,7 @@ def convert(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--device {arguments.device}: torch finds no such device here") from None
     secret = None if arguments.plain else secrets.Secret.fresh()
     conversion = Conversion(
-        arguments.trunk,
+        trunk_directory(arguments.trunk),
         secret,
         norms=arguments.norms,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,

@@ -34,7 +34,7 @@ from sgt_titan.errors import UserError
 
 from . import chatter, run_directory
 from .checkpoint import on_rank_zero
-from .compilation import Watch
+from .compilation import Watch, kept_code
 from .dataloader import microbatch_inputs
 from .interruption import Reason, StopRequest
 from .optimizer import NonFiniteError
@@ -114,6 +114,7 @@ class Loop(Trainer, ABC):
                 logger.info("compile.enable auto: not compiled: run.deterministic, and a verdict depends on the clock")
             else:
                 self.watch = Watch(self.device)
+        self.compiles = self.run.compile.enable is True  # the next step does
         self.patience = self.run.comm.init_timeout_seconds  # compiling may take longer than any step after it
         try:
             super().train()
@@ -157,6 +158,9 @@ class Loop(Trainer, ABC):
         if first:
             self.prepared.timeline.mark("first step")
             logger.info(self.prepared.timeline.summary())
+        if self.compiles:
+            logger.info(f"compile.enable: {kept_code(self.device)}")
+            self.compiles = False
         self.patience = self.run.comm.train_timeout_seconds
         self._consider_compiling(time.perf_counter() - began)
         self.watchdog.beat(self.patience)  # a save or a probe has as long as a step
@@ -179,6 +183,7 @@ class Loop(Trainer, ABC):
             # Nobody asked for it by name: what cannot be compiled stays as it is, with dynamo's warning.
             torch._dynamo.config.suppress_errors = True
             self.model_parts[0].compile_blocks(self.config.compile.backend, whole=False)
+            self.compiles = True
             self.patience = self.run.comm.init_timeout_seconds
 
     def _forward_backward_body(self, inputs, labels, global_valid_tokens, extra_kwargs):

@@ -43,13 +43,14 @@ class GuardedOptimizers(OptimizersContainer):
         """The same answer on every rank."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         local = [g._local_tensor if isinstance(g, DTensor) else g for g in grads]
-        finite = [torch.isfinite(g).all() for g in local if g.numel()]
+        device = local[0].device if local else torch.device("cpu")
+        # The norm is finite where all are, and reads a gradient once, where isfinite reads it five times.
+        norm = torch.nn.utils.get_total_norm([g for g in local if g.numel()]).to(device)
+        finite = [torch.isfinite(norm)]
         if self._loss_is_finite is not None:
             finite.append(self._loss_is_finite)
         self._loss_is_finite = None
-        device = local[0].device if local else torch.device("cpu")
-        flag = torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device=device)
-        flag = flag.to(torch.int32)
+        flag = torch.stack(finite).all().to(torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
 

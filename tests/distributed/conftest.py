@@ -39,17 +39,27 @@ class Launcher:
         return [str(self.config), "--run.output_dir", str(folder / "out"), *overrides]
 
     def run(
-        self, ranks: int, *overrides: str, folder: Path | None = None, hooks: tuple[launch.Hook, ...] = ()
+        self,
+        ranks: int,
+        *overrides: str,
+        folder: Path | None = None,
+        hooks: tuple[launch.Hook, ...] = (),
+        timeout: float = 120.0,
     ) -> tuple[Path, launch.Outcome]:
         folder = folder or self.new_folder()
         hooks = (launch.no_nap, *hooks)
-        return folder, launch.run(ranks, self.words(folder, *overrides), folder, hooks=hooks)
+        return folder, launch.run(ranks, self.words(folder, *overrides), folder, hooks=hooks, timeout=timeout)
 
     def finish(
-        self, ranks: int, *overrides: str, folder: Path | None = None, hooks: tuple[launch.Hook, ...] = ()
+        self,
+        ranks: int,
+        *overrides: str,
+        folder: Path | None = None,
+        hooks: tuple[launch.Hook, ...] = (),
+        timeout: float = 120.0,
     ) -> Finished:
         """A run that must succeed on every rank."""
-        folder, outcome = self.run(ranks, *overrides, folder=folder, hooks=hooks)
+        folder, outcome = self.run(ranks, *overrides, folder=folder, hooks=hooks, timeout=timeout)
         # The beginning of what each rank printed last: a crash in C++ says why before it lists stacks and modules.
         assert outcome.codes == [0] * ranks, "\n".join(f"rank {i}: {e[:3000]}" for i, e in enumerate(outcome.errors))
         return Finished(folder, outcome)

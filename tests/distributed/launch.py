@@ -101,9 +101,11 @@ def start(ranks: int, words: Sequence[str], folder: Path, *, hooks: Sequence[Hoo
     return Job(processes, logs)
 
 
-def run(ranks: int, words: Sequence[str], folder: Path, *, hooks: Sequence[Hook] = ()) -> Outcome:
+def run(
+    ranks: int, words: Sequence[str], folder: Path, *, hooks: Sequence[Hook] = (), timeout: float = 120.0
+) -> Outcome:
     """``start`` and wait; codes other than 0 are the caller's to judge."""
-    return start(ranks, words, folder, hooks=hooks).wait()
+    return start(ranks, words, folder, hooks=hooks).wait(timeout)
 
 
 def free_port() -> int:

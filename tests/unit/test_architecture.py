@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "processes": set(),
     "disk": {"errors"},
     "trunk": {"errors"},
-    "config": {"errors", "trunk"},
+    "config": {"errors", "trunk", "demo"},
     "checkpoint": {"disk"},
     "cluster": {"errors", "disk", "arguments", "checkpoint", "config"},
     "transform": {"errors", "terminal", "disk", "arguments", "objectives", "trunk"},
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "data": {"errors", "disk", "processes", "config", "transform", "trunk", "demo", "private"},
     "export": {"errors", "disk", "config", "transform", "trunk", "checkpoint"},
     "outgoing": {"errors", "arguments"},
-    "conjformer": {"errors", "terminal", "disk", "arguments", "outgoing", "transform", "trunk"},
+    "conjformer": {"errors", "terminal", "disk", "arguments", "outgoing", "config", "transform", "trunk"},
     "plan": {"errors", "arguments", "config", "trunk"},
     "evaluation": {
         "processes",

@@ -7,7 +7,8 @@ from argparse import Namespace
 import pytest
 
 from sgt_titan.config.load import find
-from sgt_titan.config.origin import settle
+from sgt_titan.config.origin import settle, trunk_directory
+from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
 
 
@@ -36,6 +37,7 @@ def test_a_config_s_name_means_its_trunk_or_data(run, monkeypatch):
     monkeypatch.setenv("SGT_TRUNKS", "/trunks")
     assert settled(run, "llama3_70b_64x8", "llama3_70b_64x8")[1:] == ("/trunks/Llama-3.3-70B-Instruct", "openorca")
     monkeypatch.delenv("SGT_TRUNKS")
+    assert trunk_directory("demo") == trunk_directory("demo_settled") == str(TRUNK)
     with pytest.raises(UserError, match=r"llama3_70b_64x8: trunk\.path: environment variable SGT_TRUNKS is not set"):
         settled(run, "llama3_70b_64x8")
 
