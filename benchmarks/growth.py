@@ -145,9 +145,7 @@ def main() -> None:
                 known[size] = of = figures(measured)
                 shown = [*(of[way]["peak"] for way in ("ours", "naive"))]
                 shown += [(of[way]["seconds"], of[way]["low"], of[way]["high"]) for way in ("ours", "naive")]
-                shown += [
-                    of["naive"]["seconds"] / of[way]["seconds"] for way in ("ours", "products", "attention", "least")
-                ]
+                shown += [of["naive"]["seconds"] / of[way]["seconds"] for way in ("ours", *bounds)]
                 tables.row(name, *shown)
                 for doubt in doubts({way: calls for way, (calls, _) in measured.items()}):
                     print(f"NOT TO BE TRUSTED: {doubt}", file=sys.stderr, flush=True)
