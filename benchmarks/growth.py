@@ -3,8 +3,8 @@
 From one small shape, one dimension at a time is changed. Prints a table; ``--plots FOLDER`` draws it. Memory is
 what torch holds at most during a step beyond what it holds between steps. Both ways keep the memory that they free
 (``titan/cpu_support.py``). Beside them what no way to make the step can leave out: its matrix products alone, these
-with attention and a softmax of every logit, and these with every other pass over activations and logits, by torch's
-operators, each once. All alternate.
+with attention and a softmax of every logit, and with ``--passes`` these with every other pass over activations and
+logits, by torch's operators, each once. All alternate.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ WAYS: dict[str, Callable[[Size], Arm]] = {
     "naive": naive,
     "products": necessary,
     "attention": lambda size: necessary(size, more=True),
-    "least": lambda size: necessary(size, passes=True),
 }
 COLUMNS = {
     "size": "",
@@ -50,7 +49,6 @@ COLUMNS = {
     "times the naive way": ".2f",
     "products alone": ".2f",
     "with attention and softmax": ".2f",
-    "and every other pass": ".2f",
 }
 
 
@@ -116,6 +114,9 @@ def main() -> None:
     add_out(parser)
     parser.add_argument("--plots", help="draw into this folder; of all sizes")
     parser.add_argument("--compiled", action="store_true", help="ours by torch.compile")
+    parser.add_argument(
+        "--passes", action="store_true", help="beside them what torch's operators need for all of a step"
+    )
     parser.add_argument("--sizes", default="", help="only sizes whose name this regular expression is found in")
     words = parser.parse_args()
     if words.plots and words.sizes:
@@ -126,6 +127,11 @@ def main() -> None:
         columns = {name.replace("s a step, ours", "s a step, ours compiled"): form for name, form in COLUMNS.items()}
     keep_memory()
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    bounds = ["products", "attention"]
+    if words.passes:
+        ways = ways | {"passes": lambda size: necessary(size, passes=True)}
+        columns = columns | {"and every pass": ".2f"}
+        bounds.append("passes")
     known: dict[Size, dict[str, dict[str, float]]] = {}
     with written(words.out, machine()) as tables:
         tables.start("", columns)
@@ -139,9 +145,7 @@ def main() -> None:
                 known[size] = of = figures(measured)
                 shown = [*(of[way]["peak"] for way in ("ours", "naive"))]
                 shown += [(of[way]["seconds"], of[way]["low"], of[way]["high"]) for way in ("ours", "naive")]
-                shown += [
-                    of["naive"]["seconds"] / of[way]["seconds"] for way in ("ours", "products", "attention", "least")
-                ]
+                shown += [of["naive"]["seconds"] / of[way]["seconds"] for way in ("ours", *bounds)]
                 tables.row(name, *shown)
                 for doubt in doubts({way: calls for way, (calls, _) in measured.items()}):
                     print(f"NOT TO BE TRUSTED: {doubt}", file=sys.stderr, flush=True)

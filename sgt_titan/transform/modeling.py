@@ -53,12 +53,14 @@ class Release(NamedTuple):
     """z, what is sent (z after the denoiser; z itself without one), and the Gaussian that z was drawn from, (B, T, D).
 
     z and what is sent are in the dtype of the embeddings; center and log std float32, and of meaning where obfuscated.
+    moments: what the center and log std came from, the same for every release of these inputs.
     """
 
     z_BTD: torch.Tensor
     sent_BTD: torch.Tensor
     center_BTD: torch.Tensor
     log_std_BTD: torch.Tensor
+    moments: SGTOutput
 
 
 @dataclass
@@ -167,6 +169,7 @@ class ExportedTransform(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Caches | None = None,
+        moments: SGTOutput | None = None,
     ) -> Release:
         """Obfuscated embeddings and where they came from.
 
@@ -174,16 +177,19 @@ class ExportedTransform(PreTrainedModel):
         to obfuscate; other positions, and padding, come out exactly as they went in. Noise comes from the operating
         system's generator and is never the same twice; ``noise_BTD`` (standard normal, for a caller that holds its
         noise), ``generator`` or ``seed`` (tests and measurements) replace it. ``past_key_values`` as in
-        :meth:`forward`; pieces give what one pass gives. Raises UserError for ids outside the vocabulary, when no table
-        was shipped, or where NaN or infinity would come out; ValueError for shapes that do not match.
+        :meth:`forward`; pieces give what one pass gives. ``moments``: of an earlier release of the same inputs. Raises
+        UserError for ids outside the vocabulary, when no table was shipped, or where NaN or infinity would come out;
+        ValueError for shapes that do not match.
         """
         x_BTD, mask_BT = self._inputs(inputs, mask_BT, attention_mask)
-        out = self(
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-        )
+        out: Any = moments
+        if out is None:
+            out = self(
+                inputs_embeds=x_BTD,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+            )
         eps_BTD = _noise(out.mean_BTD, generator, seed) if noise_BTD is None else noise_BTD.to(out.mean_BTD)
         z_BTD = obfuscate(x_BTD, out.mean_BTD, out.log_std_BTD, eps_BTD, mask_BT)
         sent_BTD = z_BTD
@@ -194,7 +200,7 @@ class ExportedTransform(PreTrainedModel):
                 "inputs: NaN or infinite values would come out; pass finite embeddings, and load in float32 if a half "
                 "precision overflows"
             )
-        return Release(z_BTD, sent_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD)
+        return Release(z_BTD, sent_BTD, x_BTD.float() + out.mean_BTD, out.log_std_BTD, out)
 
     @torch.no_grad()
     def rate(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import arms, drift
+from benchmarks import arms, drift, page
 from benchmarks.tables import Tables
 from sgt_titan.titan.flops import hardware_flops_per_token
 
@@ -66,3 +67,20 @@ def test_the_frontier_of_drift_counts_the_better_attacker():
     assert drifted[-1] == 0.1  # a cipher asks nothing of his model
     assert tables.tables[1]["cells"][1][3] == 0.4
     assert drift.figure(points, 2.0).startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("name", "ratios"),
+    [
+        ("bench-process-start", page.start),
+        ("bench-process-compile", page.compiled),
+        ("bench-process-memory", page.memory),
+        ("bench-tokenizing-speed", page.tokens),
+    ],
+)
+def test_the_page_reads_what_its_benchmarks_write(name, ratios):
+    """The tables of docs/results, which the same commands wrote."""
+    file = Path(arms.__file__).parents[1] / "docs" / "results" / f"{name}.json"
+    (table,) = json.loads(file.read_text(encoding="utf-8"))["tables"]
+    found = list(ratios({row[0]: row[1:] for row in table["cells"]}))
+    assert len(found) >= 2 and all(0 < ratio < 100 for _, ratio, _ in found)

@@ -140,8 +140,12 @@ ATTACKS: dict[str, Attack] = {
         "sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE,
         {suite: READER[suite] for suite in SUITES[1:]},
     ),
-    GUESSING: Attack("guessing: the same without what was sent", sequence.guess, sequence.cost, SEQUENCE, READER),
-    ANSWER: Attack("the answer: the same with the answer alone", sequence.answer, sequence.cost, SEQUENCE, READER),
+    GUESSING: Attack(
+        "guessing: the same without what was sent", sequence.guess, sequence.unsent_cost, SEQUENCE, READER
+    ),
+    ANSWER: Attack(
+        "the answer: the same with the answer alone", sequence.answer, sequence.answered_cost, SEQUENCE, READER
+    ),
 }  # fmt: skip
 
 CONJFORMER = "docs/CONJFORMER.md"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from sgt_titan.evaluation.attacks.known_plaintext import forward
+from sgt_titan.evaluation.attacks.known_plaintext import forward_reading
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.world.threat import Cost, Curve, Guess, KnownPairs, Observation, Repeats, Size, Table
 
@@ -29,7 +29,8 @@ def averaging_regression(
     """The same, and mu undone by the forward reading of known pairs: x~ averages to x + mu(x), as in the pairs."""
     means = running_means(observation, repeats, most)
     sent_MD, clean_MD = pairs.x_tilde_MD[:known], table.rows_VD[pairs.tokens_M[:known].to(table.rows_VD.device)]
-    guesses = {count: forward(sent_MD, clean_MD, mean_ND, table.rows_VD, 10).cpu() for count, mean_ND in means.items()}
+    read = forward_reading(sent_MD, clean_MD, table.rows_VD)
+    guesses = {count: read(mean_ND, 10).cpu() for count, mean_ND in means.items()}
     curve = Curve("repeats", tuple(map(float, guesses)), tuple(top_NK[:, 0] for top_NK in guesses.values()))
     flops = 2.0 * len(guesses) * observation.x_tilde_ND.shape[0] * table.rows_VD.numel()
     return Guess(guesses[max(guesses)], curve, flops)
@@ -49,7 +50,9 @@ def running_means(observation: Observation, repeats: Repeats, most: int) -> dict
 
 def cost(size: Size, *, most: int = 64, known: int = 0) -> Cost:
     sends = 2.0 * most * size.rows * size.longest * (size.transform + size.width)
-    guesses = 2.0 * (most.bit_length() + 1) * size.tokens * size.vocab * size.width
-    regression = 2.0 * known * size.width**2 + 60.0 * size.width**3 if known else 0.0
+    read = (most.bit_length() + 1.0) * size.tokens * size.vocab
+    guesses = 4.0 * read * size.width
+    regression = 16.0 * known * size.width**2 + 200.0 * size.width**3 if known else 0.0
     means = 8.0 * (most.bit_length() + 1) * size.tokens * size.width
-    return Cost(sends + guesses + regression, means + 32.0 * known * size.width + 24.0 * 1024 * min(size.vocab, 8192))
+    memory = means + 32.0 * known * size.width + 24.0 * 1024 * min(size.vocab, 8192)
+    return Cost(sends + guesses + regression, memory, numbers=3.0 * read)

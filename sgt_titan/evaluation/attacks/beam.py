@@ -10,7 +10,7 @@ guesses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -162,10 +162,15 @@ def _paths(steps: Sequence[_Step], total_PB: torch.Tensor) -> list[Path]:
     ]
 
 
-def groups(count: int, numbers: float) -> Iterator[slice]:
+def groups(count: int, numbers: float) -> list[slice]:
     """``count`` prompts in groups to search side by side, each with ``numbers`` that exist for all its lanes."""
     size = max(1, min(PROMPTS, int(LANE_BUDGET // numbers)))
-    return (slice(start, start + size) for start in range(0, count, size))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def held(numbers: float) -> float:
+    """Bytes of a group, of the same."""
+    return 16.0 * max(numbers, min(float(LANE_BUDGET), PROMPTS * numbers))
 
 
 def _first(token_L: torch.Tensor, ranked_LC: torch.Tensor) -> torch.Tensor:

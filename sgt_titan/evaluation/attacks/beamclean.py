@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sgt_titan.evaluation.attacks.beam import groups, search
+from sgt_titan.evaluation.attacks.beam import groups, held, search
 from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.world.threat import Cost, Guess, Observation, Prior, Size, Table
 
@@ -146,10 +146,12 @@ def cost(
     candidates: int = 32,
     prior_weight: float = 1.0,
 ) -> Cost:
-    prior = 2.0 * size.tokens * beams * (size.trunk + size.vocab * size.width) * (prior_weight > 0)
-    scan = 2.0 * size.tokens * size.vocab * size.width
+    steps = len(groups(size.rows, 3.0 * beams * size.vocab)) * size.longest
+    scan = 4.0 * size.tokens * size.vocab * size.width
     maps = (2.0 * (size.tokens + size.vocab) * size.width**2 + size.width**3) * affine
     memory = (
         24.0 * size.vocab * size.width + 24.0 * size.tokens * size.width + 8.0 * size.longest * candidates * size.width
     )
-    return Cost(rounds * (prior + scan + maps), memory + 24.0 * 1024 * min(size.vocab, 8192))
+    memory += 24.0 * 1024 * min(size.vocab, 8192) + held(3.0 * beams * size.vocab)
+    numbers = size.tokens * (3.0 * size.vocab + 8.0 * candidates * size.width)
+    return Cost(rounds * (scan + maps), memory, rounds * steps, rounds * numbers)

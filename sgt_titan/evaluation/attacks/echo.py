@@ -32,6 +32,8 @@ from sgt_titan.evaluation.world.threat import (
     Trunk,
 )
 
+ALONE = 0.3  # of a step of prompts side by side that one of a single prompt takes
+
 
 @torch.no_grad()
 def echo(observation: Observation, trunk: Trunk, *, suffix_ids: Sequence[int] = ()) -> Guess:
@@ -113,4 +115,5 @@ def cost(size: Size, *, rows: int = 0, suffix_ids: Sequence[int] = ()) -> Cost:
     tokens = (size.rows + rows) * size.longest + (0 if rows else size.tokens)
     layers = 32  # of a large trunk; the size does not say
     flops = 2.0 * tokens * size.trunk + 4.0 * size.vocab * size.width * (size.tokens + 200 * rows)
-    return Cost(flops, 4.0 * layers * tokens * size.width + 24.0 * 1024 * min(size.vocab, 8192))
+    memory = 4.0 * layers * tokens * size.width + 24.0 * 1024 * min(size.vocab, 8192)
+    return Cost(flops, memory, steps=0.0 if rows else ALONE * size.tokens)

@@ -46,5 +46,7 @@ def rows_at_ranks(x_ND: torch.Tensor, table_VD: torch.Tensor, ranks_K: torch.Ten
 
 
 def cost(size: Size, *, known: int = 0) -> Cost:
-    flops = 2.0 * (size.tokens + known) * size.vocab * size.width + 40.0 * size.tokens * size.vocab
-    return Cost(flops, 40.0 * CHUNK * size.vocab + 16.0 * (size.tokens + known + size.vocab) * size.width)
+    flops = 4.0 * (size.tokens + known) * size.vocab * size.width
+    numbers = (20.0 * known + (40.0 if known else 3.0) * size.tokens) * size.vocab  # ranks, and a sort
+    memory = 40.0 * CHUNK * size.vocab + 16.0 * (size.tokens + known + size.vocab) * size.width
+    return Cost(flops, memory, numbers=numbers)

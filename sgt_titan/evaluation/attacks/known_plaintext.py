@@ -13,6 +13,7 @@ Legend: N hidden tokens flat, M known tokens, V vocabulary, D width, K guesses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,13 @@ def forward(
     sent_MD: torch.Tensor, clean_MD: torch.Tensor, x_ND: torch.Tensor, rows_VD: torch.Tensor, k: int
 ) -> torch.Tensor:
     """The rows that most likely led to what was sent, (N, k). Of a mean of K repeats, the order is the same."""
+    return forward_reading(sent_MD, clean_MD, rows_VD)(x_ND, k)
+
+
+def forward_reading(
+    sent_MD: torch.Tensor, clean_MD: torch.Tensor, rows_VD: torch.Tensor
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """``forward`` fitted once: (N, D), k -> (N, k)."""
     affine = fit(clean_MD, sent_MD)
     residual_MD = sent_MD.double() - affine(clean_MD)
     cov_DD = residual_MD.T @ residual_MD / len(residual_MD)
@@ -76,7 +84,8 @@ def forward(
     floor = (SHRINK * cov_DD.diagonal().mean()).clamp_min(1e-12 * rows_VD.double().var())
     values_D, vectors_DD = torch.linalg.eigh(cov_DD)
     white_DD = vectors_DD / (values_D.clamp_min(0) + floor).sqrt()
-    return top_rows(x_ND.double() @ white_DD, affine(rows_VD) @ white_DD, k)
+    white_VD = affine(rows_VD) @ white_DD
+    return lambda x_ND, k: top_rows(x_ND.double() @ white_DD, white_VD, k)
 
 
 READINGS = {"backward": backward, "forward": forward}
@@ -112,5 +121,8 @@ def _solve(sent_MD: torch.Tensor, clean_MD: torch.Tensor):
 
 
 def cost(size: Size, *, most: int = 65_536) -> Cost:
-    flops = 2.0 * most * size.width**2 + 60.0 * size.width**3 + 16.0 * size.tokens * size.vocab * size.width
-    return Cost(flops, 32.0 * most * size.width + 80.0 * size.width**2 + 24.0 * 1024 * min(size.vocab, 8192))
+    pairs, counts = most * 1.2, 8  # of all points of the curve together
+    read = counts * (size.tokens + 2.0 * MAX_HELD) * size.vocab
+    flops = 48.0 * pairs * size.width**2 + 2_000.0 * counts * size.width**3 + 4.0 * read * size.width
+    memory = 32.0 * most * size.width + 80.0 * size.width**2 + 24.0 * 1024 * min(size.vocab, 8192)
+    return Cost(flops, memory, numbers=3.0 * read + 20.0 * pairs * size.width)

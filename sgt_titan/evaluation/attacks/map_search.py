@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from sgt_titan.evaluation.attacks.beam import groups, search, select
+from sgt_titan.evaluation.attacks.beam import groups, held, search, select
 from sgt_titan.evaluation.attacks.known_plaintext import fit
+from sgt_titan.evaluation.attacks.nearest import top_rows
 from sgt_titan.evaluation.world.granted import observe
 from sgt_titan.evaluation.world.mechanisms import Mechanism
 from sgt_titan.evaluation.world.samples import Padded, generator
@@ -39,6 +41,8 @@ from sgt_titan.evaluation.world.threat import (
 from sgt_titan.transform import ExportedTransform
 
 CHUNK = 512  # candidates in one call
+CERTAIN = 1e6  # nats by which a token that was sent in clear is likelier than any other
+VISITS = 10.0  # of every feature of a candidate: its Gaussian, and what was sent under it
 FLOOR = 1e-4  # std of a mechanism without noise, units of the table's std: anything but an exact match is out
 
 
@@ -63,7 +67,10 @@ def map_search(
     """
     device = table.rows_VD.device
     whole = not candidates or candidates >= len(table.rows_VD)
-    nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows, type(observation))
+    nearness: Callable[[torch.Tensor], torch.Tensor] | None = partial(in_clear, table)
+    if not transform.mechanism.drops:
+        kind = type(observation)
+        nearness = None if whole else fitted(transform.mechanism, table, prior, corpus, seed, rows, kind)
     guesses, spent = [], 0
     V, D = table.rows_VD.shape
     for part in groups(len(observation.hidden), _numbers(beams, V if whole else candidates, V, D)):
@@ -120,6 +127,15 @@ def fitted(
     return nearness
 
 
+def in_clear(table: Table, x_TD: torch.Tensor) -> torch.Tensor:
+    """(T, D) tokens sent in clear or left out -> (T, V) log likelihood: one row of the table, or nothing is known."""
+    nearest_T = top_rows(x_TD, table.rows_VD, 1)[:, 0]
+    near_TV = torch.zeros(len(x_TD), len(table.rows_VD), dtype=torch.float64, device=x_TD.device)
+    known_T = (table.rows_VD[nearest_T] == x_TD).all(-1)
+    near_TV[known_T, nearest_T[known_T]] = CERTAIN
+    return near_TV
+
+
 def _numbers(beams: int, candidates: int, vocab: int, width: int) -> float:
     """Of one prompt: the candidates' Gaussians, the prior, and how near each token is to each position."""
     return beams * (16.0 * min(candidates, CHUNK) * width + 3.0 * vocab)
@@ -131,9 +147,9 @@ def make_emission(
     x_PTD: Sequence[torch.Tensor],
     near_PTV: Sequence[torch.Tensor] | None,
     candidates: int,
-) -> ContextFree | Causal:
+) -> ContextFree:
     """The emission of a mechanism for some prompts."""
-    kind = ContextFree if mechanism.transform is None else Causal
+    kind = Dropping if mechanism.drops else ContextFree if mechanism.transform is None else Causal
     return kind(mechanism, table, x_PTD, near_PTV, candidates)
 
 
@@ -154,7 +170,9 @@ class ContextFree:
     ):
         self.mechanism, self.rows_VD = mechanism, table.rows_VD
         self.x_PTD = nn.utils.rnn.pad_sequence(list(x_PTD), batch_first=True).double()
-        self.near_PTV = None if near_PTV is None else nn.utils.rnn.pad_sequence(list(near_PTV), batch_first=True)
+        self.near_PTV: torch.Tensor | None = None
+        if near_PTV is not None:
+            self.near_PTV = nn.utils.rnn.pad_sequence(list(near_PTV), batch_first=True)
         self.candidates, self.scored = candidates, 0
         self.floor = math.log(FLOOR * table.rows_VD.double().std().item())
 
@@ -185,6 +203,21 @@ class ContextFree:
         return sent.center_BTD, log_std.clamp_min(self.floor)
 
     def advance(self, t: int, row_L: torch.Tensor, parent_M: torch.Tensor, token_M: torch.Tensor) -> None: ...
+
+
+class Dropping(ContextFree):
+    """Token dropping: a token that was sent is known, and of another the prior alone says what it may be."""
+
+    near_PTV: torch.Tensor
+
+    def shortlist(self, t: int, row_L: torch.Tensor, log_prior_LV: torch.Tensor) -> torch.Tensor:
+        near_LV = self.near_PTV[row_L, t]
+        count = min(self.candidates or near_LV.shape[1], near_LV.shape[1])
+        return (near_LV + log_prior_LV.double()).topk(count).indices
+
+    def score(self, t: int, row_L: torch.Tensor, tokens_LC: torch.Tensor) -> torch.Tensor:
+        self.scored += tokens_LC.numel()
+        return self.near_PTV[row_L, t].gather(1, tokens_LC)
 
 
 class Causal(ContextFree):
@@ -226,13 +259,11 @@ def log_normal(x_D: torch.Tensor, center_LCD: torch.Tensor, log_std_LCD: torch.T
 
 
 def cost(size: Size, *, beams: int = 4, candidates: int = 64, prior_weight: float = 1.0, rows: int = 64) -> Cost:
-    scored = size.tokens * beams * (candidates or size.vocab)
-    step = 2.0 * (size.transform + 12 * size.width)
-    prior = 2.0 * size.tokens * beams * (size.trunk + size.vocab * size.width) * (prior_weight > 0)
-    flops = (
-        scored * step + prior + (2.0 * rows * size.longest * size.width**2 + 60.0 * size.width**3) * (candidates > 0)
-    )
+    each = candidates or size.vocab
+    lanes = _numbers(beams, each, size.vocab, size.width)
+    scored = 1.0 * size.tokens * beams * each
+    flops = scored * 2.0 * size.estimator
+    flops += (2.0 * rows * size.longest * size.width**2 + 60.0 * size.width**3) * (candidates > 0)
     near = 8.0 * size.longest * size.vocab * (candidates > 0)
-    return Cost(
-        flops, near + 64.0 * beams * min(candidates or size.vocab, CHUNK) * size.width + 16.0 * size.vocab * size.width
-    )
+    memory = near + 64.0 * beams * min(each, CHUNK) * size.width + 16.0 * size.vocab * size.width + held(lanes)
+    return Cost(flops, memory, len(groups(size.rows, lanes)) * size.longest, VISITS * scored * size.width)

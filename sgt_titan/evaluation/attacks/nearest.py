@@ -103,6 +103,8 @@ def distances(x_CD: torch.Tensor, rows_VD: torch.Tensor, metric: str = "l2") -> 
 def cost(size: Size, *, rows: int = 0) -> Cost:
     """A distance matrix, streamed, and the SGT over ``rows`` public rows."""
     sampled = rows * size.longest
-    flops = 2.0 * size.tokens * size.vocab * size.width + 2.0 * sampled * (size.transform + size.width)
+    # A float64 product costs two of the trunk's.
+    flops = 4.0 * size.tokens * size.vocab * size.width + 2.0 * sampled * (size.transform + size.width)
     block = min(size.tokens, CHUNK_TOKENS) * min(size.vocab, CHUNK_VOCAB)
-    return Cost(flops, 24.0 * block + 16.0 * (size.tokens + sampled + size.vocab) * size.width)
+    memory = 24.0 * block + 16.0 * (size.tokens + sampled + size.vocab) * size.width
+    return Cost(flops, memory, numbers=3.0 * size.tokens * size.vocab)

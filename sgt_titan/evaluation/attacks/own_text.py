@@ -46,8 +46,7 @@ class OwnText:
         batch = padded(rows, 0, self.table_VD.device)
         random = generator(noise, self.table_VD.device)
         x_BTD, total_BTD = self.table_VD[batch.tokens_BT], torch.zeros(())
-        for _ in range(self.times):
-            sent = self.mechanism.obfuscate(batch, x_BTD, random)
+        for sent in self.mechanism.repeats(batch, x_BTD, random, self.times):
             total_BTD = total_BTD + (sent.noisy_BTD if self.noisy else sent.x_tilde_BTD).float()
         return batch, total_BTD / self.times
 

@@ -19,7 +19,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -466,6 +466,16 @@ class _Decoding:
         self.previous_L = token_M
 
 
+def unsent_cost(size: Size, **effort: Any) -> Cost:
+    """Of one who obfuscates nothing."""
+    return cost(replace(size, transform=0), **effort)
+
+
+def answered_cost(size: Size, **effort: Any) -> Cost:
+    """The same with answers behind the prompts."""
+    return unsent_cost(replace(size, longest=max(size.longest, size.answered)), **effort)
+
+
 def cost(size: Size, *, times: int = 1, **effort: Any) -> Cost:
     """Of the whole budget; a training that settles earlier costs less."""
     mine = Effort(**effort)
@@ -475,11 +485,12 @@ def cost(size: Size, *, times: int = 1, **effort: Any) -> Cost:
     table = size.vocab * size.width
     tokens = mine.batch_rows * size.longest
     step = tokens * (
-        6.0 * (body + decoder) + 8.0 * table * (2 if beams else 1) + 4.0 * times * (size.transform + size.width)
+        6.0 * (body + decoder) + 8.0 * table * (2 if beams else 1) + 2.0 * (1 + times) * (size.transform + size.width)
     )
     read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
     part = min(tokens, 16 * size.longest, max(2 * size.longest, (1 << 27) // size.vocab))
     memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table
-    return Cost(
-        mine.most * step + read, memory + 64.0 * part * (layers * width + (size.width if mine.from_trunk else 0))
-    )
+    memory += 64.0 * part * (layers * width + (size.width if mine.from_trunk else 0))
+    cycles = 2 + math.ceil(math.log2(max(1.0, mine.most / mine.first)))
+    searched = cycles * len(beam.groups(size.rows, 3.0 * beams * size.vocab)) * size.longest if beams else 0
+    return Cost(mine.most * step + read, memory, steps=searched)

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -18,24 +18,25 @@ import torch
 
 from sgt_titan.data.cache import cache_dir
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.attacks import ATTACKS, Attack
+from sgt_titan.evaluation.attacks import ATTACKS, Attack, beam, beamclean, map_search
 from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
 from sgt_titan.evaluation.options import ANSWER, GLANCE, UNSENT
 from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
-from sgt_titan.evaluation.world.granted import World
+from sgt_titan.evaluation.world.granted import KNOWN_TOKENS, World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.world.rotated import load_rotation
 from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, embedding_table, generator
-from sgt_titan.evaluation.world.threat import Cost, Guess, Seed, grants, kind_of
+from sgt_titan.evaluation.world.threat import UNKNOWN, Cost, Guess, KnownPairs, Seed, grants, kind_of
 from sgt_titan.metrics.interval import Estimate
 from sgt_titan.terminal import clock, say
 from sgt_titan.transform import glow
 from sgt_titan.transform.chat_template import look
 
 CHOICE_ROWS = 256  # public rows that token dropping learns its choice on
-TRAINED = ("sequence", "autoregressive", "sequence_repeats", "sequence_at_z", *UNSENT)  # by steps of a reader
+TRAINED = ("sequence", "autoregressive", "sequence_repeats", "sequence_at_z", "inverter", *UNSENT)  # by steps
+MEAN = "sequence_repeats"
 UNITS = (2, 8)  # steps of it that are timed
 
 
@@ -106,8 +107,22 @@ class Evaluation:
         ]
 
     def world(self, mechanism: Mechanism) -> World:
+        """The last one is kept: a mechanism's attacks share what it sent and the pairs that are known of it."""
+        setting, last = self.setting, self._last
+        if not last or last[0].mechanism is not mechanism:
+            last[:] = [World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed)]
+        return last[0]
+
+    @cached_property
+    def _last(self) -> list[World]:
+        return []
+
+    @cached_property
+    def clean_answers(self) -> list[list[int]]:
+        """Greedy, to the clean prompts whose answers are compared with a mechanism's."""
         setting = self.setting
-        return World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed)
+        prompts = utility.compared(setting.rows, SUITES[self.suite].greedy)
+        return utility.greedy_answers(setting.trunk, prompts, nothing(), generator(self.seed, setting.device))
 
     @cached_property
     def frequent(self) -> set[int]:
@@ -132,8 +147,9 @@ class Evaluation:
 
     def jobs(self) -> Iterator[Job]:
         """All of them, cheap ones first within a mechanism."""
-        setting = self.setting
+        setting, width = self.setting, self.setting.transform.config.hidden_size
         tokens = sum(len(row.ids) for row in setting.rows)
+        tokens_hidden = self.world(nothing()).size.tokens
         one = 2.0 * self.world(nothing()).size.trunk * tokens + 2.0 * tokens * self._table_size
         logits = 8.0 * max((b.tokens_BT.numel() for b in setting.full_batches), default=0) * self._vocab
         pass_cost = Cost(one, 4 * logits)
@@ -143,15 +159,28 @@ class Evaluation:
         yield Job("no_prompt", self._no_prompt, Cost(5 * one + fitting, 8 * logits))
         yield Job("lm_top1", self._lm_top1, pass_cost)
         for name, mechanism in self.mechanisms.items():
-            yield Job(f"{name}/privacy", partial(self._privacy, mechanism), Cost(3 * one, 4 * logits))
-            yield Job(f"{name}/utility", partial(self._utility, mechanism), Cost(6 * one, 4 * logits))
             world = self.world(mechanism)
-            rotated = mechanism.rotation is not None
+            ranked = Cost(3 * one, 4 * logits, numbers=40.0 * world.size.tokens * self._vocab)
+            yield Job(f"{name}/privacy", partial(self._privacy, mechanism), ranked)
+            said = utility.GREEDY_TOKENS * math.ceil(SUITES[self.suite].greedy / MAX_ROWS)
+            said *= 1 + (name == "sgt")  # the first answers the clean prompts as well
+            yield Job(f"{name}/utility", partial(self._utility, mechanism), Cost(6 * one, 4 * logits, steps=said))
+            rotated, asked = mechanism.rotation is not None, False
             given = {"rotated": rotated, "denoises": mechanism.denoises}
             for key, attack in battery(self.suite, name, self.only, **given).items():
-                cost = attack.cost(world.size, **(attack.arguments(self.suite) or {}))
+                effort = attack.arguments(self.suite) or {}
+                if mechanism.drops and "candidates" in effort:
+                    effort["candidates"] = 1  # nothing is computed of any
+                cost = attack.cost(world.size, **effort)
+                if key == MEAN and mechanism.transform is None and world.repeats_itself:
+                    cost = replace(cost, flops=0.0, steps=0.0)  # what ``sequence`` read
+                if KnownPairs in grants(attack.run).values():  # the first that asks makes them, and they stay
+                    flops = 0.0 if asked else 8.0 * KNOWN_TOKENS * (world.size.transform + world.size.width)
+                    asked = True
+                    cost = replace(cost, flops=cost.flops + flops, bytes=cost.bytes + 8.0 * KNOWN_TOKENS * width)
                 yield Job(f"{name}/attacks/{key}", partial(self._attack, mechanism, key, attack), cost)
-        yield Job("sgt/certificate", self._certificate, pass_cost)
+        limits = Cost(3 * one, 8 * logits, numbers=200.0 * tokens_hidden * self._vocab)
+        yield Job("sgt/certificate", self._certificate, limits)
         yield Job("sgt/answers", self._answers, pass_cost)
         source = "local" if self.benchmark_dir else "hub"
         flops = 2.0 * self.world(nothing()).size.trunk * 600 * (SUITES[self.suite].questions or 2_000)
@@ -212,8 +241,8 @@ class Evaluation:
             mechanism,
             generator(self.seed, setting.device),
             reference=self.reference,
-            # An answer is the client's work here; what it is worth is measured with the response given.
-            greedy_prompts=0 if mechanism.rotation else SUITES[self.suite].greedy,
+            # An answer is the client's work there; what it is worth is measured with the response given.
+            clean_answers=() if mechanism.rotation else self.clean_answers,
         )
 
     def _attack(self, mechanism: Mechanism, name: str, attack: Attack) -> dict[str, Any]:
@@ -222,8 +251,12 @@ class Evaluation:
         effort = attack.arguments(self.suite) or {}
         if name in UNSENT:
             guess = self._unsent(world, name, attack, effort)
+        elif name == MEAN and world.repeats_itself:
+            guess = self._of_one(world, attack)
         else:
             guess = attack.run(**world.granted(attack.run), **effort)
+        if name == "sequence":
+            self._read[:] = [(mechanism, guess)]
         part: dict[str, Any] = {
             "title": attack.title,
             "source": attack.source,
@@ -253,6 +286,19 @@ class Evaluation:
             }
         part["reads"] = reads[: self.examples]
         return part
+
+    @cached_property
+    def _read(self) -> list[tuple[Mechanism, Guess]]:
+        return []
+
+    def _of_one(self, world: World, attack: Attack) -> Guess:
+        """Of the mean of observations that are all the same: what is read of one, by the same training."""
+        for mechanism, guess in self._read:
+            if mechanism is world.mechanism:
+                return guess
+        effort = attack.arguments(self.suite) or {}
+        one = ATTACKS["sequence"].run
+        return one(**world.granted(one), **{key: value for key, value in effort.items() if key != "times"})
 
     def _unsent(self, world: World, name: str, attack: Attack, effort: Mapping[str, Any]) -> Guess:
         """The same for every mechanism and every export, so found once and kept beside the data."""
@@ -321,14 +367,19 @@ def placeholder(tokenizer: Any) -> int:
 
 
 class Speed(NamedTuple):
-    """Floating-point operations a second, by the estimates' own count: of a pass of the trunk, of training a reader."""
+    """What this machine does, by the estimates' own count. passing, training: floating-point operations a second of a
+    pass of the trunk, of training a reader. step: seconds of a cached position of prompts searched side by side.
+    number: seconds of reading a float64 number."""
 
     passing: float
     training: float
+    step: float
+    number: float
 
     def seconds(self, job: Job) -> float:
         """Training attacks end earlier where they settle: this is of their whole budget."""
-        return job.cost.flops / (self.training if job.name.rpartition("/")[2] in TRAINED else self.passing)
+        speed = self.training if job.name.rpartition("/")[2] in TRAINED else self.passing
+        return job.cost.flops / speed + job.cost.steps * self.step + job.cost.numbers * self.number
 
 
 def measured_speed(evaluation: Evaluation, jobs: Sequence[Job]) -> Speed:
@@ -343,17 +394,37 @@ def measured_speed(evaluation: Evaluation, jobs: Sequence[Job]) -> Speed:
         return time.perf_counter() - started
 
     passing = 2.0 * (size.trunk + evaluation._table_size) * batch.tokens_BT.numel() / min(once() for _ in range(3))
+    step, number = min(_step_seconds(setting) for _ in range(2)), min(_number_seconds(size.width) for _ in range(3))
     if not any(job.name.rpartition("/")[2] in TRAINED for job in jobs):
-        return Speed(passing, passing)
+        return Speed(passing, passing, step, number)
     attack, world = ATTACKS["sequence"], evaluation.world(evaluation.mechanisms["sgt"])
     effort, taken = attack.arguments(evaluation.suite) or {}, {}
     for steps in UNITS:
         budget = {**effort, "first": steps, "most": steps}
         started = time.perf_counter()
         attack.run(**world.granted(attack.run), **budget)
-        taken[steps] = time.perf_counter() - started, attack.cost(size, **budget).flops
+        taken[steps] = time.perf_counter() - started, attack.cost(world.size, **budget).flops
     (first, few), (last, more) = taken.values()
-    return Speed(passing, (more - few) / max(last - first, 1e-9))
+    return Speed(passing, (more - few) / max(last - first, 1e-9), step, number)
+
+
+def _step_seconds(setting: Setting) -> float:
+    """Of one position of a search under the trunk, prompts side by side."""
+    device, beams, length = setting.device, 4, 8
+    prompts = [torch.full((length,), UNKNOWN, device=device) for _ in range(beam.PROMPTS)]
+    tokens_TC = torch.arange(2 * beams, device=device).expand(length, -1) % setting.transform.config.vocab_size
+    emission = beamclean.Fixed([tokens_TC] * len(prompts), [tokens_TC.double()] * len(prompts))
+    started = time.perf_counter()
+    beam.search(setting.trunk, prompts, emission, beams=beams)
+    return (time.perf_counter() - started) / length
+
+
+def _number_seconds(width: int) -> float:
+    """Of one of the passes that ``map_search.VISITS`` counts."""
+    center_LCD = torch.randn(16, 64, width)
+    started = time.perf_counter()
+    map_search.log_normal(center_LCD[:, :1].double(), center_LCD.double(), center_LCD.double())
+    return (time.perf_counter() - started) / (map_search.VISITS * center_LCD.numel())
 
 
 def available_bytes() -> float:

@@ -56,7 +56,7 @@ SUITES: dict[str, Suite] = {
         ("choosing-30",),
         64,
         200,
-        "an hour for a small trunk: what a report says",
+        "hours for a small trunk: what a report says",
     ),
     "full": Suite(
         512,

@@ -34,7 +34,7 @@ def dropping(share: float, place: Place, choose: Choose, *, name: str, title: st
         sent_BTD = torch.where((batch.obfuscate_BT & ~sent_BT)[..., None], place(batch, x_BTD).to(x_BTD), x_BTD)
         return Obfuscated(sent_BTD, sent_BTD, None)
 
-    mechanism = Mechanism(name, title, obfuscate)
+    mechanism = Mechanism(name, title, obfuscate, drops=True)
     mechanism.facts["share"] = share
     return mechanism
 

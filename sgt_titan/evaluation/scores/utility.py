@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Respelt, nothing
-from sgt_titan.evaluation.world.samples import Padded, Sample, padded
+from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, padded
 from sgt_titan.metrics.interval import RESAMPLES, Estimate, ratio
 from sgt_titan.objectives.utility import soft_cross_entropy
 
@@ -208,25 +209,29 @@ def measure_utility(
     random: torch.Generator,
     *,
     reference: Reference,
-    greedy_prompts: int = 0,
+    clean_answers: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
     """``utility`` of a report as JSON values; intervals resample rows.
 
     perplexity: of the response's true tokens. kept: as ``kept`` below. kl, cross_entropy: nats per token from the trunk
     on the clean prompt. agreement: same most probable token, response given. greedy_agreement: the first 32 tokens of
-    the greedy answers to the obfuscated and the clean prompt, by position; an early difference changes all that follow.
+    the greedy answers to the obfuscated and the clean prompt (``clean_answers``, to what ``compared`` finds), by
+    position; an early difference changes all that follow.
     """
     values = measured(trunk, batches, mechanism, random)
     found = described(values, batches, reference)
-    prompts = [prompt for prompt in (row.prompt() for row in rows) if prompt.obfuscate.any()][:greedy_prompts]
-    if prompts:
-        pairs = [
-            (greedy(trunk, prompt, nothing(), random), greedy(trunk, prompt, mechanism, random)) for prompt in prompts
-        ]
+    if clean_answers:
+        given = greedy_answers(trunk, compared(rows, len(clean_answers)), mechanism, random)
+        pairs = list(zip(clean_answers, given, strict=True))
         same = [sum(a == b for a, b in zip(clean, other, strict=False)) for clean, other in pairs]
         longest = [max(len(clean), len(other), 1) for clean, other in pairs]
         found["greedy_agreement"] = ratio(np.array(same), np.array(longest), share=True).as_dict()
     return found
+
+
+def compared(rows: Sequence[Sample], count: int) -> list[Sample]:
+    """The prompts whose greedy answers are compared: the first that hide anything."""
+    return [prompt for prompt in (row.prompt() for row in rows) if prompt.obfuscate.any()][:count]
 
 
 def described(values: Utility, batches: Sequence[Padded], reference: Reference) -> dict[str, Any]:
@@ -267,26 +272,45 @@ def kept(reference: Reference, nll_B: np.ndarray) -> Estimate:
     return Estimate(value, float(min(low, value)), float(max(high, value)), tokens)
 
 
-@torch.no_grad()
 def greedy(
     trunk: PreTrainedModel, prompt: Sample, mechanism: Mechanism, random: torch.Generator, tokens: int = GREEDY_TOKENS
 ) -> list[int]:
     """The greedy answer to one prompt as the mechanism sends it, up to and without the end token."""
-    sent, door = (prompt, mechanism) if (r := mechanism.respelt) is None else (r.written(prompt).row, r.before)
-    batch = padded([sent], 0, trunk.device)
-    x_tilde_BTD = door.obfuscate(batch, trunk.get_input_embeddings()(batch.tokens_BT), random).x_tilde_BTD
+    return greedy_answers(trunk, [prompt], mechanism, random, tokens)[0]
+
+
+@torch.no_grad()
+def greedy_answers(
+    trunk: PreTrainedModel,
+    prompts: Sequence[Sample],
+    mechanism: Mechanism,
+    random: torch.Generator,
+    tokens: int = GREEDY_TOKENS,
+) -> list[list[int]]:
+    """The greedy answers to some prompts, several generated side by side: a step of one is too small."""
     ends = trunk.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     generate: Any = trunk.generate
-    out = generate(
-        inputs_embeds=x_tilde_BTD.to(trunk.dtype),
-        attention_mask=batch.valid_BT.long(),
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=next(iter(ends)) if None not in ends else 0,
-    )[0].tolist()
-    out = out[: next((i for i, token in enumerate(out) if token in ends), len(out))]
-    return mechanism.restore(prompt, out) if mechanism.restore is not None else out
+    found: list[list[int]] = []
+    for start in range(0, len(prompts), MAX_ROWS):
+        sent = []
+        for prompt in prompts[start : start + MAX_ROWS]:
+            row, door = (prompt, mechanism) if (r := mechanism.respelt) is None else (r.written(prompt).row, r.before)
+            batch = padded([row], 0, trunk.device)
+            x_BTD = trunk.get_input_embeddings()(batch.tokens_BT)
+            sent.append(door.obfuscate(batch, x_BTD, random).x_tilde_BTD[0].to(trunk.dtype))
+        yes = [torch.ones(len(x_TD), dtype=torch.int64, device=x_TD.device) for x_TD in sent]
+        outs = generate(
+            inputs_embeds=pad_sequence(sent, batch_first=True, padding_side="left"),
+            attention_mask=pad_sequence(yes, batch_first=True, padding_side="left"),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=next(iter(ends)) if None not in ends else 0,
+        ).tolist()
+        found += [out[: next((i for i, token in enumerate(out) if token in ends), len(out))] for out in outs]
+    if mechanism.restore is None:
+        return found
+    return [mechanism.restore(prompt, out) for prompt, out in zip(prompts, found, strict=True)]
 
 
 def answers(
@@ -298,8 +322,8 @@ def answers(
 ) -> list[list[str]]:
     """Greedy answers as text, for every mechanism and prompt."""
     return [
-        [tokenizer.decode(greedy(trunk, p, mechanism, random, 64), skip_special_tokens=True) for p in prompts]
-        for mechanism in mechanisms
+        [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy_answers(trunk, prompts, m, random, 64)]
+        for m in mechanisms
     ]
 
 

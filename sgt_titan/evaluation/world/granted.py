@@ -90,6 +90,7 @@ class World:
             return sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
         V, D = self.table_VD.shape
+        denoiser = None if self.mechanism.transform is None else self.mechanism.transform.denoiser
         return Size(
             rows=len(self.rows),
             tokens=len(self.truth_N),
@@ -98,11 +99,24 @@ class World:
             vocab=V,
             trunk=parameters(self.trunk),
             transform=parameters(self.mechanism.transform),
+            estimator=parameters(self.mechanism.transform) - parameters(denoiser),
+            answered=max(len(row.ids) + len(row.answer) for row in self.rows),
         )
 
     @cached_property
     def observation(self) -> Observation:
         return observe(self.rows, self.mechanism, self.trunk, self._noise(0))
+
+    @cached_property
+    def repeats_itself(self) -> bool:
+        """The same prompts are sent as the same bytes: a mean of repeats says no more than one of them."""
+        again = observe(self.rows, self.mechanism, self.trunk, self._noise(1))
+        return all(torch.equal(a, b) for a, b in zip(again.x_tilde, self.observation.x_tilde, strict=True))
+
+    @cached_property
+    def pairs(self) -> KnownPairs:
+        """The same for every attack that asks."""
+        return known_pairs(self.corpus, self.mechanism, self.trunk, self._noise(-1))
 
     def granted(self, attack: Callable[..., Guess]) -> dict[str, Any]:
         """The arguments an attack's type asks for, and no more."""
@@ -114,7 +128,7 @@ class World:
             Repeats: lambda: Repeats(
                 MAX_REPEATS, lambda k: observe(self.rows, self.mechanism, self.trunk, self._noise(1 + k))
             ),
-            KnownPairs: lambda: known_pairs(self.corpus, self.mechanism, self.trunk, self._noise(-1)),
+            KnownPairs: lambda: self.pairs,
             Table: lambda: Table(self.public_VD),
             Trunk: lambda: Trunk(self.trunk),
             Prior: lambda: Prior(self.trunk),

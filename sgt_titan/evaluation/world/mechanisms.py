@@ -77,6 +77,8 @@ class Mechanism:
 
     transform: the SGT, where it is one. rotation: where what is sent is in a secret basis (rotated.py). std: of a
     constant noise, embedding units; 0 where there is none. denoises: a denoiser stands between z and what is sent.
+    drops: a token is sent in clear, or something in its place that says nothing of it. again: several observations of
+    the same batch for the work that they share; absent: as many calls.
     rewrite: other tokens in place of a batch's own, before anything (surrogates.py); restore: the tokens of an answer
     to a prompt that was rewritten, with the values put back; respelt: where that changes a row's length, the utility is
     of those rows. facts: what else a report states about it, by name.
@@ -89,10 +91,20 @@ class Mechanism:
     rotation: Rotation | None = field(default=None, repr=False)
     std: float = 0.0
     denoises: bool = False
+    drops: bool = False
+    again: Callable[[Padded, torch.Tensor, torch.Generator, int], list[Obfuscated]] | None = field(
+        default=None, repr=False
+    )
     rewrite: Callable[[Padded], Padded] | None = field(default=None, repr=False)
     restore: Callable[[Sample, Sequence[int]], list[int]] | None = field(default=None, repr=False)
     respelt: Respelt | None = field(default=None, repr=False)
     facts: dict[str, float] = field(default_factory=dict)
+
+    def repeats(self, batch: Padded, x_BTD: torch.Tensor, random: torch.Generator, times: int) -> list[Obfuscated]:
+        """What ``times`` calls of ``obfuscate`` give."""
+        if self.again is not None:
+            return self.again(batch, x_BTD, random, times)
+        return [self.obfuscate(batch, x_BTD, random) for _ in range(times)]
 
 
 def nothing() -> Mechanism:
@@ -114,13 +126,24 @@ def constant_noise(std: float, name: str = "noise", title: str = "constant noise
 def learned(transform: ExportedTransform) -> Mechanism:
     """The export, called as a client calls it."""
 
-    def obfuscate(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator) -> Obfuscated:
-        attention_BT = batch.valid_BT.long()
+    def again(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator, times: int) -> list[Obfuscated]:
         inputs = batch.tokens_BT if transform.embed_tokens is not None else x_BTD
-        found = transform.release(inputs, batch.obfuscate_BT, generator=random, attention_mask=attention_BT)
-        return Obfuscated(found.sent_BTD, found.center_BTD, found.log_std_BTD, found.z_BTD)
+        given: dict[str, Any] = {"generator": random, "attention_mask": batch.valid_BT.long()}
+        found = []
+        for _ in range(times):
+            one = transform.release(inputs, batch.obfuscate_BT, **given)
+            given["moments"] = one.moments  # the same for every draw of the noise
+            found.append(Obfuscated(one.sent_BTD, one.center_BTD, one.log_std_BTD, one.z_BTD))
+        return found
 
-    return Mechanism("sgt", "this SGT", obfuscate, transform=transform, denoises=transform.denoiser is not None)
+    return Mechanism(
+        "sgt",
+        "this SGT",
+        lambda batch, x_BTD, random: again(batch, x_BTD, random, 1)[0],
+        transform=transform,
+        denoises=transform.denoiser is not None,
+        again=again,
+    )
 
 
 def redaction(placeholder_D: torch.Tensor) -> Mechanism:

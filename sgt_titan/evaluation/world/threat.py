@@ -260,7 +260,8 @@ def kind_of(attack: Callable[..., Guess]) -> str:
 @dataclass(frozen=True)
 class Size:
     """What the cost of an attack depends on. rows: prompts; tokens: hidden ones of all rows; longest: tokens of the
-    longest row; width, vocab: of the table; trunk, transform: parameters without embedding tables."""
+    longest row; answered: of the longest with its answer; width, vocab: of the table; trunk, transform: parameters
+    without embedding tables; estimator: of the transform's without its denoiser."""
 
     rows: int
     tokens: int
@@ -269,11 +270,19 @@ class Size:
     vocab: int
     trunk: int
     transform: int
+    answered: int = 0
+    estimator: int = 0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate before anything runs: floating-point operations, and bytes at the peak beside trunk and SGT."""
+    """An estimate before anything runs: floating-point operations, and bytes at the peak beside trunk and SGT.
+
+    What no product of matrices is counts for itself. steps: cached positions of a search side by side. numbers: float64
+    numbers that a pass over them reads.
+    """
 
     flops: float
     bytes: float
+    steps: float = 0.0
+    numbers: float = 0.0

@@ -67,6 +67,24 @@ def top1(guess, world: World) -> float:
     return (guess.top_NK[:, 0] == world.truth_N).double().mean().item()
 
 
+class Counting(torch.nn.Module):
+    """A language model that knows one language: each token is followed by the next."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config = model, model.config
+        self.device = model.device
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        out = self.inner(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        logits = torch.zeros_like(out.logits)
+        logits.scatter_(-1, (input_ids[..., None] + 1) % logits.shape[-1], 9.0)
+        return type(out)(logits=logits)
+
+
 # Small enough for a test; the rest of each attack's effort is that of the quick suite.
 SEQUENCE = {"first": 5, "most": 10, "layers": 1, "width": 32, "batch_rows": 16}
 SMALL = {

@@ -18,7 +18,7 @@ from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constan
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Table, kind_of
 from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config
-from tests.unit.evaluation.worlds import linear, random_rows, top1, world
+from tests.unit.evaluation.worlds import Counting, linear, random_rows, top1, world
 
 
 def random_sgt(model, *, mean: float, std: float) -> ExportedTransform:
@@ -141,24 +141,6 @@ def test_without_a_prior_it_is_maximum_likelihood_per_token(trunk):
     guess = map_search.map_search(**here.granted(map_search.map_search), beams=3, candidates=0, prior_weight=0.0)
     brute = torch.cdist(here.observation.x_tilde_ND.double(), here.table_VD.double()).argmin(-1)
     assert torch.equal(guess.top_NK[:, 0], brute)
-
-
-class Counting(torch.nn.Module):
-    """A language model that knows one language: each token is followed by the next."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.inner, self.config = model, model.config
-        self.device = model.device
-
-    def get_input_embeddings(self):
-        return self.inner.get_input_embeddings()
-
-    def forward(self, input_ids, past_key_values, use_cache):
-        out = self.inner(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
-        logits = torch.zeros_like(out.logits)
-        logits.scatter_(-1, (input_ids[..., None] + 1) % logits.shape[-1], 9.0)
-        return type(out)(logits=logits)
 
 
 def test_a_prior_that_knows_the_language_helps(trunk):

@@ -194,6 +194,15 @@ def test_repeats_are_read_as_one_observation_of_less_noise(trunk):
     assert top1(often, here) == pytest.approx(top1(less, quiet), abs=0.15)
 
 
+def test_a_mean_of_equal_observations_is_one_of_them(trunk):
+    tiny = {"layers": 1, "width": 32, "batch_rows": 8, "first": 2, "most": 4, "lr": 1e-3}
+    here = worlds(trunk, markov, nothing(), rows=4, corpus=80)
+    once = sequence.sequence(**here.granted(sequence.sequence), **tiny)
+    often = sequence.sequence_repeats(**here.granted(sequence.sequence_repeats), times=8, **tiny)
+    assert here.repeats_itself and torch.equal(once.top_NK, often.top_NK) and once.curve.extra == often.curve.extra
+    assert not worlds(trunk, markov, constant_noise(0.1), rows=4, corpus=80).repeats_itself
+
+
 # -- how it works ------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -13,10 +14,11 @@ from sgt_titan.config.load import dump
 from sgt_titan.conjformer.command import convert
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.attacks import ATTACKS
+from sgt_titan.evaluation.attacks import ATTACKS, READER
 from sgt_titan.evaluation.measure import evaluate, runner, workers
 from sgt_titan.evaluation.measure.suite import EXACT, SUITES, battery
-from sgt_titan.evaluation.world.threat import Cost
+from sgt_titan.evaluation.world.mechanisms import nothing
+from sgt_titan.evaluation.world.threat import Cost, Size
 from sgt_titan.transform.trunk_files import TrunkFiles
 
 ATTACKED = "nearest_l2,mrp,known_plaintext,map_search"
@@ -262,6 +264,32 @@ def test_a_budget_names_what_does_not_fit():
     # Two at a time hold both, and the models once more; and take as long as the longest.
     assert runner.check_memory(jobs, 1e6, 2, models=7.0) == 5e12 + 1e6 + 7.0
     assert runner.check_time(jobs, 2, 2) == 60.0 and runner.check_time(jobs, 2) == 61.0
+
+
+def test_an_estimate_adds_up_what_a_part_does():
+    speed = runner.Speed(passing=2.0, training=4.0, step=10.0, number=0.5)
+    seconds = {
+        name: speed.seconds(runner.Job(f"sgt/attacks/{name}", dict, Cost(8.0, 1.0, 2.0, 4.0))) for name in ATTACKS
+    }
+    assert seconds["map_search"] == 4.0 + 20.0 + 2.0 and seconds["inverter"] == 2.0 + 20.0 + 2.0
+    size = Size(rows=20, tokens=800, longest=50, width=64, vocab=500, trunk=10**6, transform=10**5, answered=100)
+    flops = {name: ATTACKS[name].cost(size, **ATTACKS[name].arguments("standard")).flops for name in runner.TRAINED}
+    assert flops["guess"] < flops["sequence"] < flops["sequence_repeats"] and flops["guess"] < flops["answer"]
+
+
+def test_the_mean_of_what_never_changes_is_not_attacked_twice(monkeypatch):
+    evaluation, mechanism, read = runner.Evaluation(setting=None, suite="standard"), nothing(), []
+    attack, other = ATTACKS["sequence_repeats"], SimpleNamespace(mechanism=nothing(), granted=lambda run: {})
+
+    def run(**effort):
+        read.append(effort)
+        return "read"
+
+    monkeypatch.setitem(ATTACKS, "sequence", SimpleNamespace(run=run))
+    evaluation._read[:] = [(mechanism, "before")]
+    assert evaluation._of_one(SimpleNamespace(mechanism=mechanism), attack) == "before" and not read
+    # Another's is not taken; the effort is the same but for how many there are.
+    assert evaluation._of_one(other, attack) == "read" and read == [READER["standard"]]
 
 
 def test_two_processes_measure_the_same(export, results, tmp_path):

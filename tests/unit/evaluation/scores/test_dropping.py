@@ -2,16 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from sgt_titan.evaluation.attacks import map_search
 from sgt_titan.evaluation.attacks.nearest import l2
 from sgt_titan.evaluation.scores.dropping import at_random, dropping, first, learned_choice
 from sgt_titan.evaluation.scores.utility import measured
+from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import nothing
-from sgt_titan.evaluation.world.samples import padded
+from sgt_titan.evaluation.world.samples import Sample, padded
 from sgt_titan.evaluation.world.threat import Guess, Observation, Repeats
-from tests.unit.evaluation.worlds import random_rows, tiny_trunk, top1, world
+from tests.unit.evaluation.worlds import Counting, random_rows, tiny_trunk, top1, world
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,20 @@ def test_who_looks_reads_the_share_and_nothing_else(trunk, share):
     here = world(dropping(share, zeros, at_random, name="d", title="d"), trunk, rows=16, length=13)
     kept = math.ceil(12 * share) / 12
     assert kept <= top1(l2(**here.granted(l2)), here) <= kept + 0.03
+
+
+def test_a_search_knows_what_was_sent_and_guesses_the_rest_by_the_prior(trunk):
+    """No constant is taken for the noise of a token: with a prior that knows the language all is read."""
+    ids = [(np.arange(12) + 20 * b) % 300 for b in range(8)]
+    rows = [Sample(i, np.arange(12) > 0, np.zeros(12, dtype=bool)) for i in ids]
+    here = World(rows, random_rows(32, 12, 300, 5), dropping(0.5, zeros, at_random, name="d", title="d"), trunk, 0)
+    granted = here.granted(map_search.map_search)
+    alone = map_search.map_search(**granted, candidates=32, prior_weight=0.0)
+    sent = (here.observation.x_tilde_ND != 0).any(-1)
+    assert torch.equal(alone.top_NK[sent, 0], here.truth_N[sent]) and 0.4 < sent.double().mean() < 0.7
+    granted["prior"] = type(granted["prior"])(Counting(trunk))
+    for candidates in (0, 32):
+        assert top1(map_search.map_search(**granted, candidates=candidates), here) == 1.0
 
 
 def test_another_draw_drops_others(trunk):

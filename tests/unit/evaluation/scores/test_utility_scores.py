@@ -44,8 +44,9 @@ def reference(trunk, batches, removed):
 
 
 def measured(trunk, batches, rows, mechanism, reference):
+    clean = utility.greedy_answers(trunk, utility.compared(rows, 3), nothing(), generator(0, CPU))
     return utility.measure_utility(
-        trunk, batches, rows, mechanism, generator(0, CPU), reference=reference, greedy_prompts=3
+        trunk, batches, rows, mechanism, generator(0, CPU), reference=reference, clean_answers=clean
     )
 
 
@@ -113,6 +114,15 @@ def test_described_in_closed_form():
         {"kept": 0.75, "cross_entropy": 2.5, "kl": 2.0, "agreement": 0.5}
     )
     assert all(estimate["n"] == 2 for estimate in found.values())
+
+
+def test_answers_side_by_side_are_those_of_each_alone(trunk, rows):
+    prompts, mechanism = [row.prompt() for row in rows[:4]], constant_noise(0.02)
+    assert len({len(prompt.ids) for prompt in prompts}) > 1
+    random = generator(1, CPU)  # the noise is drawn prompt by prompt
+    alone = [utility.greedy(trunk, prompt, mechanism, random, 44) for prompt in prompts]
+    together = utility.greedy_answers(trunk, prompts, mechanism, generator(1, CPU), 44)
+    assert together == alone and len({len(ids) for ids in alone}) > 1
 
 
 def test_answers_end_where_the_model_ends(trunk, rows):

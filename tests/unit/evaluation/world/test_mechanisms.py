@@ -9,11 +9,14 @@ from sgt_titan.evaluation.world.mechanisms import (
     classical_epsilon,
     gaussian_epsilon,
     largest_distance,
+    learned,
     noise_grid,
+    nothing,
     redaction,
 )
 from sgt_titan.evaluation.world.samples import Sample, Span, padded
-from tests.unit.evaluation.worlds import tiny_trunk
+from sgt_titan.transform import ExportedTransform, SGTConfig, estimator_config
+from tests.unit.evaluation.worlds import random_rows, tiny_trunk
 
 
 def phi(x):
@@ -65,3 +68,25 @@ def test_redaction_replaces_marked_tokens_and_nothing_else(trunk_dir):
     assert sent.log_std_BTD is None
     assert torch.equal(sent.x_tilde_BTD[0, [2, 3]], table[[7, 7]])
     assert torch.equal(sent.x_tilde_BTD[0, [0, 1, 4, 5]], x[0, [0, 1, 4, 5]]), "what is sent in clear anyway stays"
+
+
+def test_repeats_are_as_many_calls_that_share_the_moments(trunk_dir):
+    trunk = tiny_trunk(trunk_dir)
+    torch.manual_seed(0)
+    config = SGTConfig(
+        trunk_config=estimator_config(trunk.config, 1), denoiser_layers=1, format_version=2, vocab_size=300,
+        hidden_size=32, embeddings=False,
+    )  # fmt: skip
+    transform = ExportedTransform(config).eval().requires_grad_(False)
+    for head in (transform.mean_head, transform.log_std_head, transform.denoiser.head):
+        head.weight.normal_(0, 0.1)
+    sgt = learned(transform)
+    batch = padded(random_rows(3, 9, 300, 0), 0, torch.device("cpu"))
+    x_BTD = trunk.get_input_embeddings()(batch.tokens_BT)
+    one, passes = torch.Generator().manual_seed(1), []
+    wanted = [sgt.obfuscate(batch, x_BTD, one) for _ in range(3)]
+    transform.bodies[0].register_forward_hook(lambda *_: passes.append(1))
+    found = sgt.repeats(batch, x_BTD, torch.Generator().manual_seed(1), 3)
+    assert all(torch.equal(a, b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f, w, strict=True))
+    assert len(passes) == 1 and not torch.equal(found[0].x_tilde_BTD, found[1].x_tilde_BTD)
+    assert len(nothing().repeats(batch, x_BTD, torch.Generator(), 2)) == 2
