@@ -87,11 +87,12 @@ FLOORS = {"guess": " guessed without looking", "answer": " told by the answer al
 
 
 def floor(axes: Any, shares: Mapping[str, float], *, left: float) -> None:
-    """A dashed line a share that has a name: what is read without a look at what was sent."""
-    for text, share in shares.items():
-        if not math.isnan(share):
-            axes.axhline(share, color=GREY, linestyle="--", linewidth=1)
-            axes.text(left, share, text, fontsize=7, va="bottom", color=GREY)
+    """A dashed line a share that has a name: what is read without a look at what was sent. The lowest of several has its
+    name below, since two may lie together."""
+    lines = sorted((share, text) for text, share in shares.items() if not math.isnan(share))
+    for place, (share, text) in enumerate(lines):
+        axes.axhline(share, color=GREY, linestyle="--", linewidth=1)
+        axes.text(left, share, text, fontsize=7, va="bottom" if place or len(lines) == 1 else "top", color=GREY)
 
 
 def plane(results: Results) -> str | None:
