@@ -90,6 +90,8 @@ ACCEPTS = {
         "router_num_limited_groups router_route_scale router_route_norm attn_backend moe_comm_backend rope"
     ),
 }
+# what is counted, by group and name
+COUNTERS = ("torch._dynamo.utils:counters",)
 FIELDS = {
     "torchtitan.trainer:Trainer.Config": (
         "model_spec hf_assets_path dump_folder metrics dataloader optimizer lr_scheduler training parallelism "
@@ -154,6 +156,11 @@ def test_parameters(name):
     assert not missing, f"{name} no longer takes {sorted(missing)}"
 
 
+@pytest.mark.parametrize("name", COUNTERS)
+def test_counters(name):
+    assert resolve(name)["nobody's group"]["nobody's name"] == 0
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields(name):
     missing = set(FIELDS[name].split()) - {field.name for field in dataclasses.fields(resolve(name))}
@@ -201,7 +208,7 @@ def test_every_imported_name_exists():
 
 
 def test_private_names_of_torch_are_on_this_page():
-    listed = {(name.partition(":")[0], name.partition(":")[2]) for name in (*SIGNATURES, *ACCEPTS)}
+    listed = {(name.partition(":")[0], name.partition(":")[2]) for name in (*SIGNATURES, *ACCEPTS, *COUNTERS)}
     private = {(module, name) for module, name in imported_names() if not module.startswith("torchtitan")}
     assert private - listed <= {("torch.distributed.checkpoint._hf_utils", name) for _, name in private}
     assert {name for _, name in private} >= {"_set_pg_timeout", "_get_mesh_info", "ShardPlacementResult"}
