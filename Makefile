@@ -64,7 +64,7 @@ clients: $(READY) .venv-clients/.ready ## the table of clients in docs/SERVING.m
 test-all: $(READY) ## also the tests that need a GPU, a Slurm cluster or vLLM
 	$(PYTHON) -m pytest
 
-bench: $(READY) ## one page of ratios: steps, loss, starts, memory, tokenizing; 10 minutes (GPU=1: steps of Llama shapes)
+bench: $(READY) ## one page of ratios: steps, loss, starts, memory, tokenizing; 6 minutes (GPU=1: steps of Llama shapes)
 	$(if $(GPU),OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py --gpu,$(PYTHON) benchmarks/page.py)
 
 guard: $(READY) ## time and memory as ratios, against limits: fails where something has become slower (a minute)
