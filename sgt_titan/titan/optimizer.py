@@ -44,7 +44,8 @@ class GuardedOptimizers(OptimizersContainer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         local = [g._local_tensor if isinstance(g, DTensor) else g for g in grads]
         device = local[0].device if local else torch.device("cpu")
-        # The norm is finite where all are, and reads a gradient once, where isfinite reads it five times.
+        # A norm reads a gradient once, where isfinite reads it five times. It is not finite where one of them is not,
+        # nor where their squares overflow, which clipping to a norm could make nothing of either.
         norm = torch.nn.utils.get_total_norm([g for g in local if g.numel()]).to(device)
         finite = [torch.isfinite(norm)]
         if self._loss_is_finite is not None:
