@@ -59,18 +59,27 @@ def seconds(run: Any) -> float:
     return time.process_time() - started
 
 
+def budget(effort: dict[str, Any]) -> str:
+    """Which of the effort's words says how long an attack trains."""
+    return next(word for word in STEPS if word in effort)
+
+
+def shortened(effort: dict[str, Any], count: int) -> dict[str, Any]:
+    """The effort with so many steps."""
+    word = budget(effort)
+    return {**effort, **{key: count for key in (word, STEPS[word]) if key}}
+
+
 def trained(attack: Any, effort: dict[str, Any], worlds: list[Any], rows: list[int], steps: list[int]) -> Any:
     """Seconds of a whole training on as many prompts: (prompts) -> seconds."""
-    word = next(word for word in STEPS if word in effort)
-    cycles = 2.0
+    word, cycles = budget(effort), 2.0
     if not (first := STEPS[word]):
         steps = [count + LOOKS for count in steps]
     else:
         cycles += math.ceil(math.log2(max(1, effort[word] / effort[first])))
 
     def run(world: Any, count: int) -> float:
-        short = {**effort, word: count, **({first: count} if first else {})}
-        granted = world.granted(attack.run)
+        granted, short = world.granted(attack.run), shortened(effort, count)
         return seconds(lambda: attack.run(**granted, **short))
 
     few, more = run(worlds[0], steps[0]), run(worlds[0], steps[1])
@@ -142,13 +151,11 @@ def products(arguments: argparse.Namespace) -> None:
         for name in arguments.products.split(","):
             attack, sums = ATTACKS[name], []
             effort = attack.arguments(arguments.suite) or {}
-            word = next(word for word in STEPS if word in effort)
             for count in steps:
-                short = {**effort, word: count, **({first: count} if (first := STEPS[word]) else {})}
-                granted = world.granted(attack.run)
+                granted, short = world.granted(attack.run), shortened(effort, count)
                 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
                     attack.run(**granted, **short)
-                events = [e for e in seen.key_averages()]
+                events = seen.key_averages()
                 within = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
                 sums.append(
                     (
