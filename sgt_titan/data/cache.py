@@ -254,8 +254,8 @@ def cache_dir(config: schema.Config) -> Path:
 
 
 @contextmanager
-def filled_once(path: Path) -> Iterator[None]:
-    """A block that looks for ``path``, a file below ``cache_dir``, and makes it: one of several processes at a time.
+def filled_once(path: Path, whose: str = "data.cache_dir") -> Iterator[None]:
+    """A block that looks for ``path``, a file below ``whose`` folder, and makes it: one of several processes at a time.
 
     Raises:
         UserError: the cache cannot be written.
@@ -265,7 +265,7 @@ def filled_once(path: Path) -> Iterator[None]:
         with disk.alone(path.with_suffix(".lock")):
             yield
     except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {path.parent}: {error.strerror or error}") from error
+        raise UserError(f"{whose}: cannot write {path.parent}: {error.strerror or error}") from error
 
 
 def fingerprint(found: list[Part], tokenizer_dir: str) -> str:

@@ -14,8 +14,8 @@ import launch
 
 pytestmark = pytest.mark.distributed
 
-# Runs one after another: ranks, options, and whether any code is made. Shapes on a rank are the same in a line, and what
-# FSDP does is outside of the code; the mesh that tensors are split over is part of it.
+# Runs one after another: ranks, options, and whether any code is made. Shapes on a rank are the same in a row of runs,
+# and what FSDP does is outside of the code; the mesh that tensors are split over is part of it.
 LAYOUTS = {
     "fsdp2 x2 and hsdp 2x2, pairs across ranks": ((2, (ROWS, "1"), True), (4, (*HSDP, ROWS, "1"), False)),
     "tp x2 and fsdp2 2 x tp 2": (

@@ -68,12 +68,17 @@ MAP: Mapping[str, Mapping[str, Any]] = {
     "full": {"beams": 8, "candidates": 1024},
 }
 
-# Of the sequence attacker and of the one who sees nothing: equal, so that their difference is what was sent.
+# Of the sequence attacker and of those who see nothing: equal, so that their difference is what was sent.
 READER: Mapping[str, Mapping[str, Any]] = {
     "quick": {"first": 100, "most": 400, "layers": 4, "width": 128, "lr": 2e-3},
     "standard": {"first": 200, "most": 3200, "layers": 4, "width": 192, "lr": 2e-3},
     "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384},
 }
+# Of who goes on from the sequence attacker.
+GOES_ON: Mapping[str, Mapping[str, Any]] = {
+    suite: {**READER[suite], "most": READER[suite]["most"] // 4, "after": READER[suite]} for suite in SUITES[1:]
+}
+BEFORE = "sequence"  # the attack that they go on from
 
 ATTACKS: dict[str, Attack] = {
     "nearest_l2": Attack("nearest neighbour, L2", nearest.l2, nearest.cost, PAPER, ALSO_AT_A_GLANCE),
@@ -122,23 +127,19 @@ ATTACKS: dict[str, Attack] = {
     "sequence": Attack("sequence attacker", sequence.sequence, sequence.cost, SEQUENCE, READER),
     "autoregressive": Attack(
         "sequence attacker, left to right", sequence.autoregressive, sequence.cost, SEQUENCE,
-        {
-            "standard": {"first": 200, "most": 1600, "layers": 4, "width": 192, "beams": 4},
-            "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384, "beams": 8},
-        },
-        {"from_trunk": True, "lr": 5e-4},
+        {suite: {**GOES_ON[suite], "beams": beams, "lr": 5e-4} for suite, beams in (("standard", 4), ("full", 8))},
+        {"from_trunk": True},
     ),
     "sequence_repeats": Attack(
         "sequence attacker, mean of K repeats", sequence.sequence_repeats, sequence.cost, SEQUENCE,
-        {suite: READER[suite] for suite in SUITES[1:]}, {"times": 8},
+        GOES_ON, {"times": 8},
     ),
     "map_search_at_z": Attack(
         "MAP beam search at z", map_search.map_search_at_z, map_search.cost, FOLKLORE,
         {suite: MAP[suite] for suite in SUITES[1:]},
     ),
     "sequence_at_z": Attack(
-        "sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE,
-        {suite: READER[suite] for suite in SUITES[1:]},
+        "sequence attacker at z", sequence.sequence_at_z, sequence.cost, SEQUENCE, GOES_ON
     ),
     GUESSING: Attack(
         "guessing: the same without what was sent", sequence.guess, sequence.unsent_cost, SEQUENCE, READER

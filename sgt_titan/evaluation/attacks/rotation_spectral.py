@@ -83,7 +83,7 @@ def spectral_sequence(
     found = recover(served.files, public.files)
     undone = tuple((x_TD.double() @ found.U_DD.to(x_TD.device)).float() for x_TD in observation.x_tilde)
     seen = Observation(undone, observation.hidden, observation.tokens)
-    guess = sequence.sequence(seen, Transform(without.mechanism), corpus, table, seed, **effort)
+    guess = sequence.trained(seen, Transform(without.mechanism), corpus, table, seed, **effort)
     return Guess(guess.top_NK, guess.curve, guess.flops + _flops(found.U_DD), (_note(found), *guess.notes))
 
 

@@ -7,6 +7,8 @@ so with enough training and width no attack of one observation reads more. It sa
 
 * training goes in cycles, each warmed up and annealed to zero, each doubling the steps done so far (arXiv 1608.03983);
   it ends when a doubling no longer helps on text kept aside, or at the budget, which is then said;
+* who reads the mean of repeats, or z, or from left to right, goes on from who reads one observation: most of what there
+  is to learn is the same;
 * ``guess`` is the same network without what was sent: what it gets right is known without any leak;
 * ``answer`` is the same with the true answer instead: what it gets right no mechanism hides that keeps the answer.
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +38,7 @@ from sgt_titan.evaluation.world.samples import Padded, Sample, batched
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
     Answered,
+    Checkpoints,
     Corpus,
     Cost,
     Curve,
@@ -89,23 +92,36 @@ def sequence(
     transform: Transform,
     corpus: Corpus,
     table: Table,
+    checkpoints: Checkpoints,
     seed: Seed,
     **effort: Any,
 ) -> Guess:
     """Read what is sent, each position by its marginal posterior."""
+    return checkpoints.once("sequence", effort, lambda: trained(observation, transform, corpus, table, seed, **effort))
+
+
+def trained(
+    observation: Observation, transform: Transform, corpus: Corpus, table: Table, seed: Seed, **effort: Any
+) -> Guess:
+    """The same, whether or not it was trained before."""
     return _read(observation, transform, corpus, table, None, seed, Effort(**effort))
 
 
 def sequence_at_z(
-    observation: Noisy,
+    observation: Observation,
+    noisy: Noisy,
     transform: Transform,
     corpus: Corpus,
     table: Table,
+    checkpoints: Checkpoints,
     seed: Seed,
+    *,
+    after: Mapping[str, Any] | None = None,
     **effort: Any,
 ) -> Guess:
-    """The same at z."""
-    return sequence(observation, transform, corpus, table, seed, **effort)
+    """The same at z. after: the effort of the ``sequence`` that it goes on from."""
+    begun = sequence(observation, transform, corpus, table, checkpoints, seed, **after) if after else None
+    return _read(noisy, transform, corpus, table, None, seed, Effort(**effort), begun=begun)
 
 
 def sequence_repeats(
@@ -114,14 +130,25 @@ def sequence_repeats(
     transform: Transform,
     corpus: Corpus,
     table: Table,
+    checkpoints: Checkpoints,
     seed: Seed,
     *,
     times: int = 8,
+    after: Mapping[str, Any] | None = None,
     **effort: Any,
 ) -> Guess:
-    """The same on the mean of ``times`` obfuscations of each prompt."""
-    mean = mean_of([observation, *(repeats.draw(k) for k in range(min(times - 1, repeats.limit)))])
-    return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=1 + min(times - 1, repeats.limit))
+    """The same on the mean of ``times`` obfuscations of each prompt. after: as above. Where repeats are the same bytes
+    there is nothing to go on with."""
+    others = [repeats.draw(k) for k in range(min(times - 1, repeats.limit))]
+    begun = sequence(observation, transform, corpus, table, checkpoints, seed, **after) if after else None
+    if begun and all(_same(other, observation) for other in others):
+        return begun
+    mean = mean_of([observation, *others])
+    return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=1 + len(others), begun=begun)
+
+
+def _same(one: Observation, other: Observation) -> bool:
+    return all(torch.equal(a_TD, b_TD) for a_TD, b_TD in zip(one.x_tilde, other.x_tilde, strict=True))
 
 
 def mean_of(observations: Sequence[Observation]) -> Observation:
@@ -136,39 +163,53 @@ def autoregressive(
     corpus: Corpus,
     table: Table,
     trunk: Trunk,
+    checkpoints: Checkpoints,
     seed: Seed,
+    *,
+    after: Mapping[str, Any] | None = None,
     **effort: Any,
 ) -> Guess:
     """Read what is sent from left to right: trained with the true tokens before, searched with a small beam.
 
-    from_trunk: the decoder starts as the trunk, which is then trained with the rest.
+    from_trunk: the decoder starts as the trunk, which is then trained with the rest. after: as above, for the encoder.
     """
     mine = Effort(**{"layers": 2, "from_trunk": True, "beams": 4} | effort)
-    return _read(observation, transform, corpus, table, trunk, seed, mine)
+    begun = sequence(observation, transform, corpus, table, checkpoints, seed, **after) if after else None
+    return _read(observation, transform, corpus, table, trunk, seed, mine, begun=begun)
 
 
 def guess(
     unseen: Unseen,
     corpus: Corpus,
     table: Table,
+    checkpoints: Checkpoints,
     seed: Seed,
     **effort: Any,
 ) -> Guess:
     """The bidirectional reader without what was sent: the template, the language, the length of the prompt."""
-    return _read(unseen, None, corpus, table, None, seed, Effort(**effort))
+
+    def train() -> Guess:
+        return _read(unseen, None, corpus, table, None, seed, Effort(**effort))
+
+    return checkpoints.once("guess", effort, train)
 
 
 def answer(
     answered: Answered,
     corpus: Corpus,
     table: Table,
+    checkpoints: Checkpoints,
     seed: Seed,
     **effort: Any,
 ) -> Guess:
     """The bidirectional reader with the true answer in the place of what was sent: what any mechanism gives up that
     keeps the answer."""
     rows = Corpus([row.answered() for row in corpus.rows])
-    return _read(answered, None, rows, table, None, seed, Effort(**effort, points=True))
+
+    def train() -> Guess:
+        return _read(answered, None, rows, table, None, seed, Effort(**effort, points=True))
+
+    return checkpoints.once("answer", effort, train)
 
 
 def _read(
@@ -180,8 +221,9 @@ def _read(
     seed: Seed,
     effort: Effort,
     times: int = 1,
+    begun: Guess | None = None,
 ) -> Guess:
-    """Train a reader and read; a curve over the steps at the end of each cycle."""
+    """Train a reader and read; a curve over the steps at the end of each cycle. begun: whose encoder goes on."""
     mechanism, noisy = None if transform is None else transform.mechanism, isinstance(observation, Noisy)
     own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=noisy, times=times)
     held = min(HELD_ROWS, max(1, len(corpus.rows) // 10))
@@ -191,9 +233,16 @@ def _read(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed.value)
         reader, begins = _begin(own, train_rows, trunk, effort, longest)
+    before = 0
+    if begun is not None:
+        before = _go_on(reader, begun)
+        begins = f"a reader of one observation, of {before} steps" + (" and the trunk" if effort.from_trunk else "")
     reader.to(device)
-    stages = list(_cycles(reader, own, train_rows, held_rows, observation, effort, seed.value))
-    best = min(stages, key=lambda stage: stage.loss)
+    stages, weights = [], None
+    for stage in _cycles(reader, own, train_rows, held_rows, observation, effort, seed.value, before):
+        stages.append(stage)
+        if stage.loss <= min(earlier.loss for earlier in stages):
+            best, weights = stage, {name: t.detach().cpu().clone() for name, t in reader.state_dict().items()}
     curve = Curve(
         "training steps",
         tuple(float(stage.steps) for stage in stages),
@@ -202,15 +251,17 @@ def _read(
         "the attacker's own held-out loss, nats per token",
     )
     parameters = sum(p.numel() for p in reader.parameters() if p.requires_grad) - table.rows_VD.shape[0]
-    tokens = stages[-1].steps * effort.batch_rows * float(np.mean([len(row.ids) for row in train_rows]))
+    tokens = (stages[-1].steps - before) * effort.batch_rows * float(np.mean([len(row.ids) for row in train_rows]))
     spent = tokens * (6.0 * parameters + 6.0 * table.rows_VD.numel())
     notes = [
-        f"starts as {begins}, trained for {best.steps} steps of {effort.batch_rows} rows; on text kept aside its loss "
-        f"is {best.loss:.3f} nats a token and it reads {best.share:.1%}"
+        f"starts as {begins}, trained for {best.steps - before} steps of {effort.batch_rows} rows; on text kept aside "
+        f"its loss is {best.loss:.3f} nats a token and it reads {best.share:.1%}"
         + (" given the true tokens before" if reader.decoder is not None else ""),
         _verdict(stages),
     ]
-    return Guess(best.top_NK, curve, spent, tuple(notes))
+    if begun is not None:
+        spent += begun.flops
+    return Guess(best.top_NK, curve, spent, tuple(notes), weights)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -241,6 +292,16 @@ def _begin(
     if start is not None:
         reader.std_D.copy_(pairs.sent_MD.std(0).clamp_min(1e-6 * table_VD.std()))
     return reader, name
+
+
+def _go_on(reader: Reader, begun: Guess) -> int:
+    """Give a reader the weights of another but for what each reads from one token alone; the steps behind them."""
+    assert begun.weights is not None and begun.curve is not None, "who goes on from a network has one"
+    weights = {name: t for name, t in begun.weights.items() if name != "log_tau"}
+    unknown = reader.load_state_dict(weights, strict=False).unexpected_keys  # a decoder it has not, and keeps its own
+    assert not unknown, "another network"
+    steps = dict(zip(begun.curve.extra, begun.curve.at, strict=True))
+    return int(steps[min(steps)])
 
 
 def log_frequencies(rows: Sequence[Sample], vocab: int) -> torch.Tensor:
@@ -278,17 +339,19 @@ def _cycles(
     observation: Observation | Unseen,
     effort: Effort,
     seed: int,
+    before: int = 0,
 ) -> Iterator[Stage]:
-    """Train in cycles of first, first, 2 first, 4 first ... steps until a doubling does not help, or ``most``."""
+    """Train in cycles of first, first, 2 first, 4 first ... steps until a doubling does not help, or ``most``. before:
+    steps that the reader has behind it, which count in its stages alone."""
     decayed = [p for p in reader.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in reader.parameters() if p.requires_grad and p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=0.0, betas=(0.9, 0.98)
     )
     random, done, last = np.random.default_rng(seed), 0, None
-    stage = _stage(reader, own, held, observation, effort, 0)
+    stage = _stage(reader, own, held, observation, effort, before)
     yield stage
-    while done < effort.most and not (last is not None and last.steps and _settled(last, stage)):
+    while done < effort.most and not (last is not None and last.steps > before and _settled(last, stage)):
         length = min(max(effort.first, done), effort.most - done)
         for step in range(length):
             for group in optimizer.param_groups:
@@ -297,7 +360,7 @@ def _cycles(
             picks = [shown(row, random) for row in picks] if effort.points else picks
             _step(reader, own, picks, own.noise(done + step + 1), optimizer)
         done += length
-        last, stage = stage, _stage(reader, own, held, observation, effort, done)
+        last, stage = stage, _stage(reader, own, held, observation, effort, before + done)
         yield stage
 
 
@@ -357,7 +420,7 @@ def _verdict(stages: Sequence[Stage]) -> str:
     )
     if stage.loss > last.loss + SETTLED_LOSS * max(last.loss, 1.0):
         return f"has not converged but learnt its own text by heart: {change}; with more public text it reads more"
-    if _settled(last, stage) and last.steps:
+    if _settled(last, stage) and last.steps > stages[0].steps:
         return f"converged: {change}"
     return f"has not converged within its budget: {change}; a longer training reads more"
 
@@ -476,8 +539,8 @@ def answered_cost(size: Size, **effort: Any) -> Cost:
     return unsent_cost(replace(size, longest=max(size.longest, size.answered)), **effort)
 
 
-def cost(size: Size, *, times: int = 1, **effort: Any) -> Cost:
-    """Of the whole budget; a training that settles earlier costs less."""
+def cost(size: Size, *, times: int = 1, after: Mapping[str, Any] | None = None, **effort: Any) -> Cost:
+    """Of the whole budget; a training that settles earlier costs less. What it goes on from is another attack's."""
     mine = Effort(**effort)
     layers, width, beams = mine.layers, mine.width, mine.beams
     body = 12.0 * layers * width**2

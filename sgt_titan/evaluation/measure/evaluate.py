@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"
     # What is begun may be of another evaluation: refused below, before anything runs.
     begun = Parts(out)
+    arguments.out = out
     evaluation = evaluation_of(arguments, overrides, begun.get(runner.FIRST))
     setting, jobs = evaluation.setting, list(evaluation.jobs())
     if arguments.jobs > 1 and setting.device.type != "cpu":
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": len(setting.rows),
         "zero_steps": arguments.zero_steps,
         "seq_len": setting.config.training.seq_len,
+        "effort": runner.effort_of(arguments.suite),
         "version": __version__,
     }
     parts = open_parts(out, identity) if out else Parts(None)
@@ -217,6 +219,7 @@ def evaluation_of(
         judge=(arguments.judge, arguments.judge_model) if arguments.judge else None,
         rotation=(*arguments.rotated.split(","), config.trunk.path) if arguments.rotated else None,
         begun=begun,
+        networks=arguments.out / "networks" if arguments.out else None,
     )
 
 

@@ -6,29 +6,33 @@ not fit the memory or the time given is refused with what to reduce.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sgt_titan.data.cache import cache_dir
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.attacks import ATTACKS, Attack, beam, beamclean, map_search
+from sgt_titan.evaluation.attacks import ATTACKS, BEFORE, ROTATION, Attack, beam, beamclean, map_search
 from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
 from sgt_titan.evaluation.options import ANSWER, GLANCE, UNSENT
 from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
+from sgt_titan.evaluation.world.checkpoints import in_files, in_memory
 from sgt_titan.evaluation.world.granted import KNOWN_TOKENS, World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, learned, noise_grid, nothing, redaction
 from sgt_titan.evaluation.world.rotated import load_rotation
 from sgt_titan.evaluation.world.samples import MAX_ROWS, Padded, Sample, embedding_table, generator
-from sgt_titan.evaluation.world.threat import UNKNOWN, Cost, Guess, KnownPairs, Seed, grants, kind_of
+from sgt_titan.evaluation.world.threat import UNKNOWN, Cost, KnownPairs, Seed, grants, kind_of
 from sgt_titan.metrics.interval import Estimate
 from sgt_titan.terminal import clock, say
 from sgt_titan.transform import glow
@@ -42,12 +46,23 @@ UNITS = (2, 8)  # steps of it that are timed
 
 @dataclass(frozen=True)
 class Job:
-    """``run()`` measures; ``name`` is where the result belongs, as in ``sgt/attacks/nearest_l2``."""
+    """``run()`` measures; ``name`` is where the result belongs, as in ``sgt/attacks/nearest_l2``. after: the job whose
+    network it goes on from, and which it would do itself before that is there."""
 
     name: str
     run: Callable[[], dict[str, Any]] = field(repr=False)
     cost: Cost
     seconds: float = 0.0  # estimated
+    after: str = ""
+
+
+def effort_of(suite: str) -> str:
+    """A digest of every attack's effort in a suite."""
+    return _digest({name: attack.arguments(suite) for name, attack in {**ATTACKS, **ROTATION}.items()})
+
+
+def _digest(effort: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(effort, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,7 @@ class Evaluation:
     judge: tuple[str, str] | None = None  # base URL, model
     rotation: tuple[str, str, str, str] | None = None  # server, client, secret, public checkpoint
     begun: Mapping[str, Any] | None = field(default=None, repr=False)  # ``no_prompt``, where it is there already
+    networks: Path | None = None  # where the networks are kept that attacks go on from; None: in memory
 
     @cached_property
     def mechanisms(self) -> dict[str, Mechanism]:
@@ -110,7 +126,11 @@ class Evaluation:
         """The last one is kept: a mechanism's attacks share what it sent and the pairs that are known of it."""
         setting, last = self.setting, self._last
         if not last or last[0].mechanism is not mechanism:
-            last[:] = [World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed)]
+            kept = in_memory()
+            if self.networks is not None:
+                folder = self.networks / mechanism.name
+                kept = in_files(lambda name, effort: folder / f"{name}-{_digest(effort)}.safetensors", "--out")
+            last[:] = [World(setting.prompts, setting.corpus, mechanism, setting.trunk, self.seed, kept)]
         return last[0]
 
     @cached_property
@@ -167,18 +187,25 @@ class Evaluation:
             yield Job(f"{name}/utility", partial(self._utility, mechanism), Cost(6 * one, 4 * logits, steps=said))
             rotated, asked = mechanism.rotation is not None, False
             given = {"rotated": rotated, "denoises": mechanism.denoises}
-            for key, attack in battery(self.suite, name, self.only, **given).items():
-                effort = attack.arguments(self.suite) or {}
+            attacks = battery(self.suite, name, self.only, **given)
+            for key, attack in attacks.items():
+                effort, after = attack.arguments(self.suite) or {}, ""
                 if mechanism.drops and "candidates" in effort:
                     effort["candidates"] = 1  # nothing is computed of any
                 cost = attack.cost(world.size, **effort)
                 if key == MEAN and mechanism.transform is None and world.repeats_itself:
                     cost = replace(cost, flops=0.0, steps=0.0)  # what ``sequence`` read
+                if begun := effort.get("after"):
+                    if BEFORE in attacks:
+                        after = f"{name}/attacks/{BEFORE}"
+                    else:
+                        cost = replace(cost, flops=cost.flops + ATTACKS[BEFORE].cost(world.size, **begun).flops)
                 if KnownPairs in grants(attack.run).values():  # the first that asks makes them, and they stay
                     flops = 0.0 if asked else 8.0 * KNOWN_TOKENS * (world.size.transform + world.size.width)
                     asked = True
                     cost = replace(cost, flops=cost.flops + flops, bytes=cost.bytes + 8.0 * KNOWN_TOKENS * width)
-                yield Job(f"{name}/attacks/{key}", partial(self._attack, mechanism, key, attack), cost)
+                run = partial(self._attack, mechanism, key, attack)
+                yield Job(f"{name}/attacks/{key}", run, cost, after=after)
         limits = Cost(3 * one, 8 * logits, numbers=200.0 * tokens_hidden * self._vocab)
         yield Job("sgt/certificate", self._certificate, limits)
         yield Job("sgt/answers", self._answers, pass_cost)
@@ -186,8 +213,8 @@ class Evaluation:
         flops = 2.0 * self.world(nothing()).size.trunk * 600 * (SUITES[self.suite].questions or 2_000)
         for name in [n for n in ("none", "sgt", "noise") if n in self.mechanisms]:
             for benchmark in self.benchmarks:
-                run = partial(self._benchmark, self.mechanisms[name], benchmark)
-                yield Job(f"{name}/benchmarks/{source}/{benchmark}", run, Cost(flops, 4 * logits))
+                asked_of = partial(self._benchmark, self.mechanisms[name], benchmark)
+                yield Job(f"{name}/benchmarks/{source}/{benchmark}", asked_of, Cost(flops, 4 * logits))
 
     # -- the jobs --
 
@@ -249,14 +276,10 @@ class Evaluation:
         world, tokenizer = self.world(mechanism), self.setting.tokenizer
         started = time.monotonic()
         effort = attack.arguments(self.suite) or {}
+        granted = world.granted(attack.run)
         if name in UNSENT:
-            guess = self._unsent(world, name, attack, effort)
-        elif name == MEAN and world.repeats_itself:
-            guess = self._of_one(world, attack)
-        else:
-            guess = attack.run(**world.granted(attack.run), **effort)
-        if name == "sequence":
-            self._read[:] = [(mechanism, guess)]
+            granted |= self._unsent(world)
+        guess = attack.run(**granted, **effort)
         part: dict[str, Any] = {
             "title": attack.title,
             "source": attack.source,
@@ -287,25 +310,14 @@ class Evaluation:
         part["reads"] = reads[: self.examples]
         return part
 
-    @cached_property
-    def _read(self) -> list[tuple[Mechanism, Guess]]:
-        return []
-
-    def _of_one(self, world: World, attack: Attack) -> Guess:
-        """Of the mean of observations that are all the same: what is read of one, by the same training."""
-        for mechanism, guess in self._read:
-            if mechanism is world.mechanism:
-                return guess
-        effort = attack.arguments(self.suite) or {}
-        one = ATTACKS["sequence"].run
-        return one(**world.granted(one), **{key: value for key, value in effort.items() if key != "times"})
-
-    def _unsent(self, world: World, name: str, attack: Attack, effort: Mapping[str, Any]) -> Guess:
+    def _unsent(self, world: World) -> dict[str, Any]:
         """The same for every mechanism and every export, so found once and kept beside the data."""
         cache, rows = cache_dir(self.setting.config), (world.rows, world.corpus)
-        file = guessing.location(cache, *rows, world.table_VD, effort, answered=name == ANSWER)
-        granted = world.granted(attack.run) | {"seed": Seed(guessing.SEED)}
-        return guessing.once(file, lambda: attack.run(**granted, **effort))
+
+        def path(name: str, effort: Mapping[str, Any]) -> Path:
+            return guessing.location(cache, *rows, world.table_VD, effort, answered=name == ANSWER)
+
+        return {"checkpoints": in_files(path), "seed": Seed(guessing.SEED)}
 
     def _answers(self) -> dict[str, Any]:
         """Prompts and greedy answers of the rows that a report shows."""
@@ -402,7 +414,7 @@ def measured_speed(evaluation: Evaluation, jobs: Sequence[Job]) -> Speed:
     for steps in UNITS:
         budget = {**effort, "first": steps, "most": steps}
         started = time.perf_counter()
-        attack.run(**world.granted(attack.run), **budget)
+        attack.run(**world.granted(attack.run) | {"checkpoints": in_memory()}, **budget)
         taken[steps] = time.perf_counter() - started, attack.cost(world.size, **budget).flops
     (first, few), (last, more) = taken.values()
     return Speed(passing, (more - few) / max(last - first, 1e-9), step, number)

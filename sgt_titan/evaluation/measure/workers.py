@@ -1,7 +1,8 @@
 """``--jobs``: the parts of an evaluation by several processes.
 
-A process loads the setting for itself and is told names of parts, the longest first; it answers with their values in
-JSON. A part is a function of the setting, the seed and its name, so it makes no difference who measures it.
+A process loads the setting for itself and is told names of parts, the longest first, but none before what it goes on
+from; it answers with their values in JSON. A part is a function of the setting, the seed and its name, so it makes no
+difference who measures it.
 """
 
 from __future__ import annotations
@@ -30,22 +31,31 @@ def several(
     Raises:
         UserError: what a process says, or that it was killed.
     """
-    left, busy = sorted(jobs, key=lambda job: -job.seconds), dict[Connection, Job]()
+    behind = {job.name: max((j.seconds for j in jobs if j.after == job.name), default=0.0) for job in jobs}
+    left, busy = sorted(jobs, key=lambda job: -job.seconds - behind[job.name]), dict[Connection, Job]()
+    idle: list[Connection] = []
+
+    def begin() -> None:
+        unfinished = {job.name for job in (*left, *busy.values())}
+        for job in [job for job in left if job.after not in unfinished][: len(idle)]:
+            pipe = idle.pop()
+            left.remove(job)
+            busy[pipe] = job
+            pipe.send(job.name)
+
     threads = max(1, torch.get_num_threads() // count)
     try:
         with told(min(count, len(jobs)), _work, threads, build, arguments) as pipes:
-            for pipe in pipes:
-                busy[pipe] = left.pop(0)
-                pipe.send(busy[pipe].name)
+            idle += pipes
+            begin()
             while busy:
                 for pipe in [pipe for pipe in wait(list(busy)) if isinstance(pipe, Connection)]:
                     job = busy.pop(pipe)
                     answer = json.loads(pipe.recv_bytes())
                     if "error" in answer:
                         raise UserError(answer["error"])
-                    if left:
-                        busy[pipe] = left.pop(0)
-                        pipe.send(busy[pipe].name)
+                    idle.append(pipe)
+                    begin()
                     yield job, answer["part"]
     except (EOFError, ConnectionError):
         raise UserError(

@@ -14,11 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sgt_titan.data.order import hash64
+from sgt_titan.evaluation.world.checkpoints import in_memory
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Rotation
 from sgt_titan.evaluation.world.samples import Sample, batched, embedding_table, generator, padded
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
     Answered,
+    Checkpoints,
     Corpus,
     Guess,
     KnownPairs,
@@ -46,13 +48,15 @@ MAX_REPEATS = 1024
 @dataclass(frozen=True)
 class World:
     """rows: the prompts under attack, cut before the response, which stands beside them where it is known: scores tell
-    apart what it repeats. corpus: other rows, public. seed: of all randomness."""
+    apart what it repeats. corpus: other rows, public. seed: of all randomness. checkpoints: of what attackers train
+    here."""
 
     rows: Sequence[Sample] = field(repr=False)
     corpus: Sequence[Sample] = field(repr=False)
     mechanism: Mechanism
     trunk: PreTrainedModel = field(repr=False)
     seed: int = 0
+    checkpoints: Checkpoints = field(default_factory=in_memory, repr=False)
 
     @cached_property
     def table_VD(self) -> torch.Tensor:
@@ -137,6 +141,7 @@ class World:
             Served: lambda: Served(self.rotation.served),
             Public: lambda: Public(self.rotation.public),
             WithoutSecret: lambda: WithoutSecret(self.rotation.before),
+            Checkpoints: lambda: self.checkpoints,
             Seed: lambda: Seed(self.seed),
         }
         return {name: make[kind]() for name, kind in grants(attack).items()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -172,6 +172,18 @@ class WithoutSecret:
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """Networks that were trained in this world before, for attacks that go on from them: they save time and tell
+    nothing, since all that one was made from is granted beside it.
+
+    once(name, effort, train): what ``train`` returns, which is asked once for an attack's name and its effort.
+    """
+
+    title: typing.ClassVar[str] = ""
+    once: Callable[[str, Mapping[str, typing.Any], Callable[[], Guess]], Guess] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Seed:
     """Decides an attack's own randomness."""
 
@@ -194,6 +206,7 @@ Grant = (
     | Served
     | Public
     | WithoutSecret
+    | Checkpoints
     | Seed
 )
 
@@ -218,12 +231,14 @@ class Guess:
 
     top_NK: int64 (N, K), K <= 10, best first, on the CPU; UNKNOWN where it has nothing to say. flops: spent, roughly
     (2 per multiply-add); 0: not worth stating. notes: what a reader must know (has not converged, noise was estimated).
+    weights: of the network that read, where an attack may go on from it.
     """
 
     top_NK: torch.Tensor
     curve: Curve | None = None
     flops: float = 0.0
     notes: tuple[str, ...] = ()
+    weights: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
 
 
 def grants(attack: Callable[..., Guess]) -> dict[str, typing.Any]:

@@ -95,9 +95,10 @@ SMALL = {
     "beamclean_gaussian": {"affine": False, "rounds": 1, "prior_weight": 0.0},
     "beamclean_affine": {"affine": True, "rounds": 1, "prior_weight": 0.0},
     "logit_reading": {"rows": 32},
-    **dict.fromkeys(("sequence", "sequence_at_z", "guess", "answer"), SEQUENCE),
-    "sequence_repeats": SEQUENCE | {"times": 2},
-    "autoregressive": SEQUENCE | {"beams": 2},
+    **dict.fromkeys(("sequence", "guess", "answer"), SEQUENCE),
+    "sequence_at_z": SEQUENCE | {"after": SEQUENCE},
+    "sequence_repeats": SEQUENCE | {"times": 2, "after": SEQUENCE},
+    "autoregressive": SEQUENCE | {"beams": 2, "after": SEQUENCE},
 }
 
 

@@ -194,13 +194,48 @@ def test_repeats_are_read_as_one_observation_of_less_noise(trunk):
     assert top1(often, here) == pytest.approx(top1(less, quiet), abs=0.15)
 
 
+TINY = {"layers": 1, "width": 32, "batch_rows": 8, "first": 2, "most": 4, "lr": 1e-3}
+
+
 def test_a_mean_of_equal_observations_is_one_of_them(trunk):
-    tiny = {"layers": 1, "width": 32, "batch_rows": 8, "first": 2, "most": 4, "lr": 1e-3}
     here = worlds(trunk, markov, nothing(), rows=4, corpus=80)
-    once = sequence.sequence(**here.granted(sequence.sequence), **tiny)
-    often = sequence.sequence_repeats(**here.granted(sequence.sequence_repeats), times=8, **tiny)
+    once = sequence.sequence(**here.granted(sequence.sequence), **TINY)
+    often = sequence.sequence_repeats(**here.granted(sequence.sequence_repeats), times=8, **TINY)
     assert here.repeats_itself and torch.equal(once.top_NK, often.top_NK) and once.curve.extra == often.curve.extra
     assert not worlds(trunk, markov, constant_noise(0.1), rows=4, corpus=80).repeats_itself
+    # Nor is there anything to go on with.
+    assert sequence.sequence_repeats(**here.granted(sequence.sequence_repeats), after=TINY, **TINY) is once
+
+
+def test_others_go_on_from_who_reads_one_observation_and_train_him_once(trunk, monkeypatch):
+    here = worlds(trunk, markov, constant_noise(0.5), rows=4, corpus=80)
+    trained, original = [], sequence.trained
+    monkeypatch.setattr(sequence, "trained", lambda *a, **k: trained.append(k) or original(*a, **k))
+    goes_on, found = TINY | {"most": 2, "after": TINY}, {}
+    for name in ("sequence_repeats", "sequence_at_z", "autoregressive"):
+        attack = getattr(sequence, name)
+        found[name] = attack(**here.granted(attack), **goes_on)
+    once = sequence.sequence(**here.granted(sequence.sequence), **TINY)
+    assert trained == [TINY]
+    behind = dict(zip(once.curve.extra, once.curve.at, strict=True))[min(once.curve.extra)]
+    for guess in found.values():
+        assert guess.curve.at == (behind, behind + 2) and "starts as a reader of one observation" in guess.notes[0]
+        assert guess.flops > once.flops
+    # z is what is sent here, so it begins where the other ended, but for a temperature of its own; and one cycle is no
+    # doubling.
+    assert found["sequence_at_z"].curve.extra[0] == pytest.approx(min(once.curve.extra), abs=0.01)
+    assert not any(note.startswith("converged") for note in found["sequence_at_z"].notes)
+
+
+def test_going_on_reads_what_a_training_of_all_the_steps_reads(source):
+    """The mean of repeats, by half of the steps: the other half was spent on one observation."""
+    here, _ = source
+    attack, anew = sequence.sequence_repeats, SMALL | {"first": 80, "most": 160, "times": 4}
+    whole = attack(**here.granted(attack), **anew)
+    after = SMALL | {"first": 80, "most": 80}
+    half = attack(**here.granted(attack), **anew | {"most": 80, "after": after})
+    assert top1(half, here) == pytest.approx(top1(whole, here), abs=0.03)
+    assert half.curve.extra[-1] == pytest.approx(whole.curve.extra[-1], abs=0.1)
 
 
 # -- how it works ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,6 @@ from sgt_titan.errors import UserError
 from sgt_titan.evaluation.attacks import ATTACKS, READER
 from sgt_titan.evaluation.measure import evaluate, runner, workers
 from sgt_titan.evaluation.measure.suite import EXACT, SUITES, battery
-from sgt_titan.evaluation.world.mechanisms import nothing
 from sgt_titan.evaluation.world.threat import Cost, Size
 from sgt_titan.transform.trunk_files import TrunkFiles
 
@@ -274,22 +272,10 @@ def test_an_estimate_adds_up_what_a_part_does():
     assert seconds["map_search"] == 4.0 + 20.0 + 2.0 and seconds["inverter"] == 2.0 + 20.0 + 2.0
     size = Size(rows=20, tokens=800, longest=50, width=64, vocab=500, trunk=10**6, transform=10**5, answered=100)
     flops = {name: ATTACKS[name].cost(size, **ATTACKS[name].arguments("standard")).flops for name in runner.TRAINED}
-    assert flops["guess"] < flops["sequence"] < flops["sequence_repeats"] and flops["guess"] < flops["answer"]
-
-
-def test_the_mean_of_what_never_changes_is_not_attacked_twice(monkeypatch):
-    evaluation, mechanism, read = runner.Evaluation(setting=None, suite="standard"), nothing(), []
-    attack, other = ATTACKS["sequence_repeats"], SimpleNamespace(mechanism=nothing(), granted=lambda run: {})
-
-    def run(**effort):
-        read.append(effort)
-        return "read"
-
-    monkeypatch.setitem(ATTACKS, "sequence", SimpleNamespace(run=run))
-    evaluation._read[:] = [(mechanism, "before")]
-    assert evaluation._of_one(SimpleNamespace(mechanism=mechanism), attack) == "before" and not read
-    # Another's is not taken; the effort is the same but for how many there are.
-    assert evaluation._of_one(other, attack) == "read" and read == [READER["standard"]]
+    assert flops["guess"] < flops["sequence"] < flops["answer"]
+    # Who goes on does a quarter of the steps, each with as many obfuscations as he takes the mean of.
+    alone = ATTACKS["sequence_repeats"].cost(size, **READER["standard"], times=8).flops
+    assert flops["sequence_repeats"] < alone / 3 and flops["sequence_at_z"] < flops["sequence"] / 3
 
 
 def test_two_processes_measure_the_same(export, results, tmp_path):
@@ -315,6 +301,29 @@ def refusing(*_):
 
 def dying(*_):
     return [runner.Job("a", lambda: os._exit(9), Cost(1.0, 1.0))]
+
+
+def in_a_row(folder):
+    """The shorter one first: the other goes on from it."""
+
+    def last():
+        return {"there": (folder / "first").exists()}
+
+    def first():
+        (folder / "first").touch()
+        return {}
+
+    return [
+        runner.Job("last", last, Cost(1.0, 1.0), 9.0, after="first"),
+        runner.Job("other", dict, Cost(1.0, 1.0), 8.0, after="not measured now"),
+        runner.Job("first", first, Cost(1.0, 1.0), 1.0),
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nobody_begins_before_what_he_goes_on_from(tmp_path, count):
+    found = [(job.name, part) for job, part in workers.several(in_a_row(tmp_path), count, in_a_row, (tmp_path,))]
+    assert sorted(name for name, _ in found) == ["first", "last", "other"] and dict(found)["last"] == {"there": True}
 
 
 @pytest.mark.parametrize(
