@@ -291,7 +291,7 @@ def _begin(
     )
     if start is not None:
         reader.std_D.copy_(pairs.sent_MD.std(0).clamp_min(1e-6 * table_VD.std()))
-    return reader, name
+    return reader.eval(), name
 
 
 def _go_on(reader: Reader, begun: Guess) -> int:
@@ -353,12 +353,14 @@ def _cycles(
     yield stage
     while done < effort.most and not (last is not None and last.steps > before and _settled(last, stage)):
         length = min(max(effort.first, done), effort.most - done)
+        reader.train()
         for step in range(length):
             for group in optimizer.param_groups:
                 group["lr"] = effort.lr * annealed(step, length)
             picks = [rows[i] for i in random.integers(0, len(rows), min(effort.batch_rows, len(rows)))]
             picks = [shown(row, random) for row in picks] if effort.points else picks
             _step(reader, own, picks, own.noise(done + step + 1), optimizer)
+        reader.eval()
         done += length
         last, stage = stage, _stage(reader, own, held, observation, effort, before + done)
         yield stage
@@ -393,8 +395,7 @@ def losses(reader: Reader, batch: Padded, x_BTD: torch.Tensor | None) -> list[to
     hidden_BT = batch.obfuscate_BT & batch.valid_BT
     target_N, x_ND = batch.tokens_BT[hidden_BT], None if x_BTD is None else x_BTD[hidden_BT]
     h_BTH = reader.encode(x_BTD, batch.tokens_BT, hidden_BT, batch.valid_BT)
-    logits_NV = reader.posterior(h_BTH, x_ND, batch.tokens_BT, hidden_BT, batch.valid_BT)
-    found = [nn.functional.cross_entropy(logits_NV, target_N, reduction="none")]
+    found = [reader.nats(h_BTH, x_ND, batch.tokens_BT, hidden_BT, batch.valid_BT)]
     if reader.decoder is not None:
         g_BTG = reader.decode(h_BTH, before(batch.tokens_BT))
         logits_NV = reader.following(g_BTG[hidden_BT], x_ND)

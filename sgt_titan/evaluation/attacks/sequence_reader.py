@@ -8,12 +8,15 @@ Both add a correction to the linear start, with which they begin: the best that 
 An encoder may *point*: give a share of its probability to the clean tokens around, where it looks for them (a
 pointer-generator, arXiv 1704.04368). What an answer repeats of its prompt is copied that way, not learnt by heart.
 
+While a body trains, its products are in bfloat16 where the machine is quicker at that; all that is read is in float32.
+
 Legend: B rows, T positions, N hidden tokens flat, V vocabulary, D width of the table, H width of a body, C beams.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -23,18 +26,45 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 from sgt_titan.evaluation.attacks.linear_start import Start, scaled
 
 HEAD = 64  # of attention; smaller bodies have heads of half their width
+LEAST = 1e-20  # probability of a token that nobody points to
+
+
+class Rounded(nn.Linear):
+    """A product in bfloat16 while it trains, between float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.training and quick_in_bfloat16(x.device.type)):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return nn.functional.linear(x.bfloat16(), self.weight.bfloat16(), bias).float()
+
+
+@cache
+def quick_in_bfloat16(device: str) -> bool:
+    """Whether its products in bfloat16 are quicker than in float32, by what the processor says that it has."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    has = torch.cpu.get_capabilities()
+    return device == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def rounded(body: PreTrainedModel) -> PreTrainedModel:
+    """The same body with such products."""
+    for module in body.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Rounded
+    return body
 
 
 def new_body(width: int, layers: int) -> PreTrainedModel:
     """A small Llama without a table of its own."""
     heads = max(2, width // HEAD)
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=2, hidden_size=width, intermediate_size=(8 * width // 3 + 31) // 32 * 32,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=1 << 16, bos_token_id=None, eos_token_id=None,
-        )
+    config = LlamaConfig(
+        vocab_size=2, hidden_size=width, intermediate_size=(8 * width // 3 + 31) // 32 * 32,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=1 << 16, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
+    return rounded(LlamaModel(config))
 
 
 def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
@@ -42,7 +72,7 @@ def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
     base = cast(PreTrainedModel, trunk.base_model)
     skipped: dict[int, Any] = {id(base.get_input_embeddings()): None}  # a copy of a large table would be thrown away
     body = copy.deepcopy(base, skipped).float()
-    return body.train().requires_grad_(True)
+    return rounded(body).requires_grad_(True)
 
 
 class Reader(nn.Module):
@@ -178,14 +208,39 @@ class Reader(nn.Module):
         logits_NV = self.marginal(h_BTH[asked_BT], x_ND)
         if not self.points:
             return logits_NV
-        row_N = asked_BT.nonzero()[:, 0]
-        clean_NT = (valid_BT & ~hidden_BT)[row_N]
+        look_NT, share_N = self._pointed(h_BTH, hidden_BT, valid_BT, asked_BT)
+        row_NT = tokens_BT.clamp_min(0)[asked_BT.nonzero()[:, 0]]
+        copied_NV = torch.zeros_like(logits_NV).scatter_add_(1, row_NT, look_NT)
+        mixed_NV = (1 - share_N[:, None]) * torch.softmax(logits_NV, -1) + share_N[:, None] * copied_NV
+        return mixed_NV.clamp_min(LEAST).log()
+
+    def nats(
+        self,
+        h_BTH: torch.Tensor,
+        x_ND: torch.Tensor | None,
+        tokens_BT: torch.Tensor,
+        hidden_BT: torch.Tensor,
+        valid_BT: torch.Tensor,
+    ) -> torch.Tensor:
+        """-log p (N,) of the hidden tokens, which are ``tokens_BT`` there: cross-entropy by ``posterior``, without the
+        probabilities of the others."""
+        target_N = tokens_BT[hidden_BT]
+        nats_N = nn.functional.cross_entropy(self.marginal(h_BTH[hidden_BT], x_ND), target_N, reduction="none")
+        if not self.points:
+            return nats_N
+        look_NT, share_N = self._pointed(h_BTH, hidden_BT, valid_BT, hidden_BT)
+        copied_N = (look_NT * (tokens_BT[hidden_BT.nonzero()[:, 0]] == target_N[:, None])).sum(-1)
+        return -((1 - share_N) * (-nats_N).exp() + share_N * copied_N).clamp_min(LEAST).log()
+
+    def _pointed(
+        self, h_BTH: torch.Tensor, hidden_BT: torch.Tensor, valid_BT: torch.Tensor, asked_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of those asked for: how they look at the clean positions of their row (N, T), and the share that has (N,)."""
+        clean_NT = (valid_BT & ~hidden_BT)[asked_BT.nonzero()[:, 0]]
         score_BTT = self.ask(h_BTH) @ self.key(h_BTH).mT / h_BTH.shape[-1] ** 0.5
         look_NT = torch.softmax(score_BTT[asked_BT].masked_fill(~clean_NT, -1e9), -1) * clean_NT
-        copied_NV = torch.zeros_like(logits_NV).scatter_add_(1, tokens_BT.clamp_min(0)[row_N], look_NT)
-        share_N1 = torch.sigmoid(self.share(h_BTH[asked_BT])) * clean_NT.any(1, keepdim=True)
-        mixed_NV = (1 - share_N1) * torch.softmax(logits_NV, -1) + share_N1 * copied_NV
-        return mixed_NV.clamp_min(1e-20).log()
+        share_N = torch.sigmoid(self.share(h_BTH[asked_BT]))[:, 0] * clean_NT.any(1)
+        return look_NT, share_N
 
     # -- from left to right --
 
