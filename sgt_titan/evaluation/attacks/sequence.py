@@ -62,6 +62,7 @@ FIT_TOKENS = 8192  # that the linear start is fitted on, or four times the width
 SMOOTHING = 0.5  # added to every token's count: a token that the corpus lacks is not impossible
 SETTLED_LOSS = 0.005  # a doubling that brings less is the last: share of the loss, nats below one nat
 SETTLED_SHARE = 0.005  # and top-1
+DRAWN = 8  # batches whose rows are drawn together and sorted by length
 CHUNK = 1024  # tokens whose logits exist at a time when guessing
 
 
@@ -349,6 +350,7 @@ def _cycles(
         [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=0.0, betas=(0.9, 0.98)
     )
     random, done, last = np.random.default_rng(seed), 0, None
+    batches = of_a_length(rows, min(effort.batch_rows, len(rows)), random)
     stage = _stage(reader, own, held, observation, effort, before)
     yield stage
     while done < effort.most and not (last is not None and last.steps > before and _settled(last, stage)):
@@ -357,13 +359,23 @@ def _cycles(
         for step in range(length):
             for group in optimizer.param_groups:
                 group["lr"] = effort.lr * annealed(step, length)
-            picks = [rows[i] for i in random.integers(0, len(rows), min(effort.batch_rows, len(rows)))]
+            picks = next(batches)
             picks = [shown(row, random) for row in picks] if effort.points else picks
             _step(reader, own, picks, own.noise(done + step + 1), optimizer)
         reader.eval()
         done += length
         last, stage = stage, _stage(reader, own, held, observation, effort, before + done)
         yield stage
+
+
+def of_a_length(rows: Sequence[Sample], size: int, random: np.random.Generator) -> Iterator[list[Sample]]:
+    """Random rows, ``size`` at a time, of which those of a length come together: drawn for several steps at once, since
+    a fifth of a batch was padding."""
+    while True:
+        drawn = [rows[i] for i in random.integers(0, len(rows), size * DRAWN)]
+        drawn.sort(key=lambda row: len(row.ids))
+        for k in random.permutation(DRAWN):
+            yield drawn[size * k : size * (k + 1)]
 
 
 def shown(row: Sample, random: np.random.Generator) -> Sample:
