@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from sgt_titan.evaluation.attacks.known_plaintext import Affine, fit
-from sgt_titan.evaluation.attacks.own_text import OwnText
+from sgt_titan.evaluation.attacks.own_text import OwnText, of_a_length
+from sgt_titan.evaluation.attacks.sequence_reader import round_products
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Corpus, Cost, Curve, Guess, Observation, Seed, Size, Table, Transform
 
@@ -66,6 +67,7 @@ class Reader(nn.Module):
             width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        round_products(self.body)
         last = nn.Linear(width, D)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -119,9 +121,11 @@ def inverter(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     random = np.random.default_rng(seed.value)
+    batches = of_a_length(train_rows, min(batch_rows, len(train_rows)), random)
     top, losses, shares, tokens = [], [], [], 0
     for step in range(steps + 1):
         if step in marks:
+            reader.eval()
             held_loss, share = _held_out(reader, own, held_rows, noise=-1 - seed.value)
             top.append(_guess(reader, observation))
             losses.append(held_loss)
@@ -129,11 +133,13 @@ def inverter(
             logger.info(
                 "inverter: step %d of %d, held-out loss %.3f, top-1 %.1f%%", step, steps, held_loss, 100 * share
             )
+            reader.train()
         if step == steps:
             break
-        picks = random.integers(0, len(train_rows), min(batch_rows, len(train_rows)))
-        rows = [train_rows[i] for i in picks]
-        rows = [scrambled(row, len(table.rows_VD), random) if random.random() < RANDOM_SHARE else row for row in rows]
+        rows = [
+            scrambled(row, len(table.rows_VD), random) if random.random() < RANDOM_SHARE else row
+            for row in next(batches)
+        ]
         batch, x_BTD = own.obfuscated(rows, own.noise(step + 1))
         estimate_ND = reader(x_BTD, batch.obfuscate_BT, batch.valid_BT)
         loss = nn.functional.cross_entropy(reader.logits(estimate_ND), batch.tokens_BT[batch.obfuscate_BT])

@@ -5,14 +5,27 @@ Legend: B rows, T positions, D width, V vocabulary, M hidden tokens of some rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sgt_titan.evaluation.world.mechanisms import Mechanism
 from sgt_titan.evaluation.world.samples import Padded, Sample, generator, padded
+
+DRAWN = 8  # batches whose rows are drawn together and sorted by length
+
+
+def of_a_length(rows: Sequence[Sample], size: int, random: np.random.Generator) -> Iterator[list[Sample]]:
+    """Random rows, ``size`` at a time, of which those of a length come together: drawn for several steps at once, since
+    a fifth of a batch was padding."""
+    while True:
+        drawn = [rows[i] for i in random.integers(0, len(rows), size * DRAWN)]
+        drawn.sort(key=lambda row: len(row.ids))
+        for k in random.permutation(DRAWN):
+            yield drawn[size * k : size * (k + 1)]
 
 
 class Pairs(NamedTuple):

@@ -32,7 +32,7 @@ from transformers import DynamicCache
 
 from sgt_titan.evaluation.attacks import beam
 from sgt_titan.evaluation.attacks.linear_start import linear_start
-from sgt_titan.evaluation.attacks.own_text import OwnText
+from sgt_titan.evaluation.attacks.own_text import OwnText, of_a_length
 from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk_body
 from sgt_titan.evaluation.world.samples import Padded, Sample, batched
 from sgt_titan.evaluation.world.threat import (
@@ -60,9 +60,10 @@ GUESSES = 10
 HELD_ROWS = 64  # of the corpus, never trained on: they decide when to stop
 FIT_TOKENS = 8192  # that the linear start is fitted on, or four times the width where that is more
 SMOOTHING = 0.5  # added to every token's count: a token that the corpus lacks is not impossible
-SETTLED_LOSS = 0.005  # a doubling that brings less is the last: share of the loss, nats below one nat
+SETTLED_LOSS = 0.005  # a doubling that brings less has converged: share of the loss, nats below one nat
 SETTLED_SHARE = 0.005  # and top-1
-DRAWN = 8  # batches whose rows are drawn together and sorted by length
+NEVER = -math.inf
+CONVERGED = "converged"
 CHUNK = 1024  # tokens whose logits exist at a time when guessing
 
 
@@ -71,7 +72,8 @@ class Effort:
     """What the attacks take as keywords. first: steps of the first cycle, most: of all together. layers, width: of the
     encoder (and decoder) unless ``from_trunk``: the trunk's own layers then. beams: of the decoder; 0: there is none.
     points: the reader points to clean tokens, and trains on rows some of whose hidden tokens are shown as well: many
-    more ways to look at the same text.
+    more ways to look at the same text. enough: share of the loss; a doubling that brings less, and no reading, is the
+    last.
     """
 
     first: int = 150
@@ -83,6 +85,7 @@ class Effort:
     from_trunk: bool = False
     beams: int = 0
     points: bool = False
+    enough: float = SETTLED_LOSS
 
 
 # -- the attacks -------------------------------------------------------------------------------------------------------
@@ -237,6 +240,8 @@ def _read(
     before = 0
     if begun is not None:
         before = _go_on(reader, begun)
+        if not any(note.startswith(CONVERGED) for note in begun.notes):
+            effort = replace(effort, enough=NEVER)  # a few steps that bring little say nothing of more
         begins = f"a reader of one observation, of {before} steps" + (" and the trunk" if effort.from_trunk else "")
     reader.to(device)
     stages, weights = [], None
@@ -258,7 +263,7 @@ def _read(
         f"starts as {begins}, trained for {best.steps - before} steps of {effort.batch_rows} rows; on text kept aside "
         f"its loss is {best.loss:.3f} nats a token and it reads {best.share:.1%}"
         + (" given the true tokens before" if reader.decoder is not None else ""),
-        _verdict(stages),
+        _verdict(stages, effort.enough),
     ]
     if begun is not None:
         spent += begun.flops
@@ -353,7 +358,7 @@ def _cycles(
     batches = of_a_length(rows, min(effort.batch_rows, len(rows)), random)
     stage = _stage(reader, own, held, observation, effort, before)
     yield stage
-    while done < effort.most and not (last is not None and last.steps > before and _settled(last, stage)):
+    while done < effort.most and not (last and last.steps > before and _settled(last, stage, effort.enough)):
         length = min(max(effort.first, done), effort.most - done)
         reader.train()
         for step in range(length):
@@ -366,16 +371,6 @@ def _cycles(
         done += length
         last, stage = stage, _stage(reader, own, held, observation, effort, before + done)
         yield stage
-
-
-def of_a_length(rows: Sequence[Sample], size: int, random: np.random.Generator) -> Iterator[list[Sample]]:
-    """Random rows, ``size`` at a time, of which those of a length come together: drawn for several steps at once, since
-    a fifth of a batch was padding."""
-    while True:
-        drawn = [rows[i] for i in random.integers(0, len(rows), size * DRAWN)]
-        drawn.sort(key=lambda row: len(row.ids))
-        for k in random.permutation(DRAWN):
-            yield drawn[size * k : size * (k + 1)]
 
 
 def shown(row: Sample, random: np.random.Generator) -> Sample:
@@ -420,11 +415,11 @@ def before(tokens_BT: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(tokens_BT, (1, -1), value=-1)
 
 
-def _settled(last: Stage, stage: Stage) -> bool:
-    return last.loss - stage.loss < SETTLED_LOSS * max(last.loss, 1.0) and stage.share - last.share < SETTLED_SHARE
+def _settled(last: Stage, stage: Stage, enough: float = SETTLED_LOSS) -> bool:
+    return last.loss - stage.loss < enough * max(last.loss, 1.0) and stage.share - last.share < SETTLED_SHARE
 
 
-def _verdict(stages: Sequence[Stage]) -> str:
+def _verdict(stages: Sequence[Stage], enough: float = SETTLED_LOSS) -> str:
     """What the last doubling brought."""
     last, stage = stages[-2], stages[-1]
     change = (
@@ -433,8 +428,11 @@ def _verdict(stages: Sequence[Stage]) -> str:
     )
     if stage.loss > last.loss + SETTLED_LOSS * max(last.loss, 1.0):
         return f"has not converged but learnt its own text by heart: {change}; with more public text it reads more"
-    if _settled(last, stage) and last.steps > stages[0].steps:
-        return f"converged: {change}"
+    ended = last.steps > stages[0].steps
+    if ended and _settled(last, stage, min(enough, SETTLED_LOSS)):
+        return f"{CONVERGED}: {change}"
+    if ended and _settled(last, stage, enough):
+        return f"ended before its budget, since a doubling read no more: {change}"
     return f"has not converged within its budget: {change}; a longer training reads more"
 
 

@@ -48,12 +48,11 @@ def quick_in_bfloat16(device: str) -> bool:
     return device == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def rounded(body: PreTrainedModel) -> PreTrainedModel:
-    """The same body with such products."""
+def round_products(body: nn.Module) -> None:
+    """Give a body such products."""
     for module in body.modules():
         if type(module) is nn.Linear:
             module.__class__ = Rounded
-    return body
 
 
 def new_body(width: int, layers: int) -> PreTrainedModel:
@@ -64,7 +63,9 @@ def new_body(width: int, layers: int) -> PreTrainedModel:
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
         max_position_embeddings=1 << 16, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return rounded(LlamaModel(config))
+    body = LlamaModel(config)
+    round_products(body)
+    return body
 
 
 def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
@@ -72,7 +73,8 @@ def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
     base = cast(PreTrainedModel, trunk.base_model)
     skipped: dict[int, Any] = {id(base.get_input_embeddings()): None}  # a copy of a large table would be thrown away
     body = copy.deepcopy(base, skipped).float()
-    return rounded(body).requires_grad_(True)
+    round_products(body)
+    return body.requires_grad_(True)
 
 
 class Reader(nn.Module):

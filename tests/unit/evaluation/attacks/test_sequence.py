@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from sgt_titan.evaluation.attacks import beam, sequence
+from sgt_titan.evaluation.attacks import beam, sequence, sequence_reader
 from sgt_titan.evaluation.attacks.linear_start import linear_start
-from sgt_titan.evaluation.attacks.own_text import OwnText
+from sgt_titan.evaluation.attacks.own_text import OwnText, of_a_length
 from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk_body
 from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import Mechanism, Obfuscated, constant_noise, nothing
@@ -250,6 +250,20 @@ def test_it_ends_when_a_doubling_does_not_help_and_says_so(trunk, source):
     hard = sequence.sequence(**here.granted(sequence.sequence), first=4, most=20, **(tiny | {"lr": 3e-3}))
     assert hard.curve.at == (0.0, 4.0, 8.0, 16.0, 20.0)
     assert any("has not converged within its budget" in note for note in hard.notes)
+    # Who sees nothing may end where a doubling brings less than his share, and does not call it converged.
+    early = sequence.guess(**here.granted(sequence.guess), first=4, most=20, **tiny, enough=0.9)
+    assert early.curve.at[-1] < 20.0 and any(note.startswith("ended before its budget") for note in early.notes)
+
+
+def test_who_goes_on_from_one_that_learns_does_not_call_a_few_steps_converged(trunk, source):
+    here, _ = source
+    attack, still = sequence.sequence_repeats, TINY | {"lr": 0.0}
+    found = attack(**here.granted(attack), after=TINY | {"lr": 3e-3}, **still | {"most": 8})
+    assert len(found.curve.at) == 4 and "has not converged within its budget" in found.notes[-1]
+    easy = worlds(trunk, markov, constant_noise(1e-4), rows=4, corpus=80)
+    after = TINY | {"first": 4, "most": 400}
+    found = attack(**easy.granted(attack), after=after, **still | {"most": 8})
+    assert len(found.curve.at) == 3 and found.notes[-1].startswith("converged")
 
 
 def test_its_decoder_starts_as_the_trunks_language_model(trunk):
@@ -386,6 +400,47 @@ def test_what_the_answer_repeats_is_copied_from_it(trunk):
     found = sequence.answer(**here.granted(sequence.answer), first=50, most=100, **SMALL)
     right_BH = (found.top_NK[:, 0] == here.truth_N).view(-1, 2)
     assert right_BH[:, 0].float().mean() >= 0.95 and right_BH[:, 1].float().mean() <= 0.1
+
+
+@pytest.mark.parametrize("points", [False, True])
+def test_the_loss_is_cross_entropy_by_the_posterior(trunk, points):
+    table_VD = trunk.get_input_embeddings().weight.detach()
+    torch.manual_seed(0)
+    reader = Reader(table_VD, torch.zeros(len(table_VD)), None, new_body(32, 1), longest=8, points=points)
+    tokens_BT = torch.tensor([[7, 7, 9, 200], [11, 12, 13, 0]])
+    hidden_BT = torch.tensor([[False, True, False, True], [True, True, True, False]])
+    valid_BT = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    h_BTH = torch.randn(2, 4, 32)
+    logits_NV = reader.posterior(h_BTH, None, tokens_BT, hidden_BT, valid_BT)
+    want_N = torch.nn.functional.cross_entropy(logits_NV, tokens_BT[hidden_BT], reduction="none")
+    torch.testing.assert_close(reader.nats(h_BTH, None, tokens_BT, hidden_BT, valid_BT), want_N)
+
+
+def test_products_are_rounded_while_it_trains_and_never_when_it_reads(monkeypatch):
+    torch.manual_seed(0)
+    body, x_BTH = new_body(32, 1), torch.randn(2, 4, 32)
+    exact = body.eval()(inputs_embeds=x_BTH).last_hidden_state
+    monkeypatch.setattr(sequence_reader, "quick_in_bfloat16", lambda device: False)
+    assert torch.equal(body.train()(inputs_embeds=x_BTH).last_hidden_state, exact)
+    monkeypatch.setattr(sequence_reader, "quick_in_bfloat16", lambda device: True)
+    near = body(inputs_embeds=x_BTH).last_hidden_state
+    assert near.dtype == torch.float32 and not torch.equal(near, exact)
+    torch.testing.assert_close(near, exact, rtol=0.0, atol=0.05)
+    near.square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in body.parameters() if p.grad is not None)
+    assert torch.equal(body.eval()(inputs_embeds=x_BTH).last_hidden_state, exact)
+
+
+def test_rows_of_a_length_come_together_and_all_come(trunk):
+    rows = [sample(range(length)) for length in range(2, 66)]
+    batches = of_a_length(rows, 4, np.random.default_rng(0))
+    drawn = [[len(row.ids) for row in next(batches)] for _ in range(8 * 20)]
+    assert all(len(lengths) == 4 for lengths in drawn)
+    assert {length for lengths in drawn for length in lengths} == set(range(2, 66))
+    spread = np.mean([max(lengths) - min(lengths) for lengths in drawn])
+    assert spread < 12  # of four at random it is 38
+    firsts = [sum(lengths) for lengths in drawn[::8]]
+    assert np.std(firsts) > 40  # nor do they come in order of their lengths
 
 
 def test_pointing_gives_probabilities_and_leaves_a_row_without_clean_tokens_alone(trunk):
