@@ -38,7 +38,8 @@ from sgt_titan.terminal import clock, say
 from sgt_titan.transform import glow
 from sgt_titan.transform.chat_template import look
 
-CHOICE_ROWS = 256  # public rows that token dropping learns its choice on
+CHOOSING = "choosing"  # token dropping by a choice that is learned
+CHOICE_ROWS = 256  # public rows that it is learned on
 TRAINED = ("sequence", "autoregressive", "sequence_repeats", "sequence_at_z", "inverter", *UNSENT)  # by steps
 MEAN = "sequence_repeats"
 UNITS = (2, 8)  # steps of it that are timed
@@ -113,7 +114,7 @@ class Evaluation:
                 fitted["choice"] = dropping.learned_choice(setting.trunk, rows, place)
             return fitted["choice"](batch, x_BTD, random)
 
-        ways = {"dropping": (dropping.at_random, "any"), "choosing": (learned, "the best by a look at the prompt")}
+        ways = {"dropping": (dropping.at_random, "any"), CHOOSING: (learned, "the best by a look at the prompt")}
         return [
             dropping.dropping(
                 share, place, way, name=f"{name}-{100 * share:g}", title=f"{share:.0%} of the tokens, {how}"
@@ -178,9 +179,13 @@ class Evaluation:
         fitting = 3 * one * steps * MAX_ROWS / len(setting.rows)
         yield Job("no_prompt", self._no_prompt, Cost(5 * one + fitting, 8 * logits))
         yield Job("lm_top1", self._lm_top1, pass_cost)
+        # The choice is fitted when it is first asked for: a pass for what it sees, one for what it is to say, and back.
+        choice = 4 * one * min(CHOICE_ROWS, len(setting.training)) / len(setting.rows)
         for name, mechanism in self.mechanisms.items():
             world = self.world(mechanism)
             ranked = Cost(3 * one, 4 * logits, numbers=40.0 * world.size.tokens * self._vocab)
+            if name.startswith(CHOOSING):
+                ranked, choice = replace(ranked, flops=ranked.flops + choice), 0.0
             yield Job(f"{name}/privacy", partial(self._privacy, mechanism), ranked)
             said = utility.GREEDY_TOKENS * math.ceil(SUITES[self.suite].greedy / MAX_ROWS)
             said *= 1 + (name == "sgt")  # the first answers the clean prompts as well
@@ -518,7 +523,7 @@ def run_jobs(
     jobs: Sequence[Job],
     parts: Parts,
     say: Callable[[str], None] = say,
-    several: Callable[[Sequence[Job]], Iterator[tuple[Job, dict[str, Any]]]] | None = None,
+    several: Callable[[Sequence[Job]], Iterator[tuple[Job, dict[str, Any], float]]] | None = None,
 ) -> None:
     """Run what is not yet there: in order, or, but for the first, by ``several`` processes."""
     waiting = missing(jobs, parts)
@@ -527,22 +532,23 @@ def run_jobs(
     alone = [job for job in waiting if several is None or job.name == FIRST]
     together = [job for job in waiting if job not in alone]
     total, done, began = sum(job.seconds for job in waiting) or 1.0, 0.0, time.monotonic()
-    last, index = began, 0
+    index = 0
 
-    def finished(job: Job, part: dict[str, Any]) -> None:
-        nonlocal done, last, index
+    def finished(job: Job, part: dict[str, Any], seconds: float) -> None:
+        nonlocal done, index
         parts.put(job.name, part)
         done, index, now = done + job.seconds, index + 1, time.monotonic()
         left = (now - began) * (total - done) / done if done else math.nan
         remark = f", about {clock(left)} left" if index < len(waiting) else ""
-        say(f"[{index}/{len(waiting)}] {job.name}: {part.get('seconds', now - last):.1f} s{remark}")
-        last = now
+        say(f"[{index}/{len(waiting)}] {job.name}: {seconds:.1f} s, estimated {job.seconds:.1f}{remark}")
 
     for job in alone:
-        finished(job, job.run())
+        started = time.monotonic()
+        part = job.run()
+        finished(job, part, time.monotonic() - started)
     if together and several is not None:
-        for job, part in several(together):
-            finished(job, part)
+        for job, part, seconds in several(together):
+            finished(job, part, seconds)
 
 
 def merged(evaluation: Evaluation, jobs: Sequence[Job], parts: Parts) -> dict[str, Any]:

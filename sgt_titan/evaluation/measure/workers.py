@@ -8,6 +8,7 @@ difference who measures it.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -22,8 +23,8 @@ from sgt_titan.processes import told
 
 def several(
     jobs: Sequence[Job], count: int, build: Callable[..., Sequence[Job]], arguments: Sequence[Any]
-) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Each of ``jobs`` with its part, as they come.
+) -> Iterator[tuple[Job, dict[str, Any], float]]:
+    """Each of ``jobs`` with its part and the seconds that it took, as they come.
 
     Args:
         build: makes all jobs from ``arguments``, in a process; a function of a module.
@@ -56,7 +57,7 @@ def several(
                         raise UserError(answer["error"])
                     idle.append(pipe)
                     begin()
-                    yield job, answer["part"]
+                    yield job, answer["part"], answer["seconds"]
     except (EOFError, ConnectionError):
         raise UserError(
             f"--jobs {count}: a process that measured {job.name} ended; its last words are above, or it was killed for "
@@ -74,7 +75,8 @@ def _work(pipe: Connection, threads: int, build: Callable[..., Sequence[Job]], a
             answer: dict[str, Any]
             try:
                 jobs = jobs or {job.name: job for job in build(*arguments)}
-                answer = {"part": jobs[name].run()}
+                started = time.monotonic()
+                answer = {"part": jobs[name].run(), "seconds": time.monotonic() - started}
             except UserError as error:
                 answer = {"error": str(error)}
             pipe.send_bytes(json.dumps(answer, ensure_ascii=False, allow_nan=False).encode())

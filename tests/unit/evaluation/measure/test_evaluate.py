@@ -322,7 +322,7 @@ def in_a_row(folder):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_nobody_begins_before_what_he_goes_on_from(tmp_path, count):
-    found = [(job.name, part) for job, part in workers.several(in_a_row(tmp_path), count, in_a_row, (tmp_path,))]
+    found = [(job.name, part) for job, part, _ in workers.several(in_a_row(tmp_path), count, in_a_row, (tmp_path,))]
     assert sorted(name for name, _ in found) == ["first", "last", "other"] and dict(found)["last"] == {"there": True}
 
 
