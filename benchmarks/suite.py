@@ -3,14 +3,17 @@
     --suite standard --rows 2,6 --steps 2,8 [--against CHECKOUT] [--out FILE] [--data.cache_dir DIR ...]
 
 A standard suite takes hours, so each part is run small, twice, and its line goes through the two: a part by the number
-of its prompts (``--rows``), a training attack by its steps (``--steps``), to the whole budget that an early end does
-not need, with what it reads at the end of each cycle. Of mechanisms that differ in one number (noise of several sizes,
+of its prompts (``--rows``), a training attack by its steps (``--steps``), to its whole budget or, of our own checkout
+and with ``--ended DIR``, to where it ended in that evaluation, with what it reads at the end of each cycle. Who goes on
+from another's network is measured without the other. Of mechanisms that differ in one number (noise of several sizes,
 dropping of several shares) one is run and stands for all. Trained attacks are run on the SGT alone.
 
 ``--against``: the same of another checkout (git worktree add DIR COMMIT), in a process of its own beside ours, so that
 both meet the same machine. ``estimate``: what ``--estimate`` says of the part. Seconds of a process with one thread.
 What is kept beside the data (the zero, what is guessed) is not counted where the cache has it; ``guess`` and ``answer``
 are run without it.
+
+``--log FILE``: instead, what each part of a whole evaluation took beside its estimate, from what it said (2> FILE).
 """
 
 from __future__ import annotations
@@ -65,13 +68,16 @@ def budget(effort: dict[str, Any]) -> str:
 
 
 def shortened(effort: dict[str, Any], count: int) -> dict[str, Any]:
-    """The effort with so many steps."""
+    """The effort with so many steps, after a step of whom it goes on from."""
     word = budget(effort)
-    return {**effort, **{key: count for key in (word, STEPS[word]) if key}}
+    more = {"after": shortened(effort["after"], 1)} if effort.get("after") else {}
+    return {**effort, **{key: count for key in (word, STEPS[word]) if key}, **more}
 
 
 def trained(attack: Any, effort: dict[str, Any], worlds: list[Any], rows: list[int], steps: list[int]) -> Any:
     """Seconds of a whole training on as many prompts: (prompts) -> seconds."""
+    from sgt_titan.evaluation.attacks import ATTACKS
+
     word, cycles = budget(effort), 2.0
     if not (first := STEPS[word]):
         steps = [count + LOOKS for count in steps]
@@ -80,6 +86,8 @@ def trained(attack: Any, effort: dict[str, Any], worlds: list[Any], rows: list[i
 
     def run(world: Any, count: int) -> float:
         granted, short = world.granted(attack.run), shortened(effort, count)
+        if after := short.get("after"):  # kept by the world: not in the seconds
+            ATTACKS["sequence"].run(**world.granted(ATTACKS["sequence"].run), **after)
         return seconds(lambda: attack.run(**granted, **short))
 
     few, more = run(worlds[0], steps[0]), run(worlds[0], steps[1])
@@ -114,9 +122,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     worlds = [evaluation.world(evaluation.mechanisms["sgt"]) for evaluation in small]
     run = [{job.name: job.run for job in evaluation.jobs()} for evaluation in small]
     found: dict[str, float] = {}
+    ended = steps_of(arguments.ended) if arguments.ended and arguments.estimates else {}
     for name in parts:
         mechanism, _, attack = name.partition("/attacks/")
         effort = ATTACKS[attack].arguments(arguments.suite) if attack in ATTACKS else None
+        if effort and attack in ended:
+            effort[budget(effort)] = ended[attack]
         if effort and any(word in effort for word in ("first", "steps")):
             if mechanism == "sgt":
                 found[name] = trained(ATTACKS[attack], effort, worlds, rows, steps)(prompts)
@@ -169,6 +180,35 @@ def products(arguments: argparse.Namespace) -> None:
             tables.row(name, all_s / (steps[1] - steps[0]), within_s / all_s, speed, speed / ceiling)
 
 
+def steps_of(evaluation: Path) -> dict[str, int]:
+    """Attack -> steps that it trained on the SGT in an evaluation."""
+    attacks = json.loads((evaluation / "results.json").read_text())["mechanisms"]["sgt"]["attacks"]
+    curves = {name: part["curve"] for name, part in attacks.items() if "curve" in part}
+    return {
+        name: int(curve["at"][-1] - curve["at"][0])
+        for name, curve in curves.items()
+        if curve["axis"] == "training steps"
+    }
+
+
+SAID = re.compile(r"\[\d+/\d+\] (\S+): ([\d.]+) s, estimated ([\d.]+)")
+
+
+def beside(arguments: argparse.Namespace) -> None:
+    """Table: what each part of an evaluation took, and its estimate."""
+    said = [(name, float(took), float(thought)) for name, took, thought in SAID.findall(arguments.log.read_text())]
+    columns = {"part": "", "took, s": ",.0f", "estimate, s": ",.0f", "of it": ".2f"}
+    with written(arguments.out, f"{os.cpu_count()} x {platform.machine()} CPU") as tables:
+        tables.start("an evaluation beside its estimate", columns)
+        large = sorted((part for part in said if part[1] >= arguments.least), key=lambda part: -part[1])
+        for name, took, thought in large:
+            tables.row(name.replace("/attacks/", ": ").replace("/", ": "), took, thought, thought / took)
+        rest = [part for part in said if part[1] < arguments.least]
+        for title, parts in ((f"{len(rest)} others", rest), ("all of these", said)):
+            took, thought = (sum(part[i] for part in parts) for i in (1, 2))
+            tables.row(title, took, thought, thought / took if took else None)
+
+
 def of_all(found: dict[str, Any], key: str = "seconds") -> dict[str, float]:
     """Part by its kind -> seconds, with those that another stands for; parts that were not run are left out."""
     total: dict[str, float] = {}
@@ -183,9 +223,9 @@ def of_all(found: dict[str, Any], key: str = "seconds") -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export")
-    parser.add_argument("--trunk", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("export", nargs="?")
+    parser.add_argument("--trunk")
+    parser.add_argument("--data")
     parser.add_argument("--suite", default="standard")
     parser.add_argument("--rows", default="2,6", help="prompts, twice")
     parser.add_argument("--steps", default="2,8", help="steps of a training attack, twice")
@@ -196,10 +236,19 @@ def main() -> None:
     parser.add_argument(
         "--products", metavar="A,B", help="instead: how much of a training step of these attacks is matrix products"
     )
+    parser.add_argument(
+        "--ended", type=Path, metavar="DIR", help="a whole evaluation: attackers end where they did there"
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="instead: what a whole evaluation said that it took")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--estimates", action="store_true", help=argparse.SUPPRESS)
     add_out(parser)
     arguments, arguments.overrides = parser.parse_known_args()
+    if arguments.log:
+        beside(arguments)
+        return
+    if not (arguments.export and arguments.trunk and arguments.data):
+        parser.error("give EXPORT --trunk T --data D, or --log FILE")
     if arguments.measure:
         print(json.dumps(measure(arguments)))
         return
