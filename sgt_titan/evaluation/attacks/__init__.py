@@ -74,9 +74,15 @@ READER: Mapping[str, Mapping[str, Any]] = {
     "standard": {"first": 200, "most": 3200, "layers": 4, "width": 192, "lr": 2e-3},
     "full": {"first": 1000, "most": 16_000, "layers": 6, "width": 384},
 }
-# Of who goes on from the sequence attacker.
+# Of who goes on from the sequence attacker: half as many steps again. From left to right little is left to learn.
 GOES_ON: Mapping[str, Mapping[str, Any]] = {
-    suite: {**READER[suite], "most": READER[suite]["most"] // 4, "after": READER[suite]} for suite in SUITES[1:]
+    suite: {
+        **READER[suite],
+        "first": READER[suite]["most"] // 8,
+        "most": READER[suite]["most"] // 2,
+        "after": READER[suite],
+    }
+    for suite in SUITES[1:]
 }
 BEFORE = "sequence"  # the attack that they go on from
 # Of those who see nothing. What one of them misses makes every mechanism look worse, so he may end sooner.
@@ -129,7 +135,8 @@ ATTACKS: dict[str, Attack] = {
     "sequence": Attack("sequence attacker", sequence.sequence, sequence.cost, SEQUENCE, READER),
     "autoregressive": Attack(
         "sequence attacker, left to right", sequence.autoregressive, sequence.cost, SEQUENCE,
-        {suite: {**GOES_ON[suite], "beams": beams, "lr": 5e-4} for suite, beams in (("standard", 4), ("full", 8))},
+        {suite: {**GOES_ON[suite], "most": GOES_ON[suite]["first"], "beams": beams, "lr": 5e-4}
+         for suite, beams in (("standard", 4), ("full", 8))},
         {"from_trunk": True},
     ),
     "sequence_repeats": Attack(

@@ -273,9 +273,9 @@ def test_an_estimate_adds_up_what_a_part_does():
     size = Size(rows=20, tokens=800, longest=50, width=64, vocab=500, trunk=10**6, transform=10**5, answered=100)
     flops = {name: ATTACKS[name].cost(size, **ATTACKS[name].arguments("standard")).flops for name in runner.TRAINED}
     assert flops["guess"] < flops["sequence"] < flops["answer"]
-    # Who goes on does a quarter of the steps, each with as many obfuscations as he takes the mean of.
+    # Who goes on does half of the steps, each with as many obfuscations as he takes the mean of.
     alone = ATTACKS["sequence_repeats"].cost(size, **READER["standard"], times=8).flops
-    assert flops["sequence_repeats"] < alone / 3 and flops["sequence_at_z"] < flops["sequence"] / 3
+    assert flops["sequence_repeats"] < alone / 1.9 and flops["sequence_at_z"] < flops["sequence"] / 1.9
 
 
 def test_two_processes_measure_the_same(export, results, tmp_path):
