@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.arms import Arm, Size, device, naive, necessary, ours
 from benchmarks.tables import add_out, written
 from benchmarks.timing import Watched, doubts, machine, peak_bytes, watched
-from sgt_titan.titan.cpu_support import keep_memory
+from sgt_titan.processes import keep_memory
 
 BASE = Size(width=128, layers=4, hidden=344, heads=4, kv_heads=2, vocab=16_000, rows=4, length=128)
 AXES: dict[str, tuple[str, list[int]]] = {

@@ -23,7 +23,7 @@ from benchmarks.growth import BASE, at
 from benchmarks.pieces import in_chunks, whole_logits
 from benchmarks.tables import add_out, written
 from benchmarks.timing import doubts, machine, peak_bytes, watched
-from sgt_titan.titan.cpu_support import keep_memory
+from sgt_titan.processes import keep_memory
 
 TRIES, REPEATS = 3, 5
 Call = Callable[[], object]

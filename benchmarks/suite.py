@@ -27,6 +27,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sgt_titan.evaluation.measure import runner
     from sgt_titan.evaluation.measure.suite import SUITES
 
+    with suppress(ImportError):  # as its evaluation does; another checkout's may not
+        from sgt_titan.processes import keep_memory
+
+        keep_memory()
     torch.set_num_threads(1)
     time.perf_counter = time.process_time  # the estimates', too: a shared machine's wall is not this process's
     rows = [int(n) for n in arguments.rows.split(",")]

@@ -66,7 +66,7 @@ def serve(family: str, name: str, arm: str) -> None:
 
     allow_older_torch()
     if not torch.cuda.is_available() and not arm.endswith(AS_STARTED):
-        from sgt_titan.titan.cpu_support import keep_memory
+        from sgt_titan.processes import keep_memory
 
         keep_memory()  # as a run does, and as whoever writes the naive way well does
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too

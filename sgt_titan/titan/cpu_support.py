@@ -8,7 +8,6 @@ page to the torchtitan it was written against.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -52,24 +51,6 @@ class CPUDeviceModule(types.ModuleType):
         """The process's peak resident set as the only statistic there is."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return defaultdict(int, {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak})
-
-
-MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 1 << 26)}  # of malloc.h
-
-
-def keep_memory() -> None:
-    """Have this process keep the memory that it frees, as CUDA's allocator does; for one that works on a CPU.
-
-    By default glibc gives every tensor of more than 32 MB back to the kernel, which fills fresh pages with zeros for
-    the next: of a step at V = 128,256 that is a twentieth, and half of one that makes whole logits. A step's peak is
-    the next one's too, so nothing is kept that would not be wanted again. No effect without glibc.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in MALLOPT.values():
-        mallopt(option, value)
 
 
 def set_pg_timeouts(timeout: timedelta, parallel_dims) -> None:

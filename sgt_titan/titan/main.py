@@ -17,10 +17,10 @@ from sgt_titan.cluster.notice import EXIT_STOPPED
 from sgt_titan.cluster.ownership import Ownership, attempt_name
 from sgt_titan.config.schema import Config
 from sgt_titan.errors import UserError
+from sgt_titan.processes import keep_memory
 
 from . import run_directory
 from .compilation import keep_code
-from .cpu_support import keep_memory
 from .optimizer import NonFiniteError
 from .startup import rank
 from .tasks import to_trainer_config

@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "serving": {"errors", "terminal", "arguments", "outgoing", "client", "private"},
     "titan": {
         "errors",
+        "processes",
         "disk",
         "config",
         "trunk",

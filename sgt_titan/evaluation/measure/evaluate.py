@@ -24,6 +24,7 @@ from sgt_titan.config.door import split_words
 from sgt_titan.config.origin import settle
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.options import GLANCE, suite_argument, zero_argument
+from sgt_titan.processes import keep_memory
 from sgt_titan.terminal import clock, say
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import sgt_titan.evaluation.scores.harness  # noqa: F401
     similarities()  # nor is what every score needs missed after the first attack
     disable_progress_bar()
+    keep_memory()
     out = arguments.out
     if out is None and arguments.suite != GLANCE:
         out = Path(arguments.export).resolve().parent / f"evaluation-{arguments.suite}"

@@ -18,7 +18,7 @@ import torch
 
 from sgt_titan.errors import UserError
 from sgt_titan.evaluation.measure.runner import Job
-from sgt_titan.processes import told
+from sgt_titan.processes import keep_memory, told
 
 
 def several(
@@ -68,6 +68,7 @@ def several(
 def _work(pipe: Connection, threads: int, build: Callable[..., Sequence[Job]], arguments: Sequence[Any]) -> None:
     """A process: names come, parts or errors go, until the pipe is closed."""
     torch.set_num_threads(threads)
+    keep_memory()
     jobs: dict[str, Job] = {}
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
