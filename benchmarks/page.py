@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import ROOT, add_out, written
 
-Rows = Iterator[tuple[str, float, str]]
-"""What, the ratio, the goal in words."""
+Row = tuple[str, float, str] | tuple[str, float, str, bool]
+Rows = Iterator[Row]
+"""What, the ratio, the goal in words; and whether others have disturbed it, where that is known of a row."""
 
 
 class Piece(NamedTuple):
@@ -65,10 +66,10 @@ def steps(rows: dict[str, list[Any]]) -> Rows:
 
 
 def guarded(rows: dict[str, list[Any]]) -> Rows:
-    """Of guard.py: cells are time, its limit, memory, its limit, remark."""
-    for name, (seconds, most, memory, most_memory, _) in rows.items():
-        yield f"{name}: time", seconds, f"at most {most}"
-        yield f"{name}: memory", memory, f"at most {most_memory}"
+    """Of guard.py: cells are time, its limit, memory, its limit, remark. What it holds nobody else changes."""
+    for name, (seconds, most, memory, most_memory, remark) in rows.items():
+        yield f"{name}: time", seconds, f"at most {most}", bool(remark)
+        yield f"{name}: memory", memory, f"at most {most_memory}", False
 
 
 def start(rows: dict[str, list[Any]]) -> Rows:
@@ -111,7 +112,7 @@ PIECES = (
 )
 
 
-def taken(piece: Piece) -> tuple[list[tuple[str, float, str]], int]:
+def taken(piece: Piece) -> tuple[list[Row], int]:
     """Its ratios, and how many lines say that they are not to be trusted. Ends the program where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "tables.json")
@@ -160,8 +161,9 @@ def main() -> int:
     with written(words.out, versions()) as tables:
         tables.start("", {"what": "", "ratio": ".2f", "goal": "", "remark": ""})
         for piece, ratios, doubts in found:
-            for what, ratio, goal in ratios:
-                tables.row(f"{piece.name}: {what}", ratio, goal, "not to be trusted" if doubts else "")
+            for what, ratio, goal, *known in ratios:
+                disturbed = known[0] if known else doubts
+                tables.row(f"{piece.name}: {what}", ratio, goal, "not to be trusted" if disturbed else "")
     return 0
 
 

@@ -62,10 +62,12 @@ def _busy() -> float:
 OTHERS, SPREAD = 0.15, 0.15
 
 
-def doubts(cases: Mapping[str, Sequence[Watched]]) -> list[str]:
-    """Why ratios of these cannot be trusted, in words; none if they can."""
+def doubts(cases: Mapping[str, Sequence[Watched]], quickest: int | None = None) -> list[str]:
+    """Why ratios of these cannot be trusted, in words; none if they can. quickest: so many calls of each are looked at,
+    for a ratio of the quickest."""
     found = []
     for name, calls in cases.items():
+        calls = sorted(calls, key=lambda call: call.seconds)[:quickest]
         others = statistics.median(call.others for call in calls)
         low, *_, high = sorted(call.seconds for call in calls) if len(calls) > 1 else [calls[0].seconds] * 2
         if others > OTHERS:
