@@ -108,7 +108,7 @@ def trained(
     observation: Observation, transform: Transform, corpus: Corpus, table: Table, seed: Seed, **effort: Any
 ) -> Guess:
     """The same, whether or not it was trained before."""
-    return _read(observation, transform, corpus, table, None, seed, Effort(**effort))
+    return _read(observation, transform, corpus, table, None, seed, Effort(**effort), keeps=True)
 
 
 def sequence_at_z(
@@ -226,8 +226,10 @@ def _read(
     effort: Effort,
     times: int = 1,
     begun: Guess | None = None,
+    keeps: bool = False,
 ) -> Guess:
-    """Train a reader and read; a curve over the steps at the end of each cycle. begun: whose encoder goes on."""
+    """Train a reader and read; a curve over the steps at the end of each cycle. begun: whose encoder goes on. keeps:
+    the weights, for others."""
     mechanism, noisy = None if transform is None else transform.mechanism, isinstance(observation, Noisy)
     own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=noisy, times=times)
     held = min(HELD_ROWS, max(1, len(corpus.rows) // 10))
@@ -248,7 +250,8 @@ def _read(
     for stage in _cycles(reader, own, train_rows, held_rows, observation, effort, seed.value, before):
         stages.append(stage)
         if stage.loss <= min(earlier.loss for earlier in stages):
-            best, weights = stage, {name: t.detach().cpu().clone() for name, t in reader.state_dict().items()}
+            best = stage
+            weights = {name: t.detach().cpu().clone() for name, t in reader.state_dict().items()} if keeps else None
     curve = Curve(
         "training steps",
         tuple(float(stage.steps) for stage in stages),

@@ -1,7 +1,7 @@
 """What is guessed without looking at what was sent does not depend on a mechanism: found once for all evaluations of
 the same prompts.
 
-It costs as much as the strongest attack. What the attack returned, and its network, is kept beside the data's cache
+It costs as much as the strongest attack. What the attack returned is kept beside the data's cache
 (``world/checkpoints.py``), in a file named by all that decides it: the prompts' hidden positions and clean tokens, the
 public rows, the table, and the effort.
 """
