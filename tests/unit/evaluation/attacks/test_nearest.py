@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from sgt_titan.evaluation.attacks import averaging as averaging_module
 from sgt_titan.evaluation.attacks import farthest, nearest
 from sgt_titan.evaluation.attacks.averaging import averaging, averaging_regression, running_means
 from sgt_titan.evaluation.world.mechanisms import constant_noise
@@ -102,6 +103,21 @@ def test_averaging_does_not_undo_a_mean_and_a_regression_does(trunk):
     here = world(linear(torch.linalg.qr(torch.randn(D, D))[0], torch.zeros(D), 0.5), trunk, rows=20, corpus=200)
     assert top1(averaging(**here.granted(averaging), most=32), here) < 0.1
     assert top1(averaging_regression(**here.granted(averaging_regression), most=32), here) > 0.9
+
+
+def test_one_fit_reads_every_number_of_repeats(trunk, monkeypatch):
+    """As a fit for each would: the pairs are the same whatever is averaged."""
+    here, fits, original = world(constant_noise(0.3), trunk), [], averaging_module.forward_reading
+    monkeypatch.setattr(averaging_module, "forward_reading", lambda *a: fits.append(a) or original(*a))
+    granted = here.granted(averaging_regression)
+    curve = averaging_regression(**granted, most=8).curve
+    pairs, rows_VD = granted["pairs"], here.table_VD
+    assert len(fits) == 1 and curve.at == (1.0, 2.0, 4.0, 8.0)
+    for (_, mean_ND), top_N in zip(
+        running_means(*(granted[n] for n in ("observation", "repeats")), 8).items(), curve.top_N, strict=True
+    ):
+        alone = original(pairs.x_tilde_MD, rows_VD[pairs.tokens_M], rows_VD)
+        assert torch.equal(alone(mean_ND, 1)[:, 0].cpu(), top_N)
 
 
 def test_table_of_one_row_per_kind_of_grant():
