@@ -7,8 +7,7 @@ so with enough training and width no attack of one observation reads more. It sa
 
 * training goes in cycles, each warmed up and annealed to zero, each doubling the steps done so far (arXiv 1608.03983);
   it ends when a doubling no longer helps on text kept aside, or at the budget, which is then said;
-* who reads the mean of repeats, or z, or from left to right, goes on from who reads one observation: most of what there
-  is to learn is the same;
+* who reads z, or from left to right, goes on from who reads what is sent: most of what there is to learn is the same;
 * ``guess`` is the same network without what was sent: what it gets right is known without any leak;
 * ``answer`` is the same with the true answer instead: what it gets right no mechanism hides that keeps the answer.
 
@@ -138,17 +137,15 @@ def sequence_repeats(
     seed: Seed,
     *,
     times: int = 8,
-    after: Mapping[str, Any] | None = None,
     **effort: Any,
 ) -> Guess:
-    """The same on the mean of ``times`` obfuscations of each prompt. after: as above. Where repeats are the same bytes
-    there is nothing to go on with."""
+    """The same on the mean of ``times`` obfuscations of each prompt. It begins anew: little noise is left, and who read
+    through more of it has learnt other things. Repeats that are the same bytes are read as one of them is."""
     others = [repeats.draw(k) for k in range(min(times - 1, repeats.limit))]
-    begun = sequence(observation, transform, corpus, table, checkpoints, seed, **after) if after else None
-    if begun and all(_same(other, observation) for other in others):
-        return begun
+    if all(_same(other, observation) for other in others):
+        return sequence(observation, transform, corpus, table, checkpoints, seed, **effort)
     mean = mean_of([observation, *others])
-    return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=1 + len(others), begun=begun)
+    return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=1 + len(others))
 
 
 def _same(one: Observation, other: Observation) -> bool:
@@ -244,7 +241,7 @@ def _read(
         before = _go_on(reader, begun)
         if not any(note.startswith(CONVERGED) for note in begun.notes):
             effort = replace(effort, enough=NEVER)  # a few steps that bring little say nothing of more
-        begins = f"a reader of one observation, of {before} steps" + (" and the trunk" if effort.from_trunk else "")
+        begins = f"the reader of what is sent, of {before} steps" + (" and the trunk" if effort.from_trunk else "")
     reader.to(device)
     stages, weights = [], None
     for stage in _cycles(reader, own, train_rows, held_rows, observation, effort, seed.value, before):

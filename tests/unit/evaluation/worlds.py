@@ -97,7 +97,7 @@ SMALL = {
     "logit_reading": {"rows": 32},
     **dict.fromkeys(("sequence", "guess", "answer"), SEQUENCE),
     "sequence_at_z": SEQUENCE | {"after": SEQUENCE},
-    "sequence_repeats": SEQUENCE | {"times": 2, "after": SEQUENCE},
+    "sequence_repeats": SEQUENCE | {"times": 2},
     "autoregressive": SEQUENCE | {"beams": 2, "after": SEQUENCE},
 }
 

@@ -202,9 +202,8 @@ def test_a_mean_of_equal_observations_is_one_of_them(trunk):
     once = sequence.sequence(**here.granted(sequence.sequence), **TINY)
     often = sequence.sequence_repeats(**here.granted(sequence.sequence_repeats), times=8, **TINY)
     assert here.repeats_itself and torch.equal(once.top_NK, often.top_NK) and once.curve.extra == often.curve.extra
+    assert often is once  # nor is he trained twice
     assert not worlds(trunk, markov, constant_noise(0.1), rows=4, corpus=80).repeats_itself
-    # Nor is there anything to go on with.
-    assert sequence.sequence_repeats(**here.granted(sequence.sequence_repeats), after=TINY, **TINY) is once
 
 
 def test_others_go_on_from_who_reads_one_observation_and_train_him_once(trunk, monkeypatch):
@@ -212,14 +211,14 @@ def test_others_go_on_from_who_reads_one_observation_and_train_him_once(trunk, m
     trained, original = [], sequence.trained
     monkeypatch.setattr(sequence, "trained", lambda *a, **k: trained.append(k) or original(*a, **k))
     goes_on, found = TINY | {"most": 2, "after": TINY}, {}
-    for name in ("sequence_repeats", "sequence_at_z", "autoregressive"):
+    for name in ("sequence_at_z", "autoregressive"):
         attack = getattr(sequence, name)
         found[name] = attack(**here.granted(attack), **goes_on)
     once = sequence.sequence(**here.granted(sequence.sequence), **TINY)
     assert trained == [TINY]
     behind = dict(zip(once.curve.extra, once.curve.at, strict=True))[min(once.curve.extra)]
     for guess in found.values():
-        assert guess.curve.at == (behind, behind + 2) and "starts as a reader of one observation" in guess.notes[0]
+        assert guess.curve.at == (behind, behind + 2) and "starts as the reader of what is sent" in guess.notes[0]
         assert guess.flops > once.flops
     # z is what is sent here, so it begins where the other ended, but for a temperature of its own; and one cycle is no
     # doubling.
@@ -228,9 +227,9 @@ def test_others_go_on_from_who_reads_one_observation_and_train_him_once(trunk, m
 
 
 def test_going_on_reads_what_a_training_of_all_the_steps_reads(source):
-    """The mean of repeats, by half of the steps: the other half was spent on one observation."""
+    """By half of the steps: the other half was spent on what is sent, which is z here."""
     here, _ = source
-    attack, anew = sequence.sequence_repeats, SMALL | {"first": 80, "most": 160, "times": 4}
+    attack, anew = sequence.sequence_at_z, SMALL | {"first": 80, "most": 160}
     whole = attack(**here.granted(attack), **anew)
     after = SMALL | {"first": 80, "most": 80}
     half = attack(**here.granted(attack), **anew | {"most": 80, "after": after})
@@ -257,7 +256,7 @@ def test_it_ends_when_a_doubling_does_not_help_and_says_so(trunk, source):
 
 def test_who_goes_on_from_one_that_learns_does_not_call_a_few_steps_converged(trunk, source):
     here, _ = source
-    attack, still = sequence.sequence_repeats, TINY | {"lr": 0.0}
+    attack, still = sequence.sequence_at_z, TINY | {"lr": 0.0}
     found = attack(**here.granted(attack), after=TINY | {"lr": 3e-3}, **still | {"most": 8})
     assert len(found.curve.at) == 4 and "has not converged within its budget" in found.notes[-1]
     easy = worlds(trunk, markov, constant_noise(1e-4), rows=4, corpus=80)

@@ -13,7 +13,7 @@ from sgt_titan.config.load import dump
 from sgt_titan.conjformer.command import convert
 from sgt_titan.demo import TRUNK
 from sgt_titan.errors import UserError
-from sgt_titan.evaluation.attacks import ATTACKS, READER
+from sgt_titan.evaluation.attacks import ATTACKS
 from sgt_titan.evaluation.measure import evaluate, runner, workers
 from sgt_titan.evaluation.measure.suite import EXACT, SUITES, battery
 from sgt_titan.evaluation.world.threat import Cost, Size
@@ -272,10 +272,8 @@ def test_an_estimate_adds_up_what_a_part_does():
     assert seconds["map_search"] == 4.0 + 20.0 + 2.0 and seconds["inverter"] == 2.0 + 20.0 + 2.0
     size = Size(rows=20, tokens=800, longest=50, width=64, vocab=500, trunk=10**6, transform=10**5, answered=100)
     flops = {name: ATTACKS[name].cost(size, **ATTACKS[name].arguments("standard")).flops for name in runner.TRAINED}
-    assert flops["guess"] < flops["sequence"] < flops["answer"]
-    # Who goes on does half of the steps, each with as many obfuscations as he takes the mean of.
-    alone = ATTACKS["sequence_repeats"].cost(size, **READER["standard"], times=8).flops
-    assert flops["sequence_repeats"] < alone / 1.9 and flops["sequence_at_z"] < flops["sequence"] / 1.9
+    assert flops["guess"] < flops["sequence"] < flops["sequence_repeats"] and flops["guess"] < flops["answer"]
+    assert flops["sequence_at_z"] < flops["sequence"] / 1.9  # who goes on does half of the steps
 
 
 def test_two_processes_measure_the_same(export, results, tmp_path):
