@@ -4,7 +4,7 @@
 
 A standard suite takes hours, so each part is run small, twice, and its line goes through the two: a part by the number
 of its prompts (``--rows``), a training attack by its steps (``--steps``), to its whole budget or, of our own checkout
-and with ``--ended DIR``, to where it ended in that evaluation, with what it reads at the end of each cycle. Who goes on
+and with ``--ended``, to where it ended in a whole evaluation, with what it reads at the end of each cycle. Who goes on
 from another's network is measured without the other. Of mechanisms that differ in one number (noise of several sizes,
 dropping of several shares) one is run and stands for all. Trained attacks are run on the SGT alone.
 
@@ -127,11 +127,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     worlds = [evaluation.world(evaluation.mechanisms["sgt"]) for evaluation in small]
     run = [{job.name: job.run for job in evaluation.jobs()} for evaluation in small]
     found: dict[str, float] = {}
-    ended = steps_of(arguments.ended) if arguments.ended and arguments.estimates else {}
+    ended = {
+        name: int(steps) for name, _, steps in (pair.partition("=") for pair in arguments.ended.split(",") if pair)
+    }
     for name in parts:
         mechanism, _, attack = name.partition("/attacks/")
         effort = ATTACKS[attack].arguments(arguments.suite) if attack in ATTACKS else None
-        if effort and attack in ended:
+        if effort and attack in ended and arguments.estimates:
             effort[budget(effort)] = ended[attack]
         if effort and any(word in effort for word in ("first", "steps")):
             if mechanism == "sgt":
@@ -183,17 +185,6 @@ def products(arguments: argparse.Namespace) -> None:
             all_s, within_s, gflop = (later - first for first, later in zip(*sums, strict=True))
             speed = gflop / within_s
             tables.row(name, all_s / (steps[1] - steps[0]), within_s / all_s, speed, speed / ceiling)
-
-
-def steps_of(evaluation: Path) -> dict[str, int]:
-    """Attack -> steps that it trained on the SGT in an evaluation."""
-    attacks = json.loads((evaluation / "results.json").read_text())["mechanisms"]["sgt"]["attacks"]
-    curves = {name: part["curve"] for name, part in attacks.items() if "curve" in part}
-    return {
-        name: int(curve["at"][-1] - curve["at"][0])
-        for name, curve in curves.items()
-        if curve["axis"] == "training steps"
-    }
 
 
 SAID = re.compile(r"\[\d+/\d+\] (\S+): ([\d.]+) s, estimated ([\d.]+)")
