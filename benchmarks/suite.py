@@ -233,7 +233,7 @@ def main() -> None:
         "--products", metavar="A,B", help="instead: how much of a training step of these attacks is matrix products"
     )
     parser.add_argument(
-        "--ended", type=Path, metavar="DIR", help="a whole evaluation: attackers end where they did there"
+        "--ended", default="", metavar="A=STEPS,...", help="where ours ended in a whole evaluation before their budget"
     )
     parser.add_argument("--log", type=Path, metavar="FILE", help="instead: what a whole evaluation said that it took")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
