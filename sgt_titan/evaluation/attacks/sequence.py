@@ -142,14 +142,10 @@ def sequence_repeats(
     """The same on the mean of ``times`` obfuscations of each prompt. It begins anew: little noise is left, and who read
     through more of it has learnt other things. Repeats that are the same bytes are read as one of them is."""
     others = [repeats.draw(k) for k in range(min(times - 1, repeats.limit))]
-    if all(_same(other, observation) for other in others):
+    if all(observation.same_bytes(other) for other in others):
         return sequence(observation, transform, corpus, table, checkpoints, seed, **effort)
     mean = mean_of([observation, *others])
     return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=1 + len(others))
-
-
-def _same(one: Observation, other: Observation) -> bool:
-    return all(torch.equal(a_TD, b_TD) for a_TD, b_TD in zip(one.x_tilde, other.x_tilde, strict=True))
 
 
 def mean_of(observations: Sequence[Observation]) -> Observation:

@@ -114,8 +114,7 @@ class World:
     @cached_property
     def repeats_itself(self) -> bool:
         """The same prompts are sent as the same bytes: a mean of repeats says no more than one of them."""
-        again = observe(self.rows, self.mechanism, self.trunk, self._noise(1))
-        return all(torch.equal(a, b) for a, b in zip(again.x_tilde, self.observation.x_tilde, strict=True))
+        return self.observation.same_bytes(observe(self.rows, self.mechanism, self.trunk, self._noise(1)))
 
     @cached_property
     def pairs(self) -> KnownPairs:

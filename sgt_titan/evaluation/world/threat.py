@@ -52,6 +52,10 @@ class Observation:
         """Row of each hidden position, int64."""
         return torch.cat([torch.full((int(h.sum()),), b, dtype=torch.int64) for b, h in enumerate(self.hidden)])
 
+    def same_bytes(self, other: Observation) -> bool:
+        """Of the same prompts: nothing in it is other than in this one."""
+        return all(torch.equal(a_TD, b_TD) for a_TD, b_TD in zip(self.x_tilde, other.x_tilde, strict=True))
+
 
 @dataclass(frozen=True)
 class Noisy(Observation):
