@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from sgt_titan.evaluation.measure.setting import Setting, load_setting
 from sgt_titan.evaluation.measure.suite import SUITES
 from sgt_titan.evaluation.options import ANSWER, suite_argument
 from sgt_titan.evaluation.scores import guessing, recovery
-from sgt_titan.evaluation.world.checkpoints import in_files
 from sgt_titan.evaluation.world.granted import World
 from sgt_titan.evaluation.world.mechanisms import nothing
 from sgt_titan.evaluation.world.samples import Sample, data_config
@@ -88,12 +86,8 @@ def read(setting: Setting, suite: str, in_place: Callable | None) -> dict:
     if in_place:
         shown = (in_place(part, setting.tokenizer) for part in (rows, corpus))
         world = World(*shown, nothing(), setting.trunk, guessing.SEED)
-    cache = cache_dir(setting.config)
-
-    def path(name: str, effort: Mapping[str, Any]) -> Path:
-        return guessing.location(cache, world.rows, world.corpus, world.table_VD, effort, answered=True)
-
-    guess = attack.run(**world.granted(attack.run) | {"checkpoints": in_files(path)}, **effort)
+    kept = guessing.kept(cache_dir(setting.config), world.rows, world.corpus, world.table_VD)
+    guess = attack.run(**world.granted(attack.run) | {"checkpoints": kept}, **effort)
     top_NK = whole.truth_N[:, None].repeat(1, guess.top_NK.shape[1])
     hidden_N = np.concatenate([row.obfuscate[before.obfuscate] for row, before in zip(world.rows, rows, strict=True)])
     top_NK[torch.from_numpy(hidden_N)] = guess.top_NK

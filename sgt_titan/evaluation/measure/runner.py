@@ -25,7 +25,7 @@ from sgt_titan.evaluation.attacks import ATTACKS, BEFORE, ROTATION, Attack, beam
 from sgt_titan.evaluation.measure.parts import Parts
 from sgt_titan.evaluation.measure.setting import Setting
 from sgt_titan.evaluation.measure.suite import SUITES, battery
-from sgt_titan.evaluation.options import ANSWER, GLANCE, UNSENT
+from sgt_titan.evaluation.options import GLANCE, UNSENT
 from sgt_titan.evaluation.scores import certificates, dropping, guessing, pii, privacy, reading, recovery, utility
 from sgt_titan.evaluation.world.checkpoints import in_files, in_memory
 from sgt_titan.evaluation.world.granted import KNOWN_TOKENS, World
@@ -317,12 +317,8 @@ class Evaluation:
 
     def _unsent(self, world: World) -> dict[str, Any]:
         """The same for every mechanism and every export, so found once and kept beside the data."""
-        cache, rows = cache_dir(self.setting.config), (world.rows, world.corpus)
-
-        def path(name: str, effort: Mapping[str, Any]) -> Path:
-            return guessing.location(cache, *rows, world.table_VD, effort, answered=name == ANSWER)
-
-        return {"checkpoints": in_files(path), "seed": Seed(guessing.SEED)}
+        kept = guessing.kept(cache_dir(self.setting.config), world.rows, world.corpus, world.table_VD)
+        return {"checkpoints": kept, "seed": Seed(guessing.SEED)}
 
     def _answers(self) -> dict[str, Any]:
         """Prompts and greedy answers of the rows that a report shows."""

@@ -16,10 +16,22 @@ from typing import Any
 
 import torch
 
+from sgt_titan.evaluation.options import ANSWER
+from sgt_titan.evaluation.world.checkpoints import in_files
 from sgt_titan.evaluation.world.samples import Sample
+from sgt_titan.evaluation.world.threat import Checkpoints
 
 VERSION = {False: 2, True: 3}  # of the attack, without and with the answer: part of a file's name
 SEED = 0  # of its network, in every evaluation: another seed would be another file
+
+
+def kept(folder: Path, prompts: Sequence[Sample], corpus: Sequence[Sample], table_VD: torch.Tensor) -> Checkpoints:
+    """What is found of these prompts without looking, under ``folder``, a cache of data."""
+
+    def path(name: str, effort: Mapping[str, Any]) -> Path:
+        return location(folder, prompts, corpus, table_VD, effort, answered=name == ANSWER)
+
+    return in_files(path)
 
 
 def location(
