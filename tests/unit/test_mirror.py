@@ -39,7 +39,7 @@ TOGETHER = {
     "unit/data/test_data_files.py": "data.files",
     "unit/data/test_sources.py": "data.presets",
     "unit/evaluation/attacks/test_battery.py": "evaluation.attacks.echo",
-    "unit/evaluation/attacks/test_inverter.py": "evaluation.attacks.known_plaintext evaluation.attacks.own_text",
+    "unit/evaluation/attacks/test_inverter.py": "evaluation.attacks.known_plaintext",
     "unit/evaluation/attacks/test_map_search.py": "evaluation.attacks.beam evaluation.attacks.beamclean "
     "evaluation.world.granted",
     "unit/evaluation/attacks/test_nearest.py": "evaluation.attacks.averaging evaluation.attacks.farthest",

@@ -6,13 +6,14 @@ Legend: B rows, T positions, D width, V vocabulary, M hidden tokens of some rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from sgt_titan.evaluation.world.mechanisms import Mechanism
+from sgt_titan.evaluation.world.mechanisms import KEPT_BYTES, Mechanism
 from sgt_titan.evaluation.world.samples import Padded, Sample, generator, padded
 
 DRAWN = 8  # batches whose rows are drawn together and sorted by length
@@ -39,7 +40,8 @@ class Pairs(NamedTuple):
 @dataclass(frozen=True)
 class OwnText:
     """rows: none of those under attack. mechanism None: for an attacker who sees nothing of what is sent. noisy: z is
-    taken rather than what is sent. times: observations of each row, whose mean is taken. seed: of all the noise."""
+    taken rather than what is sent. times: observations of each row, whose mean is taken; reused: how many of these
+    were new when the row was last looked at, half of them at most. seed: of all the noise."""
 
     rows: Sequence[Sample]
     mechanism: Mechanism | None
@@ -47,21 +49,51 @@ class OwnText:
     seed: int
     noisy: bool = False
     times: int = 1
+    reused: int = 0
+    kept: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)  # id of a row -> (T, D)
 
     def batch(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor | None]:
         """As ``obfuscated``; None for one who sees nothing."""
         return (padded(rows, 0, self.table_VD.device), None) if self.mechanism is None else self.obfuscated(rows, noise)
 
-    @torch.no_grad()
     def obfuscated(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor]:
         """Rows as a batch and what an observer gets of them, (B, T, D) float32. The same ``noise``, the same noise."""
-        assert self.mechanism is not None, "one who sees nothing has no observations"
         batch = padded(rows, 0, self.table_VD.device)
-        random = generator(noise, self.table_VD.device)
-        x_BTD, total_BTD = self.table_VD[batch.tokens_BT], torch.zeros(())
-        for sent in self.mechanism.repeats(batch, x_BTD, random, self.times):
-            total_BTD = total_BTD + (sent.noisy_BTD if self.noisy else sent.x_tilde_BTD).float()
+        (total_BTD,) = self._sums(batch, generator(noise, self.table_VD.device), self.times)
         return batch, total_BTD / self.times
+
+    def again(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor | None]:
+        """As ``batch``, for one who looks at each row many times: ``reused`` of its observations are of the last time.
+        He gets the mean of as many independent ones as ever, of which some are those of the mean before."""
+        if self.mechanism is None or not self.reused:
+            return self.batch(rows, noise)
+        batch, random = padded(rows, 0, self.table_VD.device), generator(noise, self.table_VD.device)
+        before = {i: self.kept.pop(id(row)) for i, row in enumerate(rows) if id(row) in self.kept}
+        others: Iterator[torch.Tensor] = iter(())
+        if first := [row for i, row in enumerate(rows) if i not in before]:
+            others = iter(self._sums(padded(first, 0, self.table_VD.device), random, self.reused)[0])
+        once_BTD, kept_BTD = self._sums(batch, random, self.times - 2 * self.reused, self.reused)
+        total_BTD = once_BTD + kept_BTD
+        for i, row in enumerate(rows):
+            T, old_TD = len(row.ids), before[i] if i in before else next(others)
+            total_BTD[i, :T] += old_TD[:T]
+            if len(self.kept) * total_BTD[i].nbytes < KEPT_BYTES:
+                self.kept[id(row)] = kept_BTD[i, :T].clone()
+        return batch, total_BTD / self.times
+
+    @torch.no_grad()
+    def _sums(self, batch: Padded, random: torch.Generator, *counts: int) -> list[torch.Tensor]:
+        """Sums of so many observations of a batch each, (B, T, D) float32."""
+        assert self.mechanism is not None, "one who sees nothing has no observations"
+        x_BTD = self.table_VD[batch.tokens_BT]
+        sent = iter(self.mechanism.repeats(batch, x_BTD, random, sum(counts)))
+        found = []
+        for count in counts:
+            total_BTD = torch.zeros(x_BTD.shape, device=x_BTD.device)
+            for one in islice(sent, count):
+                total_BTD += one.noisy_BTD if self.noisy else one.x_tilde_BTD
+            found.append(total_BTD)
+        return found
 
     def noise(self, step: int) -> int:
         """A generator's seed for a step of this attack; another step or another attack's seed gives another."""

@@ -33,6 +33,7 @@ from sgt_titan.evaluation.attacks import beam
 from sgt_titan.evaluation.attacks.linear_start import linear_start
 from sgt_titan.evaluation.attacks.own_text import OwnText, of_a_length
 from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk_body
+from sgt_titan.evaluation.world.mechanisms import KEPT_BYTES
 from sgt_titan.evaluation.world.samples import Padded, Sample, batched
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
@@ -137,15 +138,19 @@ def sequence_repeats(
     seed: Seed,
     *,
     times: int = 8,
+    reused: int = 0,
     **effort: Any,
 ) -> Guess:
     """The same on the mean of ``times`` obfuscations of each prompt. It begins anew: little noise is left, and who read
-    through more of it has learnt other things. Repeats that are the same bytes are read as one of them is."""
+    through more of it has learnt other things. reused: of these, of his own text, how many serve twice
+    (``OwnText``). Repeats that are the same bytes are read as one of them is."""
     others = [repeats.draw(k) for k in range(min(times - 1, repeats.limit))]
     if all(observation.same_bytes(other) for other in others):
         return sequence(observation, transform, corpus, table, checkpoints, seed, **effort)
-    mean = mean_of([observation, *others])
-    return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=1 + len(others))
+    mean, times = mean_of([observation, *others]), 1 + len(others)
+    return _read(
+        mean, transform, corpus, table, None, seed, Effort(**effort), times=times, reused=min(reused, times // 2)
+    )
 
 
 def mean_of(observations: Sequence[Observation]) -> Observation:
@@ -218,13 +223,14 @@ def _read(
     seed: Seed,
     effort: Effort,
     times: int = 1,
+    reused: int = 0,
     begun: Guess | None = None,
     keeps: bool = False,
 ) -> Guess:
     """Train a reader and read; a curve over the steps at the end of each cycle. begun: whose encoder goes on. keeps:
     the weights, for others."""
     mechanism, noisy = None if transform is None else transform.mechanism, isinstance(observation, Noisy)
-    own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=noisy, times=times)
+    own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=noisy, times=times, reused=reused)
     held = min(HELD_ROWS, max(1, len(corpus.rows) // 10))
     train_rows, held_rows = corpus.rows[:-held], corpus.rows[-held:]
     longest = max(max(len(row.ids) for row in corpus.rows), max(map(len, observation.hidden)))
@@ -381,7 +387,7 @@ def _step(reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int, opti
     optimizer.zero_grad(set_to_none=True)
     # By length, so that little is padding.
     for i, part in enumerate(batched(sorted(rows, key=lambda row: len(row.ids)), len(own.table_VD))):
-        batch, x_BTD = own.batch(part, (noise << 8) + i)
+        batch, x_BTD = own.again(part, (noise << 8) + i)
         torch.stack([loss_N.sum() for loss_N in losses(reader, batch, x_BTD)]).sum().div(max(total, 1)).backward()
     nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
     optimizer.step()
@@ -546,7 +552,7 @@ def answered_cost(size: Size, **effort: Any) -> Cost:
     return unsent_cost(replace(size, longest=max(size.longest, size.answered)), **effort)
 
 
-def cost(size: Size, *, times: int = 1, after: Mapping[str, Any] | None = None, **effort: Any) -> Cost:
+def cost(size: Size, *, times: int = 1, reused: int = 0, after: Mapping[str, Any] | None = None, **effort: Any) -> Cost:
     """Of the whole budget; a training that settles earlier costs less. What it goes on from is another attack's."""
     mine = Effort(**effort)
     layers, width, beams = mine.layers, mine.width, mine.beams
@@ -555,12 +561,15 @@ def cost(size: Size, *, times: int = 1, after: Mapping[str, Any] | None = None, 
     table = size.vocab * size.width
     tokens = mine.batch_rows * size.longest
     step = tokens * (
-        6.0 * (body + decoder) + 8.0 * table * (2 if beams else 1) + 2.0 * (1 + times) * (size.transform + size.width)
+        6.0 * (body + decoder)
+        + 8.0 * table * (2 if beams else 1)
+        + 2.0 * (1 + times - reused) * (size.transform + size.width)
     )
     read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
     part = min(tokens, 16 * size.longest, max(2 * size.longest, (1 << 27) // size.vocab))
     memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table
     memory += 64.0 * part * (layers * width + (size.width if mine.from_trunk else 0))
+    memory += KEPT_BYTES if reused else 0
     cycles = 2 + math.ceil(math.log2(max(1.0, mine.most / mine.first)))
     searched = cycles * len(beam.groups(size.rows, 3.0 * beams * size.vocab)) * size.longest if beams else 0
     return Cost(mine.most * step + read, memory, steps=searched)

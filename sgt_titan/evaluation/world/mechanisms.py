@@ -12,16 +12,21 @@ Legend: B batch, T sequence, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sgt_titan.evaluation.world.samples import Padded, Sample
 from sgt_titan.transform import ExportedTransform
+from sgt_titan.transform.modeling import SGTOutput
 from sgt_titan.transform.trunk_files import TrunkFiles
+
+KEPT_BYTES = 1 << 28  # of what is computed once of rows that are obfuscated again; what finds no room is computed anew
 
 
 class Obfuscated(NamedTuple):
@@ -78,7 +83,7 @@ class Mechanism:
     transform: the SGT, where it is one. rotation: where what is sent is in a secret basis (rotated.py). std: of a
     constant noise, embedding units; 0 where there is none. denoises: a denoiser stands between z and what is sent.
     drops: a token is sent in clear, or something in its place that says nothing of it. again: several observations of
-    the same batch for the work that they share; absent: as many calls.
+    a batch that may come again, for the work that they share; absent: as many calls.
     rewrite: other tokens in place of a batch's own, before anything (surrogates.py); restore: the tokens of an answer
     to a prompt that was rewritten, with the values put back; respelt: where that changes a row's length, the utility is
     of those rows. facts: what else a report states about it, by name.
@@ -123,23 +128,52 @@ def constant_noise(std: float, name: str = "noise", title: str = "constant noise
     return Mechanism(name, title, obfuscate, std=std)
 
 
+class Moments:
+    """Mean and deviation of an export that has its table, by a row's tokens: for whoever obfuscates it again and again.
+    Kept until there is no more room; they are of the tokens before and nothing else."""
+
+    def __init__(self, transform: ExportedTransform):
+        self.transform, self.kept, self.room = transform, dict[bytes, tuple[torch.Tensor, torch.Tensor]](), KEPT_BYTES
+
+    @torch.no_grad()
+    def of(self, batch: Padded) -> SGTOutput:
+        """As the transform gives them; zero at padding."""
+        lengths = batch.valid_BT.sum(1).tolist()
+        names = [ids_T[:T].cpu().numpy().tobytes() for ids_T, T in zip(batch.tokens_BT, lengths, strict=True)]
+        found = {name: self.kept[name] for name in names if name in self.kept}
+        if new := [b for b, name in enumerate(names) if name not in found]:
+            longest = max(lengths[b] for b in new)
+            part = batch.tokens_BT[new, :longest], batch.valid_BT[new, :longest].long()
+            out = self.transform(input_ids=part[0], attention_mask=part[1])
+            for i, b in enumerate(new):
+                found[names[b]] = one = out.mean_BTD[i, : lengths[b]].clone(), out.log_std_BTD[i, : lengths[b]].clone()
+                if (size := sum(t.nbytes for t in one)) <= self.room:
+                    self.kept[names[b]] = one
+                    self.room -= size
+        mean_BTD = pad_sequence([found[name][0] for name in names], batch_first=True)
+        log_std_BTD = pad_sequence([found[name][1] for name in names], batch_first=True)
+        return SGTOutput(mean_BTD, log_std_BTD)
+
+
 def learned(transform: ExportedTransform) -> Mechanism:
     """The export, called as a client calls it."""
+    known = Moments(transform) if transform.embed_tokens is not None else None
 
-    def again(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator, times: int) -> list[Obfuscated]:
+    def draws(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator, moments: Any) -> Iterator[Obfuscated]:
         inputs = batch.tokens_BT if transform.embed_tokens is not None else x_BTD
         given: dict[str, Any] = {"generator": random, "attention_mask": batch.valid_BT.long()}
-        found = []
-        for _ in range(times):
-            one = transform.release(inputs, batch.obfuscate_BT, **given)
-            given["moments"] = one.moments  # the same for every draw of the noise
-            found.append(Obfuscated(one.sent_BTD, one.center_BTD, one.log_std_BTD, one.z_BTD))
-        return found
+        while True:
+            one = transform.release(inputs, batch.obfuscate_BT, moments=moments, **given)
+            moments = one.moments  # the same for every draw of the noise
+            yield Obfuscated(one.sent_BTD, one.center_BTD, one.log_std_BTD, one.z_BTD)
+
+    def again(batch: Padded, x_BTD: torch.Tensor, random: torch.Generator, times: int) -> list[Obfuscated]:
+        return list(islice(draws(batch, x_BTD, random, known and known.of(batch)), times))
 
     return Mechanism(
         "sgt",
         "this SGT",
-        lambda batch, x_BTD, random: again(batch, x_BTD, random, 1)[0],
+        lambda batch, x_BTD, random: next(draws(batch, x_BTD, random, None)),
         transform=transform,
         denoises=transform.denoiser is not None,
         again=again,

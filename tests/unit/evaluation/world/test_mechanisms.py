@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sgt_titan.evaluation.world import mechanisms
 from sgt_titan.evaluation.world.mechanisms import (
     DELTA,
     classical_epsilon,
@@ -70,16 +71,21 @@ def test_redaction_replaces_marked_tokens_and_nothing_else(trunk_dir):
     assert torch.equal(sent.x_tilde_BTD[0, [0, 1, 4, 5]], x[0, [0, 1, 4, 5]]), "what is sent in clear anyway stays"
 
 
-def test_repeats_are_as_many_calls_that_share_the_moments(trunk_dir):
-    trunk = tiny_trunk(trunk_dir)
+def random_transform(trunk, embeddings: bool) -> ExportedTransform:
     torch.manual_seed(0)
     config = SGTConfig(
         trunk_config=estimator_config(trunk.config, 1), denoiser_layers=1, format_version=2, vocab_size=300,
-        hidden_size=32, embeddings=False,
+        hidden_size=32, embeddings=embeddings,
     )  # fmt: skip
     transform = ExportedTransform(config).eval().requires_grad_(False)
     for head in (transform.mean_head, transform.log_std_head, transform.denoiser.head):
         head.weight.normal_(0, 0.1)
+    return transform
+
+
+def test_repeats_are_as_many_calls_that_share_the_moments(trunk_dir):
+    trunk = tiny_trunk(trunk_dir)
+    transform = random_transform(trunk, embeddings=False)
     sgt = learned(transform)
     batch = padded(random_rows(3, 9, 300, 0), 0, torch.device("cpu"))
     x_BTD = trunk.get_input_embeddings()(batch.tokens_BT)
@@ -90,3 +96,23 @@ def test_repeats_are_as_many_calls_that_share_the_moments(trunk_dir):
     assert all(torch.equal(a, b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f, w, strict=True))
     assert len(passes) == 1 and not torch.equal(found[0].x_tilde_BTD, found[1].x_tilde_BTD)
     assert len(nothing().repeats(batch, x_BTD, torch.Generator(), 2)) == 2
+
+
+@pytest.mark.parametrize("room", [1 << 20, 0])
+def test_the_moments_of_a_row_are_found_once_for_all_batches(trunk_dir, monkeypatch, room):
+    monkeypatch.setattr(mechanisms, "KEPT_BYTES", room)
+    transform = random_transform(tiny_trunk(trunk_dir), embeddings=True)
+    sgt, passes = learned(transform), []
+    rows = [row.cut(length) for row, length in zip(random_rows(4, 9, 300, 0), (9, 4, 6, 9), strict=True)]
+    for part in ([0, 1], [2, 1, 3], [3, 0], [1, 2]):
+        batch = padded([rows[i] for i in part], 0, torch.device("cpu"))
+        x_BTD = transform.embed_tokens(batch.tokens_BT)
+        one = torch.Generator().manual_seed(1)
+        wanted = [sgt.obfuscate(batch, x_BTD, one) for _ in range(2)]
+        hook = transform.bodies[0].register_forward_hook(lambda module, given, out: passes.append(len(out[0])))
+        found = sgt.repeats(batch, x_BTD, torch.Generator().manual_seed(1), 2)
+        hook.remove()
+        for f, w in zip(found, wanted, strict=True):
+            for got, want in zip(f, w, strict=True):
+                torch.testing.assert_close(got[batch.valid_BT], want[batch.valid_BT], rtol=1e-5, atol=1e-6)
+    assert passes == ([2, 2] if room else [2, 3, 2, 2])
