@@ -34,7 +34,7 @@ from sgt_titan.evaluation.attacks.linear_start import linear_start
 from sgt_titan.evaluation.attacks.own_text import OwnText, of_a_length
 from sgt_titan.evaluation.attacks.sequence_reader import Reader, new_body, trunk_body
 from sgt_titan.evaluation.world.mechanisms import KEPT_BYTES
-from sgt_titan.evaluation.world.samples import Padded, Sample, batched
+from sgt_titan.evaluation.world.samples import LOGIT_BUDGET, Padded, Sample, batched
 from sgt_titan.evaluation.world.threat import (
     UNKNOWN,
     Answered,
@@ -245,8 +245,8 @@ def _read(
             effort = replace(effort, enough=NEVER)  # a few steps that bring little say nothing of more
         begins = f"the reader of what is sent, of {before} steps" + (" and the trunk" if effort.from_trunk else "")
     reader.to(device)
-    stages, weights = [], None
-    for stage in _cycles(reader, own, train_rows, held_rows, observation, effort, seed.value, before):
+    stages, halves, weights = [], list[tuple[int, float]](), None
+    for stage in _cycles(reader, own, train_rows, held_rows, observation, effort, seed.value, halves, before):
         stages.append(stage)
         if stage.loss <= min(earlier.loss for earlier in stages):
             best = stage
@@ -259,13 +259,14 @@ def _read(
         "the attacker's own held-out loss, nats per token",
     )
     parameters = sum(p.numel() for p in reader.parameters() if p.requires_grad) - table.rows_VD.shape[0]
-    tokens = (stages[-1].steps - before) * effort.batch_rows * float(np.mean([len(row.ids) for row in train_rows]))
+    done = max([stages[-1].steps, *(step for step, _ in halves)]) - before
+    tokens = done * effort.batch_rows * float(np.mean([len(row.ids) for row in train_rows]))
     spent = tokens * (6.0 * parameters + 6.0 * table.rows_VD.numel())
     notes = [
         f"starts as {begins}, trained for {best.steps - before} steps of {effort.batch_rows} rows; on text kept aside "
         f"its loss is {best.loss:.3f} nats a token and it reads {best.share:.1%}"
         + (" given the true tokens before" if reader.decoder is not None else ""),
-        _verdict(stages, effort.enough),
+        _verdict(stages, halves, effort.enough),
     ]
     if begun is not None:
         spent += begun.flops
@@ -347,10 +348,15 @@ def _cycles(
     observation: Observation | Unseen,
     effort: Effort,
     seed: int,
+    halves: list[tuple[int, float]],
     before: int = 0,
 ) -> Iterator[Stage]:
     """Train in cycles of first, first, 2 first, 4 first ... steps until a doubling does not help, or ``most``. before:
-    steps that the reader has behind it, which count in its stages alone."""
+    steps that the reader has behind it, which count in its stages alone.
+
+    Who sees nothing is looked at half way through a cycle, too (``halves``: step and loss on text kept aside). The rate
+    is the same there in all, and where a doubling has brought next to nothing the rest of the cycle is left out.
+    """
     decayed = [p for p in reader.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in reader.parameters() if p.requires_grad and p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -369,6 +375,11 @@ def _cycles(
             picks = next(batches)
             picks = [shown(row, random) for row in picks] if effort.points else picks
             _step(reader, own, picks, own.noise(done + step + 1), optimizer)
+            if own.mechanism is None and step + 1 == length // 2:
+                halves.append((done + step + 1, _held_out(reader.eval(), own, held)[0]))
+                if _idle(halves, effort.enough):
+                    return
+                reader.train()
         reader.eval()
         done += length
         last, stage = stage, _stage(reader, own, held, observation, effort, before + done)
@@ -382,11 +393,11 @@ def shown(row: Sample, random: np.random.Generator) -> Sample:
 
 
 def _step(reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int, optimizer: torch.optim.Optimizer) -> None:
-    """One update, in pieces whose logits fit in memory."""
+    """One update, in as few pieces as fit in memory: a small one takes as many calls as a large one."""
     total = sum(int(row.obfuscate.sum()) for row in rows)
     optimizer.zero_grad(set_to_none=True)
     # By length, so that little is padding.
-    for i, part in enumerate(batched(sorted(rows, key=lambda row: len(row.ids)), len(own.table_VD))):
+    for i, part in enumerate(batched(sorted(rows, key=lambda row: len(row.ids)), len(own.table_VD), len(rows))):
         batch, x_BTD = own.again(part, (noise << 8) + i)
         torch.stack([loss_N.sum() for loss_N in losses(reader, batch, x_BTD)]).sum().div(max(total, 1)).backward()
     nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
@@ -421,8 +432,22 @@ def _settled(last: Stage, stage: Stage, enough: float = SETTLED_LOSS) -> bool:
     return last.loss - stage.loss < enough * max(last.loss, 1.0) and stage.share - last.share < SETTLED_SHARE
 
 
-def _verdict(stages: Sequence[Stage], enough: float = SETTLED_LOSS) -> str:
+def _idle(halves: Sequence[tuple[int, float]], enough: float) -> bool:
+    """Half way through this cycle the loss is hardly below that half way through the one before."""
+    if len(halves) < 2:
+        return False
+    (_, last), (_, loss) = halves[-2:]
+    return last - loss < enough * max(last, 1.0)
+
+
+def _verdict(stages: Sequence[Stage], halves: Sequence[tuple[int, float]], enough: float = SETTLED_LOSS) -> str:
     """What the last doubling brought."""
+    if halves and halves[-1][0] > stages[-1].steps:
+        (earlier, before), (later, loss) = halves[-2:]
+        return (
+            f"ended before its budget, since a doubling read no more: half way through a cycle, at {later} steps, its "
+            f"loss on text kept aside was {loss:.3f} nats where it had been {before:.3f} at {earlier}"
+        )
     last, stage = stages[-2], stages[-1]
     change = (
         f"going from {last.steps} to {stage.steps} steps changed its loss on text kept aside by "
@@ -441,10 +466,17 @@ def _verdict(stages: Sequence[Stage], enough: float = SETTLED_LOSS) -> str:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _stage(
     reader: Reader, own: OwnText, held: Sequence[Sample], observation: Observation | Unseen, effort: Effort, steps: int
 ) -> Stage:
+    loss, share = _held_out(reader, own, held)
+    logger.info("sequence: step %d, held-out loss %.3f, top-1 %.1f%%", steps, loss, 100 * share)
+    return Stage(steps, loss, share, _guesses(reader, observation, effort.beams))
+
+
+@torch.no_grad()
+def _held_out(reader: Reader, own: OwnText, held: Sequence[Sample]) -> tuple[float, float]:
+    """Nats a token, and top-1, on text kept aside."""
     loss, right, count = 0.0, 0, 0
     for i, part in enumerate(batched(held, len(own.table_VD))):
         batch, x_BTD = own.batch(part, own.noise((1 << 30) + i))
@@ -458,9 +490,7 @@ def _stage(
         loss += nn.functional.cross_entropy(logits_NV, target_N, reduction="sum").item()
         right += int((logits_NV.argmax(-1) == target_N).sum())
         count += len(target_N)
-    stage = Stage(steps, loss / count, right / count, _guesses(reader, observation, effort.beams))
-    logger.info("sequence: step %d, held-out loss %.3f, top-1 %.1f%%", steps, stage.loss, 100 * stage.share)
-    return stage
+    return loss / count, right / count
 
 
 @torch.no_grad()
@@ -566,7 +596,7 @@ def cost(size: Size, *, times: int = 1, reused: int = 0, after: Mapping[str, Any
         + 2.0 * (1 + times - reused) * (size.transform + size.width)
     )
     read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
-    part = min(tokens, 16 * size.longest, max(2 * size.longest, (1 << 27) // size.vocab))
+    part = min(tokens, max(2 * size.longest, LOGIT_BUDGET // size.vocab))
     memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table
     memory += 64.0 * part * (layers * width + (size.width if mine.from_trunk else 0))
     memory += KEPT_BYTES if reused else 0

@@ -238,10 +238,10 @@ def shorten(row: Sample) -> Sample:
     return Sample(row.ids[keep], row.obfuscate[keep] & False, row.target[keep])
 
 
-def batched(rows: Sequence[Sample], vocab: int) -> Iterator[Sequence[Sample]]:
+def batched(rows: Sequence[Sample], vocab: int, most: int = MAX_ROWS) -> Iterator[Sequence[Sample]]:
     """Rows in groups whose logits fit in memory, at least two a group (MI needs pairs) unless one is left over."""
     longest = max(len(row.ids) for row in rows)
-    size = min(MAX_ROWS, max(2, LOGIT_BUDGET // (longest * vocab)))
+    size = min(most, max(2, LOGIT_BUDGET // (longest * vocab)))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
