@@ -5,7 +5,8 @@
 A standard suite takes hours, so each part is run small, twice, and its line goes through the two: a part by the number
 of its prompts (``--rows``), a training attack by its steps (``--steps``), to its whole budget or, of our own checkout
 and with ``--ended``, to where it ended in a whole evaluation, with what it reads at the end of each cycle. Who goes on
-from another's network is measured without the other. Of mechanisms that differ in one number (noise of several sizes,
+from another's network is measured without the other. What a step takes is measured on so few public rows that each is
+looked at again and again, as in a whole training. Of mechanisms that differ in one number (noise of several sizes,
 dropping of several shares) one is run and stands for all. Trained attacks are run on the SGT alone.
 
 ``--against``: the same of another checkout (git worktree add DIR COMMIT), in a process of its own beside ours, so that
@@ -35,6 +36,7 @@ from tables import add_out, written  # beside this file: PYTHONPATH may name ano
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS = {"most": "first", "steps": None}  # the effort that says how long an attack trains, and what goes with it
+PUBLIC = 48  # rows that steps are timed on: with ten steps of 24 each is looked at five times
 LOOKS = 8  # of an attack without cycles at its curve, however short it is
 
 
@@ -44,15 +46,15 @@ def stands_for(mechanism: str) -> str:
     return f"{name}-10" if name in ("dropping", "choosing") and number else name
 
 
-def evaluation_of(arguments: argparse.Namespace, rows: int) -> Any:
-    """An evaluation of so many prompts, made as any checkout can make it."""
+def evaluation_of(arguments: argparse.Namespace, rows: int, corpus: int | None = None) -> Any:
+    """An evaluation of so many prompts and public rows (the suite's), made as any checkout can make it."""
     from sgt_titan.evaluation.measure import runner
     from sgt_titan.evaluation.measure.setting import load_setting
     from sgt_titan.evaluation.measure.suite import SUITES
     from sgt_titan.evaluation.world.samples import data_config
 
     config = data_config(arguments.export, arguments.trunk, arguments.data, arguments.overrides)
-    corpus = SUITES[arguments.suite].corpus
+    corpus = corpus or SUITES[arguments.suite].corpus
     setting = load_setting(arguments.export, config, rows=rows, corpus=corpus, zero_steps=arguments.zero_steps)
     return runner.Evaluation(setting=setting, suite=arguments.suite)
 
@@ -75,8 +77,10 @@ def shortened(effort: dict[str, Any], count: int) -> dict[str, Any]:
     return {**effort, **{key: count for key in (word, STEPS[word]) if key}, **more}
 
 
-def trained(attack: Any, effort: dict[str, Any], worlds: list[Any], rows: list[int], steps: list[int]) -> Any:
-    """Seconds of a whole training on as many prompts: (prompts) -> seconds."""
+def trained(
+    attack: Any, effort: dict[str, Any], worlds: list[Any], small: Any, rows: list[int], steps: list[int]
+) -> Any:
+    """Seconds of a whole training on as many prompts: (prompts) -> seconds. small: the world of few public rows."""
     from sgt_titan.evaluation.attacks import ATTACKS
 
     word, cycles = budget(effort), 2.0
@@ -91,8 +95,8 @@ def trained(attack: Any, effort: dict[str, Any], worlds: list[Any], rows: list[i
             ATTACKS["sequence"].run(**world.granted(ATTACKS["sequence"].run), **after)
         return seconds(lambda: attack.run(**granted, **short))
 
-    few, more = run(worlds[0], steps[0]), run(worlds[0], steps[1])
-    step = max(0.0, (more - few) / (steps[1] - steps[0]))
+    few = run(worlds[0], steps[0])
+    step = max(0.0, (run(small, steps[1]) - run(small, steps[0])) / (steps[1] - steps[0]))
     read = 0.0
     if effort.get("beams"):  # who searches at the end of each cycle: twice in a run of one
         read = max(0.0, (run(worlds[1], steps[0]) - few) / (rows[1] - rows[0]) / 2)
@@ -124,7 +128,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         speed = runner.measured_speed(whole, jobs)
         estimates = {job.name: speed.seconds(job) for job in jobs}
     small = [evaluation_of(arguments, count) for count in rows]
-    worlds = [evaluation.world(evaluation.mechanisms["sgt"]) for evaluation in small]
+    of_steps = evaluation_of(arguments, rows[0], PUBLIC)
+    *worlds, repeated = (evaluation.world(evaluation.mechanisms["sgt"]) for evaluation in (*small, of_steps))
     run = [{job.name: job.run for job in evaluation.jobs()} for evaluation in small]
     found: dict[str, float] = {}
     ended = {
@@ -137,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             effort[budget(effort)] = ended[attack]
         if effort and any(word in effort for word in ("first", "steps")):
             if mechanism == "sgt":
-                found[name] = trained(ATTACKS[attack], effort, worlds, rows, steps)(prompts)
+                found[name] = trained(ATTACKS[attack], effort, worlds, repeated, rows, steps)(prompts)
         elif stands_for(name.partition("/")[0]) == name.partition("/")[0]:
             few, more = (seconds(jobs[name]) for jobs in run)
             each = max(0.0, (more - few) / (rows[1] - rows[0]))
@@ -149,12 +154,14 @@ def products(arguments: argparse.Namespace) -> None:
     """Table: of a training step's seconds, those in matrix products, and how near these are to the ceiling."""
     import torch
 
-    from sgt_titan.evaluation.attacks import ATTACKS
+    from sgt_titan.evaluation.attacks import ATTACKS, sequence
+    from sgt_titan.processes import keep_memory
 
+    keep_memory()
     torch.set_num_threads(1)
     a = torch.randn(1024, 1024)
     ceiling = 2e-9 * 1024**3 / min(seconds(lambda: a @ a) for _ in range(9))
-    evaluation, steps = evaluation_of(arguments, 2), [int(n) for n in arguments.steps.split(",")]
+    evaluation, steps = evaluation_of(arguments, 2), max(int(n) for n in arguments.steps.split(","))
     world = evaluation.world(evaluation.mechanisms["sgt"])
     columns = {
         "attack": "",
@@ -164,27 +171,26 @@ def products(arguments: argparse.Namespace) -> None:
         "at the ceiling": ".0%",
     }
     machine = f"{os.cpu_count()} x {platform.machine()} CPU, torch {torch.__version__}, ceiling {ceiling:.0f} Gflop/s"
+    step, taken = sequence._step, list[tuple[float, float, float]]()
+
+    def profiled(*given: Any) -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
+            step(*given)
+        events = seen.key_averages()
+        within = [event for event in events if event.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+        whole, in_products = (sum(event.self_cpu_time_total for event in part) / 1e6 for part in (events, within))
+        taken.append((whole, in_products, sum(event.flops for event in within) / 1e9))
+
+    sequence._step = profiled
     with written(arguments.out, machine) as tables:
         tables.start(f"a training step, suite {arguments.suite}", columns)
         for name in arguments.products.split(","):
-            attack, sums = ATTACKS[name], []
-            effort = attack.arguments(arguments.suite) or {}
-            for count in steps:
-                granted, short = world.granted(attack.run), shortened(effort, count)
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
-                    attack.run(**granted, **short)
-                events = seen.key_averages()
-                within = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
-                sums.append(
-                    (
-                        sum(e.self_cpu_time_total for e in events) / 1e6,
-                        sum(e.self_cpu_time_total for e in within) / 1e6,
-                        sum(e.flops for e in within) / 1e9,
-                    )
-                )
-            all_s, within_s, gflop = (later - first for first, later in zip(*sums, strict=True))
-            speed = gflop / within_s
-            tables.row(name, all_s / (steps[1] - steps[0]), within_s / all_s, speed, speed / ceiling)
+            attack = ATTACKS[name]
+            effort = shortened(attack.arguments(arguments.suite) or {}, steps)
+            taken.clear()
+            attack.run(**world.granted(attack.run), **effort)
+            whole, within, gflop = (sum(column) for column in zip(*taken[steps // 4 :], strict=True))
+            tables.row(name, whole / len(taken[steps // 4 :]), within / whole, gflop / within, gflop / within / ceiling)
 
 
 SAID = re.compile(r"\[\d+/\d+\] (\S+): ([\d.]+) s, estimated ([\d.]+)")

@@ -254,6 +254,19 @@ def test_it_ends_when_a_doubling_does_not_help_and_says_so(trunk, source):
     assert early.curve.at[-1] < 20.0 and any(note.startswith("ended before its budget") for note in early.notes)
 
 
+def test_who_sees_nothing_is_looked_at_half_way_and_ends_where_a_doubling_brought_nothing(trunk, monkeypatch):
+    here = worlds(trunk, lambda random: random.integers(0, 300, LENGTH), constant_noise(0.1), rows=4, corpus=80)
+    looks, original = [], sequence._held_out
+    monkeypatch.setattr(sequence, "_held_out", lambda *a: looks.append(1) or original(*a))
+    effort = TINY | {"first": 8, "most": 64}
+    nothing_to_learn = sequence.guess(**here.granted(sequence.guess), **effort)
+    assert nothing_to_learn.curve.at == (0.0, 8.0) and len(looks) == 4  # at 0, 4, 8 and 12
+    assert "half way through a cycle, at 12 steps" in nothing_to_learn.notes[-1]
+    looks.clear()
+    seeing = sequence.sequence(**here.granted(sequence.sequence), **effort)
+    assert len(looks) == len(seeing.curve.at), "who sees is not judged before a cycle has ended"
+
+
 def test_who_goes_on_from_one_that_learns_does_not_call_a_few_steps_converged(trunk, source):
     here, _ = source
     attack, still = sequence.sequence_at_z, TINY | {"lr": 0.0}
