@@ -21,9 +21,10 @@ DRAWN = 8  # batches whose rows are drawn together and sorted by length
 
 def of_a_length(rows: Sequence[Sample], size: int, random: np.random.Generator) -> Iterator[list[Sample]]:
     """Random rows, ``size`` at a time, of which those of a length come together: drawn for several steps at once, since
-    a fifth of a batch was padding."""
+    a fifth of a batch was padding. Of these no row comes twice, where there are enough."""
+    count = size * DRAWN
     while True:
-        drawn = [rows[i] for i in random.integers(0, len(rows), size * DRAWN)]
+        drawn = [rows[i] for i in random.choice(len(rows), count, replace=count > len(rows))]
         drawn.sort(key=lambda row: len(row.ids))
         for k in random.permutation(DRAWN):
             yield drawn[size * k : size * (k + 1)]

@@ -21,7 +21,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ FIT_TOKENS = 8192  # that the linear start is fitted on, or four times the width
 SMOOTHING = 0.5  # added to every token's count: a token that the corpus lacks is not impossible
 SETTLED_LOSS = 0.005  # a doubling that brings less has converged: share of the loss, nats below one nat
 SETTLED_SHARE = 0.005  # and top-1
+BY_HEART = 0.05  # share of the loss on his own text; it differs by a hundredth from one look to the next
 NEVER = -math.inf
 CONVERGED = "converged"
 CHUNK = 1024  # tokens whose logits exist at a time when guessing
@@ -245,7 +246,7 @@ def _read(
             effort = replace(effort, enough=NEVER)  # a few steps that bring little say nothing of more
         begins = f"the reader of what is sent, of {before} steps" + (" and the trunk" if effort.from_trunk else "")
     reader.to(device)
-    stages, halves, weights = [], list[tuple[int, float]](), None
+    stages, halves, weights = [], list[Half](), None
     for stage in _cycles(reader, own, train_rows, held_rows, observation, effort, seed.value, halves, before):
         stages.append(stage)
         if stage.loss <= min(earlier.loss for earlier in stages):
@@ -259,7 +260,7 @@ def _read(
         "the attacker's own held-out loss, nats per token",
     )
     parameters = sum(p.numel() for p in reader.parameters() if p.requires_grad) - table.rows_VD.shape[0]
-    done = max([stages[-1].steps, *(step for step, _ in halves)]) - before
+    done = max([stages[-1].steps, *(half.steps for half in halves)]) - before
     tokens = done * effort.batch_rows * float(np.mean([len(row.ids) for row in train_rows]))
     spent = tokens * (6.0 * parameters + 6.0 * table.rows_VD.numel())
     notes = [
@@ -340,6 +341,14 @@ class Stage:
     top_NK: torch.Tensor
 
 
+class Half(NamedTuple):
+    """Half way through a cycle: steps done in all, nats a token on text kept aside and on what was trained on last."""
+
+    steps: int
+    loss: float
+    own: float
+
+
 def _cycles(
     reader: Reader,
     own: OwnText,
@@ -348,14 +357,14 @@ def _cycles(
     observation: Observation | Unseen,
     effort: Effort,
     seed: int,
-    halves: list[tuple[int, float]],
+    halves: list[Half],
     before: int = 0,
 ) -> Iterator[Stage]:
     """Train in cycles of first, first, 2 first, 4 first ... steps until a doubling does not help, or ``most``. before:
     steps that the reader has behind it, which count in its stages alone.
 
-    Who sees nothing is looked at half way through a cycle, too (``halves``: step and loss on text kept aside). The rate
-    is the same there in all, and where a doubling has brought next to nothing the rest of the cycle is left out.
+    Who sees nothing is looked at half way through a cycle, too (``halves``). The rate is the same there in all, and
+    where a doubling taught him his own text and next to nothing of what was kept aside the rest is left out.
     """
     decayed = [p for p in reader.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in reader.parameters() if p.requires_grad and p.ndim <= 1]
@@ -369,15 +378,17 @@ def _cycles(
     while done < effort.most and not (last and last.steps > before and _settled(last, stage, effort.enough)):
         length = min(max(effort.first, done), effort.most - done)
         reader.train()
+        recent: list[torch.Tensor] = []
         for step in range(length):
             for group in optimizer.param_groups:
                 group["lr"] = effort.lr * annealed(step, length)
             picks = next(batches)
             picks = [shown(row, random) for row in picks] if effort.points else picks
-            _step(reader, own, picks, own.noise(done + step + 1), optimizer)
+            recent.append(_step(reader, own, picks, own.noise(done + step + 1), optimizer))
             if own.mechanism is None and step + 1 == length // 2:
-                halves.append((done + step + 1, _held_out(reader.eval(), own, held)[0]))
-                if _idle(halves, effort.enough):
+                mine = float(torch.stack(recent[-(length // 4 or 1) :]).mean())
+                halves.append(Half(done + step + 1, _held_out(reader.eval(), own, held)[0], mine))
+                if _by_heart(halves, effort.enough):
                     return
                 reader.train()
         reader.eval()
@@ -392,16 +403,23 @@ def shown(row: Sample, random: np.random.Generator) -> Sample:
     return row._replace(obfuscate=row.obfuscate & (random.random(len(row.ids)) >= share))
 
 
-def _step(reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int, optimizer: torch.optim.Optimizer) -> None:
-    """One update, in as few pieces as fit in memory: a small one takes as many calls as a large one."""
-    total = sum(int(row.obfuscate.sum()) for row in rows)
+def _step(
+    reader: Reader, own: OwnText, rows: Sequence[Sample], noise: int, optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
+    """One update, in as few pieces as fit in memory: a small one takes as many calls as a large one. Its loss, nats a
+    token."""
+    total = max(1, sum(int(row.obfuscate.sum()) for row in rows))
+    found = torch.zeros((), device=own.table_VD.device)
     optimizer.zero_grad(set_to_none=True)
     # By length, so that little is padding.
     for i, part in enumerate(batched(sorted(rows, key=lambda row: len(row.ids)), len(own.table_VD), len(rows))):
         batch, x_BTD = own.again(part, (noise << 8) + i)
-        torch.stack([loss_N.sum() for loss_N in losses(reader, batch, x_BTD)]).sum().div(max(total, 1)).backward()
+        loss = torch.stack([loss_N.sum() for loss_N in losses(reader, batch, x_BTD)]).sum() / total
+        loss.backward()
+        found += loss.detach()
     nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
     optimizer.step()
+    return found
 
 
 def annealed(step: int, steps: int) -> float:
@@ -432,21 +450,24 @@ def _settled(last: Stage, stage: Stage, enough: float = SETTLED_LOSS) -> bool:
     return last.loss - stage.loss < enough * max(last.loss, 1.0) and stage.share - last.share < SETTLED_SHARE
 
 
-def _idle(halves: Sequence[tuple[int, float]], enough: float) -> bool:
-    """Half way through this cycle the loss is hardly below that half way through the one before."""
+def _by_heart(halves: Sequence[Half], enough: float) -> bool:
+    """Half way through this cycle he has learnt of his own text what he lacked half way through the one before, and
+    next to nothing that holds elsewhere."""
     if len(halves) < 2:
         return False
-    (_, last), (_, loss) = halves[-2:]
-    return last - loss < enough * max(last, 1.0)
+    last, half = halves[-2:]
+    held, own = (max(before, 1.0) for before in (last.loss, last.own))
+    return last.loss - half.loss < enough * held and last.own - half.own > BY_HEART * own
 
 
-def _verdict(stages: Sequence[Stage], halves: Sequence[tuple[int, float]], enough: float = SETTLED_LOSS) -> str:
+def _verdict(stages: Sequence[Stage], halves: Sequence[Half], enough: float = SETTLED_LOSS) -> str:
     """What the last doubling brought."""
-    if halves and halves[-1][0] > stages[-1].steps:
-        (earlier, before), (later, loss) = halves[-2:]
+    if halves and halves[-1].steps > stages[-1].steps:
+        earlier, half = halves[-2:]
         return (
-            f"ended before its budget, since a doubling read no more: half way through a cycle, at {later} steps, its "
-            f"loss on text kept aside was {loss:.3f} nats where it had been {before:.3f} at {earlier}"
+            f"ended before its budget, since it learnt its own text by heart: from {earlier.steps} to {half.steps} "
+            f"steps, each half way through a cycle, its loss on that fell from {earlier.own:.3f} to {half.own:.3f} "
+            f"nats, on text kept aside from {earlier.loss:.3f} to {half.loss:.3f}; with more public text it reads more"
         )
     last, stage = stages[-2], stages[-1]
     change = (

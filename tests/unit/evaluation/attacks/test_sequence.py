@@ -136,7 +136,7 @@ def test_from_left_to_right_it_finds_the_most_probable_sequence(source):
 
 def test_one_who_sees_nothing_guesses_at_the_rate_of_the_prior(source):
     here, _ = source
-    found = sequence.guess(**here.granted(sequence.guess), first=40, most=80, **SMALL)
+    found = sequence.guess(**here.granted(sequence.guess), first=80, most=320, **SMALL)
     # Of p(x_t | x_0) for a clean x_0: the best guess of t steps ahead.
     power_SS, exact = np.eye(STATES), []
     for _ in range(1, LENGTH):
@@ -254,17 +254,21 @@ def test_it_ends_when_a_doubling_does_not_help_and_says_so(trunk, source):
     assert early.curve.at[-1] < 20.0 and any(note.startswith("ended before its budget") for note in early.notes)
 
 
-def test_who_sees_nothing_is_looked_at_half_way_and_ends_where_a_doubling_brought_nothing(trunk, monkeypatch):
-    here = worlds(trunk, lambda random: random.integers(0, 300, LENGTH), constant_noise(0.1), rows=4, corpus=80)
+def test_who_sees_nothing_ends_half_way_where_a_doubling_teaches_him_his_own_text(trunk, monkeypatch):
+    here = worlds(trunk, lambda random: random.integers(0, 300, LENGTH), constant_noise(0.1), rows=4, corpus=40)
     looks, original = [], sequence._held_out
     monkeypatch.setattr(sequence, "_held_out", lambda *a: looks.append(1) or original(*a))
-    effort = TINY | {"first": 8, "most": 64}
-    nothing_to_learn = sequence.guess(**here.granted(sequence.guess), **effort)
-    assert nothing_to_learn.curve.at == (0.0, 8.0) and len(looks) == 4  # at 0, 4, 8 and 12
-    assert "half way through a cycle, at 12 steps" in nothing_to_learn.notes[-1]
+    effort = {"layers": 1, "width": 64, "batch_rows": 36, "first": 8, "most": 512, "lr": 1e-2, "enough": 0.02}
+    by_heart = sequence.guess(**here.granted(sequence.guess), **effort)
+    assert by_heart.curve.at[-1] < 512 and "learnt its own text by heart" in by_heart.notes[-1]
+    assert "half way through a cycle" in by_heart.notes[-1] and len(looks) > len(by_heart.curve.at)
     looks.clear()
-    seeing = sequence.sequence(**here.granted(sequence.sequence), **effort)
+    seeing = sequence.sequence(**here.granted(sequence.sequence), **TINY)
     assert len(looks) == len(seeing.curve.at), "who sees is not judged before a cycle has ended"
+    flat, learns = sequence.Half(12, 2.0, 2.0), sequence.Half(24, 2.0, 1.5)
+    assert sequence._by_heart([flat, learns], 0.02) and not sequence._by_heart([learns], 0.02)
+    assert not sequence._by_heart([flat, flat], 0.02), "one who learns nothing at all may begin to yet"
+    assert not sequence._by_heart([flat, sequence.Half(24, 1.9, 1.5)], 0.02)
 
 
 def test_who_goes_on_from_one_that_learns_does_not_call_a_few_steps_converged(trunk, source):
@@ -451,6 +455,8 @@ def test_rows_of_a_length_come_together_and_all_come(trunk):
     assert {length for lengths in drawn for length in lengths} == set(range(2, 66))
     spread = np.mean([max(lengths) - min(lengths) for lengths in drawn])
     assert spread < 12  # of four at random it is 38
+    for k in range(0, len(drawn), 8):
+        assert len({length for lengths in drawn[k : k + 8] for length in lengths}) == 32, "none twice in eight batches"
     firsts = [sum(lengths) for lengths in drawn[::8]]
     assert np.std(firsts) > 40  # nor do they come in order of their lengths
 
