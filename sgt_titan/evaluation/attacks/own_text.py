@@ -41,8 +41,8 @@ class Pairs(NamedTuple):
 @dataclass(frozen=True)
 class OwnText:
     """rows: none of those under attack. mechanism None: for an attacker who sees nothing of what is sent. noisy: z is
-    taken rather than what is sent. times: observations of each row, whose mean is taken; reused: how many of these
-    were new when the row was last looked at, half of them at most. seed: of all the noise."""
+    taken rather than what is sent. times: observations of each row, whose mean is taken; fresh: how many of these
+    are made for a look at a row, the others being of its last looks (0: all). seed: of all the noise."""
 
     rows: Sequence[Sample]
     mechanism: Mechanism | None
@@ -50,8 +50,8 @@ class OwnText:
     seed: int
     noisy: bool = False
     times: int = 1
-    reused: int = 0
-    kept: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)  # id of a row -> (T, D)
+    fresh: int = 0
+    kept: dict[int, list[torch.Tensor]] = field(default_factory=dict, repr=False)  # id of a row -> sums (T, D), a look
 
     def batch(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor | None]:
         """As ``obfuscated``; None for one who sees nothing."""
@@ -64,22 +64,25 @@ class OwnText:
         return batch, total_BTD / self.times
 
     def again(self, rows: Sequence[Sample], noise: int) -> tuple[Padded, torch.Tensor | None]:
-        """As ``batch``, for one who looks at each row many times: ``reused`` of its observations are of the last time.
-        He gets the mean of as many independent ones as ever, of which some are those of the mean before."""
-        if self.mechanism is None or not self.reused:
+        """As ``batch``, for one who looks at each row many times: ``fresh`` of its observations are new, the others are
+        of his last looks. He gets the mean of as many independent ones as ever, but not independent of the last mean.
+        """
+        looks = self.times // self.fresh - 1 if self.fresh else 0
+        if self.mechanism is None or not looks:
             return self.batch(rows, noise)
         batch, random = padded(rows, 0, self.table_VD.device), generator(noise, self.table_VD.device)
-        before = {i: self.kept.pop(id(row)) for i, row in enumerate(rows) if id(row) in self.kept}
-        others: Iterator[torch.Tensor] = iter(())
-        if first := [row for i, row in enumerate(rows) if i not in before]:
-            others = iter(self._sums(padded(first, 0, self.table_VD.device), random, self.reused)[0])
-        once_BTD, kept_BTD = self._sums(batch, random, self.times - 2 * self.reused, self.reused)
-        total_BTD = once_BTD + kept_BTD
-        for i, row in enumerate(rows):
-            T, old_TD = len(row.ids), before[i] if i in before else next(others)
-            total_BTD[i, :T] += old_TD[:T]
-            if len(self.kept) * total_BTD[i].nbytes < KEPT_BYTES:
-                self.kept[id(row)] = kept_BTD[i, :T].clone()
+        before = [self.kept.pop(id(row), []) for row in rows]
+        if first := [row for row, sums in zip(rows, before, strict=True) if not sums]:
+            sums = self._sums(padded(first, 0, self.table_VD.device), random, *[self.fresh] * looks)
+            others = iter(zip(*sums, strict=True))
+            before = [found or [one_TD.clone() for one_TD in next(others)] for found in before]
+        (total_BTD,) = self._sums(batch, random, self.fresh)
+        for row, found, total_TD in zip(rows, before, total_BTD, strict=True):
+            T, new_TD = len(row.ids), total_TD.clone()
+            for old_TD in found:
+                total_TD[:T] += old_TD[:T]
+            if len(self.kept) * looks * total_TD.nbytes < KEPT_BYTES:
+                self.kept[id(row)] = [*found[1:], new_TD]
         return batch, total_BTD / self.times
 
     @torch.no_grad()

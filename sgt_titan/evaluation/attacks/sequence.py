@@ -139,19 +139,18 @@ def sequence_repeats(
     seed: Seed,
     *,
     times: int = 8,
-    reused: int = 0,
+    fresh: int = 0,
     **effort: Any,
 ) -> Guess:
     """The same on the mean of ``times`` obfuscations of each prompt. It begins anew: little noise is left, and who read
-    through more of it has learnt other things. reused: of these, of his own text, how many serve twice
-    (``OwnText``). Repeats that are the same bytes are read as one of them is."""
+    through more of it has learnt other things. fresh: of a row of his own, how many are made for a look (``OwnText``).
+    Repeats that are the same bytes are read as one of them is."""
     others = [repeats.draw(k) for k in range(min(times - 1, repeats.limit))]
     if all(observation.same_bytes(other) for other in others):
         return sequence(observation, transform, corpus, table, checkpoints, seed, **effort)
     mean, times = mean_of([observation, *others]), 1 + len(others)
-    return _read(
-        mean, transform, corpus, table, None, seed, Effort(**effort), times=times, reused=min(reused, times // 2)
-    )
+    fresh = 0 if fresh and times % fresh else fresh
+    return _read(mean, transform, corpus, table, None, seed, Effort(**effort), times=times, fresh=fresh)
 
 
 def mean_of(observations: Sequence[Observation]) -> Observation:
@@ -224,14 +223,14 @@ def _read(
     seed: Seed,
     effort: Effort,
     times: int = 1,
-    reused: int = 0,
+    fresh: int = 0,
     begun: Guess | None = None,
     keeps: bool = False,
 ) -> Guess:
     """Train a reader and read; a curve over the steps at the end of each cycle. begun: whose encoder goes on. keeps:
     the weights, for others."""
     mechanism, noisy = None if transform is None else transform.mechanism, isinstance(observation, Noisy)
-    own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=noisy, times=times, reused=reused)
+    own = OwnText(corpus.rows, mechanism, table.rows_VD, seed.value, noisy=noisy, times=times, fresh=fresh)
     held = min(HELD_ROWS, max(1, len(corpus.rows) // 10))
     train_rows, held_rows = corpus.rows[:-held], corpus.rows[-held:]
     longest = max(max(len(row.ids) for row in corpus.rows), max(map(len, observation.hidden)))
@@ -603,7 +602,7 @@ def answered_cost(size: Size, **effort: Any) -> Cost:
     return unsent_cost(replace(size, longest=max(size.longest, size.answered)), **effort)
 
 
-def cost(size: Size, *, times: int = 1, reused: int = 0, after: Mapping[str, Any] | None = None, **effort: Any) -> Cost:
+def cost(size: Size, *, times: int = 1, fresh: int = 0, after: Mapping[str, Any] | None = None, **effort: Any) -> Cost:
     """Of the whole budget; a training that settles earlier costs less. What it goes on from is another attack's."""
     mine = Effort(**effort)
     layers, width, beams = mine.layers, mine.width, mine.beams
@@ -614,13 +613,13 @@ def cost(size: Size, *, times: int = 1, reused: int = 0, after: Mapping[str, Any
     step = tokens * (
         6.0 * (body + decoder)
         + 8.0 * table * (2 if beams else 1)
-        + 2.0 * (1 + times - reused) * (size.transform + size.width)
+        + 2.0 * (1 + (fresh or times)) * (size.transform + size.width)
     )
     read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
     part = min(tokens, max(2 * size.longest, LOGIT_BUDGET // size.vocab))
     memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table
     memory += 64.0 * part * (layers * width + (size.width if mine.from_trunk else 0))
-    memory += KEPT_BYTES if reused else 0
+    memory += KEPT_BYTES if fresh else 0
     cycles = 2 + math.ceil(math.log2(max(1.0, mine.most / mine.first)))
     searched = cycles * len(beam.groups(size.rows, 3.0 * beams * size.vocab)) * size.longest if beams else 0
     return Cost(mine.most * step + read, memory, steps=searched)

@@ -8,7 +8,8 @@ Both add a correction to the linear start, with which they begin: the best that 
 An encoder may *point*: give a share of its probability to the clean tokens around, where it looks for them (a
 pointer-generator, arXiv 1704.04368). What an answer repeats of its prompt is copied that way, not learnt by heart.
 
-While a body trains, its products are in bfloat16 where the machine is quicker at that; all that is read is in float32.
+While a reader trains, the products of its linear layers are in bfloat16 where the machine is quicker at that; logits,
+whose small differences count beside their size, and all that is read are in float32.
 
 Legend: B rows, T positions, N hidden tokens flat, V vocabulary, D width of the table, H width of a body, C beams.
 """
@@ -33,10 +34,15 @@ class Rounded(nn.Linear):
     """A product in bfloat16 while it trains, between float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.training and quick_in_bfloat16(x.device.type)):
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.bfloat16()
-        return nn.functional.linear(x.bfloat16(), self.weight.bfloat16(), bias).float()
+        return linear(x, self.weight, self.bias, rounds=self.training)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, rounds: bool) -> torch.Tensor:
+    """torch's, in bfloat16 between float32 where it ``rounds`` and that is quicker."""
+    if not (rounds and quick_in_bfloat16(x.device.type)):
+        return nn.functional.linear(x, weight, bias)
+    bias = None if bias is None else bias.bfloat16()
+    return nn.functional.linear(x.bfloat16(), weight.bfloat16(), bias).float()
 
 
 @cache
@@ -48,9 +54,9 @@ def quick_in_bfloat16(device: str) -> bool:
     return device == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def round_products(body: nn.Module) -> None:
-    """Give a body such products."""
-    for module in body.modules():
+def round_products(reader: nn.Module) -> None:
+    """Give every linear layer of it such products."""
+    for module in reader.modules():
         if type(module) is nn.Linear:
             module.__class__ = Rounded
 
@@ -63,9 +69,7 @@ def new_body(width: int, layers: int) -> PreTrainedModel:
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
         max_position_embeddings=1 << 16, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    body = LlamaModel(config)
-    round_products(body)
-    return body
+    return LlamaModel(config)
 
 
 def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
@@ -73,7 +77,6 @@ def trunk_body(trunk: PreTrainedModel) -> PreTrainedModel:
     base = cast(PreTrainedModel, trunk.base_model)
     skipped: dict[int, Any] = {id(base.get_input_embeddings()): None}  # a copy of a large table would be thrown away
     body = copy.deepcopy(base, skipped).float()
-    round_products(body)
     return body.requires_grad_(True)
 
 
@@ -143,6 +146,7 @@ class Reader(nn.Module):
                 nn.init.zeros_(module.bias)
         if points:
             nn.init.constant_(self.share.bias, -2.0)  # an eighth at first
+        round_products(self)
 
     # -- what one token says alone --
 
@@ -161,9 +165,8 @@ class Reader(nn.Module):
     def expected(self, x_ND: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
         """The mean of the scaled table's rows under the linear start, (N, D): the best estimate of a token alone."""
         nothing = torch.zeros((), device=x_ND.device)
-        return torch.cat([
-            torch.softmax(self.logits(nothing, self.alone(x_CD)), -1) @ self.rows_VD for x_CD in x_ND.split(chunk)
-        ])  # fmt: skip
+        p_NV = (torch.softmax(self.logits(nothing, self.alone(x_CD)), -1) for x_CD in x_ND.split(chunk))
+        return torch.cat([linear(p_CV, self.rows_VD.T, rounds=self.training) for p_CV in p_NV])
 
     # -- both ways --
 

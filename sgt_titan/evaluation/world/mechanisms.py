@@ -26,7 +26,7 @@ from sgt_titan.transform import ExportedTransform
 from sgt_titan.transform.modeling import SGTOutput
 from sgt_titan.transform.trunk_files import TrunkFiles
 
-KEPT_BYTES = 1 << 28  # of what is computed once of rows that are obfuscated again; what finds no room is computed anew
+KEPT_BYTES = 1 << 29  # of what is computed once of rows that are obfuscated again; what finds no room is computed anew
 
 
 class Obfuscated(NamedTuple):

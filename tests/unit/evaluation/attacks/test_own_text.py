@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count, pairwise
+from itertools import count
 
 import numpy as np
 import pytest
@@ -41,20 +41,21 @@ def visits(own: OwnText, batches: list[list[Sample]]) -> dict[int, list[set[int]
     return found
 
 
-@pytest.mark.parametrize("reused", [0, 1, 2])
-def test_some_observations_serve_twice_and_no_mean_has_one_twice(reused):
+@pytest.mark.parametrize("fresh", [0, 1, 2, 4])
+def test_old_observations_serve_again_and_no_mean_has_one_twice(fresh):
     a, b, c = mine = rows()
-    own = OwnText(mine, counting(), torch.zeros(8, 2), 0, times=TIMES, reused=reused)
-    for means in visits(own, [[a, b], [b, c], [b, a], [c, b]]).values():
-        assert all(len(mean) == TIMES for mean in means)
-        for before, after in pairwise(means):
-            assert len(before & after) == reused
-        assert all(not (one & other) for i, one in enumerate(means) for other in means[i + 2 :])
+    own = OwnText(mine, counting(), torch.zeros(8, 2), 0, times=TIMES, fresh=fresh)
+    means = visits(own, [[a, b], [b], [b, a], [b], [b, c]])
+    assert all(len(mean) == TIMES for of_row in means.values() for mean in of_row)
+    for i, one in enumerate(means[5]):
+        for k, later in enumerate(means[5][i + 1 :], 1):
+            assert len(one & later) == max(0, TIMES - k * (fresh or TIMES))
+    assert len(means[3][0] & means[3][1]) == TIMES - (fresh or TIMES)
 
 
 def test_a_row_that_is_there_twice_has_other_observations():
     a, *_ = mine = rows()
-    own = OwnText(mine, counting(), torch.zeros(8, 2), 0, times=TIMES, reused=2)
+    own = OwnText(mine, counting(), torch.zeros(8, 2), 0, times=TIMES, fresh=2)
     _, mean_BTD = own.again([a], 0)
     _, mean_BTD = own.again([a, a], 0)
     assert mean_BTD[0].unique().tolist() != mean_BTD[1].unique().tolist()
@@ -63,6 +64,6 @@ def test_a_row_that_is_there_twice_has_other_observations():
 def test_what_finds_no_room_is_observed_anew(monkeypatch):
     monkeypatch.setattr(own_text, "KEPT_BYTES", 0)
     a, *_ = mine = rows()
-    own = OwnText(mine, counting(), torch.zeros(8, 2), 0, times=TIMES, reused=2)
+    own = OwnText(mine, counting(), torch.zeros(8, 2), 0, times=TIMES, fresh=2)
     first, second = visits(own, [[a], [a]])[3]
     assert not own.kept and len(first) == len(second) == TIMES and not first & second
