@@ -22,6 +22,7 @@ from torch import nn
 from sgt_titan.evaluation.attacks.known_plaintext import Affine, fit
 from sgt_titan.evaluation.attacks.own_text import OwnText, of_a_length
 from sgt_titan.evaluation.attacks.sequence_reader import round_products
+from sgt_titan.evaluation.world.mechanisms import KEPT_BYTES
 from sgt_titan.evaluation.world.samples import Sample
 from sgt_titan.evaluation.world.threat import Corpus, Cost, Curve, Guess, Observation, Seed, Size, Table, Transform
 
@@ -225,4 +226,5 @@ def cost(
     step = tokens * (6.0 * parameters + 4.0 * table + 4.0 * (size.transform + size.width))
     read = 9.0 * size.tokens * 2.0 * (parameters + table)
     memory = 12.0 * tokens * size.vocab + 16.0 * parameters + 8.0 * table + 64.0 * tokens * layers * width
+    memory += KEPT_BYTES * (size.transform > 0)
     return Cost(steps * step + read, memory)

@@ -619,7 +619,7 @@ def cost(size: Size, *, times: int = 1, fresh: int = 0, after: Mapping[str, Any]
     part = min(tokens, max(2 * size.longest, LOGIT_BUDGET // size.vocab))
     memory = 16.0 * part * size.vocab + 16.0 * (body + decoder + size.vocab) + 12.0 * table
     memory += 64.0 * part * (layers * width + (size.width if mine.from_trunk else 0))
-    memory += KEPT_BYTES if fresh else 0
+    memory += KEPT_BYTES * ((size.transform > 0) + (fresh > 0))
     cycles = 2 + math.ceil(math.log2(max(1.0, mine.most / mine.first)))
     searched = cycles * len(beam.groups(size.rows, 3.0 * beams * size.vocab)) * size.longest if beams else 0
     return Cost(mine.most * step + read, memory, steps=searched)
