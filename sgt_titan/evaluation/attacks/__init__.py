@@ -141,7 +141,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "sequence_repeats": Attack(
         "sequence attacker, mean of K repeats", sequence.sequence_repeats, sequence.cost, SEQUENCE,
-        {suite: READER[suite] for suite in SUITES[1:]}, {"times": 8, "fresh": 2},
+        {suite: READER[suite] for suite in SUITES[1:]}, {"times": 8, "fresh": 4},
     ),
     "map_search_at_z": Attack(
         "MAP beam search at z", map_search.map_search_at_z, map_search.cost, FOLKLORE,
