@@ -42,7 +42,7 @@ from sgt_titan.transform import ExportedTransform
 
 CHUNK = 64  # candidates in one call: each sees itself and none of the others, which are computed and masked
 CERTAIN = 1e6  # nats by which a token that was sent in clear is likelier than any other
-VISITS = 10.0  # of every feature of a candidate: its Gaussian, and what was sent under it
+VISITS = 20.0  # of every feature of a candidate: its Gaussian, and what was sent under it
 FLOOR = 1e-4  # std of a mechanism without noise, units of the table's std: anything but an exact match is out
 
 
