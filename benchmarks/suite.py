@@ -161,7 +161,7 @@ def products(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     a = torch.randn(1024, 1024)
     ceiling = 2e-9 * 1024**3 / min(seconds(lambda: a @ a) for _ in range(9))
-    evaluation, steps = evaluation_of(arguments, 2), max(int(n) for n in arguments.steps.split(","))
+    evaluation, steps = evaluation_of(arguments, 2, PUBLIC), max(int(n) for n in arguments.steps.split(","))
     world = evaluation.world(evaluation.mechanisms["sgt"])
     columns = {
         "attack": "",
@@ -189,8 +189,8 @@ def products(arguments: argparse.Namespace) -> None:
             effort = shortened(attack.arguments(arguments.suite) or {}, steps)
             taken.clear()
             attack.run(**world.granted(attack.run), **effort)
-            whole, within, gflop = (sum(column) for column in zip(*taken[steps // 4 :], strict=True))
-            tables.row(name, whole / len(taken[steps // 4 :]), within / whole, gflop / within, gflop / within / ceiling)
+            whole, within, gflop = (sum(column) for column in zip(*taken[steps // 2 :], strict=True))
+            tables.row(name, whole / len(taken[steps // 2 :]), within / whole, gflop / within, gflop / within / ceiling)
 
 
 SAID = re.compile(r"\[\d+/\d+\] (\S+): ([\d.]+) s, estimated ([\d.]+)")

@@ -223,7 +223,7 @@ def cost(
     parameters = 12.0 * layers * width**2 + size.width**2 + 2.0 * size.width * width
     tokens = batch_rows * size.longest
     table = size.vocab * size.width
-    step = tokens * (6.0 * parameters + 4.0 * table + 4.0 * (size.transform + size.width))
+    step = tokens * (6.0 * parameters + 4.0 * table + 2.0 * (size.transform - size.estimator + size.width))
     read = 9.0 * size.tokens * 2.0 * (parameters + table)
     memory = 12.0 * tokens * size.vocab + 16.0 * parameters + 8.0 * table + 64.0 * tokens * layers * width
     memory += KEPT_BYTES * (size.transform > 0)

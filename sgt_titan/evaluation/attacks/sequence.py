@@ -613,7 +613,7 @@ def cost(size: Size, *, times: int = 1, fresh: int = 0, after: Mapping[str, Any]
     step = tokens * (
         6.0 * (body + decoder)
         + 8.0 * table * (2 if beams else 1)
-        + 2.0 * (1 + (fresh or times)) * (size.transform + size.width)
+        + 2.0 * (fresh or times) * (size.transform - size.estimator + size.width)  # moments are found once
     )
     read = 8.0 * size.tokens * 2.0 * (body + decoder * max(beams, 1) + table * max(beams, 1))
     part = min(tokens, max(2 * size.longest, LOGIT_BUDGET // size.vocab))

@@ -174,9 +174,9 @@ class Evaluation:
         one = 2.0 * self.world(nothing()).size.trunk * tokens + 2.0 * tokens * self._table_size
         logits = 8.0 * max((b.tokens_BT.numel() for b in setting.full_batches), default=0) * self._vocab
         pass_cost = Cost(one, 4 * logits)
-        # A step of the zero's fit: two forward passes of a batch, and one back to its embeddings.
+        # A step of the zero's fit: two forward passes of a batch, and one back to its embeddings, which takes two more.
         steps = 0 if self.begun or setting.zero_is_there else setting.zero_steps
-        fitting = 3 * one * steps * MAX_ROWS / len(setting.rows)
+        fitting = 4 * one * steps * MAX_ROWS / len(setting.rows)
         yield Job("no_prompt", self._no_prompt, Cost(5 * one + fitting, 8 * logits))
         yield Job("lm_top1", self._lm_top1, pass_cost)
         # The choice is fitted when it is first asked for: a pass for what it sees, one for what it is to say, and back.
