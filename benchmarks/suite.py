@@ -173,13 +173,14 @@ def products(arguments: argparse.Namespace) -> None:
     machine = f"{os.cpu_count()} x {platform.machine()} CPU, torch {torch.__version__}, ceiling {ceiling:.0f} Gflop/s"
     step, taken = sequence._step, list[tuple[float, float, float]]()
 
-    def profiled(*given: Any) -> None:
+    def profiled(*given: Any) -> torch.Tensor:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
-            step(*given)
+            loss = step(*given)
         events = seen.key_averages()
         within = [event for event in events if event.key in ("aten::mm", "aten::addmm", "aten::bmm")]
         whole, in_products = (sum(event.self_cpu_time_total for event in part) / 1e6 for part in (events, within))
         taken.append((whole, in_products, sum(event.flops for event in within) / 1e9))
+        return loss
 
     sequence._step = profiled
     with written(arguments.out, machine) as tables:
