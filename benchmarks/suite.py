@@ -190,8 +190,10 @@ def products(arguments: argparse.Namespace) -> None:
             effort = shortened(attack.arguments(arguments.suite) or {}, steps)
             taken.clear()
             attack.run(**world.granted(attack.run), **effort)
-            whole, within, gflop = (sum(column) for column in zip(*taken[steps // 2 :], strict=True))
-            tables.row(name, whole / len(taken[steps // 2 :]), within / whole, gflop / within, gflop / within / ceiling)
+            again = taken[steps // 2 :]  # on rows that were looked at before
+            whole, within, gflop = (sum(column) for column in zip(*again, strict=True))
+            speed = gflop / within
+            tables.row(name, whole / len(again), within / whole, speed, speed / ceiling)
 
 
 SAID = re.compile(r"\[\d+/\d+\] (\S+): ([\d.]+) s, estimated ([\d.]+)")
